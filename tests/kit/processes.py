@@ -1,0 +1,47 @@
+"""Look at and kill operating-system processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+GONE_TIMEOUT = 20.0
+"""Seconds that a process killed with SIGKILL gets until it must be gone."""
+
+
+def running(pid: int, program: str | None = None) -> bool:
+    """True when the process exists, is no zombie, and (when asked) runs this program: process ids are reused."""
+    listing = subprocess.run(["ps", "-o", "stat=,comm=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    state, _, command = listing.stdout.strip().partition(" ")
+    if not state or state.startswith("Z"):
+        return False
+    return program is None or Path(command.strip()).name.startswith(program)
+
+
+def children(pid: int) -> list[int]:
+    """The process's direct children."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = (line.split() for line in listing.stdout.splitlines())
+    return [int(child) for child, parent in pairs if int(parent) == pid]
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and its direct children, and wait until all are gone.
+
+    The parent is stopped first: otherwise it sees its children die and starts new ones, or cleans up after them.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    victims = [pid, *children(pid)]
+    for victim in victims:
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # ended by itself meanwhile
+    deadline = time.monotonic() + GONE_TIMEOUT
+    while left := [victim for victim in victims if running(victim)]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"processes {left} live on after SIGKILL")
+        time.sleep(0.02)
