@@ -1,0 +1,489 @@
+"""What to do about which error, as a table: SQLSTATE -> rule -> decision. No framework, no I/O, no driver import.
+
+Read :data:`RULES` for the defaults, and :meth:`RetryPolicy.decide` for the order in which they are asked. An
+orchestrator's package turns the :class:`Decision` into its own words (Airflow's ``RetryDecision``, Dagster's
+``RetryRequested``).
+
+The rules follow the PostgreSQL manual, 13.5 "Serialization Failure Handling" and appendix A "PostgreSQL Error Codes".
+Messages are localised (``lc_messages``) and decide nothing here; codes do.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from . import errors
+from .outcome import ErrorFields
+
+
+class Action(StrEnum):
+    """What the caller should do next."""
+
+    RETRY = "retry"
+    """Run the same job again after the delay."""
+    FAIL = "fail"
+    """Do not run it again: a further try would end the same way, or was not wanted."""
+    ATTACH = "attach"
+    """Not a failure: run the same job id again at once, which attaches to its worker or reads its receipt."""
+    DEFAULT = "default"
+    """No rule knows this error: the orchestrator's own settings decide."""
+
+
+RETRY: Final = Action.RETRY
+FAIL: Final = Action.FAIL
+ATTACH: Final = Action.ATTACH
+DEFAULT: Final = Action.DEFAULT
+
+
+class Origin(StrEnum):
+    """Where an error came from. The same code means another thing in another place."""
+
+    JOB = "job"
+    """The worker reported it (``error_info``): it is the error of the job's own SQL."""
+    LAUNCH = "launch"
+    """The launch call raised it."""
+    CONNECTION = "connection"
+    """A connection of ours raised it. It tells nothing of the job, which may go on or be committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What to do about one SQLSTATE or one class of them.
+
+    Parameters
+    ----------
+    action:
+        What to do.
+    why:
+        The reason, as half a sentence for the task's log.
+    first_delay:
+        Seconds before the second try.
+    factor:
+        By what the delay grows with each further try.
+    max_delay:
+        Seconds that no delay exceeds.
+    jitter:
+        The share of the delay, from 0 to 1, that is left to chance, so that jobs which failed together do not meet
+        again.
+    max_tries:
+        Tries in all, the first one included, after which this rule fails the job; None leaves the number to the
+        orchestrator.
+    look_first:
+        Whether the job's receipt has to be looked at before anything runs again: it may be committed. Running the same
+        job id through this package does that.
+    uses_attempt:
+        False when nothing had started, so that the try should not count.
+
+    Raises
+    ------
+    ValueError
+        A number is out of its range.
+    """
+
+    action: Action
+    why: str = "a rule of yours"
+    first_delay: float = 5.0
+    factor: float = 2.0
+    max_delay: float = 60.0
+    jitter: float = 0.5
+    max_tries: int | None = None
+    look_first: bool = False
+    uses_attempt: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "action", Action(self.action))
+        if self.first_delay < 0 or self.max_delay < 0:
+            raise ValueError("first_delay and max_delay are seconds and cannot be negative")
+        if self.factor < 1:
+            raise ValueError("factor must be at least 1: a delay does not shrink from try to try")
+        if not 0 <= self.jitter <= 1:
+            raise ValueError("jitter is a share of the delay, from 0 to 1")
+        if self.max_tries is not None and self.max_tries < 1:
+            raise ValueError("max_tries counts the first try too, so it is at least 1, or None")
+
+    def delay(self, attempt: int, rng: random.Random) -> float:
+        """Return the seconds to wait after try number ``attempt`` (from 1) before the next one."""
+        # 2.0 ** 1024 overflows, and max_delay is reached long before.
+        grown = self.first_delay * self.factor ** min(attempt - 1, 64)
+        return min(self.max_delay, grown) * (1 - self.jitter * rng.random())
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do about one error of one job.
+
+    Attributes
+    ----------
+    action:
+        Retry, fail, attach, or leave it to the orchestrator.
+    delay:
+        Seconds to wait before the next try; None when there is none, or when the orchestrator's own delay applies.
+    reason:
+        Why, for the log; it names the SQLSTATE where there is one and never carries the server's message, which can
+        hold data.
+    sqlstate:
+        The SQLSTATE that was judged.
+    look_first:
+        Whether the receipt must be looked at before anything runs again.
+    uses_attempt:
+        Whether this try should count.
+    """
+
+    action: Action
+    delay: float | None
+    reason: str
+    sqlstate: str | None = None
+    look_first: bool = False
+    uses_attempt: bool = True
+
+
+def _soon(why: str) -> Rule:
+    return Rule(RETRY, why, first_delay=0.2, max_delay=5, jitter=1.0, max_tries=6)
+
+
+def _backoff(why: str, *, max_tries: int | None = None) -> Rule:
+    return Rule(RETRY, why, max_tries=max_tries)
+
+
+def _look(why: str) -> Rule:
+    return Rule(RETRY, why, look_first=True)
+
+
+def _wait(why: str) -> Rule:
+    return Rule(RETRY, why, first_delay=15, max_delay=300, uses_attempt=False)
+
+
+def _fail(why: str) -> Rule:
+    return Rule(FAIL, why)
+
+
+_NO_WAY_TO_TELL = "the commit is unknown until the receipt tells"
+_SAME_AGAIN = "it would fail in the same way again"
+
+RULES: Final[Mapping[str, Rule]] = MappingProxyType(
+    {
+        # Rolled back by definition: these are answers to running side by side, and the SQL itself is sound.
+        "40001": _soon("a serialization failure, rolled back by definition"),
+        "40P01": _soon("a deadlock, rolled back by definition"),
+        # Something was busy.
+        "55P03": _backoff("a lock was busy"),
+        "55006": _backoff("an object was in use, which may be permanent", max_tries=4),
+        # Something was used up.
+        "53000": _wait("a resource of the server is used up (worker slots, most often)"),
+        "53300": _wait("the server has no connection left"),
+        "53400": _wait("a configured limit is reached"),
+        "53200": _backoff("the server was out of memory", max_tries=3),
+        "53100": _fail("the disk is full, and one rarely frees itself"),
+        # The server could not be reached, so nothing was sent.
+        "57P03": _backoff("the server is starting up or shutting down; nothing was sent"),
+        "08001": _backoff("no connection could be made; nothing was sent"),
+        "08004": _backoff("the server rejected the connection, which may be its configuration; nothing was sent"),
+        # The server or the connection went away in the middle.
+        "57P01": _look(f"an administrator ended the session or the server; {_NO_WAY_TO_TELL}"),
+        "57P02": _look(f"the server crashed; {_NO_WAY_TO_TELL}"),
+        "57P05": _look(f"the session was idle for too long; {_NO_WAY_TO_TELL}"),
+        "08000": _look(f"the connection failed; {_NO_WAY_TO_TELL}"),
+        "08003": _look(f"the connection does not exist; {_NO_WAY_TO_TELL}"),
+        "08006": _look(f"the connection was lost; {_NO_WAY_TO_TELL}"),
+        "58000": _look(f"the server's system failed; {_NO_WAY_TO_TELL}"),
+        "58030": _look(f"the server's input or output failed; {_NO_WAY_TO_TELL}"),
+        "08007": _look("how the transaction ended is unknown, so only its receipt can tell"),
+        "40003": _look("whether the statement completed is unknown, so only its receipt can tell"),
+        # Ended on purpose, or by a limit.
+        "57014": _fail("the query was cancelled by a timeout or by somebody; a retry of it has to be asked for"),
+        "25P03": _fail("the session was idle in a transaction for too long"),
+        "25P04": _fail("transaction_timeout passed; a retry of it has to be asked for"),
+        "25006": _backoff("the server is read only, as after a failover to a standby; try on a new connection"),
+        # Deterministic, or corruption. 23505 and 23P01 can be results of running side by side: users may override them.
+        "57P04": _fail("the database was dropped"),
+        "08P01": _fail("the protocol was violated"),
+        "55000": _fail(f"an object is not in the state that this needs; {_SAME_AGAIN}"),
+        "0A": _fail(f"the server does not support this; {_SAME_AGAIN}"),
+        "22": _fail(f"the data does not fit; {_SAME_AGAIN}"),
+        "23": _fail(f"a constraint is violated; {_SAME_AGAIN}"),
+        "28": _fail(f"the login was refused; {_SAME_AGAIN}"),
+        "3D": _fail(f"the database does not exist; {_SAME_AGAIN}"),
+        "3F": _fail(f"the schema does not exist; {_SAME_AGAIN}"),
+        "42": _fail(f"the SQL or a privilege is wrong; {_SAME_AGAIN}"),
+        "54": _fail(f"a limit of PostgreSQL is exceeded; {_SAME_AGAIN}"),
+        "P0": _fail(f"the job's own PL/pgSQL raised it; {_SAME_AGAIN}"),
+        "XX": _fail("an internal error or corrupted data: an administrator has to look at the server"),
+        # This package's own, raised by begin_work.
+        "PB001": Rule(ATTACH, "the job has a receipt already: it is a success if that is there", look_first=True),
+        "PB002": Rule(ATTACH, "another worker is on it"),
+        "PB003": _fail("the job was cancelled, or a newer generation of it is there"),
+    }
+)
+"""The default rule of each SQLSTATE (five characters) or class (two)."""
+
+RULES_BY_ORIGIN: Final[Mapping[Origin, Mapping[str, Rule]]] = MappingProxyType(
+    {
+        Origin.JOB: {
+            # The worker had started, so the try counts. These come from what the job's own SQL asked for.
+            "53000": _backoff("a resource of the server was used up while the job ran"),
+            "53300": _backoff("the job's SQL wanted a connection and the server has none left"),
+            "53400": _backoff("the job's SQL reached a configured limit"),
+        },
+        Origin.LAUNCH: {
+            "53100": _wait("the server's shared memory (/dev/shm) is full, and it empties as workers end"),
+        },
+        Origin.CONNECTION: {
+            # A launch call that is cancelled has launched more often than not.
+            "57014": _look("a query of ours was cancelled, which says nothing of the job"),
+            "25P03": _look("a session of ours was idle in a transaction for too long, which says nothing of the job"),
+            "25P04": _look("a transaction of ours took too long, which says nothing of the job"),
+        },
+    }
+)
+"""Where a code means something else than :data:`RULES` says, by where the error came from."""
+
+_LAUNCHED_NOTHING: Final = frozenset({"53000", "53400", "53100"})
+"""The only codes of a failed launch call that prove that it launched nothing."""
+
+_SENT_NOTHING: Final = frozenset({"53300", "57P03", "08001", "08004"})
+"""Codes that a connection raises while it is being made, so that no launch can have gone through it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """What one of this package's errors means.
+
+    ``sqlstate`` stands for it where it carries none; ``final`` keeps users' rules away from it.
+    """
+
+    sqlstate: str | None
+    rule: Rule
+    final: bool = False
+
+
+_OWN: Final[Mapping[type[BaseException], _Own]] = MappingProxyType(
+    {
+        errors.InvalidJob: _Own(None, _fail("the job was refused as it is written"), final=True),
+        errors.JobIdReused: _Own(None, _fail("the job's id stands for other SQL"), final=True),
+        errors.JobCancelled: _Own("PB003", _fail("the job was cancelled, on purpose"), final=True),
+        errors.Superseded: _Own("PB003", _fail("a newer generation of the job is there"), final=True),
+        # Running it again could do the work twice: only a verify_sql can tell, and the runner has asked it by now.
+        errors.OutcomeUnknown: _Own(
+            None, _fail("how the job ended cannot be told, and it is never run again blindly"), final=True
+        ),
+        errors.DeadlinePassed: _Own("57014", _fail("the job's own timeout passed; a retry of it has to be asked for")),
+        errors.WorkerLost: _Own(None, _look("the worker is gone and reported no SQLSTATE")),
+        errors.StillRunning: _Own(None, _look("a worker could not be ended in time and still runs")),
+        errors.SeriesHeld: _Own(None, _look("somebody else's session holds the lock of the series")),
+        errors.NoWorkerSlot: _Own("53000", _wait("no worker slot came free in time")),
+        errors.LaunchFailed: _Own(None, _look("the launch call failed without a SQLSTATE, and may have launched")),
+        errors.ServerUnreachable: _Own("08006", _look("the server did not answer")),
+        errors.ReadOnlyServer: _Own("25006", RULES["25006"]),
+        errors.ExtensionMissing: _Own(None, _fail("pg_background is not installed in this database")),
+        errors.ExtensionTooOld: _Own(None, _fail("pg_background is too old in this database")),
+        errors.SchemaMissing: _Own(None, _fail("the package's schema is not installed in this database")),
+        errors.SchemaVersionMismatch: _Own(None, _fail("the package's schema is of another version")),
+        errors.NoPrivilege: _Own("42501", _fail("the login lacks a privilege")),
+        errors.PoolerInTransactionMode: _Own(None, _fail("a pooler in transaction mode breaks handles")),
+    }
+)
+
+_KEY = re.compile(r"[0-9A-Z]{2}(?:[0-9A-Z]{3})?")
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Decide what to do about an error: the user's rules first, then the defaults.
+
+    Parameters
+    ----------
+    overrides:
+        Rules of one's own, by SQLSTATE (``"55P03"``) or class (``"53"``). A code wins over a class, and any of these
+        over the defaults, so ``{"53": …}`` covers all of class 53. They cannot take away a look at the receipt where
+        the commit is unknown, nor run a cancelled job or one of unknown outcome again.
+    rng:
+        Where the jitter comes from; a seeded :class:`random.Random` makes the delays repeatable.
+
+    Raises
+    ------
+    ValueError
+        A key is no SQLSTATE and no class, or is one of this package's own (PB001 to PB003).
+
+    Examples
+    --------
+    >>> policy = RetryPolicy({"23505": Rule(RETRY, "two loads met", first_delay=1, max_tries=3)})
+    >>> policy.decide("23505", 1).action.value
+    'retry'
+    """
+
+    overrides: Mapping[str, Rule] = field(default_factory=dict)
+    rng: random.Random = field(default_factory=random.Random, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # A copy, so that the caller's dict can change without changing a policy.
+        object.__setattr__(self, "overrides", dict(self.overrides))
+        for key in self.overrides:
+            if not _KEY.fullmatch(key):
+                raise ValueError(
+                    f"{key!r} is neither a SQLSTATE (5 characters) nor a class (2): digits and capitals only"
+                )
+            if key.startswith("PB"):
+                raise ValueError(
+                    f"{key!r} is how this package's own parts talk to one another and cannot be overridden"
+                )
+
+    def decide(
+        self,
+        error: BaseException | ErrorFields | str,
+        attempt: int = 1,
+        *,
+        origin: Origin | None = None,
+        ran_for: float | None = None,
+        limits: Mapping[str, float] | None = None,
+    ) -> Decision:
+        """Decide what to do about ``error``.
+
+        Parameters
+        ----------
+        error:
+            An error of this package, one of a driver's (with a ``sqlstate``), the fields of a worker's error, or a
+            SQLSTATE.
+        attempt:
+            The number of the try that failed, from 1.
+        origin:
+            Where the error came from. By default a driver's error came from a connection, a
+            :class:`~pgbg_orchestration.errors.LaunchFailed` from the launch call, and all else from the job.
+        ran_for:
+            Seconds that the job ran. With ``limits`` it tells which of the causes of 57014 it was.
+        limits:
+            The timeouts in force, in seconds by name, such as ``{"statement_timeout": 30}``; 0 means that one is off.
+
+        Returns
+        -------
+        Decision
+            What to do, with a reason that names the SQLSTATE.
+
+        Raises
+        ------
+        ValueError
+            ``attempt`` is less than 1.
+        """
+        if attempt < 1:
+            raise ValueError("attempt counts from 1")
+        sqlstate, found, where = self._find(error, origin)
+        named = f"SQLSTATE {sqlstate}" if sqlstate else _name_of(error)
+        if found is None:
+            return Decision(DEFAULT, None, f"{named}: no rule knows it, the orchestrator's settings decide", sqlstate)
+        why = found.why
+        if sqlstate == "57014" and where is Origin.JOB and (cause := _which_limit(ran_for, limits or {})):
+            why = f"{why} ({cause})"
+        look_first = found.look_first or (found.action is RETRY and _commit_unknown(sqlstate, where))
+        if found.action is not RETRY:
+            return Decision(found.action, None, f"{named}: {why}", sqlstate, look_first, found.uses_attempt)
+        if found.max_tries is not None and attempt >= found.max_tries:
+            return Decision(
+                FAIL, None, f"{named}: {why}; that was try {attempt} of {found.max_tries}", sqlstate, look_first
+            )
+        delay = found.delay(attempt, self.rng)
+        first = "looking at the receipt first, " if look_first else ""
+        reason = f"{named}: {why}; {first}again in {delay:.1f} s after try {attempt}"
+        return Decision(RETRY, delay, reason, sqlstate, look_first, found.uses_attempt)
+
+    def _find(
+        self, error: BaseException | ErrorFields | str, origin: Origin | None
+    ) -> tuple[str | None, Rule | None, Origin]:
+        """Return the SQLSTATE of ``error``, the rule for it, and where the error came from."""
+        if isinstance(error, str):
+            return error, self._rule_of(error, origin or Origin.JOB), origin or Origin.JOB
+        if isinstance(error, ErrorFields):
+            where = origin or Origin.JOB
+            return error.sqlstate, self._rule_of(error.sqlstate, where), where
+        if isinstance(error, errors.WorkerError):
+            # The runner has looked by now and found no receipt: a PB code here was raised by the job's own SQL, and
+            # what that means only its author knows.
+            raised_by_user = error.sqlstate is not None and error.sqlstate.startswith("PB")
+            return error.sqlstate, None if raised_by_user else self._rule_of(error.sqlstate, Origin.JOB), Origin.JOB
+        if isinstance(error, errors.PgbgError):
+            return self._own_rule(error, origin)
+        where = origin or Origin.CONNECTION
+        sqlstate = getattr(error, "sqlstate", None)
+        if isinstance(sqlstate, str):
+            return sqlstate, self._rule_of(sqlstate, where), where
+        # libpq gives no SQLSTATE when it cannot connect or finds the connection gone.
+        return None, RULES["08006"] if _is_lost_connection(error) else None, where
+
+    def _own_rule(self, error: errors.PgbgError, origin: Origin | None) -> tuple[str | None, Rule | None, Origin]:
+        is_launch = isinstance(error, errors.LaunchFailed)
+        where = origin or (Origin.LAUNCH if is_launch else Origin.JOB)
+        own = next((_OWN[kind] for kind in type(error).__mro__ if kind in _OWN), None)
+        if own is None:
+            return error.sqlstate, self._rule_of(error.sqlstate, where), where
+        sqlstate = error.sqlstate or own.sqlstate
+        if own.final:
+            return sqlstate, own.rule, where
+        if is_launch and sqlstate is not None:
+            return sqlstate, self._rule_of(sqlstate, where), where
+        return sqlstate, _match(self.overrides, sqlstate) or own.rule, where
+
+    def _rule_of(self, sqlstate: str | None, origin: Origin) -> Rule | None:
+        """Return the first rule that matches: the user's, then the origin's, then the defaults."""
+        tables = (self.overrides, RULES_BY_ORIGIN[origin], RULES)
+        return next((rule for table in tables if (rule := _match(table, sqlstate))), None)
+
+
+def _match(table: Mapping[str, Rule], sqlstate: str | None) -> Rule | None:
+    if not sqlstate:
+        return None
+    return table.get(sqlstate) or table.get(sqlstate[:2])
+
+
+def _commit_unknown(sqlstate: str | None, origin: Origin) -> bool:
+    """Tell whether the job may be committed although this error was seen, whatever a user's rule says."""
+    if origin is Origin.JOB:
+        default = _match(RULES, sqlstate)
+        return default is not None and default.look_first
+    # A launch call that fails with any other code may have launched.
+    return sqlstate not in _LAUNCHED_NOTHING | _SENT_NOTHING
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Tell whether ``error`` is psycopg's word for a connection that failed, without importing psycopg."""
+    # An error of psycopg's can only be met where psycopg is imported already; importing it here would cost every DAG
+    # file 64 ms.
+    psycopg = sys.modules.get("psycopg")
+    return psycopg is not None and isinstance(error, psycopg.OperationalError)
+
+
+def _which_limit(ran_for: float | None, limits: Mapping[str, float]) -> str | None:
+    """Say which timeout a cancelled query ran into, or that it was none of them."""
+    active = {name: seconds for name, seconds in limits.items() if seconds > 0}
+    if ran_for is None:
+        return None
+    # A timeout fires after its time and never before; clocks are read on both sides of a network, so allow for 2 %.
+    reached = [name for name, seconds in active.items() if ran_for >= seconds * 0.98]
+    if not reached:
+        return f"it ran for {ran_for:.1f} s and no timeout had passed: somebody cancelled it"
+    # Of several that have passed, the shortest was the one that fired.
+    name = min(reached, key=lambda passed: active[passed])
+    return f"it ran for {ran_for:.1f} s and {name} is {active[name]:g} s"
+
+
+def _name_of(error: BaseException | ErrorFields | str) -> str:
+    return type(error).__name__ if isinstance(error, BaseException) else "No SQLSTATE"
+
+
+__all__ = [
+    "ATTACH",
+    "DEFAULT",
+    "FAIL",
+    "RETRY",
+    "RULES",
+    "RULES_BY_ORIGIN",
+    "Action",
+    "Decision",
+    "Origin",
+    "RetryPolicy",
+    "Rule",
+]
