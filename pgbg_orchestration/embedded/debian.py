@@ -31,7 +31,7 @@ DOWNLOAD_TIMEOUT = 60.0
 """Seconds without a byte after which a download is given up."""
 
 
-class PackageUnavailable(Exception):
+class PackageUnavailableError(Exception):
     """The package cannot be had on this machine; the message says why, in words for the person who asked."""
 
 
@@ -39,7 +39,7 @@ class PackageUnavailable(Exception):
 class Package:
     """A binary package in Debian's pool, with the checksum that its file must have.
 
-    Parameters:
+    Args:
         name: the binary package's name.
         version: the Debian version, as in the package index.
         filename: path below the mirror's root.
@@ -71,20 +71,20 @@ KNOWN_PACKAGES = {
 
 
 def mirror() -> str:
-    """The Debian mirror to use, without a trailing slash.
+    """Find the Debian mirror to use; returned without a trailing slash.
 
     Taken from the environment variable ``PGBG_DEBIAN_MIRROR``, else from the machine's own apt configuration
     (``apt-get indextargets``, see apt-get(8)): the first repository that calls itself Debian and is not the
     security archive, which carries no testing suite.
 
     Raises:
-        PackageUnavailable: there is no apt here, or apt knows no Debian archive.
+        PackageUnavailableError: there is no apt here, or apt knows no Debian archive.
     """
     if chosen := os.environ.get(MIRROR_VARIABLE):
         return chosen.rstrip("/")
     apt_get = shutil.which("apt-get")
     if apt_get is None:
-        raise PackageUnavailable(f"no apt-get here and {MIRROR_VARIABLE} is not set, so no Debian mirror is known")
+        raise PackageUnavailableError(f"no apt-get here and {MIRROR_VARIABLE} is not set, so no Debian mirror is known")
     listing = subprocess.run(
         [apt_get, "indextargets", "--format", "$(CREATED_BY)|$(ORIGIN)|$(REPO_URI)"],
         capture_output=True,
@@ -98,13 +98,13 @@ def mirror() -> str:
         is_debian = origin == "Debian" or (not origin and uri.endswith("/debian"))
         if created_by == "Packages" and is_debian and not uri.endswith("-security"):
             return uri
-    raise PackageUnavailable(f"apt here knows no Debian archive; set {MIRROR_VARIABLE} to a Debian mirror")
+    raise PackageUnavailableError(f"apt here knows no Debian archive; set {MIRROR_VARIABLE} to a Debian mirror")
 
 
 def fetch(name: str, architecture: str) -> tuple[Package, bytes]:
     """Download a package of Debian's testing suite and verify it.
 
-    Parameters:
+    Args:
         name: the binary package's name.
         architecture: Debian's name of the architecture (``amd64``, ``arm64``).
 
@@ -112,7 +112,7 @@ def fetch(name: str, architecture: str) -> tuple[Package, bytes]:
         The package's description and the bytes of its .deb file.
 
     Raises:
-        PackageUnavailable: no mirror, no network, no such package, or nothing trusted vouches for the file.
+        PackageUnavailableError: no mirror, no network, no such package, or nothing trusted vouches for the file.
     """
     base = mirror()
     known = KNOWN_PACKAGES.get(architecture)
@@ -131,14 +131,14 @@ def fetch(name: str, architecture: str) -> tuple[Package, bytes]:
 
 
 def members(deb: bytes) -> Iterator[tuple[str, bytes]]:
-    """The regular files of a .deb: (path without the leading ``./``, content). See deb(5) and ar(5).
+    """Yield the regular files of a .deb as (path without the leading ``./``, content). See deb(5) and ar(5).
 
     Raises:
-        PackageUnavailable: the file is not a Debian package, or uses a compression this Python cannot read.
+        PackageUnavailableError: the file is not a Debian package, or uses a compression this Python cannot read.
     """
     magic, offset = b"!<arch>\n", 8
     if deb[:offset] != magic:
-        raise PackageUnavailable("the downloaded file is not a Debian package")
+        raise PackageUnavailableError("the downloaded file is not a Debian package")
     while offset + 60 <= len(deb):
         header = deb[offset : offset + 60]
         member = header[:16].decode("ascii").strip().rstrip("/")
@@ -152,13 +152,13 @@ def members(deb: bytes) -> Iterator[tuple[str, bytes]]:
                         if stream is not None:
                             yield entry.name.removeprefix("./"), stream.read()
             except tarfile.TarError as error:
-                raise PackageUnavailable(f"cannot unpack {member} of the Debian package: {error}") from error
+                raise PackageUnavailableError(f"cannot unpack {member} of the Debian package: {error}") from error
             return
         offset += 60 + size + size % 2
-    raise PackageUnavailable("the downloaded Debian package has no data member")
+    raise PackageUnavailableError("the downloaded Debian package has no data member")
 
 
-class _NotOnMirror(PackageUnavailable):
+class _NotOnMirror(PackageUnavailableError):
     """The mirror answered that it has no such file."""
 
 
@@ -170,15 +170,15 @@ def _download(url: str) -> bytes:
     except urllib.error.HTTPError as error:
         if error.code in (404, 410):
             raise _NotOnMirror(f"{url} is not there (HTTP {error.code})") from error
-        raise PackageUnavailable(f"cannot download {url}: HTTP {error.code}") from error
+        raise PackageUnavailableError(f"cannot download {url}: HTTP {error.code}") from error
     except OSError as error:
-        raise PackageUnavailable(f"cannot download {url}: {error}") from error
+        raise PackageUnavailableError(f"cannot download {url}: {error}") from error
 
 
 def _verify(content: bytes, sha256: str, what: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise PackageUnavailable(f"{what} has the SHA-256 {found}, expected {sha256}: not used")
+        raise PackageUnavailableError(f"{what} has the SHA-256 {found}, expected {sha256}: not used")
 
 
 def _look_up(base: str, name: str, architecture: str) -> Package:
@@ -193,7 +193,7 @@ def _look_up(base: str, name: str, architecture: str) -> Package:
         index: bytes = stream.read()
     start = index.find(marker) if index.startswith(marker) else index.find(b"\n" + marker) + 1
     if start == 0 and not index.startswith(marker):
-        raise PackageUnavailable(f"{SUITE} of {base} has no package {name} for {architecture}")
+        raise PackageUnavailableError(f"{SUITE} of {base} has no package {name} for {architecture}")
     fields = dict(
         line.split(": ", 1)
         for line in index[start : index.find(b"\n\n", start)].decode().splitlines()
@@ -205,7 +205,7 @@ def _look_up(base: str, name: str, architecture: str) -> Package:
 def _signed_release(base: str) -> str:
     gpgv = shutil.which("gpgv")
     if gpgv is None or not ARCHIVE_KEYRING.exists():
-        raise PackageUnavailable(
+        raise PackageUnavailableError(
             f"cannot check Debian's signature (needs gpgv and {ARCHIVE_KEYRING}), "
             "and the mirror no longer carries a version whose checksum is known here"
         )
@@ -222,7 +222,9 @@ def _signed_release(base: str) -> str:
         # gpgv ends with 2 when any one of several signatures has an unknown key; one good one from the archive's
         # own key ring is enough, as it is for apt.
         if "gpgv: Good signature" not in check.stderr or "BAD signature" in check.stderr or not verified.exists():
-            raise PackageUnavailable(f"Debian's signature on {SUITE} could not be verified:\n{check.stderr.strip()}")
+            raise PackageUnavailableError(
+                f"Debian's signature on {SUITE} could not be verified:\n{check.stderr.strip()}"
+            )
         return verified.read_text()
 
 
@@ -234,4 +236,4 @@ def _release_checksum(release: str, path: str) -> str:
         digest, _, name = line.split()
         if name == path:
             return digest
-    raise PackageUnavailable(f"the release file of {SUITE} does not list {path}")
+    raise PackageUnavailableError(f"the release file of {SUITE} does not list {path}")

@@ -34,7 +34,7 @@ exec chroot --userspec="$user" "$root" "$@"
 """
 
 
-class TreeUnavailable(Exception):
+class TreeUnavailableError(Exception):
     """The tree cannot be had on this machine; the message says why."""
 
 
@@ -65,7 +65,7 @@ class DebianTree:
             return "needs debootstrap, and there is no apt-get to install it with"
         try:
             debian.mirror()
-        except debian.PackageUnavailable as error:
+        except debian.PackageUnavailableError as error:
             return str(error)
         return None
 
@@ -77,10 +77,10 @@ class DebianTree:
         """Build the tree unless it is there (about a minute), and return its root.
 
         Raises:
-            TreeUnavailable: it cannot be had here, or debootstrap failed; its last lines are in the message.
+            TreeUnavailableError: it cannot be had here, or debootstrap failed; its last lines are in the message.
         """
         if reason := self.why_not():
-            raise TreeUnavailable(reason)
+            raise TreeUnavailableError(reason)
         self.directory.mkdir(parents=True, exist_ok=True)
         with file_lock(self.directory / "build.lock"):
             if not self.is_built():
@@ -110,7 +110,7 @@ class DebianTree:
             name, _, uid, gid, *_ = line.split(":")
             if name == user:
                 return int(uid), int(gid)
-        raise TreeUnavailable(f"{self.root} has no user {user}")
+        raise TreeUnavailableError(f"{self.root} has no user {user}")
 
     def _build(self) -> None:
         _install_debootstrap()
@@ -135,7 +135,9 @@ class DebianTree:
             )
         if result.returncode != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise TreeUnavailable(f"debootstrap of {debian.SUITE} failed with {result.returncode} ({log}):\n{tail}")
+            raise TreeUnavailableError(
+                f"debootstrap of {debian.SUITE} failed with {result.returncode} ({log}):\n{tail}"
+            )
         shutil.rmtree(building / "var/cache/apt/archives", ignore_errors=True)
         building.rename(self.root)
 
@@ -159,7 +161,7 @@ def _install_debootstrap() -> None:
     for command in (["apt-get", "update"], install):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            raise TreeUnavailable(f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}")
+            raise TreeUnavailableError(f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}")
 
 
 if __name__ == "__main__":

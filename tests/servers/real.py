@@ -43,13 +43,13 @@ class RealServer:
     Any number of clusters, in any number of processes, share one tree. A cluster belongs to the process that made it:
     it is stopped and removed at that process's exit, or, when the process was killed, by the next one that starts any.
 
-    Parameters:
+    Args:
         max_worker_processes: PostgreSQL's setting of that name; 8 is what most users have.
         settings: further settings of postgresql.conf, which win over the ones made here.
         tree: the Debian tree; default: the one in ``PGBG_SERVERS_DIR``.
 
-    Raises (from :meth:`start`):
-        TreeUnavailable: this machine cannot have a real server; the message says why.
+    Raises:
+        TreeUnavailableError: this machine cannot have a real server; the message says why.
     """
 
     name = "real"
