@@ -1,0 +1,1 @@
+"""Airflow provider: deferrable SQL in PostgreSQL background workers."""

@@ -1,0 +1,1 @@
+"""Dagster integration: SQL in PostgreSQL background workers."""

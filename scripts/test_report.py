@@ -1,0 +1,47 @@
+"""Print where the tests ran and what was skipped, from pytest's JUnit report: python scripts/test_report.py FILE.
+
+A test that is run on several servers carries the server's name in its id, in square brackets, as in
+``test_launch[real]`` or ``test_launch[standin-1.9-all]``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from xml.etree import ElementTree as ET
+
+SERVERS = ("real", "embedded", "standin")
+
+
+def server_of(name: str) -> str:
+    """Return the server that a test's id names, or "no server named"."""
+    parameters = re.search(r"\[(.*)\]$", name)
+    for word in re.split(r"[-, ]", parameters[1] if parameters else ""):
+        if word.startswith(SERVERS):
+            return word
+    return "no server named"
+
+
+def main(path: str) -> None:
+    """Read the report at ``path`` and print it by server, then the skips by reason."""
+    counts: Counter[tuple[str, str]] = Counter()
+    skips: Counter[str] = Counter()
+    # The file was written by the pytest that ran a moment ago.
+    for case in ET.parse(path).iter("testcase"):  # noqa: S314
+        ended = next((child for child in case if child.tag in {"skipped", "failure", "error"}), None)
+        kind = "passed" if ended is None else {"skipped": "skipped"}.get(ended.tag, "failed")
+        counts[server_of(case.get("name", "")), kind] += 1
+        if ended is not None and kind == "skipped":
+            skips[(ended.get("message") or "no reason given").splitlines()[0]] += 1
+    for server in sorted({server for server, _ in counts}):
+        numbers = ", ".join(f"{counts[server, kind]} {kind}" for kind in ("passed", "failed", "skipped"))
+        sys.stdout.write(f"{server:<24} {numbers}\n")
+    for reason, count in skips.most_common():
+        sys.stdout.write(f"skipped {count:>4}: {reason}\n")
+    if not skips:
+        sys.stdout.write("nothing was skipped\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,267 @@
+"""What holds of the project as a whole: who imports whom, what is exported, what lies where, what may not be in it."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+from pgbg_orchestration import errors, retry
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("pgbg_orchestration", "airflow_provider", "dagster_resource")
+
+FOLDERS = {
+    ".ci",
+    "airflow_provider",
+    "benchmarks",
+    "dagster_resource",
+    "demo",
+    "docs",
+    "example_dags",
+    "pgbg_orchestration",
+    "scripts",
+    "tests",
+}
+FILES = {
+    ".editorconfig",
+    ".gitignore",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "constraints.txt",
+    "pyproject.toml",
+}
+
+
+def tracked_files() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files belong to the project is not known")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for name in listed.split("\0") if name and (path := ROOT / name).exists()]
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, str]:
+    """Every text file of the project, by its path."""
+    found = {}
+    for path in tracked_files():
+        content = path.read_bytes()
+        if b"\0" not in content:
+            found[str(path.relative_to(ROOT))] = content.decode()
+    return found
+
+
+class TestImports:
+    def test_contracts_hold(self) -> None:
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    @pytest.mark.parametrize(
+        ("module", "source", "complaint"),
+        [
+            ("core", "pgbg_orchestration/{name}.py", "import airflow_provider"),
+            ("airflow", "airflow_provider/{name}.py", "import dagster_resource"),
+            ("orchestrator", "pgbg_orchestration/{name}.py", "from airflow.sdk import DAG"),
+            ("verdict", "pgbg_orchestration/verdict.py", "import psycopg"),
+            ("verdict", "pgbg_orchestration/verdict.py", "from time import time"),
+        ],
+    )
+    def test_contracts_notice_a_breach(self, tmp_path: Path, module: str, source: str, complaint: str) -> None:
+        """A contract that cannot fail proves nothing: break each rule in a copy and see it told."""
+        for package in PACKAGES:
+            (tmp_path / package).mkdir()
+            (tmp_path / package / "__init__.py").touch()
+        (tmp_path / "pgbg_orchestration" / "verdict.py").touch()
+        (tmp_path / source.format(name=f"breach_in_{module}")).write_text(complaint + "\n")
+        (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(tmp_path), "PATH": "", "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert done.returncode == 1, done.stdout + done.stderr
+        broken = source.format(name=f"breach_in_{module}").removesuffix(".py").replace("/", ".")
+        assert broken in done.stdout
+
+    @pytest.mark.parametrize("package", PACKAGES)
+    def test_types_are_shipped(self, package: str) -> None:
+        assert (ROOT / package / "py.typed").is_file()
+
+
+class TestExports:
+    """What users import. A name that goes, or one that comes, is told in CHANGELOG.md."""
+
+    def test_errors(self) -> None:
+        assert sorted(errors.__all__) == [
+            "DeadlinePassed",
+            "ErrorFields",
+            "ExtensionMissing",
+            "ExtensionTooOld",
+            "InvalidJob",
+            "JobCancelled",
+            "JobIdReused",
+            "LaunchFailed",
+            "NO_FIELDS",
+            "NoPrivilege",
+            "NoWorkerSlot",
+            "OutcomeUnknown",
+            "PgbgError",
+            "PoolerInTransactionMode",
+            "ReadOnlyServer",
+            "SchemaMissing",
+            "SchemaVersionMismatch",
+            "SeriesHeld",
+            "ServerUnreachable",
+            "StillRunning",
+            "Superseded",
+            "WorkerError",
+            "WorkerLost",
+        ]
+
+    def test_retry(self) -> None:
+        assert sorted(retry.__all__) == [
+            "ATTACH",
+            "Action",
+            "DEFAULT",
+            "Decision",
+            "FAIL",
+            "Origin",
+            "RETRY",
+            "RULES",
+            "RULES_BY_ORIGIN",
+            "RetryPolicy",
+            "Rule",
+        ]
+
+
+class TestPackaging:
+    def test_airflows_provider_info_bears_the_distributions_name(self, pyproject: dict[str, Any]) -> None:
+        entry = pyproject["project"]["entry-points"]["apache_airflow_provider"]["provider_info"]
+        module, function = entry.split(":")
+        info = metadata.EntryPoint("provider_info", f"{module}:{function}", "apache_airflow_provider").load()()
+
+        assert info["package-name"] == pyproject["project"]["name"]
+
+    def test_only_tested_pythons_are_claimed(self, pyproject: dict[str, Any]) -> None:
+        claimed = [
+            line.rsplit(" ", 1)[1]
+            for line in pyproject["project"]["classifiers"]
+            if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", line)
+        ]
+
+        assert claimed == ["3.11"]
+
+    def test_every_requirement_is_locked(self, pyproject: dict[str, Any]) -> None:
+        project = pyproject["project"]
+        wanted = [Requirement(line) for line in project["dependencies"]]
+        wanted += [Requirement(line) for lines in project["optional-dependencies"].values() for line in lines]
+        locked = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()]
+
+        unlocked = [
+            str(requirement)
+            for requirement in wanted
+            if requirement.name != project["name"]
+            and not any(
+                pin.name == requirement.name and requirement.specifier.contains(next(iter(pin.specifier)).version)
+                for pin in locked
+            )
+        ]
+        assert unlocked == [], "run `make lock`"
+
+    def test_the_lock_holds_names_versions_and_markers_only(self) -> None:
+        for line in (ROOT / "constraints.txt").read_text().splitlines():
+            pin = Requirement(line)
+            assert pin.url is None
+            assert not pin.extras
+            assert [specifier.operator for specifier in pin.specifier] == ["=="], line
+
+    def test_dagsters_packages_are_locked_together(self) -> None:
+        pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()]
+        versions = {
+            str(pin.specifier)
+            for pin in pins
+            if pin.name in {"dagster", "dagster-pipes", "dagster-shared", "dagster-webserver", "dagster-graphql"}
+        }
+
+        assert len(versions) == 1
+
+
+class TestTheTree:
+    def test_everything_at_the_top_has_its_place(self) -> None:
+        parts = [path.relative_to(ROOT).parts for path in tracked_files()]
+
+        assert {first for first, *rest in parts if rest} - FOLDERS == set()
+        assert {first for first, *rest in parts if not rest} - FILES == set()
+
+    def test_no_source_file_outgrows_its_room(self, texts: dict[str, str]) -> None:
+        lengths = {name: text.count("\n") for name, text in texts.items() if name.endswith(".py")}
+
+        assert {name: length for name, length in lengths.items() if length > 600} == {}
+
+
+class TestNothingOfAMachineIsInTheProject:
+    """What is written here must hold on anybody's machine."""
+
+    # Hosts that everybody can reach and that documentation may point at, and names that stand for one's own.
+    HOSTS = re.compile(
+        r"(?:[\w-]+\.)*(?:apache\.org|choosealicense\.com|dagster\.io|debian\.org|github\.com|keepachangelog\.com"
+        r"|postgresql\.org|psycopg\.org|python\.org|pytest\.org|pypi\.org|semver\.org|astral\.sh"
+        r"|example(?:\.(?:com|org|net|test))?|localhost)"
+    )
+
+    def test_no_address_of_a_private_host(self, texts: dict[str, str]) -> None:
+        strange = {
+            f"{name}: {host}"
+            for name, text in texts.items()
+            for host in re.findall(r"(?:https?|file|ftp)://(?:[^\s/@'\"]*@)?([A-Za-z0-9][A-Za-z0-9.-]*)", text)
+            if not self.HOSTS.fullmatch(host) and not _is_loopback(host)
+        }
+
+        assert strange == set()
+
+    def test_no_path_of_somebodys_own(self, texts: dict[str, str]) -> None:
+        # Written in two parts, so that this file does not find itself.
+        own = re.compile(r"(?<![\w.~$}])/" + r"(?:work|root|home/\w+|Users/\w+|var/tmp)/[\w.-]+")
+        found = {f"{name}: {hit}" for name, text in texts.items() for hit in own.findall(text)}
+
+        assert found == set()
+
+    def test_no_index_or_folder_to_install_from(self, texts: dict[str, str]) -> None:
+        option = re.compile(r"^\s*(?:--)?(?:extra-)?(?:index-url|find-links)\s*=?\s*\S+", re.MULTILINE)
+
+        assert [name for name, text in texts.items() if option.search(text)] == []
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
