@@ -33,7 +33,9 @@ _RUN = re.compile(
 _BLANKS = re.compile(rf"(?:{_BLANK})++")
 _WORD_TOKEN = re.compile(_WORD)
 _BLANKS_AND_WORD = re.compile(rf"(?:{_BLANK})*+({_WORD})")
-_NUMBER_TOKEN = re.compile(r"[0-9]+")
+# Before 15 a number ended where its digits end (1e'\'' was 1 and an escape string); since then what follows them
+# directly is part of it or an error. So 1_000 may be read as 1 and _000 here: no statement ends otherwise for it.
+_NUMBER_TOKEN = re.compile(r"\$?[0-9]+")
 _STRING_TOKEN = re.compile(_STRING)
 _NAME_TOKEN = re.compile(_NAME)
 _DOLLAR_TAG = re.compile(rf"\${_TAG_AFTER_DOLLAR}")
@@ -46,10 +48,14 @@ _CONTINUATION = re.compile(r"(?:[ \t\f\v]++|--[^\n\r]*+)*+[\n\r](?:[ \t\n\r\f\v]
 class UnterminatedSql(ValueError):
     """A string, a quoted identifier or a comment in the SQL is never closed.
 
-    Attributes:
-        what: What is open, for example ``string``.
-        line: The line in which it starts, counted from 1.
-        position: The offset in the SQL, in characters, at which it starts.
+    Attributes
+    ----------
+    what:
+        What is open, for example ``string``.
+    line:
+        The line in which it starts, counted from 1.
+    position:
+        The offset in the SQL, in characters, at which it starts.
     """
 
     def __init__(self, what: str, line: int, position: int) -> None:
@@ -73,7 +79,7 @@ class TokenKind(Enum):
     STRING = "string"
     """A string constant of any spelling, dollar quotes included."""
     NUMBER = "number"
-    """A run of digits."""
+    """A run of digits, or a parameter such as $1."""
     SYMBOL = "symbol"
     """Any other single character."""
 
@@ -90,8 +96,10 @@ class Token(NamedTuple):
 def skip_blank(sql: str, position: int) -> int:
     """Return the offset of the first token at or after ``position``; blanks and comments are skipped.
 
-    Raises:
-        UnterminatedSql: A comment is never closed.
+    Raises
+    ------
+    UnterminatedSql
+        A comment is never closed.
     """
     while True:
         if match := _BLANKS.match(sql, position):
@@ -115,8 +123,10 @@ def skip_opaque(sql: str, position: int) -> int:
 
     Returns ``position`` itself where none of these starts.
 
-    Raises:
-        UnterminatedSql: It is never closed.
+    Raises
+    ------
+    UnterminatedSql
+        It is never closed.
     """
     match sql[position : position + 1]:
         case "'":
@@ -139,8 +149,10 @@ def skip_opaque(sql: str, position: int) -> int:
 def leading_words(sql: str, position: int, limit: int) -> tuple[tuple[str, ...], int]:
     """Return the unquoted words from ``position`` on, in upper case and ``limit`` at most, and the end of the last.
 
-    Raises:
-        UnterminatedSql: A comment between them is never closed.
+    Raises
+    ------
+    UnterminatedSql
+        A comment between them is never closed.
     """
     words: list[str] = []
     end = position
@@ -158,8 +170,10 @@ def leading_words(sql: str, position: int, limit: int) -> tuple[tuple[str, ...],
 def tokens(sql: str, position: int = 0) -> Iterator[Token]:
     """Yield the tokens of ``sql`` from ``position`` on, without blanks and comments.
 
-    Raises:
-        UnterminatedSql: A string, a quoted identifier or a comment is never closed.
+    Raises
+    ------
+    UnterminatedSql
+        A string, a quoted identifier or a comment is never closed.
     """
     while (position := skip_blank(sql, position)) < len(sql):
         start = position

@@ -40,11 +40,16 @@ class EmptySql(ValueError):
 class RefusedStatement(ValueError):
     """A statement cannot run in a worker, or not beside the others; nothing was launched.
 
-    Attributes:
-        number: Which statement of the job, counted from 1.
-        line: The line that it starts in, in its text, counted from 1.
-        excerpt: Its beginning, without comments and with string constants masked, since they may be secrets.
-        reason: Why it is refused and what to do instead.
+    Attributes
+    ----------
+    number:
+        Which statement of the job, counted from 1.
+    line:
+        The line that it starts in, in its text, counted from 1.
+    excerpt:
+        Its beginning, without comments and with string constants masked, since they may be secrets.
+    reason:
+        Why it is refused and what to do instead.
     """
 
     def __init__(self, number: int, line: int, excerpt: str, reason: str) -> None:
@@ -62,14 +67,20 @@ class RefusedStatement(ValueError):
 def check(statements: Sequence[Statement], one_transaction: bool) -> None:
     """Refuse what no worker can run.
 
-    Args:
-        statements: The statements of one job.
-        one_transaction: Whether the job runs them in one transaction with something else, such as its receipt. With
-            False a single statement may be one that cannot run in a transaction.
+    Parameters
+    ----------
+    statements:
+        The statements of one job.
+    one_transaction:
+        Whether the job runs them in one transaction with something else, such as its receipt. With
+        False a single statement may be one that cannot run in a transaction.
 
-    Raises:
-        EmptySql: There is no statement.
-        RefusedStatement: A statement cannot run in a worker, or not beside the others.
+    Raises
+    ------
+    EmptySql
+        There is no statement.
+    RefusedStatement
+        A statement cannot run in a worker, or not beside the others.
     """
     if not statements:
         raise EmptySql
@@ -89,11 +100,14 @@ def outside_transaction(statement: Statement) -> bool:
     text does not: CALL and DO (see `may_commit`), REINDEX and CLUSTER of a partitioned table or index, DROP
     SUBSCRIPTION of one with a replication slot.
 
-    Args:
-        statement: A statement from `split`.
+    Parameters
+    ----------
+    statement:
+        A statement from `split`.
 
-    Returns:
-        True if it can only run alone, as the single statement of a launch.
+    Returns
+    -------
+    True if it can only run alone, as the single statement of a launch.
     """
     match statement.keywords:
         case ("VACUUM", *_) | ("DISCARD", "ALL", *_) | ("ALTER", "SYSTEM", *_):
@@ -124,11 +138,14 @@ def may_commit(statement: Statement) -> bool:
 
     Alone in a launch such a commit works; beside anything else it fails with 2D000 and all is rolled back.
 
-    Args:
-        statement: A statement from `split`.
+    Parameters
+    ----------
+    statement:
+        A statement from `split`.
 
-    Returns:
-        True for CALL and DO.
+    Returns
+    -------
+    True for CALL and DO.
     """
     return statement.keywords[:1] in {("CALL",), ("DO",)}
 

@@ -29,13 +29,18 @@ _ROUTINE = ("FUNCTION", "PROCEDURE")
 class Statement:
     """One statement of an SQL text.
 
-    Attributes:
-        text: The exact text from the first to the last character that is no blank, comments before and after
-            included, without the semicolon that ends it.
-        keywords: The unquoted words that it begins with, in upper case, eight at most:
-            ``("CREATE", "UNIQUE", "INDEX", "CONCURRENTLY", "I", "ON", "T")``. Names are among them, as here.
-        line: The line of its first word in the SQL text, counted from 1.
-        position: The offset of ``text`` in the SQL text, in characters.
+    Attributes
+    ----------
+    text:
+        The exact text from the first to the last character that is no blank, comments before and after
+        included, without the semicolon that ends it.
+    keywords:
+        The unquoted words that it begins with, in upper case, eight at most:
+        ``("CREATE", "UNIQUE", "INDEX", "CONCURRENTLY", "I", "ON", "T")``. Names are among them, as here.
+    line:
+        The line of its first word in the SQL text, counted from 1.
+    position:
+        The offset of ``text`` in the SQL text, in characters.
     """
 
     text: str
@@ -50,14 +55,19 @@ def split(sql: str) -> tuple[Statement, ...]:
     Text that PostgreSQL cannot parse is split as far as its quotes and parentheses tell; the server then names the
     error.
 
-    Args:
-        sql: Any number of statements with semicolons between them.
+    Parameters
+    ----------
+    sql:
+        Any number of statements with semicolons between them.
 
-    Returns:
-        The statements in their order; none for a text without statements.
+    Returns
+    -------
+    The statements in their order; none for a text without statements.
 
-    Raises:
-        UnterminatedSql: A string, a quoted identifier or a comment is never closed.
+    Raises
+    ------
+    UnterminatedSql
+        A string, a quoted identifier or a comment is never closed.
     """
     statements: list[Statement] = []
     line, counted, position = 1, 0, 0
@@ -81,11 +91,14 @@ def split(sql: str) -> tuple[Statement, ...]:
 def join(statements: Iterable[Statement]) -> str:
     """Join statements into the text of one launch, in which each sees the rows of those before it.
 
-    Args:
-        statements: The statements, from `split`.
+    Parameters
+    ----------
+    statements:
+        The statements, from `split`.
 
-    Returns:
-        Their texts with `SEPARATOR` between them.
+    Returns
+    -------
+    Their texts with `SEPARATOR` between them.
     """
     return SEPARATOR.join(statement.text for statement in statements)
 
