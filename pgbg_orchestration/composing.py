@@ -1,0 +1,152 @@
+"""From a job to the text that its worker runs: parameters bound, statements joined, the receipt in front.
+
+What differs between the kinds of job stands here: whether the SQL carries a receipt, and what is set at its launch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import AsyncClientCursor, AsyncConnection, sql
+
+from . import pace, statements
+from .errors import InvalidJob
+from .job import Job, Kind
+from .ledger import Key, Registration
+
+# Sent before the user's own settings, which win.
+BASE_SETTINGS: Mapping[str, str] = {
+    # A NOTICE that nobody reads fills the worker's queue, and blocks it for ever.
+    "client_min_messages": "warning",
+    # The splitter reads plain strings as the SQL standard does.
+    "standard_conforming_strings": "on",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A job bound for one database: its key, its statements with parameters in, and their digest."""
+
+    job: Job
+    key: Key
+    kind: Kind
+    label: str
+    statements: tuple[statements.Statement, ...]
+    sql_digest: bytes
+
+    @property
+    def carries_receipt(self) -> bool:
+        """Whether the worker writes a receipt in the transaction of the work."""
+        return self.kind is Kind.RECEIPT
+
+    @property
+    def marker(self) -> str:
+        """The ``application_name`` by which a worker without a lock is found: the same for all runs of one id."""
+        return f"pgbg:{hashlib.sha256(f'{self.key.owner}:{self.key.job_id}'.encode()).hexdigest()[:32]}"
+
+    def text(self, schema: str, registration: Registration | None) -> str:
+        """Return what the worker runs.
+
+        Parameters
+        ----------
+        schema:
+            Name of the package's schema.
+        registration:
+            The registered launch; None for a kind that carries no receipt.
+        """
+        if registration is None:
+            return statements.join(self.statements)
+        begin = sql.SQL("select {}({}, {}, {}, {}, {}, {}, {})").format(
+            sql.Identifier(schema, "begin_work"),
+            *map(
+                _literal,
+                (self.key.owner, self.key.job_id, self.key.series, registration.generation, self.label,
+                 registration.attempt, self.sql_digest),
+            ),
+        )  # fmt: skip
+        head = [begin.as_string(None)]
+        if self.job.role is not None:
+            head.append(sql.SQL("set local role {}").format(sql.Identifier(self.job.role)).as_string(None))
+        return "\n;".join([*head, statements.join(self.statements)])
+
+    def settings(self, seconds_left: float | None) -> dict[str, str]:
+        """Return the settings of a launch; ``seconds_left`` is the time until the job's deadline."""
+        settings = dict(BASE_SETTINGS)
+        if not self.carries_receipt:
+            settings["application_name"] = self.marker
+        if self.job.isolation is not None:
+            settings["default_transaction_isolation"] = self.job.isolation
+        if seconds_left is not None:
+            # So that the SQL ends even when nobody is left to cancel it.
+            milliseconds = int((max(seconds_left, 0) + pace.DEADLINE_MARGIN) * 1000)
+            settings["pg_background.worker_timeout"] = str(min(milliseconds, 2**31 - 1))
+        return {**settings, **(self.job.settings or {})}
+
+
+async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
+    """Bind a job's parameters with psycopg's own quoting, and check its role.
+
+    Parameters
+    ----------
+    conn:
+        A connection to the database that the job is for; it is asked for encoding and roles only.
+    login:
+        The ``session_user`` there.
+
+    Raises
+    ------
+    InvalidJob
+        Parameters and placeholders do not fit, or the role cannot be taken. Nothing has been launched.
+    """
+    texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
+    if job.parameters is not None:
+        cursor = AsyncClientCursor(conn)
+        try:
+            texts = [cursor.mogrify(text, job.parameters) for text in texts]  # type: ignore[arg-type]
+        except (psycopg.Error, TypeError, ValueError, IndexError, KeyError) as error:
+            # Its own message is about placeholders and types, never about values.
+            raise InvalidJob(f"the parameters do not fit the SQL: {error}", job_id=job.id, label=job.label) from error
+    parts = tuple(part for text in texts for part in job.split(text))
+    try:
+        statements.check(parts, one_transaction=job.kind is Kind.RECEIPT)
+    except ValueError as error:
+        raise InvalidJob(str(error), job_id=job.id, label=job.label) from error
+    if job.role is not None:
+        await _check_role(job, conn)
+    assert job.id and job.series and job.label  # the job filled them in
+    return Work(
+        job=job,
+        key=Key(job.owner or login, job.id, job.series),
+        kind=Kind(job.kind or Kind.RECEIPT),
+        label=job.label,
+        statements=parts,
+        sql_digest=hashlib.sha256(";".join(part.text for part in parts).encode()).digest(),
+    )
+
+
+async def _check_role(job: Job, conn: AsyncConnection[Any]) -> None:
+    # A session kind's worker starts as the role, and the login has to be allowed to read and detach it.
+    how = ("SET" if conn.info.server_version >= 160000 else "MEMBER") if job.kind is Kind.RECEIPT else "USAGE"
+    try:
+        cursor = await conn.execute("select pg_catalog.pg_has_role(session_user, %s, %s)", (job.role, how))
+        row = await cursor.fetchone()
+    except psycopg.errors.UndefinedObject as error:
+        raise InvalidJob(f"there is no role {job.role!r}", job_id=job.id, label=job.label) from error
+    if row != (True,):
+        raise InvalidJob(
+            f"the login cannot become the role {job.role!r}",
+            job_id=job.id,
+            label=job.label,
+            sqlstate="42501",
+            todo=f"GRANT {sql.Identifier(job.role or '').as_string(None)} TO the login.",
+        )
+
+
+def _literal(value: str | int | bytes) -> sql.Composable:
+    if isinstance(value, bytes):
+        return sql.SQL("decode({}, 'hex')").format(sql.Literal(value.hex()))
+    return sql.Literal(value)

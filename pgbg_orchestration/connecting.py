@@ -1,0 +1,88 @@
+"""Connections of our own: how they are made, and how a lost one is told from an error of the server's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, conninfo as libpq
+
+from . import pace
+from .errors import ServerUnreachable
+
+# A half-open connection is noticed by the kernel; connection strings may say otherwise.
+KEEPALIVE: Mapping[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 20,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+# What our own statements need, whatever the login's defaults are.
+BOOKKEEPING = (
+    ("default_transaction_isolation", "read committed"),
+    ("default_transaction_read_only", "off"),
+    ("standard_conforming_strings", "on"),
+    ("client_min_messages", "warning"),
+    ("statement_timeout", "0"),
+    ("lock_timeout", "0"),
+    ("idle_session_timeout", "0"),
+    ("idle_in_transaction_session_timeout", "0"),
+    ("search_path", "pg_catalog"),
+)
+
+
+# No later try helps: wrong password, no such login, no such database.
+REFUSED_LOGINS = ("28P01", "28000", "3D000")
+
+
+class ConnectionLost(Exception):
+    """The connection is gone, or did not answer in time; what was asked may have happened."""
+
+
+async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:
+    """Open a connection in autocommit mode, with keepalives.
+
+    Raises
+    ------
+    psycopg.OperationalError
+        The server cannot be reached, or refuses.
+    """
+    given = libpq.conninfo_to_dict(conninfo)
+    options = {**KEEPALIVE, "application_name": application_name, **given, "client_encoding": "utf8"}
+    async with asyncio.timeout(pace.CALL):
+        # No prepared statements of our own: a pooler in session mode may not keep them, and DISCARD drops them.
+        return await AsyncConnection.connect(libpq.make_conninfo(**options), autocommit=True, prepare_threshold=None)
+
+
+async def settle(conn: AsyncConnection[Any], settings: tuple[tuple[str, str], ...]) -> None:
+    """Set session settings in one round trip."""
+    calls = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(settings))
+    await conn.execute(f"select {calls}".encode(), [part for pair in settings for part in pair])
+
+
+def is_lost(conn: AsyncConnection[Any], error: BaseException) -> bool:
+    """Tell whether ``error`` means that the connection is gone, and not that the server refused a statement."""
+    if isinstance(error, TimeoutError | OSError):
+        return True
+    return isinstance(error, psycopg.Error) and (conn.closed or conn.broken)
+
+
+async def close(conn: AsyncConnection[Any]) -> None:
+    """Close a connection, a broken one too."""
+    try:
+        await conn.close()
+    except (psycopg.Error, OSError):
+        return  # it was gone already
+
+
+def unreachable(error: BaseException, what: str) -> ServerUnreachable:
+    """Return the error for a server that cannot be reached."""
+    state = getattr(error, "sqlstate", None)
+    return ServerUnreachable(
+        f"{what}: {str(error).strip() or type(error).__name__}",
+        sqlstate=state or "08006",
+        todo="Check the server and the network.",
+    )

@@ -1,0 +1,62 @@
+"""Plain questions about a statement or an error: its result's columns, its fields, and whether work is done."""
+
+from __future__ import annotations
+
+from typing import Any, LiteralString, cast
+
+import psycopg
+from psycopg import AsyncConnection, pq, sql
+
+from .outcome import ErrorFields
+
+
+def columns_of(pgconn: pq.abc.PGconn, text: str) -> list[tuple[int, int]]:
+    """Return type oid and modifier of each column that ``text`` gives, by a server-side describe; it is not run.
+
+    Blocks: call it in a thread.
+
+    Raises
+    ------
+    psycopg.Error
+        The server refuses the statement.
+    """
+    for result in (pgconn.prepare(b"", text.encode()), described := pgconn.describe_prepared(b"")):
+        if result.status != pq.ExecStatus.COMMAND_OK:
+            raise psycopg.errors.error_from_result(result)
+    return [(described.ftype(number), described.fmod(number)) for number in range(described.nfields)]
+
+
+async def column_list(conn: AsyncConnection[Any], columns: list[tuple[int, int]]) -> sql.Composable | None:
+    """Return a column definition list for those columns; None for a statement that gives none."""
+    if not columns:
+        return None
+    cursor = await conn.execute(
+        "select pg_catalog.format_type(c.oid, c.mod)"
+        " from unnest(%s::oid[], %s::int4[]) with ordinality as c (oid, mod, n) order by n",
+        ([oid for oid, _ in columns], [modifier for _, modifier in columns]),
+    )
+    names = [cast(LiteralString, row[0]) for row in await cursor.fetchall()]
+    return sql.SQL(", ").join(sql.SQL(f"c{n} ") + sql.SQL(name) for n, name in enumerate(names))
+
+
+def error_fields(error: psycopg.Error) -> ErrorFields:
+    """Return the fields of an error that a connection of our own raised."""
+    diag = error.diag
+    return ErrorFields(
+        sqlstate=error.sqlstate,
+        message=diag.message_primary or str(error),
+        detail=diag.message_detail,
+        hint=diag.message_hint,
+        context=diag.context,
+        schema_name=diag.schema_name,
+        table_name=diag.table_name,
+        column_name=diag.column_name,
+        constraint_name=diag.constraint_name,
+    )
+
+
+async def verify(conn: AsyncConnection[Any], query: str) -> bool:
+    """Run a ``verify_sql``; true only when its first column of its first row is true."""
+    cursor = await conn.execute(cast(LiteralString, query))
+    row = await cursor.fetchone()
+    return bool(row) and row is not None and row[0] is True

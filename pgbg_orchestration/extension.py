@@ -1,0 +1,249 @@
+"""pg_background's names, on every version: the only module that knows them.
+
+1.9 and 1.10 have ``pg_background_*_v2`` names, 2.0 has unsuffixed ones. On 1.9 an unsuffixed
+``pg_background_launch(text, int)`` exists too, with another meaning, so the version decides and never the presence
+of a name. The extension is relocatable: every call is qualified with the schema that ``pg_extension`` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, LiteralString, NamedTuple, cast
+
+from psycopg import AsyncConnection, errors, sql
+from psycopg.rows import dict_row, scalar_row, tuple_row
+
+from .outcome import ErrorFields
+
+OLDEST = (1, 9)
+ROLE = "pgbackground_role"
+DEFAULT_QUEUE_BYTES = 64 * 1024
+MAX_TRACKED = 1000  # the most that pg_background.max_workers takes
+NO_HANDLE = ("42704", "55000")  # not attached to this session; or another worker of that pid ("cookie mismatch")
+NO_SLOT = ("53000", "53400", "53100")  # server's worker slots, this session's table, /dev/shm
+
+# name in 2.0 → name in 1.9 and 1.10, where it is not the 2.0 name with "_v2"
+RENAMED = {"report_progress": "pg_background_progress", "grant_privileges": "grant_pg_background_privileges"}
+LIST_COLUMNS_1_9 = (
+    "pid int4, cookie int8, launched_at timestamptz, user_id oid, queue_size int4, state text, sql_preview text, "
+    "last_error text, consumed bool, label text"
+)
+
+
+class Handle(NamedTuple):
+    """What a launch gives: valid in the session that launched, and nowhere else.
+
+    The pid can be garbage when the worker ends before its launcher wakes: never signal it.
+    """
+
+    pid: int
+    cookie: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResultInfo:
+    """What ``result_info`` says. The times are known on 2.0 only. None of it is proof of a commit."""
+
+    completed: bool
+    has_error: bool
+    row_count: int | None = None
+    command_tag: str | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the worker's SQL last reported of its progress: percent, and a text."""
+
+    percent: int | None
+    message: str | None
+
+
+@dataclass(frozen=True)
+class Extension:
+    """pg_background as it is installed in one database."""
+
+    version: str
+    schema: str
+    _queries: dict[str, sql.Composed] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The version as numbers, such as ``(1, 10)``."""
+        return tuple(int(part) for part in self.version.split(".") if part.isdigit())
+
+    @property
+    def v2_names(self) -> bool:
+        return self.numbers < (2, 0)
+
+    def name(self, function: str) -> sql.Identifier:
+        """Return the qualified name here of the function that 2.0 calls ``pg_background_<function>``."""
+        if not self.v2_names:
+            return sql.Identifier(self.schema, f"pg_background_{function}")
+        return sql.Identifier(self.schema, RENAMED.get(function, f"pg_background_{function}_v2"))
+
+    def query(self, text: LiteralString, **functions: str) -> sql.Composed:
+        """Return ``text`` with each ``{placeholder}`` replaced by the qualified name of its function."""
+        if text not in self._queries:
+            self._queries[text] = sql.SQL(text).format(**{k: self.name(v) for k, v in functions.items()})
+        return self._queries[text]
+
+    async def launch(
+        self, conn: AsyncConnection[Any], text: str, *, label: str, queue_size: int | None = None, submit: bool = False
+    ) -> Handle:
+        """Launch ``text`` in a worker and return its handle; with ``submit`` its result can never be read."""
+        # FROM, since "select (launch(...)).*" calls the function once for each column: two workers.
+        query = sql.SQL("select pid, cookie from {}(%s, %s, %s)").format(self.name("submit" if submit else "launch"))
+        cursor = await conn.cursor(row_factory=tuple_row).execute(
+            query, (text, queue_size or DEFAULT_QUEUE_BYTES, label)
+        )
+        row = await cursor.fetchone()
+        if row is None or row[0] is None:
+            raise errors.InternalError_("the launch call gave no handle")
+        return Handle(*row[:2])
+
+    async def result_infos(
+        self, conn: AsyncConnection[Any], handles: Iterable[Handle]
+    ) -> dict[Handle, ResultInfo | None]:
+        """Return what the session knows of its handles, in one query; None where a handle is not known any more."""
+        wanted = list(handles)
+        query = self.query(
+            "select h.pid, h.cookie, r.* from unnest(%s::int4[], %s::int8[]) as h (pid, cookie)"
+            " cross join lateral {f}(h.pid, h.cookie) as r",
+            f="result_info",
+        )
+        try:
+            cursor = await conn.cursor(row_factory=dict_row).execute(
+                query, ([h.pid for h in wanted], [h.cookie for h in wanted])
+            )
+            rows = await cursor.fetchall()
+        except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState, errors.InsufficientPrivilege):
+            # One bad handle fails the whole query: ask for each alone.
+            if len(wanted) == 1:
+                return {wanted[0]: None}
+            found: dict[Handle, ResultInfo | None] = {}
+            for handle in wanted:
+                found.update(await self.result_infos(conn, [handle]))
+            return found
+        return {Handle(row.pop("pid"), row.pop("cookie")): ResultInfo(**row) for row in rows}
+
+    async def error_info(self, conn: AsyncConnection[Any], handle: Handle) -> ErrorFields | None:
+        """Return the worker's error, or None without one, or where the handle is not known any more."""
+        query = self.query("select * from {f}(%s, %s)", f="error_info")
+        try:
+            cursor = await conn.cursor(row_factory=dict_row).execute(query, handle)
+            row = await cursor.fetchone()
+        except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
+            return None
+        return ErrorFields(**row) if row and row["sqlstate"] else None
+
+    async def progress(self, conn: AsyncConnection[Any], handle: Handle) -> Progress | None:
+        """Return what the worker's SQL reported of its progress, or None."""
+        query = self.query("select progress_pct, progress_msg from {f}(%s, %s)", f="get_progress")
+        try:
+            cursor = await conn.cursor(row_factory=tuple_row).execute(query, handle)
+            row = await cursor.fetchone()
+        except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
+            return None
+        return Progress(*row) if row and row[0] is not None else None
+
+    async def result(
+        self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Read a worker's result to its end, which comes after its commit; blocks this session until then.
+
+        Parameters
+        ----------
+        columns:
+            Column definition list; it must match the result exactly. Default: one text column, which is what a
+            statement without rows gives (its command tag).
+
+        Raises
+        ------
+        psycopg.Error
+            The worker's own error; 08006 when the worker is gone without a report (this connection is fine);
+            42804 when the columns do not match (the work may be committed all the same).
+        """
+        head = self.query("select * from {f}(%s, %s) as ", f="result")
+        query = head + sql.SQL("r(") + (columns or sql.SQL("tag text")) + sql.SQL(")")
+        cursor = await conn.cursor(row_factory=tuple_row).execute(query, handle)
+        return await cursor.fetchall()
+
+    async def drain(
+        self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable | None
+    ) -> tuple[int | None, str | None]:
+        """Read a worker's result to its end and throw the rows away; returns row count and command tag.
+
+        Raises
+        ------
+        psycopg.Error
+            As :meth:`result`.
+        """
+        if columns is None:
+            tags = await self.result(conn, handle)
+            words = str(tags[-1][0]).split() if tags else []
+            count = int(words[-1]) if len(words) > 1 and words[-1].isdigit() else None
+            return count, " ".join(word for word in words if not word.isdigit()) or None
+        head = self.query("select count(*) from {f}(%s, %s) as ", f="result")
+        query = head + sql.SQL("r(") + columns + sql.SQL(")")
+        cursor = await conn.cursor(row_factory=scalar_row).execute(query, handle)
+        return int(await cursor.fetchone() or 0), None
+
+    async def detach(self, conn: AsyncConnection[Any], handle: Handle) -> None:
+        """Forget a handle: its worker goes on, its output is dropped."""
+        try:
+            await conn.execute(self.query("select {f}(%s, %s)", f="detach"), handle)
+        except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
+            return  # forgotten already
+
+    async def detach_all(self, conn: AsyncConnection[Any]) -> int:
+        """Forget every handle of this session; returns how many there were."""
+        return await self._number(conn, "detach_all")
+
+    async def cancel(self, conn: AsyncConnection[Any], handle: Handle) -> None:
+        """Cancel a worker by the extension's own cancel, without a grace period (which can end in SIGKILL).
+
+        Safe only for a worker that is seen at work: before 2.0.2 it can crash the server when the worker is starting.
+        """
+        await conn.execute(self.query("select {f}(%s, %s)", f="cancel"), handle)
+
+    async def cancel_all(self, conn: AsyncConnection[Any]) -> int:
+        """Cancel every worker of this session; under the same condition as :meth:`cancel`."""
+        return await self._number(conn, "cancel_all")
+
+    async def wait(self, conn: AsyncConnection[Any], handle: Handle, milliseconds: int) -> bool:
+        """Block this session until the worker ended, or for that many milliseconds; returns whether it ended."""
+        if milliseconds <= 0:
+            raise ValueError("a wait without a bound would block the session for ever")
+        name = sql.Identifier(self.schema, "pg_background_wait_v2_timeout") if self.v2_names else self.name("wait")
+        query = sql.SQL("select {}(%s, %s, %s)").format(name)
+        cursor = await conn.cursor(row_factory=scalar_row).execute(query, (*handle, milliseconds))
+        return bool(await cursor.fetchone())
+
+    async def list(self, conn: AsyncConnection[Any]) -> list[Mapping[str, Any]]:
+        """Return the workers that this session tracks: pid, cookie, label, state, … as the extension lists them."""
+        if self.numbers >= (1, 10):
+            query = sql.SQL("select * from {}").format(sql.Identifier(self.schema, "pg_background_list"))
+        else:
+            query = sql.SQL("select * from {}() as l({})").format(
+                self.name("list"), sql.SQL(cast(LiteralString, LIST_COLUMNS_1_9))
+            )
+        cursor = await conn.cursor(row_factory=dict_row).execute(query)
+        return list(await cursor.fetchall())
+
+    async def stats(self, conn: AsyncConnection[Any]) -> Mapping[str, Any]:
+        """Return the session's counters: launched, completed, failed, … workers."""
+        cursor = await conn.cursor(row_factory=dict_row).execute(self.query("select * from {f}()", f="stats"))
+        return await cursor.fetchone() or {}
+
+    async def _number(self, conn: AsyncConnection[Any], function: str) -> int:
+        query = sql.SQL("select {}()").format(self.name(function))
+        cursor = await conn.cursor(row_factory=scalar_row).execute(query)
+        return int(await cursor.fetchone() or 0)
+
+    def grant_statement(self, role: str) -> str:
+        """Return the statement with which an administrator lets ``role`` use the extension."""
+        return sql.SQL("GRANT {} TO {};").format(sql.Identifier(ROLE), sql.Identifier(role)).as_string(None)

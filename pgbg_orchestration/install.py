@@ -1,0 +1,178 @@
+"""The package's own schema: installing, upgrading and removing it.
+
+Each version of the schema is one file, ``sql/schema_NNNN.sql``; the installed versions stand in ``<schema>.meta``
+with the checksum of what was run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, LiteralString, cast
+
+import psycopg
+from psycopg import sql
+
+from .errors import ExtensionMissing, NoPrivilege, SchemaMissing, SchemaVersionMismatch
+
+VERSION = 1
+DEFAULT_SCHEMA = "pgbg"
+DEFAULT_OWNER = "pgbg_owner"
+LOCK_TIMEOUT = "5s"  # every look and every launch queues behind a migration's locks
+
+# Roles are shared by all databases of a server: the owner may be there already.
+_OWNER = """\
+do $pgbg$
+begin
+    if not exists (select from pg_catalog.pg_roles where rolname = {owner_text}) then
+        create role {owner} nologin;
+    end if;
+    if exists (select from pg_catalog.pg_roles where rolname = {owner_text} and rolsuper) then
+        raise exception 'the owner of the schema must not be a superuser';
+    end if;
+    if not pg_catalog.pg_has_role(current_user, {owner_text}, 'USAGE') then
+        grant {owner} to current_user;
+    end if;
+end $pgbg$;
+"""
+_CREATE = """\
+create schema {schema} authorization {owner};
+set local role {owner};
+"""
+_BECOME = "set local role {owner};\n"
+_RECORD = "insert into {schema}.meta (version, checksum) values ({version}, {checksum});\n"
+_DONE = "reset role;\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """SQL that brings a schema from one version to another, and its checksum."""
+
+    from_version: int
+    to_version: int
+    text: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the text, in hex."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def install(
+    conninfo: str, *, schema: str = DEFAULT_SCHEMA, owner: str = DEFAULT_OWNER, create_extension: bool = False
+) -> Script:
+    """Install or upgrade the schema, in one transaction; does nothing when it is up to date.
+
+    Parameters
+    ----------
+    conninfo:
+        A libpq connection string of a role that may create schemas in the database and roles in the server.
+    schema, owner:
+        Name of the schema, and of the NOLOGIN role that owns it (created when missing).
+    create_extension:
+        Run ``CREATE EXTENSION pg_background`` first, where it is not installed (needs a superuser).
+
+    Returns
+    -------
+    Script
+        What was run; its text is empty when there was nothing to do.
+
+    Raises
+    ------
+    ExtensionMissing
+        pg_background is not installed in this database.
+    SchemaVersionMismatch
+        The installed schema is newer than this package.
+    NoPrivilege
+        The role may not do it; nothing has been changed.
+    """
+    with psycopg.connect(conninfo, autocommit=True) as conn:
+        conn.execute("set client_min_messages to warning")
+        if create_extension:
+            conn.execute("create extension if not exists pg_background")
+        if conn.execute("select 1 from pg_extension where extname = 'pg_background'").fetchone() is None:
+            raise ExtensionMissing(
+                "pg_background is not installed in this database", todo="CREATE EXTENSION pg_background;"
+            )
+        try:
+            with conn.transaction():
+                conn.execute("set transaction isolation level read committed, read write")
+                conn.execute(sql.SQL("set local lock_timeout = {}").format(LOCK_TIMEOUT))
+                # One installer at a time; the second one finds the work done.
+                conn.execute("select pg_advisory_xact_lock(hashtextextended('pgbg:install', 0))")
+                script = plan(installed_version(conn, schema), schema=schema, owner=owner)
+                if script.text:
+                    conn.execute(cast(LiteralString, script.text))
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise NoPrivilege(
+                f"the schema {schema} cannot be installed: {error.diag.message_primary}",
+                todo="Run `pgbg install` as a role that may create schemas and roles, or hand "
+                "`pgbg install --print` to one who may.",
+                sqlstate=error.sqlstate,
+            ) from error
+    return script
+
+
+def plan(from_version: int, *, schema: str = DEFAULT_SCHEMA, owner: str = DEFAULT_OWNER) -> Script:
+    """Return the SQL that brings the schema from ``from_version`` (0: not there) to this package's version.
+
+    Raises
+    ------
+    SchemaVersionMismatch
+        ``from_version`` is newer than this package.
+    """
+    if from_version > VERSION:
+        raise SchemaVersionMismatch(
+            f"the schema {schema} has version {from_version}, and this package knows versions up to {VERSION}",
+            todo="Upgrade pg-background-orchestration.",
+        )
+    if from_version == VERSION:
+        return Script(from_version, VERSION, "")
+    names = {"schema": sql.Identifier(schema), "owner": sql.Identifier(owner), "owner_text": sql.Literal(owner)}
+    filled = {f"@{name}@": value.as_string(None) for name, value in names.items()}
+    head = _OWNER + (_CREATE if from_version == 0 else _BECOME)
+    parts = [sql.SQL(head).format(**names).as_string(None)]
+    for version in range(from_version + 1, VERSION + 1):
+        text = _read(version)
+        checksum = hashlib.sha256(text.encode()).hexdigest()
+        for token, value in filled.items():
+            text = text.replace(token, value)
+        parts += [text, sql.SQL(_RECORD).format(**names, version=version, checksum=checksum).as_string(None)]
+    return Script(from_version, VERSION, "".join([*parts, _DONE]))
+
+
+def uninstall(conninfo: str, *, schema: str = DEFAULT_SCHEMA, owner: str = DEFAULT_OWNER) -> None:
+    """Drop the schema with all receipts and history; drop its owner too, unless other databases use it.
+
+    Raises
+    ------
+    SchemaMissing
+        There is no such schema of this package.
+    """
+    with psycopg.connect(conninfo, autocommit=True) as conn:
+        conn.execute("set client_min_messages to warning")
+        if installed_version(conn, schema) == 0:
+            raise SchemaMissing(f"the schema {schema} is not installed in this database")
+        with conn.transaction():
+            conn.execute(sql.SQL("set local lock_timeout = {}").format(LOCK_TIMEOUT))
+            conn.execute(sql.SQL("drop schema {} cascade").format(sql.Identifier(schema)))
+        try:
+            conn.execute(sql.SQL("drop role {}").format(sql.Identifier(owner)))
+        except (psycopg.errors.DependentObjectsStillExist, psycopg.errors.InsufficientPrivilege):
+            return  # it owns the schema of another database, or is not ours to drop
+
+
+def installed_version(conn: psycopg.Connection[Any], schema: str) -> int:
+    """Return the version of the installed schema, 0 without one."""
+    if conn.execute("select to_regclass(%s)", (f"{sql.Identifier(schema, 'meta').as_string(None)}",)).fetchone() == (
+        None,
+    ):
+        return 0
+    query = sql.SQL("select coalesce(max(version), 0) from {}").format(sql.Identifier(schema, "meta"))
+    row = conn.execute(query).fetchone()
+    return int(row[0]) if row else 0
+
+
+def _read(version: int) -> str:
+    return resources.files(__package__).joinpath("sql", f"schema_{version:04}.sql").read_text(encoding="utf-8")

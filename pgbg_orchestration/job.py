@@ -1,0 +1,241 @@
+"""A job: one SQL text to be run once, with a stable id."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from . import statements
+from .errors import InvalidJob, shorten
+
+LABEL_BYTES = 64  # pg_background raises 22001 for a longer one
+QUEUE_BYTES = (4 * 1024, 256 * 1024 * 1024)  # pg_background raises 22023 outside
+GENERATIONS = (0, 2**63 - 1)  # bigint
+ISOLATIONS = ("read committed", "repeatable read", "serializable")
+OWN_SETTINGS = {
+    "role": "role=",
+    "session_authorization": "role=",
+    "default_transaction_isolation": "isolation=",
+    "standard_conforming_strings": "E'' strings",
+}
+SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*\Z")
+
+
+class Kind(StrEnum):
+    """How a job's outcome is made certain (see docs/durability.md)."""
+
+    RECEIPT = "receipt"
+    SESSION = "session"
+    SUPERVISED = "supervised"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One SQL text to be run once.
+
+    Parameters
+    ----------
+    sql:
+        The statements: one text, split as psql would, or a list of statements. They run in one transaction
+        and see each other's rows.
+    id:
+        Says which work this is. Whoever runs the same id again attaches to it or gets its outcome; it never
+        commits twice. Default: ``series#generation`` where a series is given, else a fresh random id, which
+        nobody can attach to after this process is gone.
+    label:
+        What a person sees on the worker; at most 64 bytes of UTF-8. Default: the id, shortened.
+    parameters:
+        Values for ``%s`` or ``%(name)s`` placeholders, bound on the client with psycopg's own quoting. Without
+        parameters a ``%`` in the SQL is an ordinary character.
+    settings:
+        Server settings for this job's transaction, such as ``{"work_mem": "256MB"}``.
+    role:
+        Role that the SQL runs as (``SET LOCAL ROLE``); the login must be a member of it.
+    isolation:
+        ``read committed``, ``repeatable read`` or ``serializable``. Default: what the login's sessions have.
+    kind:
+        ``receipt``, ``session`` or ``supervised``. Default: ``receipt``, or for a statement that cannot run in
+        a transaction block the kind that can carry it.
+    timeout:
+        Seconds, from the call until the outcome, waiting for a slot included. Then the worker is cancelled.
+    queue_size:
+        Bytes of the worker's output queue, 4 KiB to 256 MiB. Default: the extension's own (64 KiB).
+    verify_sql:
+        A query that returns true when the work is done. It decides where an outcome would stay unknown.
+    series:
+        What excludes one another: jobs of one series never run at the same time. Default: the id.
+    generation:
+        Which wanted run of its series this is; a newer one deals with the workers of older ones. Default: the
+        order in which the ids of the series were registered.
+    owner:
+        The role that owns the job's receipt; the login must be a member of it. Default: the login.
+
+    Raises
+    ------
+    InvalidJob
+        A field or a statement cannot be used. Nothing has been launched.
+    """
+
+    sql: str | Sequence[str]
+    _: KW_ONLY
+    id: str | None = None
+    label: str | None = None
+    parameters: Sequence[Any] | Mapping[str, Any] | None = None
+    settings: Mapping[str, str] | None = None
+    role: str | None = None
+    isolation: str | None = None
+    kind: Kind | str | None = None
+    timeout: float | None = None
+    queue_size: int | None = None
+    verify_sql: str | None = None
+    series: str | None = None
+    generation: int | None = None
+    owner: str | None = None
+
+    def __post_init__(self) -> None:
+        fill = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen)
+        for name in ("id", "label", "role", "verify_sql", "series", "owner"):
+            _check_text(name, getattr(self, name))
+        if self.series is None and self.generation is not None and self.id is None:
+            raise InvalidJob("a generation needs a series (or an id) that it is a generation of")
+        if self.generation is not None and not (
+            _is_int(self.generation) and GENERATIONS[0] <= self.generation <= GENERATIONS[1]
+        ):
+            raise InvalidJob(f"generation must be an integer from 0 to 2^63-1, not {self.generation!r}")
+        if self.id is None:
+            fill("id", _default_id(self.series, self.generation))
+        if self.label is None:
+            fill("label", _first_bytes(self.id or "", LABEL_BYTES))
+        elif len(self.label.encode()) > LABEL_BYTES:
+            size = len(self.label.encode())
+            raise InvalidJob(f"the label has {size} bytes of UTF-8 and may have {LABEL_BYTES}: {shorten(self.label)!r}")
+        if self.series is None:
+            fill("series", self.id)
+        _check_bounds(self.timeout, self.queue_size)
+        if self.isolation is not None:
+            fill("isolation", _isolation(self.isolation))
+        fill("settings", MappingProxyType(_settings(self.settings)))
+        fill("parameters", _parameters(self.parameters))
+        if not isinstance(self.sql, str):
+            fill("sql", _statement_list(self.sql))
+        for number, text in enumerate([self.sql] if isinstance(self.sql, str) else self.sql, 1):
+            _check_text("sql" if isinstance(self.sql, str) else f"sql statement {number}", text)
+        fill("kind", self._choose_kind())
+
+    def _choose_kind(self) -> Kind:
+        """Refuse SQL that no kind can run, and return the kind that this SQL gets."""
+        parts = self.split()
+        try:
+            wanted = None if self.kind is None else Kind(self.kind)
+        except ValueError:
+            raise InvalidJob(f"kind must be one of {', '.join(Kind)}, not {self.kind!r}") from None
+        alone = len(parts) == 1 and statements.outside_transaction(parts[0])
+        kind = wanted or (Kind.SESSION if alone else Kind.RECEIPT)
+        try:
+            statements.check(parts, one_transaction=kind is Kind.RECEIPT)
+        except ValueError as error:
+            raise InvalidJob(str(error), job_id=self.id, label=self.label) from error
+        if kind is Kind.SUPERVISED:
+            raise InvalidJob("the kind 'supervised' is not there yet: use 'session', or 'receipt'")
+        if kind is Kind.SESSION and len(parts) > 1:
+            raise InvalidJob(
+                "a job of kind 'session' is a single statement: several are one transaction, and kind 'receipt' runs those"
+            )
+        return kind
+
+    def split(self, bound: str | None = None) -> tuple[statements.Statement, ...]:
+        """Return the job's statements, of the SQL as given or of its bound text.
+
+        Raises
+        ------
+        InvalidJob
+            A string, comment or quoted identifier does not end.
+        """
+        texts = [bound] if bound is not None else [self.sql] if isinstance(self.sql, str) else self.sql
+        try:
+            return tuple(part for text in texts for part in statements.split(text))
+        except ValueError as error:
+            raise InvalidJob(str(error), job_id=self.id, label=self.label) from error
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_text(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise InvalidJob(f"{name} must be text, not {type(value).__name__}")
+    if name != "sql" and not value.strip():
+        raise InvalidJob(f"{name} is empty")
+    if "\0" in value:
+        raise InvalidJob(f"{name} has a NUL byte, which PostgreSQL cannot store")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidJob(f"{name} cannot be written as UTF-8 (character {error.start})") from error
+
+
+def _check_bounds(timeout: object, queue_size: object) -> None:
+    if timeout is not None and not (
+        isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout < float("inf")
+    ):
+        raise InvalidJob(f"timeout must be a number of seconds above 0, not {timeout!r}")
+    low, high = QUEUE_BYTES
+    if queue_size is not None and not (isinstance(queue_size, int) and low <= queue_size <= high):
+        raise InvalidJob(f"queue_size must be from {low} to {high} bytes, not {queue_size!r}")
+
+
+def _default_id(series: str | None, generation: int | None) -> str:
+    if series is None:
+        return uuid.uuid4().hex
+    if generation is None:
+        raise InvalidJob("a series needs a generation, or an id for this run of it")
+    return f"{series}#{generation}"
+
+
+def _first_bytes(text: str, limit: int) -> str:
+    return text.encode()[:limit].decode(errors="ignore")
+
+
+def _isolation(value: object) -> str:
+    text = str(value).lower().replace("_", " ").strip()
+    if text not in ISOLATIONS:
+        raise InvalidJob(f"isolation must be one of {', '.join(ISOLATIONS)}, not {value!r}")
+    return text
+
+
+def _settings(given: Mapping[str, str] | None) -> dict[str, str]:
+    checked: dict[str, str] = {}
+    for name, value in (given or {}).items():
+        if not isinstance(name, str) or not SETTING_NAME.match(name):
+            raise InvalidJob(f"{name!r} is not the name of a server setting")
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        if "\0" in text:
+            raise InvalidJob(f"the setting {name} has a NUL byte")
+        if name.lower() in OWN_SETTINGS:
+            raise InvalidJob(f"the setting {name} is this package's own: use {OWN_SETTINGS[name.lower()]}")
+        checked[name] = text
+    return checked
+
+
+def _parameters(given: Sequence[Any] | Mapping[str, Any] | None) -> Sequence[Any] | Mapping[str, Any] | None:
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return MappingProxyType(dict(given))
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise InvalidJob(f"parameters must be a sequence or a mapping, not {type(given).__name__}")
+    return tuple(given)
+
+
+def _statement_list(sql: object) -> tuple[str, ...]:
+    if not isinstance(sql, Sequence) or isinstance(sql, bytes):
+        raise InvalidJob(f"sql must be text or a list of statements, not {type(sql).__name__}")
+    return tuple(sql)

@@ -1,0 +1,220 @@
+"""Many jobs over one connection string: launching sessions, ledger and slot queue, shared by the jobs of one process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import psycopg
+from psycopg import AsyncConnection
+
+from . import connecting, pace, server
+from .composing import Work, bind
+from .errors import PoolerInTransactionMode
+from .job import Job, Kind
+from .launching import LaunchingSession
+from .ledger import Key, Ledger, Sighting
+from .outcome import Outcome
+from .runner import Options, Run, cancel_job
+from .server import ServerFacts
+from .slots import SlotQueue
+
+logger = logging.getLogger("pgbg_orchestration")
+SESSIONS = 3  # at most; a further one is opened when the others are busy launching
+
+
+class Launcher:
+    """Runs any number of jobs side by side over a few connections.
+
+    Use it as an async context manager, in one event loop. Closing it leaves workers alone: they go on, and their
+    jobs can be attached to later.
+
+    Parameters
+    ----------
+    conninfo:
+        A libpq connection string or URI.
+    schema:
+        Name of the package's schema (``pgbg install --schema``).
+    """
+
+    def __init__(self, conninfo: str, *, schema: str = "pgbg") -> None:
+        self.conninfo = conninfo
+        self.schema = schema
+        self.slots = SlotQueue()
+        self.ledger = Ledger(conninfo, schema, logger.warning)
+        self._facts: ServerFacts | None = None
+        self._sessions: list[LaunchingSession] = []
+        self._opening = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections. Workers go on."""
+        sessions, self._sessions = self._sessions, []
+        for session in sessions:
+            await session.close()
+        await self.ledger.close()
+
+    # For users ----------------------------------------------------------------------------------------------------
+
+    async def run(self, job: Job, **options: Any) -> Outcome:
+        """Launch the job's SQL in a labelled worker, or attach to the one that runs it, and wait for its outcome.
+
+        Parameters
+        ----------
+        job:
+            The job.
+        options:
+            As :func:`pgbg_orchestration.arun` takes them.
+
+        Raises
+        ------
+        PgbgError
+            As :func:`pgbg_orchestration.arun`.
+        """
+        return await Run(self, job, Options(**options)).outcome()
+
+    async def cancel(
+        self, job_id: str, *, owner: str | None = None, series: str | None = None, reason: str = "cancelled"
+    ) -> Literal["cancelled", "committed"]:
+        """Cancel a job, for good, whoever launched it; returns how it ended: it may have been committed already.
+
+        Raises
+        ------
+        StillRunning
+            Its worker does not end.
+        NoPrivilege
+            Its worker runs as a login that this one may not signal.
+        """
+        facts = await self.facts()
+        server.require(facts, self.schema, receipts=True)
+        return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series or job_id), "asked", reason)
+
+    async def look(self, job_id: str, *, owner: str | None = None, series: str | None = None) -> Sighting:
+        """Look at a job once: its lock, its receipt, its history."""
+        facts = await self.facts()
+        server.require(facts, self.schema, receipts=True)
+        return await self.ledger.look(Key(owner or facts.login, job_id, series or job_id))
+
+    # For the runner -----------------------------------------------------------------------------------------------
+
+    async def facts(self) -> ServerFacts:
+        """Return what is known of the server; asked for once.
+
+        Raises
+        ------
+        ServerUnreachable
+            It cannot be reached.
+        PoolerInTransactionMode
+            The connection goes through a pooler in transaction mode.
+        """
+        async with self._opening:
+            if self._facts is None:
+                try:
+                    self._facts = await self._look_at_server()
+                except (psycopg.OperationalError, OSError, TimeoutError) as error:
+                    raise connecting.unreachable(error, "the server cannot be reached") from error
+            return self._facts
+
+    def forget_facts(self) -> None:
+        """Ask the server anew before the next launch: what was true of it before may not be now."""
+        self._facts = None
+
+    async def _look_at_server(self) -> ServerFacts:
+        conn = await connecting.connect(self.conninfo, "pgbg: looking")
+        try:
+            facts = await server.look_at(conn, self.schema)
+            if facts.through_pooler:
+                await self._refuse_transaction_pooling(conn)
+        finally:
+            await connecting.close(conn)
+        return facts
+
+    async def _refuse_transaction_pooling(self, conn: AsyncConnection[Any]) -> None:
+        """Hold the pool's last used server session in a transaction; in session mode ``conn`` keeps its own."""
+        other = await connecting.connect(self.conninfo, "pgbg: looking")
+        try:
+            before = await _backend_pid(conn)
+            async with other.transaction():
+                held = await _backend_pid(other)
+                try:
+                    async with asyncio.timeout(pace.STALLED):
+                        after = await _backend_pid(conn)
+                except TimeoutError:
+                    after = None
+        finally:
+            await connecting.close(other)
+        if held == before or after != before:
+            raise PoolerInTransactionMode(
+                "this connection goes through a pooler in transaction mode, where a worker's handle is lost between "
+                "two statements",
+                todo="Connect to the server itself, or through a pool in session mode.",
+            )
+
+    async def bind(self, job: Job) -> Work:
+        """Check the server for this job, and bind it; nothing has been launched when this raises."""
+        facts = await self.facts()
+        read_write = str((job.settings or {}).get("default_transaction_read_only", "")).lower() in (
+            "off",
+            "false",
+            "0",
+            "no",
+        )
+        try:
+            server.require(facts, self.schema, receipts=job.kind is Kind.RECEIPT, read_write=read_write)
+        except Exception:
+            self.forget_facts()  # somebody may mend it
+            raise
+        return await self.ledger.run(lambda conn: bind(job, conn, facts.login))
+
+    async def session(self, *, exclusive: bool = False) -> LaunchingSession:
+        """Return a launching session with room; ``exclusive``: one of its own, which the caller closes.
+
+        Raises
+        ------
+        ServerUnreachable
+            The server did not answer for a long time.
+        """
+        if exclusive:
+            return await self._open()
+        async with self._opening:
+            for session in [s for s in self._sessions if s.lost or (s.worn and not s.workers)]:
+                self._sessions.remove(session)
+                await session.close()
+            usable = [session for session in self._sessions if session.room]
+            if usable:
+                return min(usable, key=lambda session: len(session.workers))
+            if len([s for s in self._sessions if not s.worn and not s.stalled]) >= SESSIONS:
+                return min(self._sessions, key=lambda session: (session.worn, session.stalled, len(session.workers)))
+            session = await self._open()
+            self._sessions.append(session)
+            return session
+
+    async def _open(self) -> LaunchingSession:
+        assert self._facts is not None  # a job is bound before it is launched
+        loop = asyncio.get_running_loop()
+        until = loop.time() + pace.RECONNECT
+        attempt = 0
+        while True:
+            try:
+                return await LaunchingSession.open(self.conninfo, self._facts.extension)
+            except (psycopg.OperationalError, OSError, TimeoutError) as error:
+                if loop.time() >= until or getattr(error, "sqlstate", None) in connecting.REFUSED_LOGINS:
+                    raise connecting.unreachable(error, "no launching session can be opened") from error
+                logger.warning("no launching session (%s), trying again", str(error).strip())
+                await asyncio.sleep(pace.backoff(attempt))
+                attempt += 1
+
+
+async def _backend_pid(conn: AsyncConnection[Any]) -> int:
+    row = await (await conn.execute("select pg_catalog.pg_backend_pid()")).fetchone()
+    assert row is not None
+    return int(row[0])

@@ -1,0 +1,355 @@
+"""One launching session: the PostgreSQL session that owns handles, and drives many of them.
+
+A handle works in the session that launched it and nowhere else. When the session ends, its workers go on and commit;
+whoever waits for them here learns that the handle is gone and looks at lock and receipt instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.rows import scalar_row
+
+from . import connecting, describing, faults, pace
+from .connecting import ConnectionLost
+from .errors import PoolerInTransactionMode
+from .extension import MAX_TRACKED, NO_SLOT, Extension, Handle, Progress, ResultInfo
+from .outcome import ErrorFields
+
+TOKEN = "pgbg.session_token"
+LAUNCHES = 2_000  # then the session is replaced when its workers have ended: old versions leak memory for each launch
+
+
+class SlotsUsedUp(Exception):
+    """The server has no worker slot free; nothing was launched. ``sqlstate`` tells which limit it was."""
+
+    def __init__(self, error: psycopg.Error) -> None:
+        super().__init__(error.diag.message_primary or str(error))
+        self.sqlstate = error.sqlstate
+
+
+class LaunchRefused(Exception):
+    """The server refused the launch before a worker was started; ``error`` says why."""
+
+    def __init__(self, error: psycopg.Error) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class MayBeLaunched(Exception):
+    """The launch call failed on its way: a worker may be running, and nobody has its handle."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker that this process launched: its handle, and the future of how it ended.
+
+    ``ended`` gets the last ``ResultInfo``, or None when the handle is lost.
+    """
+
+    session: LaunchingSession
+    handle: Handle
+    launched_at: float  # seconds of the event loop's clock
+    ended: asyncio.Future[ResultInfo | None]
+    progress: Progress | None = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether the handle is lost."""
+        return self.ended.done() and self.ended.result() is None
+
+    async def error(self) -> ErrorFields | None:
+        """Return the worker's error; None without one, or with the session lost."""
+        return await self.session.error_info(self.handle)
+
+    async def detach(self) -> None:
+        """Forget the handle: the worker goes on, its output is dropped."""
+        await self.session.detach(self)
+
+
+class LaunchingSession:
+    """A session that launches workers and polls all of them with one query.
+
+    Parameters
+    ----------
+    conn:
+        Its connection, in autocommit mode; this object owns it.
+    extension:
+        pg_background as installed there.
+    """
+
+    def __init__(self, conn: AsyncConnection[Any], extension: Extension) -> None:
+        self._conn = conn
+        self.extension = extension
+        self.workers: dict[Handle, Worker] = {}
+        self.launches = 0
+        self.lost = False
+        self._token = secrets.token_hex(8)
+        self._turn = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._poller: asyncio.Task[None] | None = None
+        self._answered = asyncio.get_running_loop().time()
+        self.stragglers: set[asyncio.Task[None]] = set()  # detaches that nobody waits for
+
+    @classmethod
+    async def open(cls, conninfo: str, extension: Extension) -> LaunchingSession:
+        """Connect.
+
+        Raises
+        ------
+        psycopg.OperationalError
+            The server cannot be reached.
+        """
+        conn = await connecting.connect(conninfo, "pgbg: launching")
+        session = cls(conn, extension)
+        # What is set here is inherited by workers: nothing but what cannot matter to a job's SQL.
+        await connecting.settle(
+            conn,
+            (
+                (TOKEN, session._token),
+                ("pg_background.max_workers", str(MAX_TRACKED)),
+                ("idle_session_timeout", "0"),
+            ),
+        )
+        return session
+
+    async def close(self) -> None:
+        """End the session; its workers go on, and whoever waits for them is told that their handles are lost."""
+        self._give_up()
+        if self._poller is not None:
+            self._poller.cancel()
+        await connecting.close(self._conn)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the session has workers and has not answered for a while."""
+        return bool(self.workers) and asyncio.get_running_loop().time() - self._answered > pace.STALLED
+
+    @property
+    def worn(self) -> bool:
+        """Whether the session should be replaced when its workers have ended."""
+        return self.lost or self.launches >= LAUNCHES
+
+    @property
+    def room(self) -> bool:
+        """Whether another worker can be launched here now without waiting for another call."""
+        return not self.worn and not self._turn.locked() and len(self.workers) < MAX_TRACKED - 1
+
+    # Launching ----------------------------------------------------------------------------------------------------
+
+    async def launch(
+        self, text: str, *, label: str, queue_size: int | None, settings: Mapping[str, str], role: str | None = None
+    ) -> Worker:
+        """Launch a worker, with settings that hold for it and not for this session.
+
+        The call is shielded: when the caller is cancelled it still ends, and its worker is then detached at its end.
+
+        Raises
+        ------
+        SlotsUsedUp
+            There is no worker slot (53000, 53400), or no shared memory for its queue (53100).
+        LaunchRefused
+            A setting, a role or a privilege is wrong; nothing was launched.
+        MayBeLaunched
+            The connection or the call was lost on its way.
+        """
+        launching = asyncio.create_task(self._launch(text, label, queue_size, settings, role))
+        try:
+            return await asyncio.shield(launching)
+        except asyncio.CancelledError:
+            launching.add_done_callback(_consume)
+            raise
+
+    async def _launch(
+        self, text: str, label: str, queue_size: int | None, settings: Mapping[str, str], role: str | None
+    ) -> Worker:
+        async with self._turn:
+            called = False
+            try:
+                async with asyncio.timeout(pace.CALL), self._conn.transaction():
+                    await self._conn.execute("set transaction isolation level read committed")
+                    values = {**settings, **({"role": role} if role else {})}
+                    for name, value in values.items():
+                        await self._conn.execute("select pg_catalog.set_config(%s, %s, true)", (name, value))
+                    faults.point("before_launch")
+                    called = True
+                    handle = await self.extension.launch(self._conn, text, label=label, queue_size=queue_size)
+                    faults.point("after_launch")
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                if connecting.is_lost(self._conn, error):
+                    self._give_up()
+                    if not called:
+                        raise ConnectionLost(str(error)) from error
+                    raise MayBeLaunched(error) from error
+                assert isinstance(error, psycopg.Error)
+                if called and error.sqlstate in NO_SLOT:
+                    raise SlotsUsedUp(error) from error
+                if called and not isinstance(error, psycopg.errors.InsufficientPrivilege):
+                    raise MayBeLaunched(error) from error
+                raise LaunchRefused(error) from error
+            self.launches += 1
+            loop = asyncio.get_running_loop()
+            self._answered = loop.time()
+            known = self.workers.pop(handle, None)
+            if known is not None and not known.ended.done():
+                known.ended.set_result(None)  # a pid and cookie given twice: trust neither
+            worker = self.workers[handle] = Worker(self, handle, loop.time(), loop.create_future())
+        self._wake.set()
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll_while_workers_run())
+        return worker
+
+    # Polling ------------------------------------------------------------------------------------------------------
+
+    async def _poll_while_workers_run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self.lost and any(not worker.ended.done() for worker in self.workers.values()):
+            youngest = max(worker.launched_at for worker in self.workers.values() if not worker.ended.done())
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(pace.poll(loop.time() - youngest)):
+                    await self._wake.wait()  # a new worker sets the pace anew
+            except TimeoutError:
+                await self._poll()
+
+    async def _poll(self) -> None:
+        async with self._turn:
+            waiting = {handle: worker for handle, worker in self.workers.items() if not worker.ended.done()}
+            if not waiting or self.lost:
+                return
+            try:
+                async with asyncio.timeout(pace.CALL):
+                    await self._check_token()
+                    found = await self.extension.result_infos(self._conn, waiting)
+            except PoolerInTransactionMode as error:
+                self._give_up(error)
+                return
+            except (psycopg.Error, OSError, TimeoutError):
+                # Whatever it was, this session cannot tell its workers' state any more; their receipts can.
+                self._give_up()
+                return
+            self._answered = asyncio.get_running_loop().time()
+        for handle, worker in waiting.items():
+            info = found.get(handle)
+            if worker.ended.done():
+                continue
+            if info is None or info.completed:
+                worker.ended.set_result(info)
+
+    async def _check_token(self) -> None:
+        cursor = await self._conn.cursor(row_factory=scalar_row).execute(
+            "select pg_catalog.current_setting(%s, true)", (TOKEN,)
+        )
+        if await cursor.fetchone() != self._token:
+            raise PoolerInTransactionMode(
+                "this connection is given another server session from one statement to the next",
+                todo="Connect to the server itself, or through a pool in session mode.",
+            )
+
+    def _give_up(self, error: Exception | None = None) -> None:
+        self.lost = True
+        workers, self.workers = self.workers, {}
+        for worker in workers.values():
+            if worker.ended.done():
+                continue
+            if error is None:
+                worker.ended.set_result(None)
+            else:
+                worker.ended.set_exception(error)
+                worker.ended.exception()  # its waiter may be gone
+        self._wake.set()
+
+    # A worker's end -----------------------------------------------------------------------------------------------
+
+    async def error_info(self, handle: Handle) -> ErrorFields | None:
+        """Return the error of a worker; None without one, or with this session lost."""
+        return await self._ask(self.extension.error_info(self._conn, handle)) if not self.lost else None
+
+    async def look_at_progress(self, worker: Worker) -> Progress | None:
+        """Return what the worker's SQL last reported, or None."""
+        return await self._ask(self.extension.progress(self._conn, worker.handle)) if not self.lost else None
+
+    async def describe(self, text: str, role: str | None) -> sql.Composable | None:
+        """Return the column definition list of a statement's result, None without one; nothing is run.
+
+        Raises
+        ------
+        psycopg.Error
+            The server refuses the statement.
+        """
+        async with self._turn, self._conn.transaction(force_rollback=True):
+            if role is not None:
+                await self._conn.execute("select pg_catalog.set_config('role', %s, true)", (role,))
+            # psycopg has no describe without a run; libpq's blocks, so it gets a thread.
+            columns = await asyncio.to_thread(describing.columns_of, self._conn.pgconn, text)
+            return await describing.column_list(self._conn, columns)
+
+    async def drain(self, worker: Worker, columns: sql.Composable | None) -> tuple[int | None, str | None]:
+        """Read the worker's result to its end, which proves its commit; returns row count and command tag.
+
+        This session does nothing else meanwhile.
+
+        Raises
+        ------
+        psycopg.Error
+            As :meth:`Extension.drain`.
+        ConnectionLost
+            The connection is gone.
+        """
+        async with self._turn:
+            if self.lost:
+                raise ConnectionLost("the launching session is lost")
+            self.workers.pop(worker.handle, None)
+            try:
+                return await self.extension.drain(self._conn, worker.handle, columns)
+            except (psycopg.Error, OSError) as error:
+                if connecting.is_lost(self._conn, error):
+                    self._give_up()
+                    raise ConnectionLost(str(error)) from error
+                raise
+
+    async def detach(self, worker: Worker) -> None:
+        """Forget a handle, and end the wait for it."""
+        if self.workers.pop(worker.handle, None) is not None and not self.lost:
+            await self._ask(self.extension.detach(self._conn, worker.handle))
+            faults.point("after_detach")
+        if not worker.ended.done():
+            worker.ended.set_result(None)
+
+    async def cancel_all(self) -> int:
+        """Cancel every worker of this session by the extension's own ``cancel_all``.
+
+        Sound only once each of them is seen at work (PG_BACKGROUND, Cancel).
+        """
+        return await self._ask(self.extension.cancel_all(self._conn)) or 0 if not self.lost else 0
+
+    async def _ask(self, question: Any) -> Any:
+        async with self._turn:
+            try:
+                async with asyncio.timeout(pace.CALL):
+                    return await question
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                if not connecting.is_lost(self._conn, error):
+                    raise
+                self._give_up()
+                return None
+
+
+def _consume(launching: asyncio.Task[Worker]) -> None:
+    """The caller of a launch is gone: forget the worker's handle, so that its output blocks nothing."""
+    if launching.cancelled() or launching.exception() is not None:
+        return
+    worker = launching.result()
+    detaching = asyncio.get_running_loop().create_task(worker.detach())
+    worker.session.stragglers.add(detaching)
+    detaching.add_done_callback(worker.session.stragglers.discard)

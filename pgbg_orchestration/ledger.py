@@ -1,0 +1,357 @@
+"""The ``pgbg`` schema as Python sees it: the only module that knows its functions.
+
+Looks of all jobs of a process are gathered into one query. Writes go through a connection of their own, so that one
+that waits (a cancel for a worker's commit) keeps no look waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, LiteralString, TypeVar
+
+import psycopg
+from psycopg import AsyncConnection, sql
+from psycopg.rows import dict_row
+
+from . import connecting, pace
+from .errors import NoPrivilege, ServerUnreachable
+from .outcome import ErrorFields
+from .verdict import Holder, Receipt
+
+T = TypeVar("T")
+BLOCKED = "MessageQueuePutMessage"
+MARK_PATIENCE = "250ms"  # how long a mark waits for a worker at work before that worker is signalled again
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A job as the ledger knows it."""
+
+    owner: str
+    job_id: str
+    series: str
+
+    @property
+    def digests(self) -> tuple[bytes, bytes]:
+        """SHA-256 of the job's id and of its series."""
+        return hashlib.sha256(self.job_id.encode()).digest(), hashlib.sha256(self.series.encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What one look saw of a job: the lock first, then the receipt, then the history."""
+
+    looked_at: datetime
+    holder_pid: int | None
+    holder_user: str | None
+    holder_is_owner: bool
+    holder_job: str | None
+    holder_generation: int | None
+    holds_this_job: bool
+    wait_event: str | None
+    status: str | None
+    receipt_attempt: int | None
+    receipt_pid: int | None
+    receipt_started_at: datetime | None
+    receipt_sql_digest: bytes | None
+    cause: str | None
+    reason: str | None
+    decided_by: str | None
+    decided_at: datetime | None
+    newest: int | None
+    generation: int | None
+    attempt: int | None
+    outcome: str | None
+    ended_at: datetime | None
+    row_count: int | None
+    command_tag: str | None
+    error: ErrorFields
+
+    @property
+    def receipt(self) -> Receipt:
+        """What the receipt says."""
+        return {None: Receipt.NONE, "committed": Receipt.COMMITTED, "cancelled": Receipt.CANCELLED}[self.status]
+
+    def holder(self, generation: int | None) -> Holder:
+        """Return who holds the series, as a job of that generation sees it."""
+        if self.holder_pid is None:
+            return Holder.NOBODY
+        if not self.holder_is_owner:
+            return Holder.STRANGER
+        if self.holds_this_job:
+            return Holder.THIS_JOB
+        if self.holder_generation is None or generation is None:
+            # A worker between its two locks looks like this for a moment.
+            return Holder.STRANGER if self.holder_generation is None else Holder.SIBLING
+        if self.holder_generation == generation:
+            return Holder.SIBLING
+        return Holder.OLDER if self.holder_generation < generation else Holder.NEWER
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What came of registering a launch: ``verdict`` is ``registered``, ``superseded`` or ``reused``."""
+
+    verdict: str
+    generation: int
+    newest: int
+    attempt: int
+    sql_changed: bool
+
+
+class Ledger:
+    """The receipts, series and history of one database, over two connections that come back when they are lost.
+
+    Parameters
+    ----------
+    conninfo:
+        A libpq connection string.
+    schema:
+        Name of the package's schema.
+    on_trouble:
+        Called with a sentence when the server cannot be reached for a while.
+    """
+
+    def __init__(self, conninfo: str, schema: str, on_trouble: Callable[[str], None]) -> None:
+        self.schema = schema
+        self._reader = _Line(conninfo, "pgbg: looking", on_trouble)
+        self._writer = _Line(conninfo, "pgbg: ledger", on_trouble)
+        self._wanted: dict[Key, asyncio.Future[Sighting]] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._queries: dict[str, sql.Composed] = {}
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._looking:
+            self._looking.cancel()
+        await self._reader.close()
+        await self._writer.close()
+
+    def _query(self, text: LiteralString) -> sql.Composed:
+        if text not in self._queries:
+            self._queries[text] = sql.SQL(text).format(s=sql.Identifier(self.schema))
+        return self._queries[text]
+
+    # Looking ------------------------------------------------------------------------------------------------------
+
+    async def look(self, key: Key) -> Sighting:
+        """Look at a job: its lock, then its receipt. Looks that are asked for at the same time share a query.
+
+        Raises
+        ------
+        NoPrivilege
+            The login is no member of the owner.
+        ServerUnreachable
+            The server did not answer for a long time.
+        """
+        future = self._wanted.get(key)
+        if future is None:
+            future = self._wanted[key] = asyncio.get_running_loop().create_future()
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look_for_all())
+        return await asyncio.shield(future)
+
+    async def _look_for_all(self) -> None:
+        while self._wanted:
+            wanted, self._wanted = self._wanted, {}
+            try:
+                seen = await self._look_at(list(wanted))
+            except Exception as error:
+                if len(wanted) == 1 or isinstance(error, ServerUnreachable):
+                    _fail(wanted, error)
+                    continue
+                # One job's fault (an owner that was dropped, say) must not be another's.
+                for key, future in wanted.items():
+                    try:
+                        _give(future, (await self._look_at([key]))[0])
+                    except Exception as own:
+                        _fail({key: future}, own)
+                continue
+            except BaseException as error:
+                _fail(wanted, ServerUnreachable(f"the look was ended: {type(error).__name__}"))
+                raise
+            for future, sighting in zip(wanted.values(), seen, strict=True):
+                _give(future, sighting)
+
+    async def _look_at(self, keys: list[Key]) -> list[Sighting]:
+        digests = [key.digests for key in keys]
+        query = self._query(
+            "select l.*, a.wait_event from {s}.look(%s::text[], %s::bytea[], %s::bytea[]) as l"
+            " left join pg_catalog.pg_stat_activity as a on a.pid = l.holder_pid order by l.number"
+        )
+        arguments = ([key.owner for key in keys], [d[0] for d in digests], [d[1] for d in digests])
+
+        async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
+            cursor = await conn.cursor(row_factory=dict_row).execute(query, arguments)
+            return await cursor.fetchall()
+
+        rows: dict[int, dict[str, Any]] = {}
+        for row in await self._reader.ask(ask):
+            # Only one session can hold the lock; a stranger may hold it in shared mode beside others: take the worker.
+            if row["number"] not in rows or row["holds_this_job"]:
+                rows[row["number"]] = row
+        return [_sighting(rows[number]) for number in range(1, len(keys) + 1)]
+
+    # Writing ------------------------------------------------------------------------------------------------------
+
+    async def register(
+        self,
+        key: Key,
+        *,
+        generation: int | None,
+        label: str,
+        kind: str,
+        sql_digest: bytes,
+        accept_changed_sql: bool,
+    ) -> Registration:
+        """Register a launch: committed when this returns, so that everybody knows of it before it runs."""
+        query = self._query("select * from {s}.register(%s, %s, %s, %s, %s, %s, %s, %s, %s)")
+        here = f"{socket.gethostname()}/{os.getpid()}"
+        arguments = (key.owner, key.job_id, key.series, generation, label, kind, sql_digest, accept_changed_sql, here)
+        row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
+        return Registration(**row)
+
+    async def mark_cancelled(self, key: Key, cause: str, reason: str) -> str | None:
+        """Make a cancel final; returns ``cancelled``, ``committed``, or None while a worker is at work."""
+        query = self._query(
+            "select {s}.mark_cancelled(%s, %s, %s, %s) as status from pg_catalog.set_config('lock_timeout', %s, true)"
+        )
+        return await self._patiently(query, (key.owner, key.job_id, cause, reason, MARK_PATIENCE))
+
+    async def mark_older(self, key: Key, generation: int) -> bool:
+        """Cancel every older generation for good; returns False while a worker of one is at work."""
+        query = self._query(
+            "select {s}.mark_older(%s, %s, %s) as status from pg_catalog.set_config('lock_timeout', %s, true)"
+        )
+        return await self._patiently(query, (key.owner, key.series, generation, MARK_PATIENCE)) is not None
+
+    async def _patiently(self, query: sql.Composed, arguments: tuple[Any, ...]) -> Any:
+        try:
+            return (await self._writer.ask(lambda conn: _one(conn, query, arguments)))["status"]
+        except psycopg.errors.LockNotAvailable:
+            return None
+
+    async def lift_cancel(self, key: Key) -> bool:
+        """Take a cancel back; returns whether there was one that can be taken back."""
+        query = self._query("select {s}.lift_cancel(%s, %s) as lifted")
+        return bool((await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id))))["lifted"])
+
+    async def signal(self, key: Key, *, job_id: str | None = None) -> bool:
+        """Ask the worker that holds the job's lock to cancel its statement; returns whether a signal was accepted.
+
+        Raises
+        ------
+        NoPrivilege
+            The worker runs as another login of the owner's, which this login may not signal.
+        """
+        query = self._query(
+            "select coalesce(bool_or(pg_catalog.pg_cancel_backend(l.pid)), false) as sent from pg_catalog.pg_locks as l"
+            " where l.locktype = 'advisory' and l.objsubid = 1 and l.granted and l.pid is not null"
+            " and l.database = (select d.oid from pg_catalog.pg_database as d"
+            "   where d.datname = pg_catalog.current_database())"
+            " and (l.classid::bigint << 32) | l.objid::bigint = {s}.lock_key('job', %s, {s}.digest(%s))"
+        )
+        try:
+            row = await self._writer.ask(lambda conn: _one(conn, query, (key.owner, job_id or key.job_id)))
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise NoPrivilege(
+                f"the worker may not be cancelled: {error.diag.message_primary}",
+                job_id=key.job_id,
+                sqlstate=error.sqlstate,
+                todo="Grant the login membership in the role that launched the worker, or pg_signal_backend.",
+            ) from error
+        return bool(row["sent"])
+
+    async def record(
+        self,
+        key: Key,
+        attempt: int,
+        outcome: str,
+        *,
+        worker_pid: int | None = None,
+        started_at: datetime | None = None,
+        row_count: int | None = None,
+        command_tag: str | None = None,
+        error: ErrorFields | None = None,
+    ) -> None:
+        """Write an attempt's outcome into the history."""
+        query = self._query("select {s}.record(%s, %s, %s, %s, %s, %s, %s, %s, %s::text[])")
+        told = [getattr(error, field.name) for field in fields(error)] if error else None
+        arguments = (
+            key.owner, key.job_id, attempt, outcome, worker_pid, started_at, row_count, command_tag, told,
+        )  # fmt: skip
+        await self._writer.ask(lambda conn: _one(conn, query, arguments))
+
+    async def run(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+        """Run a piece of work that may be repeated on the writing connection."""
+        return await self._writer.ask(work)
+
+
+class _Line:
+    """One connection that is made again when it is lost. What is asked must be sound when it is asked twice."""
+
+    def __init__(self, conninfo: str, name: str, on_trouble: Callable[[str], None]) -> None:
+        self._conninfo = conninfo
+        self._name = name
+        self._on_trouble = on_trouble
+        self._conn: AsyncConnection[Any] | None = None
+        self._turn = asyncio.Lock()
+
+    async def close(self) -> None:
+        if self._conn is not None:
+            conn, self._conn = self._conn, None
+            await connecting.close(conn)
+
+    async def ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+        async with self._turn:
+            loop = asyncio.get_running_loop()
+            until = loop.time() + pace.RECONNECT
+            attempt = 0
+            while True:
+                try:
+                    async with asyncio.timeout(pace.CALL):
+                        if self._conn is None:
+                            self._conn = await connecting.connect(self._conninfo, self._name)
+                            await connecting.settle(self._conn, connecting.BOOKKEEPING)
+                        return await question(self._conn)
+                except (psycopg.Error, OSError, TimeoutError) as error:
+                    if self._conn is not None and not connecting.is_lost(self._conn, error):
+                        raise
+                    await self.close()
+                    if loop.time() >= until or getattr(error, "sqlstate", None) in connecting.REFUSED_LOGINS:
+                        raise connecting.unreachable(error, "the server cannot be reached") from error
+                    self._on_trouble(f"no connection to the server ({str(error).strip()}), trying again")
+                    await asyncio.sleep(pace.backoff(attempt))
+                    attempt += 1
+                except asyncio.CancelledError:
+                    await self.close()  # the question may be half way
+                    raise
+
+
+async def _one(conn: AsyncConnection[Any], query: sql.Composed, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    cursor = await conn.cursor(row_factory=dict_row).execute(query, arguments)
+    return await cursor.fetchone() or {}
+
+
+def _sighting(row: dict[str, Any]) -> Sighting:
+    error = ErrorFields(**{field.name: row.pop(field.name) for field in fields(ErrorFields)})
+    row.pop("number")
+    return Sighting(**row, error=error)
+
+
+def _give(future: asyncio.Future[Sighting], sighting: Sighting) -> None:
+    if not future.done():
+        future.set_result(sighting)
+
+
+def _fail(wanted: dict[Key, asyncio.Future[Sighting]], error: Exception) -> None:
+    for future in wanted.values():
+        if not future.done():
+            future.set_exception(error)
+            future.exception()  # its waiter may be gone

@@ -1,0 +1,45 @@
+"""The pace of polling: the one place that says how often anything is looked at.
+
+A wait adds at most ``SHARE`` of the time that a job has run already, so a short job is seen to end within
+milliseconds and an hour-long one costs a query every few seconds. All times are in seconds.
+"""
+
+from __future__ import annotations
+
+import random
+
+SHARE = 0.04
+SOONEST = 0.01
+LATEST = 5.0
+LOOK_SOONEST = 1.0  # for what the handle does not tell: blocked output, a stalled session
+LOOK_LATEST = 15.0
+RETRY_SOONEST = 0.05
+RETRY_LATEST = 5.0
+
+CALL = 30.0  # one call to the server; then its connection counts as dead
+RECONNECT = 300.0  # a server that cannot be reached, after it could be
+STRANGER = 30.0  # somebody else's session on the lock of a series
+CANCEL = 60.0  # a worker that does not end when it is cancelled
+STALLED = 3.0  # a launching session that does not answer
+DEADLINE_MARGIN = 30.0  # from a job's deadline to the moment when its worker ends by itself
+GRACE = 2.0  # for the launching side of another process to write down how a job failed
+COUNTS = 0.3  # the same for the counts of a job that committed
+
+
+def poll(age: float) -> float:
+    """Return how long to wait before the next poll of a job that has run for ``age``."""
+    return min(max(SOONEST, SHARE * age), LATEST)
+
+
+def look(age: float) -> float:
+    """Return how long to wait before the next look at a job whose handle is polled besides."""
+    return min(max(LOOK_SOONEST, 2 * SHARE * age), LOOK_LATEST)
+
+
+def backoff(attempt: int, chance: random.Random | None = None) -> float:
+    """Return how long to wait before retry number ``attempt`` (from 0), with jitter.
+
+    Exponential with equal jitter, so that contenders spread.
+    """
+    bound = min(RETRY_SOONEST * 2.0 ** min(attempt, 20), RETRY_LATEST)
+    return bound * (0.5 + 0.5 * (chance or random).random())

@@ -1,0 +1,446 @@
+-- Version 1 of the schema: receipts, series, job history, and the functions that alone touch them.
+-- @schema@ and @owner@ stand for quoted names; install.py fills them in.
+--
+-- Every function is SECURITY DEFINER with a pinned search_path, runs as the NOLOGIN role @owner@, and lets a login
+-- (session_user, which SET ROLE does not change) at the rows of an owner only when it is a member of that role.
+
+create table @schema@.meta (
+    version    int primary key,
+    checksum   text not null,
+    applied_at timestamptz not null default clock_timestamp(),
+    applied_by text not null default session_user
+);
+
+create table @schema@.receipt (
+    owner      text not null,
+    job_digest bytea not null,
+    status     text not null check (status in ('committed', 'cancelled')),
+    job_id     text not null,
+    label      text,
+    attempt    int,
+    worker_pid int,
+    sql_digest bytea,
+    xid        xid8,
+    started_at timestamptz,
+    cause      text check (cause in ('asked', 'deadline', 'superseded')),
+    reason     text,
+    decided_by text not null default session_user,
+    decided_at timestamptz not null default clock_timestamp(),
+    primary key (owner, job_digest)
+);
+comment on table @schema@.receipt is
+    'How a job ended: committed (written in the transaction of the work itself) or cancelled for good.';
+
+create table @schema@.series (
+    owner         text not null,
+    series_digest bytea not null,
+    series        text not null,
+    newest        bigint not null,
+    primary key (owner, series_digest)
+);
+comment on table @schema@.series is 'The newest generation of each series; an older one never starts any more.';
+
+create table @schema@.job (
+    owner           text not null,
+    job_digest      bytea not null,
+    job_id          text not null,
+    series_digest   bytea not null,
+    series          text not null,
+    generation      bigint not null,
+    label           text,
+    kind            text not null,
+    sql_digest      bytea not null,
+    attempt         int not null,
+    launched_by     text not null,
+    launcher_pid    int not null,
+    launcher_start  timestamptz,
+    registered_at   timestamptz not null default clock_timestamp(),
+    launched_at     timestamptz not null default clock_timestamp(),
+    ended_at        timestamptz,
+    outcome         text check (outcome in ('committed', 'failed', 'cancelled', 'lost', 'unknown')),
+    worker_pid      int,
+    started_at      timestamptz,
+    row_count       bigint,
+    command_tag     text,
+    sqlstate        text,
+    message         text,
+    detail          text,
+    hint            text,
+    context         text,
+    schema_name     text,
+    table_name      text,
+    column_name     text,
+    constraint_name text,
+    primary key (owner, job_digest)
+);
+create index job_series on @schema@.job (owner, series_digest, generation);
+comment on table @schema@.job is
+    'History and diagnosis, written by the launching side, which may die at any point: never the proof of anything.';
+
+-- Keys ---------------------------------------------------------------------------------------------------------
+
+create function @schema@.digest(p_text text) returns bytea
+    language sql stable strict parallel safe
+    return pg_catalog.sha256(pg_catalog.convert_to(p_text, 'UTF8'));
+
+-- The 64-bit advisory lock of a series ('series') or of a job ('job') of an owner.
+create function @schema@.lock_key(p_what text, p_owner text, p_digest bytea) returns bigint
+    language sql stable strict parallel safe
+    return ('x' || pg_catalog.encode(
+        pg_catalog.substr(
+            pg_catalog.sha256(pg_catalog.convert_to('pgbg:' || p_what || ':' || p_owner || ':', 'UTF8') || p_digest), 1, 8
+        ), 'hex'))::bit(64)::bigint;
+
+create function @schema@.owner_for(p_owner text) returns text
+    language plpgsql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_owner text := coalesce(p_owner, session_user);
+begin
+    if v_owner = session_user or pg_has_role(session_user, v_owner, 'MEMBER') then
+        return v_owner;
+    end if;
+    raise exception using errcode = 'insufficient_privilege',
+        message = format('%I is not a member of the role %I that owns the job', session_user, v_owner),
+        hint = format('GRANT %I TO %I;', v_owner, session_user);
+end $$;
+
+create function @schema@.require_read_committed() returns void
+    language plpgsql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    -- One snapshot for lock and receipt would call committed jobs lost.
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception using errcode = 'active_sql_transaction',
+            message = 'the state of a job can only be told in the isolation level READ COMMITTED';
+    end if;
+end $$;
+
+-- In the worker --------------------------------------------------------------------------------------------------
+
+create function @schema@.begin_work(
+    p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea
+) returns void
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_owner  text := @schema@.owner_for(p_owner);
+    v_job    bytea := @schema@.digest(p_job_id);
+    v_series bytea := @schema@.digest(p_series);
+    v_status text;
+begin
+    -- The locks are taken outside of the block with EXCEPTION: a rolled back subtransaction would drop them.
+    if not pg_try_advisory_xact_lock(@schema@.lock_key('series', v_owner, v_series)) then
+        raise exception using errcode = 'PB002', message = 'another worker holds the series of this job';
+    end if;
+    -- The second lock tells observers which job of the series is at work.
+    if not pg_try_advisory_xact_lock(@schema@.lock_key('job', v_owner, v_job)) then
+        raise exception using errcode = 'PB002', message = 'another worker holds this job';
+    end if;
+    if exists (
+        select from @schema@.series s
+        where s.owner = v_owner and s.series_digest = v_series and s.newest > p_generation
+    ) then
+        raise exception using errcode = 'PB003', message = 'a newer generation of this job is registered';
+    end if;
+    -- No look before the insert: it would cost serializable jobs false serialization failures.
+    begin
+        insert into @schema@.receipt
+            (owner, job_digest, status, job_id, label, attempt, worker_pid, sql_digest, xid, started_at)
+        values
+            (v_owner, v_job, 'committed', p_job_id, p_label, p_attempt, pg_backend_pid(), p_sql_digest,
+             pg_current_xact_id(), clock_timestamp());
+    exception when unique_violation then
+        select r.status into v_status from @schema@.receipt r where r.owner = v_owner and r.job_digest = v_job;
+        if v_status = 'cancelled' then
+            raise exception using errcode = 'PB003', message = 'this job was cancelled';
+        end if;
+        -- Under REPEATABLE READ the row may be invisible; the launching side looks at the receipt in any case.
+        raise exception using errcode = 'PB001', message = 'this job has a receipt';
+    end;
+end $$;
+
+-- On the launching side ------------------------------------------------------------------------------------------
+
+-- Registers a launch: the series' newest generation, the job, and one more attempt of it, in one transaction that is
+-- committed before the launch. Writes nothing when the launch must not be: 'superseded' or 'reused'.
+create function @schema@.register(
+    p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_kind text, p_sql_digest bytea,
+    p_accept_changed_sql boolean, p_launched_by text,
+    out verdict text, out generation bigint, out newest bigint, out attempt int, out sql_changed boolean
+)
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_owner  text := @schema@.owner_for(p_owner);
+    v_job    bytea := @schema@.digest(p_job_id);
+    v_series bytea := @schema@.digest(p_series);
+    v_known  @schema@.job;
+    v_newest bigint;
+    v_digest bytea;
+begin
+    perform @schema@.require_read_committed();
+    insert into @schema@.series (owner, series_digest, series, newest)
+        values (v_owner, v_series, p_series, coalesce(p_generation, 0))
+        on conflict do nothing;
+    -- The row's lock puts the registrations of one series in order.
+    select s.newest into v_newest from @schema@.series s
+        where s.owner = v_owner and s.series_digest = v_series for update;
+    select * into v_known from @schema@.job j where j.owner = v_owner and j.job_digest = v_job;
+    generation := coalesce(p_generation, v_known.generation);
+    if generation is null then
+        generation := case when exists (
+            select from @schema@.job j where j.owner = v_owner and j.series_digest = v_series
+        ) then v_newest + 1 else v_newest end;
+    end if;
+    newest := greatest(v_newest, generation);
+    attempt := coalesce(v_known.attempt, 0);
+
+    select r.sql_digest into v_digest from @schema@.receipt r
+        where r.owner = v_owner and r.job_digest = v_job and r.status = 'committed';
+    sql_changed := coalesce(coalesce(v_digest, v_known.sql_digest) <> p_sql_digest, false);
+    verdict := case when generation < v_newest then 'superseded'
+                    when sql_changed and not p_accept_changed_sql then 'reused'
+                    else 'registered' end;
+    if verdict <> 'registered' then
+        return;
+    end if;
+
+    attempt := attempt + 1;
+    update @schema@.series s set newest = generation
+        where s.owner = v_owner and s.series_digest = v_series and s.newest < generation;
+    insert into @schema@.job as j
+        (owner, job_digest, job_id, series_digest, series, generation, label, kind, sql_digest, attempt,
+         launched_by, launcher_pid, launcher_start)
+    values
+        (v_owner, v_job, p_job_id, v_series, p_series, generation, p_label, p_kind, p_sql_digest, attempt, p_launched_by,
+         pg_backend_pid(), (select a.backend_start from pg_stat_activity a where a.pid = pg_backend_pid()))
+    on conflict (owner, job_digest) do update set
+        series_digest = excluded.series_digest, series = excluded.series, generation = excluded.generation,
+        label = excluded.label, kind = excluded.kind, sql_digest = excluded.sql_digest, attempt = excluded.attempt,
+        launched_by = excluded.launched_by, launcher_pid = excluded.launcher_pid,
+        launcher_start = excluded.launcher_start, launched_at = clock_timestamp(), ended_at = null, outcome = null,
+        worker_pid = null, started_at = null, row_count = null, command_tag = null, sqlstate = null, message = null,
+        detail = null, hint = null, context = null, schema_name = null, table_name = null, column_name = null,
+        constraint_name = null;
+end $$;
+
+-- What can be seen of jobs: first the locks, and only then, with a later snapshot, the receipts. A commit becomes
+-- visible before its locks go, so in this order a committed job is never seen without both.
+create function @schema@.look(p_owners text[], p_jobs bytea[], p_series bytea[])
+    returns table (
+        number int, looked_at timestamptz, holder_pid int, holder_user text, holder_is_owner boolean,
+        holder_job text, holder_generation bigint, holds_this_job boolean,
+        status text, receipt_attempt int, receipt_pid int, receipt_started_at timestamptz, receipt_sql_digest bytea,
+        cause text, reason text, decided_by text, decided_at timestamptz,
+        newest bigint, generation bigint, attempt int, outcome text, ended_at timestamptz, row_count bigint,
+        command_tag text, sqlstate text, message text, detail text, hint text, context text, schema_name text,
+        table_name text, column_name text, constraint_name text
+    )
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_owners text[];
+    v_locks  jsonb;
+begin
+    perform @schema@.require_read_committed();
+    v_owners := array(select @schema@.owner_for(o) from unnest(p_owners) with ordinality as u (o, n) order by n);
+    v_locks := coalesce((
+        select jsonb_agg(jsonb_build_array((l.classid::bigint << 32) | l.objid::bigint, l.pid))
+        from pg_locks l
+        where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
+          and l.database = (select d.oid from pg_database d where d.datname = current_database())
+    ), '[]');
+    return query
+        with held as materialized (
+            select (e ->> 0)::bigint as key, (e ->> 1)::int as pid from jsonb_array_elements(v_locks) e
+        ), wanted as (
+            select u.n::int as n, u.o as owner, u.j as job, u.s as series
+            from unnest(v_owners, p_jobs, p_series) with ordinality as u (o, j, s, n)
+        )
+        select w.n, clock_timestamp(), h.pid, a.usename::text,
+               coalesce(pg_has_role(a.usesysid, w.owner, 'MEMBER'), false),
+               other.job_id, other.generation, this.key is not null,
+               r.status, r.attempt, r.worker_pid, r.started_at, r.sql_digest, r.cause, r.reason, r.decided_by,
+               r.decided_at, s.newest, k.generation, k.attempt, k.outcome, k.ended_at, k.row_count, k.command_tag,
+               k.sqlstate, k.message, k.detail, k.hint, k.context, k.schema_name, k.table_name, k.column_name,
+               k.constraint_name
+        from wanted w
+        left join held h on h.key = @schema@.lock_key('series', w.owner, w.series)
+        left join held this on this.pid = h.pid and this.key = @schema@.lock_key('job', w.owner, w.job)
+        left join pg_stat_activity a on a.pid = h.pid
+        left join lateral (
+            select j.job_id, j.generation
+            from @schema@.job j
+            join held o on o.pid = h.pid and o.key = @schema@.lock_key('job', j.owner, j.job_digest)
+            where j.owner = w.owner and j.series_digest = w.series and h.pid is not null and this.key is null
+            limit 1
+        ) other on true
+        left join @schema@.receipt r on r.owner = w.owner and r.job_digest = w.job
+        left join @schema@.series s on s.owner = w.owner and s.series_digest = w.series
+        left join @schema@.job k on k.owner = w.owner and k.job_digest = w.job
+        order by w.n;
+end $$;
+
+-- Makes a cancel final: after it the job is 'cancelled', or it was 'committed' before. Waits for a worker that is at
+-- work (no longer than lock_timeout, then 55P03): signal it first.
+create function @schema@.mark_cancelled(p_owner text, p_job_id text, p_cause text, p_reason text) returns text
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_owner text := @schema@.owner_for(p_owner);
+    v_job   bytea := @schema@.digest(p_job_id);
+begin
+    perform @schema@.require_read_committed();
+    insert into @schema@.receipt (owner, job_digest, status, job_id, cause, reason)
+        values (v_owner, v_job, 'cancelled', p_job_id, p_cause, p_reason)
+        on conflict do nothing;
+    return (select r.status from @schema@.receipt r where r.owner = v_owner and r.job_digest = v_job);
+end $$;
+
+-- Makes sure that no older generation of the series starts any more. Waits like mark_cancelled.
+create function @schema@.mark_older(p_owner text, p_series text, p_generation bigint) returns int
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_owner  text := @schema@.owner_for(p_owner);
+    v_marked int;
+begin
+    perform @schema@.require_read_committed();
+    insert into @schema@.receipt (owner, job_digest, status, job_id, label, cause, reason)
+        select j.owner, j.job_digest, 'cancelled', j.job_id, j.label, 'superseded',
+               format('generation %s is registered', p_generation)
+        from @schema@.job j
+        where j.owner = v_owner and j.series_digest = @schema@.digest(p_series) and j.generation < p_generation
+          and not exists (select from @schema@.receipt r where r.owner = j.owner and r.job_digest = j.job_digest)
+        on conflict do nothing;
+    get diagnostics v_marked = row_count;
+    return v_marked;
+end $$;
+
+-- Takes a cancel back, for a retry of the same job; a superseded job stays cancelled.
+create function @schema@.lift_cancel(p_owner text, p_job_id text) returns boolean
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform @schema@.require_read_committed();
+    delete from @schema@.receipt r
+        where r.owner = @schema@.owner_for(p_owner) and r.job_digest = @schema@.digest(p_job_id)
+          and r.status = 'cancelled' and r.cause <> 'superseded';
+    return found;
+end $$;
+
+-- Writes an attempt's outcome into the history, unless a later attempt has begun.
+create function @schema@.record(
+    p_owner text, p_job_id text, p_attempt int, p_outcome text, p_worker_pid int, p_started_at timestamptz,
+    p_row_count bigint, p_command_tag text, p_error text[]
+) returns boolean
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    update @schema@.job j set
+        outcome = p_outcome, ended_at = clock_timestamp(), worker_pid = p_worker_pid, started_at = p_started_at,
+        row_count = p_row_count, command_tag = p_command_tag, sqlstate = p_error[1], message = p_error[2],
+        detail = p_error[3], hint = p_error[4], context = p_error[5], schema_name = p_error[6],
+        table_name = p_error[7], column_name = p_error[8], constraint_name = p_error[9]
+    where j.owner = @schema@.owner_for(p_owner) and j.job_digest = @schema@.digest(p_job_id)
+      -- A launch that was turned away is a later attempt too, and must not hide the counts of what committed.
+      and (j.attempt = p_attempt or p_outcome = 'committed');
+    return found;
+end $$;
+
+-- Forgets what ended longer ago than p_older_than. A retry that comes later than that runs the job again.
+create function @schema@.prune(p_older_than interval, out receipts bigint, out jobs bigint)
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_before timestamptz := clock_timestamp() - p_older_than;
+begin
+    perform @schema@.require_read_committed();
+    -- A job without a receipt may still be running or be retried; its newest launch says how old it is.
+    delete from @schema@.job j
+        where pg_has_role(session_user, j.owner, 'MEMBER') and greatest(j.launched_at, j.ended_at) < v_before
+          and not exists (
+              select from pg_locks l
+              where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
+                and (l.classid::bigint << 32) | l.objid::bigint = @schema@.lock_key('job', j.owner, j.job_digest)
+          );
+    get diagnostics jobs = row_count;
+    delete from @schema@.receipt r
+        where pg_has_role(session_user, r.owner, 'MEMBER') and r.decided_at < v_before;
+    get diagnostics receipts = row_count;
+end $$;
+
+-- For people ---------------------------------------------------------------------------------------------------
+
+create function @schema@.list_jobs()
+    returns table (
+        owner text, job_id text, label text, series text, generation bigint, kind text, state text, attempt int,
+        running_pid int, launched_by text, registered_at timestamptz, launched_at timestamptz, ended_at timestamptz,
+        row_count bigint, command_tag text, sqlstate text, message text, detail text, hint text, context text,
+        cancelled_by text, reason text
+    )
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    v_locks jsonb;
+begin
+    perform @schema@.require_read_committed();
+    v_locks := coalesce((
+        select jsonb_agg(jsonb_build_array((l.classid::bigint << 32) | l.objid::bigint, l.pid))
+        from pg_locks l
+        where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
+          and l.database = (select d.oid from pg_database d where d.datname = current_database())
+    ), '[]');
+    return query
+        with held as materialized (
+            select (e ->> 0)::bigint as key, (e ->> 1)::int as pid from jsonb_array_elements(v_locks) e
+        )
+        select coalesce(j.owner, r.owner), coalesce(j.job_id, r.job_id), coalesce(j.label, r.label), j.series,
+               j.generation, j.kind,
+               case when r.status is not null then r.status
+                    when h.pid is not null then 'running'
+                    when j.outcome in ('failed', 'cancelled', 'lost', 'unknown', 'committed')
+                        then case j.outcome when 'committed' then
+                            case j.kind when 'receipt' then 'lost' else 'committed' end else j.outcome end
+                    -- Neither lock nor receipt: it may be about to start as long as somebody is there to launch it.
+                    when l.pid is not null or j.launched_at > clock_timestamp() - interval '10 s' then 'waiting'
+                    when j.kind <> 'receipt' then 'unknown'
+                    else 'lost' end,
+               j.attempt, h.pid, j.launched_by, j.registered_at, j.launched_at,
+               case when r.status is not null then coalesce(j.ended_at, r.decided_at) else j.ended_at end,
+               j.row_count, j.command_tag, j.sqlstate, j.message, j.detail, j.hint, j.context,
+               case when r.status = 'cancelled' then r.decided_by end, r.reason
+        from @schema@.job j
+        full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
+        left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
+        left join pg_stat_activity l on l.pid = j.launcher_pid and l.backend_start = j.launcher_start
+        where pg_has_role(session_user, coalesce(j.owner, r.owner), 'MEMBER')
+        order by coalesce(j.launched_at, r.decided_at) desc;
+end $$;
+
+create view @schema@.jobs as select * from @schema@.list_jobs();
+comment on view @schema@.jobs is
+    'The true state of every job that the login may see: waiting, running, committed, cancelled, failed, lost, unknown.';
+
+-- Privileges -----------------------------------------------------------------------------------------------------
+
+revoke all on all tables in schema @schema@ from public;
+revoke all on all functions in schema @schema@ from public;
+grant usage on schema @schema@ to pgbackground_role;
+grant select on @schema@.meta, @schema@.jobs to pgbackground_role;
+grant execute on all functions in schema @schema@ to pgbackground_role;

@@ -1,0 +1,220 @@
+"""The verdict: from what can be seen of a job to the next step, or to its outcome.
+
+A pure function without I/O: the runner, the state machine of the tests and the exhaustive search all use it.
+
+How to read the signs:
+
+- A receipt says how the job ended, and nothing else does. "Completed without an error" and a command tag do not: both
+  are written before the commit. An error does not either: a committed job can report one.
+- A held lock means a worker at work. Neither lock nor receipt means only that launching again is safe (the worker
+  itself refuses to be the second), not that nothing will run.
+- The evidence is gathered in this order: the handle's report, the lock, the receipt. A worker that is seen to have
+  ended, whose lock is then seen free, and that has no receipt after that, did not commit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+ALREADY_COMMITTED = "PB001"
+TURNED_AWAY = "PB002"
+REFUSED = "PB003"
+OURS = (ALREADY_COMMITTED, TURNED_AWAY, REFUSED)
+CANCELED = "57014"
+
+
+class Receipt(Enum):
+    """What the job's receipt says. A result read to its end, and verify_sql, count as one."""
+
+    NONE = auto()
+    COMMITTED = auto()
+    CANCELLED = auto()
+
+
+class Holder(Enum):
+    """Who holds the advisory lock of the series."""
+
+    NOBODY = auto()
+    THIS_JOB = auto()
+    OLDER = auto()
+    NEWER = auto()
+    SIBLING = auto()  # another job of the series, of the same generation
+    STRANGER = auto()  # no worker of the owner's that is known
+
+
+class Report(Enum):
+    """What the launching session says of the worker that this process launched last."""
+
+    NONE = auto()  # nothing launched
+    RUNNING = auto()
+    ENDED = auto()  # completed, no error
+    FAILED = auto()  # completed, with an error
+    GONE = auto()  # the handle is lost: the session ended, or the launch call failed on its way
+
+
+class Intent(Enum):
+    """Why this process wants the job to end."""
+
+    NONE = auto()
+    ASKED = auto()
+    DEADLINE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Everything that a verdict may depend on.
+
+    Attributes
+    ----------
+    carries_receipt:
+        Whether the job's SQL can carry a receipt (its kind says).
+    superseded:
+        A newer generation of the series is registered, or the receipt was cancelled for that reason.
+    registered:
+        This process registered the launch that comes next, so newer generations are ruled out as of then.
+    sqlstate:
+        The error of the worker that this process launched last.
+    recorded_failure:
+        The launching side of a worker that this process was attached to wrote down how it failed.
+    output_blocked:
+        The worker waits for its output to be read, and nobody does.
+    launches_left, rejections_left:
+        How often a lost worker is launched again; how often a worker is launched again that was turned away
+        while nobody was seen to hold the lock.
+    lift:
+        A cancel of this job is to be taken back, since its orchestrator wants it to run after all.
+    verified:
+        What verify_sql said, None before it was asked; ``can_verify`` whether there is one.
+    """
+
+    carries_receipt: bool = True
+    receipt: Receipt = Receipt.NONE
+    holder: Holder = Holder.NOBODY
+    superseded: bool = False
+    registered: bool = False
+    report: Report = Report.NONE
+    sqlstate: str | None = None
+    recorded_failure: bool = False
+    output_blocked: bool = False
+    intent: Intent = Intent.NONE
+    launches_left: int = 1
+    rejections_left: int = 1
+    lift: bool = False
+    can_verify: bool = False
+    verified: bool | None = None
+
+
+class Step(Enum):
+    """What to do next. The second group ends the job."""
+
+    REGISTER = auto()
+    LAUNCH = auto()
+    WAIT = auto()  # for the worker of this job
+    WAIT_FOR_SERIES = auto()  # for whoever holds the lock of the series
+    CLEAR_OLDER = auto()  # an older generation's worker is at work: cancel it or wait for it
+    UNBLOCK = auto()  # read the worker's error, then detach it, so that it goes on
+    SIGNAL = auto()  # cancel the worker that holds this job's lock
+    MARK = auto()  # make the cancel final
+    LIFT = auto()  # take an earlier cancel back
+    READ_RESULT = auto()  # to its end: the proof of a job without a receipt
+    VERIFY = auto()  # ask verify_sql
+
+    COMMITTED = auto()
+    FAILED = auto()
+    CANCELLED = auto()
+    SUPERSEDED = auto()
+    LOST = auto()
+    UNKNOWN = auto()
+
+
+OUTCOMES = frozenset({Step.COMMITTED, Step.FAILED, Step.CANCELLED, Step.SUPERSEDED, Step.LOST, Step.UNKNOWN})
+
+
+def judge(seen: Evidence) -> Step:
+    """Return the next step for a job, or its outcome.
+
+    Parameters
+    ----------
+    seen:
+        The evidence, gathered in the order that the module tells.
+
+    Returns
+    -------
+    Step
+        The outcome (a member of ``OUTCOMES``) only where it is certain, ``UNKNOWN`` where it cannot be had.
+    """
+    if seen.receipt is Receipt.COMMITTED:
+        return Step.COMMITTED
+    if seen.receipt is Receipt.CANCELLED:
+        if seen.superseded:
+            return Step.SUPERSEDED
+        return Step.LIFT if seen.lift and seen.intent is Intent.NONE else Step.CANCELLED
+
+    if seen.holder is Holder.THIS_JOB:
+        if seen.intent is not Intent.NONE:
+            return Step.SIGNAL
+        return Step.UNBLOCK if seen.output_blocked else Step.WAIT
+
+    if not seen.carries_receipt:
+        return _judge_without_receipt(seen)
+
+    if seen.intent is not Intent.NONE:
+        return Step.MARK
+    superseded = seen.superseded or seen.holder is Holder.NEWER
+    # An error that a worker reported is the job's end, unless it is the cancel by a newer generation, or our own refusal.
+    if seen.report is Report.FAILED and seen.sqlstate not in OURS and not (superseded and seen.sqlstate == CANCELED):
+        return Step.FAILED
+    if superseded:
+        return Step.MARK
+    if seen.report is Report.RUNNING:
+        return Step.WAIT
+    if seen.report is Report.ENDED:
+        return Step.LOST
+    if seen.report is Report.FAILED and seen.sqlstate != TURNED_AWAY:
+        return Step.FAILED  # the job's own SQL raised PB001 or PB003: there is no receipt behind it
+    if seen.report is Report.FAILED and seen.holder is Holder.NOBODY and not seen.rejections_left:
+        return Step.FAILED
+    if seen.recorded_failure:
+        return Step.FAILED
+    return _judge_launch(seen)
+
+
+def _judge_launch(seen: Evidence) -> Step:
+    """Nothing of this job is at work or decided: may it be launched?"""
+    if not seen.launches_left:
+        return Step.LOST
+    if not seen.registered:
+        return Step.REGISTER
+    match seen.holder:
+        case Holder.NOBODY:
+            return Step.LAUNCH
+        case Holder.OLDER:
+            return Step.CLEAR_OLDER
+        case _:
+            return Step.WAIT_FOR_SERIES
+
+
+def _judge_without_receipt(seen: Evidence) -> Step:
+    """A job of kind session: its handle is all there is, and after that verify_sql."""
+    wanted = seen.intent is Intent.NONE
+    match seen.report:
+        case Report.RUNNING:
+            return Step.WAIT if wanted else Step.SIGNAL
+        case Report.FAILED:
+            return Step.FAILED
+        case Report.ENDED:
+            return Step.READ_RESULT
+        case Report.NONE:
+            return Step.LAUNCH if wanted else Step.CANCELLED
+        case Report.GONE:
+            pass
+    if not seen.can_verify:
+        return Step.UNKNOWN
+    if seen.verified is None:
+        return Step.VERIFY
+    if seen.verified:
+        return Step.COMMITTED
+    if not wanted:
+        return Step.CANCELLED
+    return Step.LAUNCH if seen.launches_left else Step.LOST
