@@ -5,7 +5,7 @@ the text (whether a procedure commits, whether a table is partitioned) is left t
 25001 or 2D000 and rolls everything back.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from .lexer import Token, TokenKind, tokens
@@ -19,8 +19,9 @@ _TRANSACTION_CONTROL = frozenset(
     {"BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT", "SAVEPOINT", "RELEASE", "PREPARE TRANSACTION"}
 )
 _CONTROL_REASON = "is transaction control, which a worker refuses (0A000): the statements of a job are one transaction"
-_ISOLATION_REASON = (
-    "sets the isolation level, which fails after the transaction's first query (25001): give it as the job's isolation"
+_FIRST_REASON = (
+    "sets what cannot change after a transaction's first query (25001), and the job's receipt is written first: "
+    "give the isolation level as the job's isolation"
 )
 _COPY_REASON = (
     "copies from or to the client, and a worker has none: use a file, a program, or a query whose rows are read"
@@ -160,8 +161,8 @@ def _refusal(statement: Statement, *, one_transaction: bool) -> str | None:
         return _COPY_REASON
     if first == "LISTEN":
         return _LISTEN_REASON
-    if one_transaction and first == "SET" and _sets_isolation(statement):
-        return _ISOLATION_REASON
+    if one_transaction and first == "SET" and _must_come_first(statement):
+        return _FIRST_REASON
     return None
 
 
@@ -171,14 +172,18 @@ def _prepares_transaction(statement: Statement) -> bool:
     return [token.text for token in first[:2]] == ["PREPARE", "TRANSACTION"] and first[-1].kind is TokenKind.STRING
 
 
-def _sets_isolation(statement: Statement) -> bool:
+def _must_come_first(statement: Statement) -> bool:
+    """Tell what fails behind a query: to change the isolation level, to import a snapshot, to set DEFERRABLE.
+
+    SET SESSION CHARACTERISTICS is for later transactions; READ ONLY and READ WRITE work at any time.
+    """
     words = _words(statement)
     while words[1:2] in (["LOCAL"], ["SESSION"]):
         del words[1]
-    # SET SESSION CHARACTERISTICS and default_transaction_isolation concern later transactions and do not fail.
-    return words[1:2] == ["TRANSACTION_ISOLATION"] or (
-        words[1:2] == ["TRANSACTION"] and "ISOLATION" in words and "SNAPSHOT" not in words
-    )
+    if words[1:2] == ["TRANSACTION"]:
+        # READ COMMITTED is what most transactions have already, and to set that changes nothing.
+        return not {"SERIALIZABLE", "REPEATABLE", "UNCOMMITTED", "SNAPSHOT", "DEFERRABLE"}.isdisjoint(words)
+    return words[1:2] in (["TRANSACTION_ISOLATION"], ["TRANSACTION_DEFERRABLE"])
 
 
 def _copies_with_client(statement: Statement) -> bool:
@@ -212,25 +217,27 @@ def _alter_subscription_outside(statement: Statement) -> bool:
 
 
 def _switched_on(statement: Statement) -> set[str]:
-    return {name for name, on in _switches(statement) if on}
+    return {name for name, on in _switches(statement).items() if on}
 
 
 def _switched_off(statement: Statement) -> set[str]:
-    return {name for name, on in _switches(statement) if not on}
+    return {name for name, on in _switches(statement).items() if not on}
 
 
-def _switches(statement: Statement) -> Iterator[tuple[str, bool]]:
-    """Yield the options in parentheses as (name, on); an option without a value is on (`defGetBoolean`)."""
+def _switches(statement: Statement) -> dict[str, bool]:
+    """Return the options in parentheses; one without a value is on (`defGetBoolean`), the last of a name counts."""
+    switches: dict[str, bool] = {}
     option: list[str] = []
     depth = 0
     for token in tokens(statement.text):
         depth += {"(": 1, ")": -1}.get(token.text, 0)
         if token.text in {"(", ",", ")"}:
             if option:
-                yield option[0], "".join(option[1:]).strip("='\"").upper() not in {"FALSE", "OFF", "0"}
+                switches[option[0]] = "".join(option[1:]).strip("='\"").upper() not in {"FALSE", "OFF", "0"}
             option = []
         elif depth:
             option.append(token.text)
+    return switches
 
 
 def _outer(statement: Statement) -> list[Token]:

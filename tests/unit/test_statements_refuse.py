@@ -52,7 +52,8 @@ drop index i
 reindex table t
 reindex (concurrently off, verbose) table t
 reindex (concurrently false) index i
-reindex (concurrently = 0) index i
+reindex (concurrently 0) index i
+reindex (concurrently true, concurrently false) index i
 reindex index "concurrently"
 cluster t using i
 cluster verbose t
@@ -80,6 +81,9 @@ unlisten *
 notify x
 set constraints all deferred
 set local work_mem = '4MB'
+set transaction read only
+set transaction isolation level read committed
+set local transaction_read_only = on
 set session characteristics as transaction isolation level serializable
 prepare transaction as select 1
 prepare transaction(text) as select $1
@@ -155,9 +159,12 @@ def test_never(sql: str) -> None:
         "set transaction read only, isolation level serializable",
         "set transaction_isolation to 'serializable'",
         "set local transaction_isolation = 'serializable'",
+        "set transaction snapshot '00000003-0000001B-1'",
+        "set session transaction not deferrable",
+        "set transaction_deferrable = on",
     ],
 )
-def test_isolation_level_is_the_jobs(sql: str) -> None:
+def test_what_must_come_before_the_receipt(sql: str) -> None:
     statements.check(statements.split(sql), one_transaction=False)
     with pytest.raises(RefusedStatement, match="isolation"):
         statements.check(statements.split(sql), one_transaction=True)
