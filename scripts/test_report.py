@@ -27,8 +27,12 @@ def main(path: str) -> None:
     """Read the report at ``path`` and print it by server, then the skips by reason."""
     counts: Counter[tuple[str, str]] = Counter()
     skips: Counter[str] = Counter()
-    # The file was written by the pytest that ran a moment ago.
-    for case in ET.parse(path).iter("testcase"):  # noqa: S314
+    try:
+        # The file was written by the pytest that ran a moment ago.
+        report = ET.parse(path)  # noqa: S314
+    except ET.ParseError:
+        sys.exit(f"{path} is no report: pytest ended before it ran a test")
+    for case in report.iter("testcase"):
         ended = next((child for child in case if child.tag in {"skipped", "failure", "error"}), None)
         kind = "passed" if ended is None else {"skipped": "skipped"}.get(ended.tag, "failed")
         counts[server_of(case.get("name", "")), kind] += 1
