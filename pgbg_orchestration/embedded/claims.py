@@ -39,10 +39,13 @@ class Claim:
 def claim_directory(parent: Path, remove_abandoned: Callable[[Path], None]) -> Claim:
     """Make a new directory of this process's own, after removing those whose owner is gone.
 
-    Args:
-        parent: an existing directory that holds nothing else.
-        remove_abandoned: ends what runs in an abandoned directory and deletes it. It is called with the lock on
-            ``parent`` held, so for one directory at a time on the whole machine.
+    Parameters
+    ----------
+    parent:
+        an existing directory that holds nothing else.
+    remove_abandoned:
+        ends what runs in an abandoned directory and deletes it. It is called with the lock on
+        ``parent`` held, so for one directory at a time on the whole machine.
     """
     with file_lock(parent / ".lock"):
         for other in parent.glob("*.claim"):

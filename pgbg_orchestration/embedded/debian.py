@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SUITE = "forky"
 MIRROR_VARIABLE = "PGBG_DEBIAN_MIRROR"
 ARCHIVE_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-DOWNLOAD_TIMEOUT = 60.0
+DOWNLOAD_TIMEOUT = 20.0
 """Seconds without a byte after which a download is given up."""
 
 
@@ -39,11 +39,16 @@ class PackageUnavailableError(Exception):
 class Package:
     """A binary package in Debian's pool, with the checksum that its file must have.
 
-    Args:
-        name: the binary package's name.
-        version: the Debian version, as in the package index.
-        filename: path below the mirror's root.
-        sha256: hexadecimal digest of the .deb file.
+    Parameters
+    ----------
+    name:
+        the binary package's name.
+    version:
+        the Debian version, as in the package index.
+    filename:
+        path below the mirror's root.
+    sha256:
+        hexadecimal digest of the .deb file.
     """
 
     name: str
@@ -77,8 +82,10 @@ def mirror() -> str:
     (``apt-get indextargets``, see apt-get(8)): the first repository that calls itself Debian and is not the
     security archive, which carries no testing suite.
 
-    Raises:
-        PackageUnavailableError: there is no apt here, or apt knows no Debian archive.
+    Raises
+    ------
+    PackageUnavailableError
+        there is no apt here, or apt knows no Debian archive.
     """
     if chosen := os.environ.get(MIRROR_VARIABLE):
         return chosen.rstrip("/")
@@ -104,15 +111,21 @@ def mirror() -> str:
 def fetch(name: str, architecture: str) -> tuple[Package, bytes]:
     """Download a package of Debian's testing suite and verify it.
 
-    Args:
-        name: the binary package's name.
-        architecture: Debian's name of the architecture (``amd64``, ``arm64``).
+    Parameters
+    ----------
+    name:
+        the binary package's name.
+    architecture:
+        Debian's name of the architecture (``amd64``, ``arm64``).
 
-    Returns:
-        The package's description and the bytes of its .deb file.
+    Returns
+    -------
+    The package's description and the bytes of its .deb file.
 
-    Raises:
-        PackageUnavailableError: no mirror, no network, no such package, or nothing trusted vouches for the file.
+    Raises
+    ------
+    PackageUnavailableError
+        no mirror, no network, no such package, or nothing trusted vouches for the file.
     """
     base = mirror()
     known = KNOWN_PACKAGES.get(architecture)
@@ -133,8 +146,10 @@ def fetch(name: str, architecture: str) -> tuple[Package, bytes]:
 def members(deb: bytes) -> Iterator[tuple[str, bytes]]:
     """Yield the regular files of a .deb as (path without the leading ``./``, content). See deb(5) and ar(5).
 
-    Raises:
-        PackageUnavailableError: the file is not a Debian package, or uses a compression this Python cannot read.
+    Raises
+    ------
+    PackageUnavailableError
+        the file is not a Debian package, or uses a compression this Python cannot read.
     """
     magic, offset = b"!<arch>\n", 8
     if deb[:offset] != magic:
@@ -163,8 +178,10 @@ class _NotOnMirror(PackageUnavailableError):
 
 
 def _download(url: str) -> bytes:
+    if not url.startswith(("http://", "https://")):
+        raise PackageUnavailableError(f"cannot download {url}: only http and https mirrors are supported")
     try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:  # noqa: S310 (just checked)
             content: bytes = response.read()
             return content
     except urllib.error.HTTPError as error:

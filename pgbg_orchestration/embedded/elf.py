@@ -48,12 +48,17 @@ def host_glibc() -> tuple[int, ...] | None:
 def relax_glibc(library: bytes, glibc: tuple[int, ...]) -> bytes:
     """Return the library so that it loads under an older glibc; unchanged when it does already.
 
-    Args:
-        library: a 64-bit little-endian ELF shared object.
-        glibc: the version to load under, such as (2, 36).
+    Parameters
+    ----------
+    library:
+        a 64-bit little-endian ELF shared object.
+    glibc:
+        the version to load under, such as (2, 36).
 
-    Raises:
-        CannotRelaxError: another kind of file, or it uses a newer function that PostgreSQL does not provide.
+    Raises
+    ------
+    CannotRelaxError
+        another kind of file, or it uses a newer function that PostgreSQL does not provide.
     """
     if library[:6] != b"\x7fELF\x02\x01":
         raise CannotRelaxError("not a 64-bit little-endian ELF file")

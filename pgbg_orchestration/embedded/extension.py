@@ -34,9 +34,12 @@ class RealExtensionUnavailableError(Exception):
 class ExtensionFiles:
     """The real extension's files in the cache.
 
-    Args:
-        directory: holds ``share/extension`` (control and SQL files) and ``lib``.
-        version: upstream's version, such as ``2.0.3`` (``extversion`` says ``2.0`` for all of 2.0.0 to 2.0.3).
+    Parameters
+    ----------
+    directory:
+        holds ``share/extension`` (control and SQL files) and ``lib``.
+    version:
+        upstream's version, such as ``2.0.3`` (``extversion`` says ``2.0`` for all of 2.0.0 to 2.0.3).
     """
 
     directory: Path
@@ -53,12 +56,16 @@ class ExtensionFiles:
 def real_extension(postgres_major: int) -> ExtensionFiles:
     """Get the real extension, from the cache or else from Debian's archive (0.1 MB, verified).
 
-    Args:
-        postgres_major: the major version of the server that is to load it.
+    Parameters
+    ----------
+    postgres_major:
+        the major version of the server that is to load it.
 
-    Raises:
-        RealExtensionUnavailableError: another version, platform or C library than Debian builds it for, or neither
-            cached nor to be downloaded.
+    Raises
+    ------
+    RealExtensionUnavailableError
+        another version, platform or C library than Debian builds it for, or neither
+        cached nor to be downloaded.
     """
     architecture = ARCHITECTURES.get(platform.machine())
     glibc = elf.host_glibc()
@@ -71,7 +78,7 @@ def real_extension(postgres_major: int) -> ExtensionFiles:
             f"Debian's build of pg_background is for PostgreSQL {POSTGRES_MAJOR}, this is {postgres_major}"
         )
     cache = cache_directory()
-    # The library is edited to fit the C library, so a home directory shared by several machines keeps one copy for each.
+    # The library is edited to fit the C library: a home directory that machines share keeps one copy for each.
     directory = cache / f"pg_background-{architecture}-glibc{'.'.join(map(str, glibc))}"
     if ":" in str(directory):
         raise RealExtensionUnavailableError(f"{directory} cannot stand in a path list, for its colon")

@@ -26,18 +26,23 @@ from pgbg_orchestration.embedded.binaries import Binaries, can_read, find_binari
 from pgbg_orchestration.embedded.cache import cache_directory
 from pgbg_orchestration.embedded.claims import Claim, claim_directory, file_lock
 from pgbg_orchestration.embedded.extension import (
-    ExtensionFiles,
     RealExtensionUnavailableError,
     real_extension,
-    verified,
 )
-from pgbg_orchestration.embedded.status import PORT, STATE_FILE, SUPERUSER, connection_string, socket_directory, status
+from pgbg_orchestration.embedded.status import (
+    PORT,
+    STATE_FILE,
+    SUPERUSER,
+    StopMode,
+    Surface,
+    connection_string,
+    socket_directory,
+    status,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-SOCKET_PATH_LIMIT = 103
-"""Bytes; 107 on Linux and 103 on macOS (unix(7), unix(4)), the smaller one for both."""
 START_TIMEOUT = 60
 STOP_TIMEOUT = 30
 """Seconds; after this a stop goes on as an immediate one."""
@@ -45,9 +50,7 @@ STOP_TIMEOUT = 30
 # Without these a crash of the machine can spoil the data; a crash of the server cannot.
 FAST_SETTINGS: Mapping[str, str | int] = {"fsync": "off", "full_page_writes": "off"}
 
-StopMode = Literal["smart", "fast", "immediate"]
 ExtensionChoice = Literal["auto", "real", "stand-in"]
-Surface = Literal["2.0", "1.9"]
 
 _SETTINGS_FILE = "pgbg.conf"
 _temporary: weakref.WeakSet[EmbeddedServer] = weakref.WeakSet()
@@ -63,12 +66,18 @@ class EmbeddedServer:
     As a context manager it is started at the top and stopped at the end, unless it ran already. Without a data
     directory it gets a temporary one, which goes with the process, even a killed one (the next server removes it).
 
-    Args:
-        data_dir: PostgreSQL's data directory, made when it is not there; its data stay. None for a temporary one.
-        max_worker_processes: PostgreSQL's setting of that name, from which background workers are taken.
-        settings: further settings of postgresql.conf, which win over the ones made here.
-        extension: ``real`` or ``stand-in`` to insist on one; ``auto`` prefers the real one.
-        surface: which of the extension's surfaces a stand-in offers; the real one has its own.
+    Parameters
+    ----------
+    data_dir:
+        PostgreSQL's data directory, made when it is not there; its data stay. None for a temporary one.
+    max_worker_processes:
+        PostgreSQL's setting of that name, from which background workers are taken.
+    settings:
+        further settings of postgresql.conf, which win over the ones made here.
+    extension:
+        ``real`` or ``stand-in`` to insist on one; ``auto`` prefers the real one.
+    surface:
+        which of the extension's surfaces a stand-in offers; the real one has its own.
     """
 
     def __init__(
@@ -94,9 +103,9 @@ class EmbeddedServer:
         """Why the real extension is not used; None when it is, or when the stand-in was asked for."""
         self._data_dir = Path(data_dir).absolute() if data_dir is not None else None
         self._choice = extension
-        self._surface: str = surface
+        self._surface: Surface = surface
         self._extension: str | None = None
-        self._files: ExtensionFiles | None = None
+        self._extension_settings: dict[str, str] = {}
         self._claim: Claim | None = None
         self._user = unprivileged_user()
         self._binaries: Binaries | None = None
@@ -122,7 +131,7 @@ class EmbeddedServer:
         return self.extension.startswith("stand-in")
 
     @property
-    def surface(self) -> str:
+    def surface(self) -> Surface:
         """Which of the extension's surfaces the server offers: ``2.0`` or ``1.9``."""
         return self._surface
 
@@ -149,10 +158,14 @@ class EmbeddedServer:
         The first start of a data directory takes a second or two. The extension is created in the database
         ``postgres``; other databases get it by :meth:`create_extension`.
 
-        Raises:
-            EmbeddedServerError: it did not start, with the end of its log.
-            NoPostgresError: no PostgreSQL programs were found.
-            RealExtensionUnavailableError: ``extension="real"`` was asked for and cannot be had.
+        Raises
+        ------
+        EmbeddedServerError
+            it did not start, with the end of its log.
+        NoPostgresError
+            no PostgreSQL programs were found.
+        RealExtensionUnavailableError
+            ``extension="real"`` was asked for and cannot be had.
         """
         if self._data_dir is None:
             self._data_dir = self._temporary_directory()
@@ -176,11 +189,15 @@ class EmbeddedServer:
     def stop(self, mode: StopMode = "fast") -> None:
         """Stop the server; a temporary data directory is removed, another one stays.
 
-        Args:
-            mode: as for ``pg_ctl stop``. A worker that ``fast`` cannot end is ended by ``immediate``.
+        Parameters
+        ----------
+        mode:
+            as for ``pg_ctl stop``. A worker that ``fast`` cannot end is ended by ``immediate``.
 
-        Raises:
-            EmbeddedServerError: it did not stop.
+        Raises
+        ------
+        EmbeddedServerError
+            it did not stop.
         """
         if self._data_dir is None:
             return
@@ -198,11 +215,7 @@ class EmbeddedServer:
 
     def conninfo(self, dbname: str = "postgres", user: str = SUPERUSER, **parameters: str) -> str:
         """Return a libpq connection string; any further libpq parameter can be given by name."""
-        running = status(self.data_dir)
-        socket_dir = running.socket_dir if running else socket_directory(self.data_dir)
-        if socket_dir is None:
-            raise EmbeddedServerError(f"the server on {self.data_dir} does not run")
-        return connection_string(socket_dir, dbname, user, **parameters)
+        return connection_string(socket_directory(self.data_dir), dbname, user, **parameters)
 
     def connect(self, dbname: str = "postgres", user: str = SUPERUSER) -> psycopg.Connection:
         """Open an autocommit connection; the caller closes it."""
@@ -221,7 +234,7 @@ class EmbeddedServer:
         if self.is_standin:
             from pgbg_orchestration.embedded.standin import install_standin
 
-            install_standin(self.conninfo(dbname), surface=self.surface)
+            install_standin(self.conninfo(dbname), surface=self._surface)
         else:
             with self.connect(dbname) as connection:
                 connection.execute("create extension if not exists pg_background")
@@ -296,30 +309,29 @@ class EmbeddedServer:
         return ("--locale=C",)
 
     def _launch_as_before(self) -> bool:
-        """Start with the extension that this data directory had last, when that is what is wanted now."""
+        """Start with the extension that this data directory has: its databases hold that one's functions."""
         try:
             state = json.loads((self.data_dir / STATE_FILE).read_text())
         except FileNotFoundError:
             return False
-        standin = state["extension"].startswith("stand-in")
-        if standin:
-            wanted = self._choice == "stand-in" and state["surface"] == self._surface
-        else:
-            directory = state["files"]
-            wanted = self._choice != "stand-in" and (directory is None or verified(Path(directory)) is not None)
-        # A stand-in that was only second choice is not taken as given: the real one may be had by now.
-        if not wanted:
-            return False
+        is_standin = state["extension"].startswith("stand-in")
+        refused = self._choice == "real" if is_standin else self._choice == "stand-in"
+        if refused or (self._choice == "stand-in" and state["surface"] != self._surface):
+            raise EmbeddedServerError(
+                f"{self.data_dir} was made with {state['extension']}: choose another data directory, or remove this one"
+            )
         self._extension, self._surface = state["extension"], state["surface"]
-        self._files = verified(Path(state["files"])) if state["files"] else None
+        if is_standin:
+            self._extension_settings = self._write_standin()
+        elif state["from_cache"]:
+            self._extension_settings = real_extension(self.binaries.major).settings()
         self._launch()
         return True
 
     def _launch(self) -> None:
-        socket_dir = self.data_dir
-        if len(os.fsencode(socket_dir / f".s.PGSQL.{PORT}")) > SOCKET_PATH_LIMIT:
-            socket_dir = Path(tempfile.mkdtemp(prefix="pgbg-", dir="/tmp"))
-            self._give(socket_dir)
+        socket_dir = socket_directory(self.data_dir)
+        if socket_dir != self.data_dir:
+            self._make_socket_directory(socket_dir)
         self._write_settings(socket_dir)
         started = self._pg_ctl(
             self.data_dir, "start", "-t", str(START_TIMEOUT), "-l", str(self.data_dir / "server.log")
@@ -327,13 +339,22 @@ class EmbeddedServer:
         if started.returncode != 0:
             raise EmbeddedServerError(f"PostgreSQL did not start: {started.stdout}\n{self.log()[-2000:]}")
 
+    def _make_socket_directory(self, directory: Path) -> None:
+        """Make the directory that stands in for a data directory whose path is too long for a socket."""
+        directory.mkdir(mode=0o700, exist_ok=True)
+        owner = pwd.getpwnam(self._user).pw_uid if self._user else os.geteuid()
+        found = directory.lstat()
+        if directory.is_symlink() or found.st_uid not in (owner, os.geteuid()) or found.st_mode & 0o077:
+            raise EmbeddedServerError(f"{directory} is not a private directory of ours: remove it")
+        self._give(directory)
+
     def _write_settings(self, socket_dir: Path) -> None:
         settings: dict[str, str | int] = {
             "listen_addresses": "",
             "unix_socket_directories": str(socket_dir),
             "unix_socket_permissions": "0700",
             "port": PORT,
-            **(self._files.settings() if self._files else {}),
+            **self._extension_settings,
             **self.settings,
         }
         lines = ["{} = '{}'\n".format(name, str(value).replace("'", "''")) for name, value in settings.items()]
@@ -345,15 +366,32 @@ class EmbeddedServer:
         """Choose the extension, have the server find it, and create it in the database ``postgres``."""
         if self._choice != "stand-in":
             try:
-                self._extension, self._surface = self._load_real(), "2.0"
+                self._extension = self._load_real()
+                self._surface = "2.0"
             except RealExtensionUnavailableError as error:
                 if self._choice == "real":
                     raise
                 self.why_standin = str(error)
             else:
                 return
+        self._extension_settings = self._write_standin()
+        self._relaunch()
         self._extension = f"stand-in {self._surface}"
         self.create_extension("postgres")
+
+    def _write_standin(self) -> dict[str, str]:
+        """Write the stand-in's files, of this package's version, and return the settings that have them found."""
+        from pgbg_orchestration.embedded.standin import extension_settings, write_extension
+
+        directory = self.data_dir / "standin"
+        for path in (directory, *write_extension(directory).rglob("*"), directory / "extension"):
+            self._give(path)
+        return extension_settings(directory)
+
+    def _relaunch(self) -> None:
+        # A restart and no reload: a reload is seen by new sessions only after a moment that nothing tells.
+        self._stop("fast")
+        self._launch()
 
     def _load_real(self) -> str:
         with self.connect() as connection:
@@ -366,10 +404,8 @@ class EmbeddedServer:
             if self._user and not can_read(files.directory / "manifest.json", self._user):
                 raise RealExtensionUnavailableError(f"user {self._user} cannot reach {files.directory}")
             name = f"real {files.version}"
-            self._files = files
-            # A restart and no reload: a reload is seen by new sessions only after a moment that nothing tells.
-            self._stop("fast")
-            self._launch()
+            self._extension_settings = files.settings()
+            self._relaunch()
         try:
             with self.connect() as connection:
                 connection.execute("create extension if not exists pg_background")
@@ -380,7 +416,7 @@ class EmbeddedServer:
         return name
 
     def _drop_broken_extension(self) -> None:
-        self._files = None
+        self._extension_settings = {}
         with self.connect() as connection:
             connection.execute("drop extension if exists pg_background")
 
@@ -388,7 +424,7 @@ class EmbeddedServer:
         state = {
             "extension": self._extension,
             "surface": self._surface,
-            "files": str(self._files.directory) if self._files else None,
+            "from_cache": bool(self._extension_settings),
         }
         path = self.data_dir / STATE_FILE
         path.write_text(json.dumps(state))
@@ -397,7 +433,6 @@ class EmbeddedServer:
     def _stop(self, mode: StopMode) -> None:
         if not (self.data_dir / "postmaster.pid").exists():
             return
-        socket_dir = socket_directory(self.data_dir)
         output = ""
         for chosen in (mode, "immediate"):
             stopped = self._pg_ctl(self.data_dir, "stop", "-t", str(STOP_TIMEOUT), "-m", chosen)
@@ -406,7 +441,8 @@ class EmbeddedServer:
                 break
         else:
             raise EmbeddedServerError(f"PostgreSQL did not stop: {output}\n{self.log()[-2000:]}")
-        if socket_dir is not None and socket_dir != self.data_dir and socket_dir.name.startswith("pgbg-"):
+        socket_dir = socket_directory(self.data_dir)
+        if socket_dir != self.data_dir:
             shutil.rmtree(socket_dir, ignore_errors=True)
 
     def _pg_ctl(self, data_dir: Path, action: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from psycopg.conninfo import make_conninfo
 
 SUPERUSER = "postgres"
 PORT = 5432
 """Only a part of the socket's name: the directory is the server's own, so it cannot collide."""
+SOCKET_PATH_LIMIT = 103
+"""Bytes; 107 on Linux and 103 on macOS (unix(7), unix(4)): the smaller one for both."""
 STATE_FILE = "pgbg.json"
 """In the data directory: which extension the server has."""
+
+StopMode = Literal["smart", "fast", "immediate"]
+"""As for ``pg_ctl stop``."""
+Surface = Literal["2.0", "1.9"]
+"""The extension's two sets of names (docs/ground-truth.md)."""
 
 
 @dataclass(frozen=True)
 class ServerStatus:
     """What is known of a server that runs.
 
-    Args:
-        data_dir: its data directory.
-        pid: the postmaster's process id.
-        socket_dir: the directory of its Unix socket.
-        extension: which pg_background it has, such as ``real 2.0.3`` or ``stand-in 2.0``.
-        surface: which of the extension's two surfaces it offers, ``2.0`` or ``1.9``.
+    Parameters
+    ----------
+    data_dir:
+        its data directory.
+    pid:
+        the postmaster's process id.
+    socket_dir:
+        the directory of its Unix socket.
+    extension:
+        which pg_background it has, such as ``real 2.0.3`` or ``stand-in 2.0``.
+    surface:
+        which of the extension's two surfaces it offers, ``2.0`` or ``1.9``.
     """
 
     data_dir: Path
     pid: int
     socket_dir: Path
     extension: str
-    surface: str
+    surface: Surface
 
     def conninfo(self, dbname: str = "postgres", user: str = SUPERUSER, **parameters: str) -> str:
         """Return a libpq connection string; any further libpq parameter can be given by name."""
@@ -42,8 +58,9 @@ class ServerStatus:
 def status(data_dir: str | Path) -> ServerStatus | None:
     """Look whether a server runs on this data directory and accepts connections.
 
-    Returns:
-        The server, or None when none does.
+    Returns
+    -------
+    The server, or None when none does.
     """
     directory = Path(data_dir).absolute()
     try:
@@ -57,13 +74,16 @@ def status(data_dir: str | Path) -> ServerStatus | None:
     return ServerStatus(directory, int(lines[0]), Path(lines[4]), state["extension"], state["surface"])
 
 
-def socket_directory(data_dir: Path) -> Path | None:
-    """Return the socket directory of the server that runs, or ran last, on this data directory, if it says one."""
-    try:
-        lines = (data_dir / "postmaster.pid").read_text().splitlines()
-    except FileNotFoundError:
-        return None
-    return Path(lines[4]) if len(lines) > 4 and lines[4] else None
+def socket_directory(data_dir: Path) -> Path:
+    """Return where the server on this data directory has its socket, running or not.
+
+    That is the data directory itself, which only its owner may enter, or one of its own when that path is too long.
+    """
+    if len(os.fsencode(data_dir / f".s.PGSQL.{PORT}")) <= SOCKET_PATH_LIMIT:
+        return data_dir
+    digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]
+    # Not TMPDIR, which can be too long itself. The directory is made 0700 and its owner checked.
+    return Path("/tmp") / f"pgbg-{digest}"  # noqa: S108
 
 
 def connection_string(socket_dir: Path, dbname: str, user: str, **parameters: str) -> str:

@@ -6,19 +6,16 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 GONE_TIMEOUT = 20.0
 """Seconds that a process killed with SIGKILL gets until it must be gone."""
 
 
-def running(pid: int, program: str | None = None) -> bool:
-    """True when the process exists, is no zombie, and (when asked) runs this program: process ids are reused."""
-    listing = subprocess.run(["ps", "-o", "stat=,comm=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    state, _, command = listing.stdout.strip().partition(" ")
-    if not state or state.startswith("Z"):
-        return False
-    return program is None or Path(command.strip()).name.startswith(program)
+def running(pid: int) -> bool:
+    """True when the process exists and is no zombie."""
+    listing = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    state = listing.stdout.strip()
+    return bool(state) and not state.startswith("Z")
 
 
 def children(pid: int) -> list[int]:

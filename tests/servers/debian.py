@@ -6,19 +6,14 @@ in a chroot (docs/ground-truth.md). As a script: ``python -m tests.servers.debia
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pgbg_orchestration.embedded import debian
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from pgbg_orchestration.embedded.claims import file_lock
 
 DIRECTORY_VARIABLE = "PGBG_SERVERS_DIR"
 PACKAGES = ("postgresql-18", "postgresql-18-pg-background")
@@ -34,7 +29,7 @@ exec chroot --userspec="$user" "$root" "$@"
 """
 
 
-class TreeUnavailableError(Exception):
+class ServerUnavailableError(Exception):
     """The tree cannot be had on this machine; the message says why."""
 
 
@@ -76,11 +71,13 @@ class DebianTree:
     def ensure(self) -> Path:
         """Build the tree unless it is there (about a minute), and return its root.
 
-        Raises:
-            TreeUnavailableError: it cannot be had here, or debootstrap failed; its last lines are in the message.
+        Raises
+        ------
+        ServerUnavailableError
+            it cannot be had here, or debootstrap failed; its last lines are in the message.
         """
         if reason := self.why_not():
-            raise TreeUnavailableError(reason)
+            raise ServerUnavailableError(reason)
         self.directory.mkdir(parents=True, exist_ok=True)
         with file_lock(self.directory / "build.lock"):
             if not self.is_built():
@@ -110,7 +107,7 @@ class DebianTree:
             name, _, uid, gid, *_ = line.split(":")
             if name == user:
                 return int(uid), int(gid)
-        raise TreeUnavailableError(f"{self.root} has no user {user}")
+        raise ServerUnavailableError(f"{self.root} has no user {user}")
 
     def _build(self) -> None:
         _install_debootstrap()
@@ -135,19 +132,11 @@ class DebianTree:
             )
         if result.returncode != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise TreeUnavailableError(
+            raise ServerUnavailableError(
                 f"debootstrap of {debian.SUITE} failed with {result.returncode} ({log}):\n{tail}"
             )
         shutil.rmtree(building / "var/cache/apt/archives", ignore_errors=True)
         building.rename(self.root)
-
-
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file against every other process, for as long as the block runs."""
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _install_debootstrap() -> None:
@@ -161,7 +150,7 @@ def _install_debootstrap() -> None:
     for command in (["apt-get", "update"], install):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            raise TreeUnavailableError(f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}")
+            raise ServerUnavailableError(f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
-import itertools
 import os
 import shutil
 import socket
@@ -13,13 +11,15 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from tests.kit.processes import kill_tree, running
-from tests.servers.debian import DebianTree, file_lock
+from pgbg_orchestration.embedded.claims import Claim, claim_directory
+from pgbg_orchestration.embedded.status import StopMode, is_postgres
+from tests.kit.processes import kill_tree
+from tests.servers.debian import DebianTree
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,13 +27,12 @@ if TYPE_CHECKING:
 BINARIES = "/usr/lib/postgresql/18/bin"
 EXTENSION = "real 2.0.3"
 START_ATTEMPTS = 5
-StopMode = Literal["smart", "fast", "immediate"]
+
 
 # Process crashes lose nothing with these: what a killed PostgreSQL wrote is in the kernel's cache all the same. They
 # are unsafe against a crash of the machine only, which no test here can cause.
 FAST_SETTINGS: Mapping[str, str | int] = {"fsync": "off", "full_page_writes": "off"}
 
-_numbers = itertools.count(1)
 _alive: weakref.WeakSet[RealServer] = weakref.WeakSet()
 
 
@@ -43,13 +42,19 @@ class RealServer:
     Any number of clusters, in any number of processes, share one tree. A cluster belongs to the process that made it:
     it is stopped and removed at that process's exit, or, when the process was killed, by the next one that starts any.
 
-    Args:
-        max_worker_processes: PostgreSQL's setting of that name; 8 is what most users have.
-        settings: further settings of postgresql.conf, which win over the ones made here.
-        tree: the Debian tree; default: the one in ``PGBG_SERVERS_DIR``.
+    Parameters
+    ----------
+    max_worker_processes:
+        PostgreSQL's setting of that name; 8 is what most users have.
+    settings:
+        further settings of postgresql.conf, which win over the ones made here.
+    tree:
+        the Debian tree; default: the one in ``PGBG_SERVERS_DIR``.
 
-    Raises:
-        TreeUnavailableError: this machine cannot have a real server; the message says why.
+    Raises
+    ------
+    ServerUnavailableError
+        this machine cannot have a real server; the message says why.
     """
 
     name = "real"
@@ -72,14 +77,13 @@ class RealServer:
             **(settings or {}),
         }
         self.port: int | None = None
-        self._cluster: Path | None = None
-        self._claim: IO[str] | None = None
+        self._claim: Claim | None = None
 
     def start(self) -> Self:
         """Start the server, making its data directory first if need be; nothing happens when it runs already."""
         if self.is_running():
             return self
-        if self._cluster is None:
+        if self._claim is None:
             self._create()
         output = ""
         for attempt in range(1, START_ATTEMPTS + 1):
@@ -117,7 +121,7 @@ class RealServer:
     def crash(self) -> None:
         """Kill the postmaster and every one of its processes with SIGKILL. ``start()`` then recovers from the WAL."""
         pid = self.pid()
-        if pid is not None and self._cluster is not None:
+        if pid is not None:
             kill_tree(pid)
             # Where process 1 reaps slowly or never (containers), the dead postmaster stays a zombie, which PostgreSQL
             # takes for a running server. All its processes are gone, so the file may go.
@@ -126,12 +130,9 @@ class RealServer:
     def remove(self) -> None:
         """Stop the server and delete its data."""
         self.stop("immediate")
-        if self._cluster is not None:
-            shutil.rmtree(self._cluster)
-            self._cluster = None
         if self._claim is not None:
-            Path(self._claim.name).unlink(missing_ok=True)
-            self._claim.close()
+            _delete(self._claim.path)
+            self._claim.release()
             self._claim = None
         _alive.discard(self)
 
@@ -152,14 +153,14 @@ class RealServer:
 
     def pid(self) -> int | None:
         """The postmaster's process id, or None when it is not running."""
-        if self._cluster is None:
+        if self._claim is None:
             return None
         try:
             first = (self._cluster / "data" / "postmaster.pid").read_text().split("\n", 1)[0]
         except FileNotFoundError:
             return None
         pid = int(first)
-        return pid if running(pid, "postgres") else None
+        return pid if is_postgres(pid) else None
 
     def is_running(self) -> bool:
         """True when the postmaster is alive."""
@@ -167,8 +168,8 @@ class RealServer:
 
     def log(self) -> str:
         """The server's log so far."""
-        path = self._cluster / "log" if self._cluster is not None else None
-        return path.read_text(errors="replace") if path is not None and path.exists() else ""
+        path = self._cluster / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def __enter__(self) -> Self:
         return self.start()
@@ -180,16 +181,8 @@ class RealServer:
         root = self.tree.ensure()
         clusters = root / "srv" / "pgbg"
         clusters.mkdir(exist_ok=True)
-        os.chown(clusters, *self.tree.user_ids())
-        with file_lock(clusters / ".lock"):
-            _remove_abandoned(self.tree, clusters)
-            name = f"{os.getpid()}-{next(_numbers)}-{os.urandom(3).hex()}"
-            # The lock on this file, and not a process id, tells that the owner lives: ids are reused.
-            self._claim = (clusters / f"{name}.claim").open("w")
-            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._cluster = clusters / name
-            self._cluster.mkdir()
-            os.chown(self._cluster, *self.tree.user_ids())
+        self._claim = claim_directory(clusters, self._remove_abandoned)
+        os.chown(self._claim.path, *self.tree.user_ids())
         _alive.add(self)
         result = self._run(
             "initdb", "--no-sync", "-D", self._inside("data"), "-U", "postgres", "-A", "trust",
@@ -197,12 +190,10 @@ class RealServer:
         )  # fmt: skip
         if result.returncode != 0:
             raise RuntimeError(f"initdb failed: {result.stdout}")
-        assert self._cluster is not None
         with (self._cluster / "data" / "postgresql.conf").open("a") as stream:
             stream.write("\ninclude = 'pgbg.conf'\n")
 
     def _write_settings(self) -> None:
-        assert self._cluster is not None
         settings: dict[str, str | int] = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
@@ -212,10 +203,19 @@ class RealServer:
         lines = ["{} = '{}'\n".format(name, str(value).replace("'", "''")) for name, value in settings.items()]
         (self._cluster / "data" / "pgbg.conf").write_text("".join(lines))
 
+    @property
+    def _cluster(self) -> Path:
+        assert self._claim is not None, "the server was never started"
+        return self._claim.path
+
     def _inside(self, name: str) -> str:
         """A path of this cluster as the tree's programs see it."""
-        assert self._cluster is not None
         return f"/{(self._cluster / name).relative_to(self.tree.root)}"
+
+    def _remove_abandoned(self, cluster: Path) -> None:
+        inside = f"/{cluster.relative_to(self.tree.root)}/data"
+        self._run("pg_ctl", "stop", "-w", "-t", "30", "-m", "immediate", "-D", inside)
+        _delete(cluster)
 
     def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return run_in_tree(self.tree, f"{BINARIES}/{program}", *arguments)
@@ -244,22 +244,11 @@ def _free_port() -> int:
         return port
 
 
-def _remove_abandoned(tree: DebianTree, clusters: Path) -> None:
-    """Stop and delete the clusters whose owner has ended without doing so. The caller holds the lock."""
-    for claim in clusters.glob("*.claim"):
-        with claim.open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # its owner lives
-            cluster = claim.with_suffix("")
-            inside = f"/{cluster.relative_to(tree.root)}/data"
-            run_in_tree(tree, f"{BINARIES}/pg_ctl", "stop", "-w", "-t", "30", "-m", "immediate", "-D", inside)
-            deadline = time.monotonic() + 10
-            while cluster.exists() and time.monotonic() < deadline:
-                # A backend on its way out may still write a file.
-                shutil.rmtree(cluster, ignore_errors=True)
-            claim.unlink(missing_ok=True)
+def _delete(cluster: Path) -> None:
+    """Delete a stopped cluster; a backend on its way out may still write a file while we do."""
+    deadline = time.monotonic() + 10
+    while cluster.exists() and time.monotonic() < deadline:
+        shutil.rmtree(cluster, ignore_errors=True)
 
 
 @atexit.register

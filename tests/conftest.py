@@ -1,0 +1,246 @@
+"""Fixtures of our own suite: the servers, fresh databases on them, and the check that no worker is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import psycopg
+import pytest
+
+from pgbg_orchestration.embedded.databases import Contents, Databases
+from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
+from tests.servers.debian import ServerUnavailableError
+from tests.servers.kinds import KINDS, Server
+
+WORKERS_END_WITHIN = 10.0
+"""Seconds that a test's workers get to end by themselves before they count as left over."""
+
+
+@dataclass(frozen=True)
+class Database:
+    """A fresh database on a server, for one test."""
+
+    server: Server
+    name: str
+
+    @property
+    def conninfo(self) -> str:
+        return self.server.conninfo(self.name)
+
+    def conninfo_as(self, user: str, **parameters: str) -> str:
+        """A connection string for another role, or with further libpq parameters."""
+        return self.server.conninfo(self.name, user, **parameters)
+
+    def connect(self, user: str = "postgres") -> psycopg.Connection:
+        """An autocommit connection; the caller closes it."""
+        return self.server.connect(self.name, user)
+
+    def workers(self) -> list[tuple[object, ...]]:
+        """The workers that run in this database: (pid, application_name, state, wait_event, query)."""
+        with self.server.connect() as connection:
+            return connection.execute(
+                "select pid, application_name, state, wait_event, query from pg_stat_activity where datname = %s"
+                " and (backend_type = 'pg_background' or application_name like 'pg\\_background:%%')",
+                (self.name,),
+            ).fetchall()
+
+
+class Running:
+    """The servers of this test process: each started when first asked for, all removed at the end."""
+
+    def __init__(self) -> None:
+        self._servers: dict[str, Server] = {}
+        self._databases: dict[str, Databases] = {}
+        self._unavailable: dict[str, str] = {}
+
+    def get(self, kind: str) -> Server:
+        """The shared server of a kind; started anew if a test left it stopped."""
+        if kind in self._unavailable:
+            raise ServerUnavailableError(self._unavailable[kind])
+        if kind not in self._servers:
+            try:
+                self._servers[kind] = make_server(kind)
+            except (ServerUnavailableError, RealExtensionUnavailableError) as error:
+                self._unavailable[kind] = str(error)
+                raise
+            self._databases[kind] = Databases(self._servers[kind])
+        return self._servers[kind].start()
+
+    def databases(self, server: Server) -> Databases:
+        """The maker of databases on a shared server, which keeps its templates."""
+        return self._databases[server.name]
+
+    def used(self) -> list[Server]:
+        """The servers that were started."""
+        return list(self._servers.values())
+
+    def remove_all(self) -> None:
+        """Stop and delete all."""
+        while self._servers:
+            self._servers.popitem()[1].remove()
+
+
+def make_server(kind: str, max_worker_processes: int = 64, settings: Mapping[str, str | int] | None = None) -> Server:
+    """Start a new server of a kind, for the caller alone."""
+    if reason := KINDS[kind].why_not():
+        raise ServerUnavailableError(reason)
+    return KINDS[kind].make(max_worker_processes, settings).start()
+
+
+_RUNNING = pytest.StashKey[Running]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--servers",
+        help=f"comma-separated servers to run on: {', '.join(KINDS)} (default: all that can be had here). "
+        "One that is named here and cannot be had fails instead of being skipped.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RUNNING] = Running()
+    config.addinivalue_line("markers", "servers(*kinds): run on these kinds of server only")
+    unknown = set(_named(config)) - KINDS.keys()
+    if unknown:
+        raise pytest.UsageError(f"--servers: unknown {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[_RUNNING].remove_all()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = []
+    for kind in _named(config) or KINDS:
+        reason = KINDS[kind].why_not()
+        lines.append(f"server {kind}: {f'not here, {reason}' if reason else 'yes'}")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    used = [f"{server.name} ({server.extension})" for server in config.stash[_RUNNING].used()]
+    if used:
+        terminalreporter.write_line(f"servers that the tests ran on: {', '.join(used)}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for a server once for each kind of server that it is meant for."""
+    if "server_kind" not in metafunc.fixturenames:
+        return
+    kinds = _named(metafunc.config) or list(KINDS)
+    if marker := metafunc.definition.get_closest_marker("servers"):
+        unknown = set(marker.args) - KINDS.keys()
+        if unknown:
+            raise pytest.UsageError(f"{metafunc.definition.nodeid}: unknown servers {sorted(unknown)}")
+        kinds = [kind for kind in kinds if kind in marker.args]
+    if metafunc.definition.get_closest_marker("real"):
+        kinds = [kind for kind in kinds if kind in ("real", "embedded")]
+    metafunc.parametrize("server_kind", kinds, scope="session")
+
+
+@pytest.fixture(scope="session")
+def running(pytestconfig: pytest.Config) -> Running:
+    return pytestconfig.stash[_RUNNING]
+
+
+@pytest.fixture(scope="session")
+def server(server_kind: str, running: Running, pytestconfig: pytest.Config) -> Server:
+    """A server shared by all tests of this process; the test runs on each kind of it.
+
+    Do not stop or crash it: take ``own_server`` for that.
+    """
+    with _Skipping(server_kind, pytestconfig):
+        return running.get(server_kind)
+
+
+@pytest.fixture
+def own_server(server_kind: str, pytestconfig: pytest.Config) -> Iterator[Callable[..., Server]]:
+    """Makes servers of the test's own, of the kind it runs on: own_server(max_worker_processes=64, settings=None)."""
+    made: list[Server] = []
+
+    def make(max_worker_processes: int = 64, settings: Mapping[str, str | int] | None = None) -> Server:
+        with _Skipping(server_kind, pytestconfig):
+            made.append(make_server(server_kind, max_worker_processes, settings))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.remove()
+
+
+@pytest.fixture(scope="session")
+def server_real_8(pytestconfig: pytest.Config) -> Iterator[Server]:
+    """A real server with max_worker_processes = 8, PostgreSQL's default and so what most users have."""
+    with _Skipping("real", pytestconfig):
+        server = make_server("real", 8)
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def fresh_database(running: Running) -> Iterator[Callable[..., Database]]:
+    """Makes databases: fresh_database(server, contents="schema"|"extension"|"empty", name=None). All are dropped."""
+    made: list[tuple[Databases, str]] = []
+    own: dict[int, Databases] = {}
+
+    def make(server: Server, contents: Contents = "schema", name: str | None = None) -> Database:
+        shared = server in running.used()
+        databases = running.databases(server) if shared else own.setdefault(id(server), Databases(server))
+        made.append((databases, databases.create(contents, name=name)))
+        return Database(server, made[-1][1])
+
+    yield make
+    for databases, name in made:
+        databases.drop(name)
+
+
+@pytest.fixture
+def database(server: Server, fresh_database: Callable[..., Database]) -> Database:
+    """A fresh database with the extension and the package's schema."""
+    return fresh_database(server)
+
+
+@pytest.fixture
+def extension_database(server: Server, fresh_database: Callable[..., Database]) -> Database:
+    """A fresh database with the extension and without the package's schema."""
+    return fresh_database(server, "extension")
+
+
+@pytest.fixture
+def empty_database(server: Server, fresh_database: Callable[..., Database]) -> Database:
+    """A fresh database with neither the extension nor the package's schema."""
+    return fresh_database(server, "empty")
+
+
+@pytest.fixture
+def no_worker_left(database: Database) -> Iterator[None]:
+    """Fail the test when a worker still runs in its database a while after its end."""
+    yield
+    deadline = time.monotonic() + WORKERS_END_WITHIN
+    while (left := database.workers()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"workers left running: {left}"
+
+
+def _named(config: pytest.Config) -> list[str]:
+    """The kinds that ``--servers`` names; none when it was not given."""
+    option: str | None = config.getoption("--servers")
+    return [kind.strip() for kind in option.split(",") if kind.strip()] if option else []
+
+
+class _Skipping:
+    """Skip, with the reason, what needs a server that cannot be had here; fail when it was asked for by name."""
+
+    def __init__(self, kind: str, config: pytest.Config) -> None:
+        self._kind = kind
+        self._asked_for = kind in _named(config)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, (ServerUnavailableError, RealExtensionUnavailableError)) and not self._asked_for:
+            pytest.skip(f"server {self._kind} cannot be had here: {error}")
