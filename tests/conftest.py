@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -213,6 +215,14 @@ def extension_database(server: Server, fresh_database: Callable[..., Database]) 
 def empty_database(server: Server, fresh_database: Callable[..., Database]) -> Database:
     """A fresh database with neither the extension nor the package's schema."""
     return fresh_database(server, "empty")
+
+
+@pytest.fixture
+def embedded_home() -> Iterator[Path]:
+    """A directory that an embedded server's own user can reach: pytest's tmp_path is closed to all but ourselves."""
+    with tempfile.TemporaryDirectory(prefix="pgbg-test-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
 
 
 @pytest.fixture

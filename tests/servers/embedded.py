@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pgbg_orchestration.embedded.server import EmbeddedServer
-from pgbg_orchestration.embedded.status import StopMode
+from pgbg_orchestration.embedded.status import StopMode, socket_directory
 from tests.kit.processes import kill_tree
 
 
@@ -37,8 +37,10 @@ class EmbeddedUnderTest(EmbeddedServer):
         if pid is not None:
             kill_tree(pid)
             # Where process 1 reaps slowly or never (containers), the dead postmaster stays a zombie, which PostgreSQL
-            # takes for a running server. All its processes are gone, so the file may go.
+            # takes for a running server. All its processes are gone, so its files may go.
             (self.data_dir / "postmaster.pid").unlink(missing_ok=True)
+            for lock in socket_directory(self.data_dir).glob(".s.PGSQL.*.lock"):
+                lock.unlink()
 
     def remove(self) -> None:
         """Stop and delete the data."""
