@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+import pgbg_orchestration
 from pgbg_orchestration import errors, retry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +119,33 @@ class TestImports:
 
 class TestExports:
     """What users import. A name that goes, or one that comes, is told in CHANGELOG.md."""
+
+    def test_the_core(self) -> None:
+        assert sorted(pgbg_orchestration.__all__) == [
+            "ErrorFields",
+            "Event",
+            "Job",
+            "Kind",
+            "Launcher",
+            "Outcome",
+            "arun",
+            "errors",
+            "run",
+        ]
+
+    def test_every_name_is_there(self) -> None:
+        assert [name for name in pgbg_orchestration.__all__ if getattr(pgbg_orchestration, name, None) is None] == []
+        with pytest.raises(AttributeError, match="no_such_name"):
+            _ = pgbg_orchestration.no_such_name
+
+    def test_naming_a_job_costs_no_driver(self) -> None:
+        """A DAG file that names a Job pays at each parse for what that imports."""
+        probe = (
+            "import sys; from pgbg_orchestration import Job, errors; Job('select 1'); print('psycopg' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+
+        assert done.stdout.strip() == "False"
 
     def test_errors(self) -> None:
         assert sorted(errors.__all__) == [
