@@ -14,5 +14,5 @@ def get_provider_info() -> dict[str, Any]:
         # Airflow refuses a provider whose package-name is not the distribution that the entry point came from.
         "package-name": "pg-background-orchestration",
         "name": "PostgreSQL background workers",
-        "description": "SQL in PostgreSQL's background workers (pg_background), launched once and waited for by a trigger.",
+        "description": "SQL in PostgreSQL's background workers (pg_background), waited for by a trigger.",
     }
