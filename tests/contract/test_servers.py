@@ -150,6 +150,7 @@ def test_embedded_data_directory_is_kept_and_private(embedded_home: Path) -> Non
             connection.execute("create table kept as select 1 as n")
         assert stat.S_IMODE(home.stat().st_mode) == 0o700
         assert list(home.glob(".s.PGSQL.*"))
+        with server.connect() as connection:
             assert connection.execute("show listen_addresses").fetchone() == ("",)
     assert status(home) is None
     with EmbeddedServer(home) as server, server.connect() as connection:
