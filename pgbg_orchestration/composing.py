@@ -106,7 +106,7 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
     if job.parameters is not None:
         cursor = AsyncClientCursor(conn)
         try:
-            texts = [cursor.mogrify(text, job.parameters) for text in texts]  # type: ignore[arg-type]
+            texts = [cursor.mogrify(text, job.parameters) for text in texts]
         except (psycopg.Error, TypeError, ValueError, IndexError, KeyError) as error:
             # Its own message is about placeholders and types, never about values.
             raise InvalidJob(f"the parameters do not fit the SQL: {error}", job_id=job.id, label=job.label) from error
@@ -117,7 +117,9 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
         raise InvalidJob(str(error), job_id=job.id, label=job.label) from error
     if job.role is not None:
         await _check_role(job, conn)
-    assert job.id and job.series and job.label  # the job filled them in
+    assert job.id  # the job filled in what was not given
+    assert job.series
+    assert job.label
     return Work(
         job=job,
         key=Key(job.owner or login, job.id, job.series),
@@ -146,7 +148,7 @@ async def _check_role(job: Job, conn: AsyncConnection[Any]) -> None:
         )
 
 
-def _literal(value: str | int | bytes) -> sql.Composable:
+def _literal(value: object) -> sql.Composable:
     if isinstance(value, bytes):
         return sql.SQL("decode({}, 'hex')").format(sql.Literal(value.hex()))
     return sql.Literal(value)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, conninfo as libpq
+from psycopg import AsyncConnection
+from psycopg import conninfo as libpq
 
 from . import pace
 from .errors import ServerUnreachable

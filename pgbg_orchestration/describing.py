@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, LiteralString, cast
+from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection, pq, sql
@@ -35,7 +35,7 @@ async def column_list(conn: AsyncConnection[Any], columns: list[tuple[int, int]]
         " from unnest(%s::oid[], %s::int4[]) with ordinality as c (oid, mod, n) order by n",
         ([oid for oid, _ in columns], [modifier for _, modifier in columns]),
     )
-    names = [cast(LiteralString, row[0]) for row in await cursor.fetchall()]
+    names = [row[0] for row in await cursor.fetchall()]
     return sql.SQL(", ").join(sql.SQL(f"c{n} ") + sql.SQL(name) for n, name in enumerate(names))
 
 
@@ -57,6 +57,6 @@ def error_fields(error: psycopg.Error) -> ErrorFields:
 
 async def verify(conn: AsyncConnection[Any], query: str) -> bool:
     """Run a ``verify_sql``; true only when its first column of its first row is true."""
-    cursor = await conn.execute(cast(LiteralString, query))
+    cursor = await conn.execute(query)
     row = await cursor.fetchone()
     return bool(row) and row is not None and row[0] is True

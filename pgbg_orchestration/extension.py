@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, LiteralString, NamedTuple, cast
+from typing import Any, LiteralString, NamedTuple
 
 from psycopg import AsyncConnection, errors, sql
 from psycopg.rows import dict_row, scalar_row, tuple_row
@@ -228,9 +228,7 @@ class Extension:
         if self.numbers >= (1, 10):
             query = sql.SQL("select * from {}").format(sql.Identifier(self.schema, "pg_background_list"))
         else:
-            query = sql.SQL("select * from {}() as l({})").format(
-                self.name("list"), sql.SQL(cast(LiteralString, LIST_COLUMNS_1_9))
-            )
+            query = sql.SQL("select * from {}() as l({})").format(self.name("list"), sql.SQL(LIST_COLUMNS_1_9))
         cursor = await conn.cursor(row_factory=dict_row).execute(query)
         return list(await cursor.fetchall())
 

@@ -30,7 +30,7 @@ _hook: Callable[[str], None] | None = None
 
 def install(hook: Callable[[str], None] | None) -> None:
     """Call ``hook`` with the name of each point that is passed; None turns it off."""
-    global _hook
+    global _hook  # noqa: PLW0603  (one process, one set of faults)
     _hook = hook
 
 

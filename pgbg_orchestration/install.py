@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, LiteralString, cast
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -103,7 +103,7 @@ def install(
                 conn.execute("select pg_advisory_xact_lock(hashtextextended('pgbg:install', 0))")
                 script = plan(installed_version(conn, schema), schema=schema, owner=owner)
                 if script.text:
-                    conn.execute(cast(LiteralString, script.text))
+                    conn.execute(script.text)
         except psycopg.errors.InsufficientPrivilege as error:
             raise NoPrivilege(
                 f"the schema {schema} cannot be installed: {error.diag.message_primary}",

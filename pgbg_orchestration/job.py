@@ -98,7 +98,6 @@ class Job:
     owner: str | None = None
 
     def __post_init__(self) -> None:
-        fill = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (frozen)
         for name in ("id", "label", "role", "verify_sql", "series", "owner"):
             _check_text(name, getattr(self, name))
         if self.series is None and self.generation is not None and self.id is None:
@@ -108,24 +107,27 @@ class Job:
         ):
             raise InvalidJob(f"generation must be an integer from 0 to 2^63-1, not {self.generation!r}")
         if self.id is None:
-            fill("id", _default_id(self.series, self.generation))
+            self._fill("id", _default_id(self.series, self.generation))
         if self.label is None:
-            fill("label", _first_bytes(self.id or "", LABEL_BYTES))
+            self._fill("label", _first_bytes(self.id or "", LABEL_BYTES))
         elif len(self.label.encode()) > LABEL_BYTES:
             size = len(self.label.encode())
             raise InvalidJob(f"the label has {size} bytes of UTF-8 and may have {LABEL_BYTES}: {shorten(self.label)!r}")
         if self.series is None:
-            fill("series", self.id)
+            self._fill("series", self.id)
         _check_bounds(self.timeout, self.queue_size)
         if self.isolation is not None:
-            fill("isolation", _isolation(self.isolation))
-        fill("settings", MappingProxyType(_settings(self.settings)))
-        fill("parameters", _parameters(self.parameters))
+            self._fill("isolation", _isolation(self.isolation))
+        self._fill("settings", MappingProxyType(_settings(self.settings)))
+        self._fill("parameters", _parameters(self.parameters))
         if not isinstance(self.sql, str):
-            fill("sql", _statement_list(self.sql))
+            self._fill("sql", _statement_list(self.sql))
         for number, text in enumerate([self.sql] if isinstance(self.sql, str) else self.sql, 1):
             _check_text("sql" if isinstance(self.sql, str) else f"sql statement {number}", text)
-        fill("kind", self._choose_kind())
+        self._fill("kind", self._choose_kind())
+
+    def _fill(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen for everybody else
 
     def _choose_kind(self) -> Kind:
         """Refuse SQL that no kind can run, and return the kind that this SQL gets."""
@@ -144,7 +146,7 @@ class Job:
             raise InvalidJob("the kind 'supervised' is not there yet: use 'session', or 'receipt'")
         if kind is Kind.SESSION and len(parts) > 1:
             raise InvalidJob(
-                "a job of kind 'session' is a single statement: several are one transaction, and kind 'receipt' runs those"
+                "a job of kind 'session' is a single statement: several are one transaction, which is kind 'receipt'"
             )
         return kind
 

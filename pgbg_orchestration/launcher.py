@@ -1,4 +1,4 @@
-"""Many jobs over one connection string: launching sessions, ledger and slot queue, shared by the jobs of one process."""
+"""Many jobs over one connection string, sharing launching sessions, ledger and slot queue."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from . import connecting, pace, server
 from .composing import Work, bind
 from .errors import PoolerInTransactionMode
 from .job import Job, Kind
-from .launching import LaunchingSession
+from .launching import LaunchingSession, Worker
 from .ledger import Key, Ledger, Sighting
+from .options import Options
 from .outcome import Outcome
-from .runner import Options, Run, cancel_job
+from .runner import Run, cancel_job
 from .server import ServerFacts
 from .slots import SlotQueue
 
@@ -197,6 +198,15 @@ class Launcher:
             session = await self._open()
             self._sessions.append(session)
             return session
+
+    def abandon(self, call: asyncio.Task[Worker]) -> None:
+        """Forget the worker of a launch call that is on its way, as soon as there is one: nobody waits for it."""
+
+        def forget(ended: asyncio.Task[Worker]) -> None:
+            if not ended.cancelled() and ended.exception() is None:
+                ended.result().release()
+
+        call.add_done_callback(forget)
 
     async def _open(self) -> LaunchingSession:
         assert self._facts is not None  # a job is bound before it is launched

@@ -22,7 +22,7 @@ from .errors import PoolerInTransactionMode
 from .extension import MAX_TRACKED, NO_SLOT, Extension, Handle, Progress, ResultInfo
 from .outcome import ErrorFields
 
-TOKEN = "pgbg.session_token"
+TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
 LAUNCHES = 2_000  # then the session is replaced when its workers have ended: old versions leak memory for each launch
 
 
@@ -76,6 +76,10 @@ class Worker:
         """Forget the handle: the worker goes on, its output is dropped."""
         await self.session.detach(self)
 
+    def release(self) -> None:
+        """Forget the handle, in the session's own time."""
+        self.session.release(self)
+
 
 class LaunchingSession:
     """A session that launches workers and polls all of them with one query.
@@ -99,7 +103,7 @@ class LaunchingSession:
         self._wake = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
         self._answered = asyncio.get_running_loop().time()
-        self.stragglers: set[asyncio.Task[None]] = set()  # detaches that nobody waits for
+        self._releasing: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(cls, conninfo: str, extension: Extension) -> LaunchingSession:
@@ -126,8 +130,9 @@ class LaunchingSession:
     async def close(self) -> None:
         """End the session; its workers go on, and whoever waits for them is told that their handles are lost."""
         self._give_up()
-        if self._poller is not None:
-            self._poller.cancel()
+        for task in (self._poller, *self._releasing):
+            if task is not None:
+                task.cancel()
         await connecting.close(self._conn)
 
     @property
@@ -147,28 +152,26 @@ class LaunchingSession:
 
     # Launching ----------------------------------------------------------------------------------------------------
 
-    async def launch(
+    def launch(
         self, text: str, *, label: str, queue_size: int | None, settings: Mapping[str, str], role: str | None = None
-    ) -> Worker:
-        """Launch a worker, with settings that hold for it and not for this session.
+    ) -> asyncio.Task[Worker]:
+        """Begin to launch a worker, with settings that hold for it and not for this session.
 
-        The call is shielded: when the caller is cancelled it still ends, and its worker is then detached at its end.
+        The call is a task of its own, to be awaited behind ``asyncio.shield``: cancelling it on its way would not
+        undo the launch.
 
-        Raises
-        ------
+        Raises (when awaited)
+        ---------------------
         SlotsUsedUp
             There is no worker slot (53000, 53400), or no shared memory for its queue (53100).
         LaunchRefused
             A setting, a role or a privilege is wrong; nothing was launched.
+        ConnectionLost
+            The connection was lost before the call; nothing was launched.
         MayBeLaunched
             The connection or the call was lost on its way.
         """
-        launching = asyncio.create_task(self._launch(text, label, queue_size, settings, role))
-        try:
-            return await asyncio.shield(launching)
-        except asyncio.CancelledError:
-            launching.add_done_callback(_consume)
-            raise
+        return asyncio.create_task(self._launch(text, label, queue_size, settings, role))
 
     async def _launch(
         self, text: str, label: str, queue_size: int | None, settings: Mapping[str, str], role: str | None
@@ -191,7 +194,8 @@ class LaunchingSession:
                     if not called:
                         raise ConnectionLost(str(error)) from error
                     raise MayBeLaunched(error) from error
-                assert isinstance(error, psycopg.Error)
+                if not isinstance(error, psycopg.Error):
+                    raise  # is_lost says that this cannot be
                 if called and error.sqlstate in NO_SLOT:
                     raise SlotsUsedUp(error) from error
                 if called and not isinstance(error, psycopg.errors.InsufficientPrivilege):
@@ -319,12 +323,18 @@ class LaunchingSession:
                 raise
 
     async def detach(self, worker: Worker) -> None:
-        """Forget a handle, and end the wait for it."""
+        """Forget a handle, and end the wait for it: the worker goes on, its output is dropped."""
         if self.workers.pop(worker.handle, None) is not None and not self.lost:
             await self._ask(self.extension.detach(self._conn, worker.handle))
             faults.point("after_detach")
         if not worker.ended.done():
             worker.ended.set_result(None)
+
+    def release(self, worker: Worker) -> None:
+        """Detach a worker as soon as this session has time, without a wait for that."""
+        releasing = asyncio.create_task(self.detach(worker))
+        self._releasing.add(releasing)
+        releasing.add_done_callback(self._releasing.discard)
 
     async def cancel_all(self) -> int:
         """Cancel every worker of this session by the extension's own ``cancel_all``.
@@ -343,13 +353,3 @@ class LaunchingSession:
                     raise
                 self._give_up()
                 return None
-
-
-def _consume(launching: asyncio.Task[Worker]) -> None:
-    """The caller of a launch is gone: forget the worker's handle, so that its output blocks nothing."""
-    if launching.cancelled() or launching.exception() is not None:
-        return
-    worker = launching.result()
-    detaching = asyncio.get_running_loop().create_task(worker.detach())
-    worker.session.stragglers.add(detaching)
-    detaching.add_done_callback(worker.session.stragglers.discard)

@@ -59,7 +59,6 @@ class Sighting:
     receipt_attempt: int | None
     receipt_pid: int | None
     receipt_started_at: datetime | None
-    receipt_sql_digest: bytes | None
     cause: str | None
     reason: str | None
     decided_by: str | None
@@ -67,6 +66,7 @@ class Sighting:
     newest: int | None
     generation: int | None
     attempt: int | None
+    sql_digest: bytes | None
     outcome: str | None
     ended_at: datetime | None
     row_count: int | None
@@ -162,7 +162,7 @@ class Ledger:
             wanted, self._wanted = self._wanted, {}
             try:
                 seen = await self._look_at(list(wanted))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  (whoever waits gets it)
                 if len(wanted) == 1 or isinstance(error, ServerUnreachable):
                     _fail(wanted, error)
                     continue
@@ -170,7 +170,7 @@ class Ledger:
                 for key, future in wanted.items():
                     try:
                         _give(future, (await self._look_at([key]))[0])
-                    except Exception as own:
+                    except Exception as own:  # noqa: BLE001
                         _fail({key: future}, own)
                 continue
             except BaseException as error:
@@ -222,7 +222,8 @@ class Ledger:
         query = self._query(
             "select {s}.mark_cancelled(%s, %s, %s, %s) as status from pg_catalog.set_config('lock_timeout', %s, true)"
         )
-        return await self._patiently(query, (key.owner, key.job_id, cause, reason, MARK_PATIENCE))
+        status: str | None = await self._patiently(query, (key.owner, key.job_id, cause, reason, MARK_PATIENCE))
+        return status
 
     async def mark_older(self, key: Key, generation: int) -> bool:
         """Cancel every older generation for good; returns False while a worker of one is at work."""

@@ -1,4 +1,4 @@
-"""A fair queue for worker slots: the jobs of one process come to launch one after the other, first come first served."""
+"""A fair queue for worker slots: the jobs of one process launch one after the other, first come first served."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def judge(seen: Evidence) -> Step:
     if seen.intent is not Intent.NONE:
         return Step.MARK
     superseded = seen.superseded or seen.holder is Holder.NEWER
-    # An error that a worker reported is the job's end, unless it is the cancel by a newer generation, or our own refusal.
+    # An error that a worker reported is the job's end, unless a newer generation cancelled it, or we refused it.
     if seen.report is Report.FAILED and seen.sqlstate not in OURS and not (superseded and seen.sqlstate == CANCELED):
         return Step.FAILED
     if superseded:
@@ -181,7 +181,7 @@ def judge(seen: Evidence) -> Step:
 
 
 def _judge_launch(seen: Evidence) -> Step:
-    """Nothing of this job is at work or decided: may it be launched?"""
+    """Say whether the job may be launched: nothing of it is at work or decided."""
     if not seen.launches_left:
         return Step.LOST
     if not seen.registered:

@@ -236,9 +236,9 @@ create function @schema@.look(p_owners text[], p_jobs bytea[], p_series bytea[])
     returns table (
         number int, looked_at timestamptz, holder_pid int, holder_user text, holder_is_owner boolean,
         holder_job text, holder_generation bigint, holds_this_job boolean,
-        status text, receipt_attempt int, receipt_pid int, receipt_started_at timestamptz, receipt_sql_digest bytea,
+        status text, receipt_attempt int, receipt_pid int, receipt_started_at timestamptz,
         cause text, reason text, decided_by text, decided_at timestamptz,
-        newest bigint, generation bigint, attempt int, outcome text, ended_at timestamptz, row_count bigint,
+        newest bigint, generation bigint, attempt int, sql_digest bytea, outcome text, ended_at timestamptz, row_count bigint,
         command_tag text, sqlstate text, message text, detail text, hint text, context text, schema_name text,
         table_name text, column_name text, constraint_name text
     )
@@ -268,8 +268,8 @@ begin
         select w.n, clock_timestamp(), h.pid, a.usename::text,
                coalesce(pg_has_role(a.usesysid, w.owner, 'MEMBER'), false),
                other.job_id, other.generation, this.key is not null,
-               r.status, r.attempt, r.worker_pid, r.started_at, r.sql_digest, r.cause, r.reason, r.decided_by,
-               r.decided_at, s.newest, k.generation, k.attempt, k.outcome, k.ended_at, k.row_count, k.command_tag,
+               r.status, r.attempt, r.worker_pid, r.started_at, r.cause, r.reason, r.decided_by,
+               r.decided_at, s.newest, k.generation, k.attempt, coalesce(r.sql_digest, k.sql_digest), k.outcome, k.ended_at, k.row_count, k.command_tag,
                k.sqlstate, k.message, k.detail, k.hint, k.context, k.schema_name, k.table_name, k.column_name,
                k.constraint_name
         from wanted w
@@ -355,8 +355,8 @@ begin
         detail = p_error[3], hint = p_error[4], context = p_error[5], schema_name = p_error[6],
         table_name = p_error[7], column_name = p_error[8], constraint_name = p_error[9]
     where j.owner = @schema@.owner_for(p_owner) and j.job_digest = @schema@.digest(p_job_id)
-      -- A launch that was turned away is a later attempt too, and must not hide the counts of what committed.
-      and (j.attempt = p_attempt or p_outcome = 'committed');
+      -- A launch that was turned away is a later attempt too, and must not hide how the one at work ended.
+      and (j.attempt = p_attempt or j.outcome is null or p_outcome = 'committed');
     return found;
 end $$;
 

@@ -1,0 +1,163 @@
+"""From an outcome that is no success to the error that tells of it: what happened, to which job, what to do."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import psycopg
+
+from . import describing, errors
+from .composing import Work
+from .errors import PgbgError
+from .ledger import Sighting
+from .outcome import ErrorFields
+from .server import ServerFacts
+from .verdict import CANCELED, Step
+
+
+class _Named(TypedDict):
+    job_id: str
+    label: str
+
+
+def _named(work: Work) -> _Named:
+    return {"job_id": work.key.job_id, "label": work.label}
+
+
+def failed(work: Work, fields: ErrorFields) -> PgbgError:
+    """The SQL failed."""
+    todo = None
+    if fields.sqlstate == CANCELED:
+        todo = (
+            "Nobody asked this job to end: look for a statement_timeout or pg_background.worker_timeout in force, or "
+            "somebody's pg_cancel_backend."
+        )
+    elif fields.sqlstate in ("2D000", "25001"):
+        todo = "SQL that commits by itself or cannot run in a transaction block runs as kind='session'."
+    return errors.WorkerError("the SQL failed in its worker", fields=fields, todo=todo, **_named(work))
+
+
+def cancelled(work: Work, seen: Sighting | None) -> PgbgError:
+    """Somebody cancelled the job."""
+    who = f" by {seen.decided_by} ({seen.reason})" if seen and seen.decided_by else ""
+    return errors.JobCancelled(
+        f"cancelled{who}",
+        sqlstate=CANCELED,
+        todo="To run it all the same: retry_cancelled=True, or a new generation.",
+        **_named(work),
+    )
+
+
+def deadline_passed(work: Work) -> PgbgError:
+    """Our own deadline ended the job."""
+    return errors.DeadlinePassed("its deadline passed, and its worker has ended", sqlstate=CANCELED, **_named(work))
+
+
+def no_slot(work: Work) -> PgbgError:
+    """The wait for a worker slot was as long as it may be."""
+    return errors.NoWorkerSlot(
+        "no worker slot came free in time",
+        sqlstate="53000",
+        todo="Raise max_worker_processes, or run fewer jobs at once.",
+        **_named(work),
+    )
+
+
+def superseded(work: Work, seen: Sighting | None) -> PgbgError:
+    """A newer generation is there."""
+    newest = f"generation {seen.newest}" if seen and seen.newest is not None else "a newer generation"
+    return errors.Superseded(f"superseded: {newest} of its series is registered", **_named(work))
+
+
+def lost(work: Work) -> PgbgError:
+    """The worker is gone without an error and without a commit."""
+    return errors.WorkerLost(
+        "its worker ended without an error and without a commit: killed, cancelled while it started, or ended by a "
+        "FATAL error such as transaction_timeout",
+        todo="The server's log has the reason. Running it again is safe.",
+        **_named(work),
+    )
+
+
+def launch_failed(work: Work, error: BaseException) -> PgbgError:
+    """Every launch call failed on its way, and no worker of any was seen."""
+    return errors.LaunchFailed(
+        f"the launch call failed: {error}", sqlstate=getattr(error, "sqlstate", None), **_named(work)
+    )
+
+
+def unknown(work: Work) -> PgbgError:
+    """Nobody can tell how the job ended."""
+    return errors.OutcomeUnknown(
+        "the launching session was lost while it ran, and this kind of job leaves no receipt",
+        todo="Look whether its work is done; verify_sql lets the job find out by itself.",
+        **_named(work),
+    )
+
+
+def reused(work: Work) -> PgbgError:
+    """The id stands for other SQL."""
+    return errors.JobIdReused(
+        "this id stands for other SQL already (another text, or other parameters)",
+        todo="Give other work another id or generation, or accept the change: accept_changed_sql=True.",
+        **_named(work),
+    )
+
+
+def launch_refused(work: Work, error: psycopg.Error, facts: ServerFacts) -> PgbgError:
+    """The server refused the launch before a worker was started."""
+    text = f"the launch was refused: {error.diag.message_primary or error}"
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        grant = facts.extension.grant_statement(facts.login)
+        todo = f"Grant what is missing: {grant}"
+        return errors.NoPrivilege(text, sqlstate=error.sqlstate, todo=todo, **_named(work))
+    return errors.InvalidJob(text, sqlstate=error.sqlstate, **_named(work))
+
+
+def statement_refused(work: Work, error: psycopg.Error) -> PgbgError:
+    """The server does not take the statement."""
+    fields = describing.error_fields(error)
+    return errors.InvalidJob(
+        f"the server refuses the statement: {fields.message}", sqlstate=fields.sqlstate, **_named(work)
+    )
+
+
+def survivor(work: Work, seen: Sighting | None, what: str) -> PgbgError:
+    """A worker does not end when it is cancelled."""
+    pid = seen.holder_pid if seen else None
+    return errors.StillRunning(
+        f"{what} (pid {pid}) does not end when it is cancelled: its SQL may catch query_canceled",
+        worker_pid=pid,
+        todo="Wait for it, or have an administrator look at it; a restart of the server ends it for certain.",
+        **_named(work),
+    )
+
+
+def stranger(work: Work, seen: Sighting) -> PgbgError:
+    """Somebody else's session sits on the lock of the series."""
+    return errors.SeriesHeld(
+        f"the session with pid {seen.holder_pid} of the role {seen.holder_user!r} holds the advisory lock of the "
+        f"series {errors.shorten(work.key.series)!r} and is no known worker of {work.key.owner!r}",
+        todo=f"Find out what pid {seen.holder_pid} is, and end it.",
+        **_named(work),
+    )
+
+
+def already_at_work(work: Work, pid: int) -> PgbgError:
+    """A worker of the same id is at work that cannot be attached to."""
+    return errors.SeriesHeld(
+        f"a worker with the same job id is at work (pid {pid}), and a job of kind {work.kind.value!r} cannot be "
+        "attached to",
+        todo="Wait for it to end.",
+        **_named(work),
+    )
+
+
+OUTCOME_NAMES = {
+    Step.FAILED: "failed",
+    Step.CANCELLED: "cancelled",
+    Step.SUPERSEDED: "cancelled",
+    Step.LOST: "lost",
+    Step.UNKNOWN: "unknown",
+}
+"""How the history names each outcome."""

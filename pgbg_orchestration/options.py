@@ -1,0 +1,34 @@
+"""How a job is to be run: what :func:`pgbg_orchestration.arun` takes besides the job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from .errors import InvalidJob
+from .outcome import Event
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of one call; :func:`pgbg_orchestration.arun` tells what each means."""
+
+    on_cancel: Literal["cancel", "leave"] = "cancel"
+    on_superseded: Literal["cancel", "wait"] = "cancel"
+    retry_cancelled: bool = False
+    accept_changed_sql: bool = False
+    slot_timeout: float | None = None
+    deadline: datetime | None = None
+    observer: Callable[[Event], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_cancel not in ("cancel", "leave"):
+            raise InvalidJob(f"on_cancel must be 'cancel' or 'leave', not {self.on_cancel!r}")
+        if self.on_superseded not in ("cancel", "wait"):
+            raise InvalidJob(f"on_superseded must be 'cancel' or 'wait', not {self.on_superseded!r}")
+        if self.slot_timeout is not None and not self.slot_timeout > 0:
+            raise InvalidJob(f"slot_timeout must be a number of seconds above 0, not {self.slot_timeout!r}")
+        if self.deadline is not None and self.deadline.tzinfo is None:
+            raise InvalidJob("the deadline needs a time zone")
