@@ -198,6 +198,21 @@ class TestPackaging:
 
         assert info["package-name"] == pyproject["project"]["name"]
 
+    def test_every_entry_point_leads_somewhere(self, pyproject: dict[str, Any]) -> None:
+        project = pyproject["project"]
+        groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+
+        for group, entries in groups.items():
+            for name, value in entries.items():
+                assert metadata.EntryPoint(name, value, group).load() is not None
+
+    def test_the_pytest_plugin_is_announced(self, pyproject: dict[str, Any]) -> None:
+        """Announced without being there, it would break pytest for everybody who installs the package."""
+        there = (ROOT / "pgbg_orchestration" / "pytest_plugin.py").exists()
+        announced = pyproject["project"]["entry-points"].get("pytest11")
+
+        assert announced == ({"pgbg": "pgbg_orchestration.pytest_plugin"} if there else None)
+
     def test_only_tested_pythons_are_claimed(self, pyproject: dict[str, Any]) -> None:
         claimed = [
             line.rsplit(" ", 1)[1]
