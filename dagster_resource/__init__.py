@@ -1,1 +1,17 @@
-"""Dagster integration: SQL in PostgreSQL background workers."""
+"""Dagster integration: assets whose SQL runs in PostgreSQL's background workers."""
+
+from __future__ import annotations
+
+from dagster_shared.libraries import DagsterLibraryRegistry
+
+from .failures import PgBackgroundFailure as PgBackgroundFailure
+from .failures import RunTerminated as RunTerminated
+from .jobs import JobOptions as JobOptions
+from .jobs import Sql as Sql
+from .outcome import PgBackgroundOutcome as PgBackgroundOutcome
+from .resource import PgBackgroundResource as PgBackgroundResource
+from .resource import RetryRule as RetryRule
+
+__version__ = "0.1.0"
+
+DagsterLibraryRegistry.register("pg-background-orchestration", __version__, is_dagster_package=False)

@@ -1,0 +1,102 @@
+"""What users say about a job, and the core's job that it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from pgbg_orchestration import Job, Kind
+from pgbg_orchestration.job import LABEL_BYTES
+
+from .identity import Identity
+
+
+class JobOptions(TypedDict, total=False):
+    """Options of a job; :class:`pgbg_orchestration.Job` tells what each means."""
+
+    parameters: Sequence[Any] | Mapping[str, Any] | None
+    label: str | None
+    settings: Mapping[str, str] | None
+    role: str | None
+    isolation: str | None
+    kind: Kind | str | None
+    timeout: float | None
+    queue_size: int | None
+    verify_sql: str | None
+
+
+@dataclass(frozen=True)
+class Sql:
+    """SQL with what belongs to it.
+
+    Parameters
+    ----------
+    text:
+        The statements: one text, or a list of statements. They run in one transaction.
+    parameters:
+        Values for its ``%s`` or ``%(name)s`` placeholders.
+    options:
+        Further options of the job, as :class:`JobOptions` names them.
+    """
+
+    text: str | Sequence[str]
+    parameters: Sequence[Any] | Mapping[str, Any] | None = None
+    options: JobOptions = field(default_factory=JobOptions)
+
+    @classmethod
+    def of(cls, given: SqlLike, options: JobOptions | None = None) -> Sql:
+        """Return what a user gave (SQL, or SQL and parameters) as one thing; its own options win over ``options``.
+
+        Raises
+        ------
+        TypeError
+            It is none of these.
+        """
+        if isinstance(given, cls):
+            sql = given
+        elif isinstance(given, str):
+            sql = cls(given)
+        elif isinstance(given, tuple) and len(given) == 2 and not isinstance(given[1], str):
+            sql = cls(given[0], given[1])
+        elif isinstance(given, list) and all(isinstance(part, str) for part in given):
+            sql = cls(given)
+        else:
+            raise TypeError(
+                f"expected SQL: text, a list of statements, a tuple (SQL, parameters) or Sql(...), "
+                f"not {type(given).__name__}"
+            )
+        return cls(sql.text, sql.parameters, JobOptions(**{**(options or {}), **sql.options}))
+
+    @property
+    def shown(self) -> str:
+        """The SQL as people see it, without the values of its parameters."""
+        return self.text if isinstance(self.text, str) else ";\n".join(self.text)
+
+    def job(self, *, job_id: str, series: str, label: str, owner: str | None) -> Job:
+        """Return the core's job.
+
+        Raises
+        ------
+        InvalidJob
+            A field or a statement cannot be used.
+        """
+        options: dict[str, Any] = {"parameters": self.parameters, **self.options}
+        options["label"] = options.get("label") or cut_label(label)
+        return Job(self.text, id=job_id, series=series, owner=owner, **options)
+
+
+SqlLike = str | list[str] | tuple[str | Sequence[str], Sequence[Any] | Mapping[str, Any]] | Sql
+
+
+def cut_label(text: str) -> str:
+    """Return as much of ``text`` as fits into a label, without cutting a character in two."""
+    return text.encode()[:LABEL_BYTES].decode(errors="ignore")
+
+
+def label_for(identity: Identity, name: str | None) -> str:
+    """Return what a person is to see on the worker: the job's own name first, since labels are short."""
+    return f"{name}: {identity.label}" if name else identity.label
+
+
+__all__ = ["JobOptions", "Sql", "SqlLike"]
