@@ -70,6 +70,11 @@ def scanned(sql: str) -> list[parser.Token] | None:
             id="continued escape string",
         ),
         pytest.param(
+            "select e'a'\n-- it's\n\n-- c\n'b\\';'; select 2",
+            ["select e'a'\n-- it's\n\n-- c\n'b\\';'", "select 2"],
+            id="continued over comment lines",
+        ),
+        pytest.param(
             "select e'a' 'b\\'; select 2", ["select e'a' 'b\\'", "select 2"], id="no newline, no continuation"
         ),
         pytest.param("select 'a'\n'b\\'; select 2", ["select 'a'\n'b\\'", "select 2"], id="continued plain string"),
@@ -230,6 +235,7 @@ strings = st.sampled_from(
         "'a'\n'b\\'",
         "e'a'\n'b\\';'",
         "e'x' -- c\n '\\''",
+        "e'x'\n-- c'\n'\\';'",
         "$$;$$",
         "$a$;$b$'$a$",
         "$é$ ' $é$",
