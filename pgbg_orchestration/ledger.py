@@ -10,9 +10,9 @@ import asyncio
 import hashlib
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -26,7 +26,7 @@ from .verdict import Holder, Receipt
 
 T = TypeVar("T")
 BLOCKED = "MessageQueuePutMessage"
-MARK_PATIENCE = "250ms"  # how long a mark waits for a worker at work before that worker is signalled again
+MARK_PATIENCE = "25ms"  # how long a mark waits for a worker that began just now; then that worker is signalled
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,37 @@ class Registration:
     newest: int
     attempt: int
     sql_changed: bool
+
+
+STATES = ("running", "waiting", "committed", "cancelled", "failed", "lost", "unknown")
+
+
+@dataclass(frozen=True, slots=True)
+class JobEntry:
+    """A line of the ``jobs`` view: a job's true state, and what its launching side wrote down of it."""
+
+    owner: str
+    job_id: str
+    label: str | None
+    series: str | None
+    generation: int | None
+    kind: str | None
+    state: str
+    attempt: int | None
+    running_pid: int | None
+    launched_by: str | None
+    registered_at: datetime | None
+    launched_at: datetime | None
+    ended_at: datetime | None
+    row_count: int | None
+    command_tag: str | None
+    sqlstate: str | None
+    message: str | None
+    detail: str | None
+    hint: str | None
+    context: str | None
+    cancelled_by: str | None
+    reason: str | None
 
 
 class Ledger:
@@ -289,6 +320,60 @@ class Ledger:
         )  # fmt: skip
         await self._writer.ask(lambda conn: _one(conn, query, arguments))
 
+    # All jobs -----------------------------------------------------------------------------------------------------
+
+    async def jobs(
+        self,
+        *,
+        states: Sequence[str] = (),
+        label: str | None = None,
+        series: str | None = None,
+        job_id: str | None = None,
+        limit: int | None = None,
+    ) -> list[JobEntry]:
+        """Return every job that the login may see, with its true state, newest launch first.
+
+        Parameters
+        ----------
+        states:
+            Only these of ``STATES``; none: all.
+        label, series:
+            Only those that fit; ``*`` and ``?`` stand for any characters, and for one.
+        job_id:
+            Only this one (of each owner).
+        limit:
+            At most so many.
+        """
+        columns = sql.SQL(", ").join(sql.Identifier("j", field.name) for field in fields(JobEntry))
+        query = sql.SQL(
+            "select {columns} from {view} as j where (%(states)s::text[] = '{{}}' or j.state = any(%(states)s))"
+            " and (%(label)s::text is null or j.label like %(label)s)"
+            " and (%(series)s::text is null or j.series like %(series)s)"
+            " and (%(job_id)s::text is null or j.job_id = %(job_id)s)"
+            " order by coalesce(j.launched_at, j.ended_at) desc, j.job_id limit %(limit)s"
+        ).format(columns=columns, view=sql.Identifier(self.schema, "jobs"))
+        arguments = {
+            "states": list(states),
+            "label": _like(label),
+            "series": _like(series),
+            "job_id": job_id,
+            "limit": limit,
+        }
+
+        async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
+            return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
+
+        return [JobEntry(**row) for row in await self._reader.ask(ask)]
+
+    async def prune(self, older_than: timedelta) -> tuple[int, int]:
+        """Forget what ended longer ago; returns how many receipts and how many jobs of the history went.
+
+        A retry of a job whose receipt is gone runs the job again.
+        """
+        query = self._query("select receipts, jobs from {s}.prune(%s)")
+        row = await self._writer.ask(lambda conn: _one(conn, query, (older_than,)))
+        return row["receipts"], row["jobs"]
+
     async def run(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         """Run a piece of work that may be repeated on the writing connection."""
         return await self._writer.ask(work)
@@ -303,36 +388,56 @@ class _Line:
         self._on_trouble = on_trouble
         self._conn: AsyncConnection[Any] | None = None
         self._turn = asyncio.Lock()
+        self._asking: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
+        for task in self._asking:
+            task.cancel()
+        await self._drop()
+
+    async def _drop(self) -> None:
         if self._conn is not None:
             conn, self._conn = self._conn, None
             await connecting.close(conn)
 
     async def ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
-        async with self._turn:
-            loop = asyncio.get_running_loop()
-            until = loop.time() + pace.RECONNECT
-            attempt = 0
-            while True:
-                try:
-                    async with asyncio.timeout(pace.CALL):
-                        if self._conn is None:
-                            self._conn = await connecting.connect(self._conninfo, self._name)
-                            await connecting.settle(self._conn, connecting.BOOKKEEPING)
-                        return await question(self._conn)
-                except (psycopg.Error, OSError, TimeoutError) as error:
-                    if self._conn is not None and not connecting.is_lost(self._conn, error):
-                        raise
-                    await self.close()
-                    if loop.time() >= until or getattr(error, "sqlstate", None) in connecting.REFUSED_LOGINS:
-                        raise connecting.unreachable(error, "the server cannot be reached") from error
-                    self._on_trouble(f"no connection to the server ({str(error).strip()}), trying again")
-                    await asyncio.sleep(pace.backoff(attempt))
-                    attempt += 1
-                except asyncio.CancelledError:
-                    await self.close()  # the question may be half way
+        # A question that is cancelled half way would cost the connection that all jobs share: it is let end.
+        asking = asyncio.create_task(self._ask(question))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            raise
+
+    async def _ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + pace.RECONNECT
+        attempt = 0
+        while True:
+            try:
+                async with self._turn, asyncio.timeout(pace.CALL):
+                    if self._conn is None:
+                        self._conn = await connecting.connect(self._conninfo, self._name)
+                        await connecting.settle(self._conn, connecting.BOOKKEEPING)
+                    return await question(self._conn)
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                if self._conn is not None and not connecting.is_lost(self._conn, error):
                     raise
+                await self._drop()
+                if loop.time() >= until or getattr(error, "sqlstate", None) in connecting.REFUSED_LOGINS:
+                    raise connecting.unreachable(error, "the server cannot be reached") from error
+                self._on_trouble(f"no connection to the server ({str(error).strip()}), trying again")
+                await asyncio.sleep(pace.backoff(attempt))
+                attempt += 1
+
+
+def _like(pattern: str | None) -> str | None:
+    if pattern is None:
+        return None
+    escaped = pattern.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+    return escaped.replace("*", "%").replace("?", "_")
 
 
 async def _one(conn: AsyncConnection[Any], query: sql.Composed, arguments: tuple[Any, ...]) -> dict[str, Any]:

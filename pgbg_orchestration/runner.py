@@ -236,7 +236,7 @@ class Run:
     async def _await_history(self, seen: Sighting) -> Sighting:
         """Give the launching side of a worker that just ended a moment to write down how."""
         until = self._loop.time() + pace.GRACE
-        while seen.outcome is None and seen.receipt is Receipt.NONE and self._loop.time() < until:
+        while seen.outcome is None and seen.receipt is Receipt.NONE and self._patient(until):
             await asyncio.sleep(pace.RETRY_SOONEST)
             seen = await self._ledger.look(self._work.key)
         return seen
@@ -512,7 +512,7 @@ class Run:
                 outcome, row_count=info.row_count, command_tag=info.command_tag or None, finished_at=info.finished_at
             )
         until = self._loop.time() + pace.COUNTS
-        while self._attached_since and seen.outcome is None and self._loop.time() < until:
+        while self._attached_since and seen.outcome is None and self._patient(until):
             await asyncio.sleep(pace.RETRY_SOONEST)
             seen = await self._ledger.look(self._work.key)
         return replace(outcome, row_count=seen.row_count, command_tag=seen.command_tag, finished_at=seen.ended_at)
@@ -598,6 +598,10 @@ class Run:
     def _waited(self) -> float:
         """How long the step that is being taken has been taken again and again."""
         return self._loop.time() - self._step[1]
+
+    def _patient(self, until: float) -> bool:
+        """Say whether to wait for what others may write down: not when this process ends the job itself."""
+        return self._intent is Intent.NONE and self._loop.time() < until
 
     def _bounded(self, seconds: float) -> float:
         left = self._seconds_left()
