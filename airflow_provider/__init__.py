@@ -1,1 +1,23 @@
 """Airflow provider: deferrable SQL in PostgreSQL background workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["PgBackgroundHook", "PgBackgroundOperator", "PgBackgroundTrigger", "SqlStateRetryPolicy"]
+
+# Imported when they are first used, so that a DAG file pays for what it names.
+_LATER = {
+    "PgBackgroundHook": "hook",
+    "PgBackgroundOperator": "operators",
+    "PgBackgroundTrigger": "triggers",
+    "SqlStateRetryPolicy": "retry_policy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)

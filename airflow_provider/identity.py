@@ -1,0 +1,74 @@
+"""Which job a task instance stands for, in every try, on every machine, after every restart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FIRST_RUN = "pgbg_first_run"
+"""Key in the task state store: the second in which this task instance's first try began."""
+
+_CLEARS = 10_000  # generations of one task instance before they would run into those of a later one
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A task instance's place in the ledger.
+
+    Attributes
+    ----------
+    series:
+        The same for all that this task instance of this DAG run ever does; two workers of one series never run at once.
+    generation:
+        Which wanted run of it this is: automatic retries keep it, a clear starts a later one.
+    job_id:
+        Names the job: the same id never commits twice.
+    """
+
+    series: str
+    generation: int
+    job_id: str
+
+
+def series_of(dag_id: str, run_id: str, task_id: str, map_index: int | None = None) -> str:
+    """Return the series of a task instance."""
+    return f"airflow:{dag_id}/{run_id}/{task_id}/{-1 if map_index is None else map_index}"
+
+
+def identify(context: Mapping[str, Any], *, durable: bool = True) -> Identity:
+    """Return the identity of the task instance that is executing.
+
+    ``max_tries`` stays over automatic retries and grows with each clear (``clear_task_instances`` in
+    ``airflow/models/taskinstance.py``). A DAG run that was deleted and made again under the same run id starts over at
+    the same number, and its SQL has to run again: so the second of the first try counts too. Airflow keeps that in the
+    task state store, over retries and clears, and deletes it with the DAG run.
+
+    Parameters
+    ----------
+    context:
+        Airflow's context of the running task, on a worker: the store cannot be asked in a triggerer.
+    durable:
+        Whether the tries of one generation share a job. Otherwise each try is a job of its own.
+    """
+    ti = context["ti"]
+    store = context.get("task_state_store")
+    first = int(datetime.now(UTC).timestamp())
+    if store is not None:
+        # An error here fails the try: another identity than the last try's could commit the same work twice.
+        known = store.get(FIRST_RUN)
+        if known is None:
+            from airflow.sdk.execution_time.context import NEVER_EXPIRE
+
+            store.set(FIRST_RUN, first, retention=NEVER_EXPIRE)
+        else:
+            first = int(known)
+    else:
+        first = 0
+    series = series_of(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
+    number = ti.max_tries if durable else ti.try_number
+    name = f"{first}.{number}" if durable else f"{first}.try{number}"
+    return Identity(series, first * _CLEARS + number, f"{series}#{name}")

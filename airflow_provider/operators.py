@@ -1,0 +1,301 @@
+"""The operator: SQL in a background worker, waited for by a trigger or in the task's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from airflow.sdk import BaseOperator, conf
+
+from .retry_policy import SqlStateRetryPolicy
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+    from pgbg_orchestration import Job
+
+    from .identity import Identity
+
+MARGIN = timedelta(minutes=10)
+"""From a job's deadline to Airflow's own, which ends the waiting where no triggerer is left to keep the deadline."""
+
+
+class PgBackgroundOperator(BaseOperator):
+    """Runs SQL in a PostgreSQL background worker: at most one commit, however often the task is tried.
+
+    Parameters
+    ----------
+    sql:
+        The statements: one text, a ``.sql`` template file, or a list of statements of one job. They run in one
+        transaction.
+    parameters:
+        Values for ``%s`` or ``%(name)s`` placeholders.
+    label:
+        What a person sees on the worker, in ``pg_stat_activity`` and in the lists of pg_background; at most 64 bytes.
+        Default: the DAG's and the task's id.
+    postgres_conn_id:
+        Id of a ``postgres`` connection.
+    database:
+        Database to use in place of the connection's own.
+    settings:
+        Server settings for the job's transaction, such as ``{"work_mem": "256MB"}``.
+    role:
+        Role that the SQL runs as; the login must be a member of it.
+    isolation:
+        ``read committed``, ``repeatable read`` or ``serializable``.
+    kind:
+        ``receipt``, ``session`` or ``supervised``, as :class:`pgbg_orchestration.Job` takes them.
+    timeout:
+        Time for the job, from the start of the try to its outcome, in seconds or as a timedelta; then its worker is
+        cancelled. ``execution_timeout`` bounds it in the same way, in deferred tasks too.
+    deferrable:
+        Wait in the triggerer, without a worker slot. Default: ``[operators] default_deferrable``.
+    durable:
+        Whether automatic retries share a job, so that one whose SQL did commit succeeds without running it again.
+        Otherwise each try runs the SQL anew.
+    cancel_on_kill:
+        Cancel the worker when the task is marked, its run deleted, or its process asked to end.
+    on_superseded:
+        What a cleared task does with a worker of the run before: ``cancel`` it, or ``wait`` for it.
+    slot_timeout:
+        Seconds to wait for a worker slot at most. Default: as long as the job may take.
+    queue_size:
+        Bytes of the worker's output queue.
+    verify_sql:
+        A query that returns true when the work is done; decides where an outcome would stay unknown.
+    endpoint:
+        ``host`` or ``host:port`` of the server itself, where the connection leads to a pooler in transaction mode.
+    schema:
+        Name of the package's schema.
+    handler:
+        Not offered: a background worker's rows are not fetched.
+    retry_policy:
+        Default: :class:`~airflow_provider.retry_policy.SqlStateRetryPolicy`.
+
+    Returns
+    -------
+    dict
+        As XCom: ``job_id``, ``label``, ``row_count``, ``command_tag``, ``started_at``, ``finished_at``,
+        ``worker_pid``, ``attempt``, ``launched`` and ``proof`` of :class:`pgbg_orchestration.Outcome`.
+
+    Raises
+    ------
+    PgbgError
+        The errors of :func:`pgbg_orchestration.arun`, each in its own type.
+    """
+
+    template_fields: Sequence[str] = (
+        "sql", "parameters", "worker_label", "postgres_conn_id", "database", "settings", "role", "verify_sql",
+        "endpoint",
+    )  # fmt: skip
+    template_ext: Sequence[str] = (".sql",)
+    template_fields_renderers: ClassVar[dict[str, str]] = {
+        "sql": "sql",
+        "verify_sql": "sql",
+        "parameters": "json",
+        "settings": "json",
+    }
+    ui_color = "#cdd9e8"
+
+    def __init__(
+        self,
+        *,
+        sql: str | Sequence[str],
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+        label: str | None = None,
+        postgres_conn_id: str = "postgres_default",
+        database: str | None = None,
+        settings: Mapping[str, str] | None = None,
+        role: str | None = None,
+        isolation: str | None = None,
+        kind: str | None = None,
+        timeout: float | timedelta | None = None,
+        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        durable: bool = True,
+        cancel_on_kill: bool = True,
+        on_superseded: Literal["cancel", "wait"] = "cancel",
+        slot_timeout: float | None = None,
+        queue_size: int | None = None,
+        verify_sql: str | None = None,
+        endpoint: str | None = None,
+        schema: str = "pgbg",
+        handler: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if handler is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no `handler`: a background worker's rows are not fetched. Write them to a "
+                "table, or read them with SQLExecuteQueryOperator."
+            )
+        self.sql = sql
+        self.parameters = parameters
+        self.worker_label = label  # `label` is Airflow's own: the name of the node in the graph
+        self.postgres_conn_id = postgres_conn_id
+        self.database = database
+        self.settings = settings
+        self.role = role
+        self.isolation = isolation
+        self.kind = kind
+        self.timeout = timeout
+        self.deferrable = deferrable
+        self.durable = durable
+        self.cancel_on_kill = cancel_on_kill
+        self.on_superseded = on_superseded
+        self.slot_timeout = slot_timeout
+        self.queue_size = queue_size
+        self.verify_sql = verify_sql
+        self.endpoint = endpoint
+        self.schema = schema
+        self._waiting: Any = None
+        if self.retry_policy is None:
+            self.retry_policy = SqlStateRetryPolicy()
+
+    # The two ways of waiting ----------------------------------------------------------------------------------------
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Run the job: defer to a trigger, or wait here."""
+        from .identity import identify
+
+        job = self._job_arguments(identify(context, durable=self.durable))
+        checked = self._check(job)
+        self.log.info("Job %s, label %r.", checked.id, checked.label)
+        deadline = self._deadline(context)
+        if self.deferrable:
+            self._defer(job, deadline)
+        return self._wait_here(checked, deadline)
+
+    def execute_complete(self, context: Context, event: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return what the trigger found, or raise the job's error in its own type."""
+        from . import events
+
+        result = events.result_of(event)
+        self.log.info(
+            "Job %s committed: %s, %s rows, worker pid %s%s.",
+            result["job_id"],
+            result["command_tag"] or "done",
+            "unknown" if result["row_count"] is None else result["row_count"],
+            result["worker_pid"],
+            "" if result["launched"] else " (launched by an earlier try or somebody else)",
+        )
+        return result
+
+    def _defer(self, job: dict[str, Any], deadline: datetime | None) -> None:
+        from .triggers import PgBackgroundTrigger
+
+        trigger = PgBackgroundTrigger(
+            job=job,
+            postgres_conn_id=self.postgres_conn_id,
+            database=self.database,
+            endpoint=self.endpoint,
+            deadline=deadline,
+            on_superseded=self.on_superseded,
+            slot_timeout=self.slot_timeout,
+            cancel_on_kill=self.cancel_on_kill,
+            schema=self.schema,
+        )
+        # Airflow's own timeout runs no on_kill and loses the job's error, so it comes well after the trigger's.
+        own = None if deadline is None else max(deadline - datetime.now(UTC), timedelta()) + MARGIN
+        self.defer(trigger=trigger, method_name="execute_complete", timeout=own)
+
+    def _wait_here(self, job: Job, deadline: datetime | None) -> dict[str, Any]:
+        from . import events
+        from .hook import PgBackgroundHook
+        from .waiting import Waiting
+
+        hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
+        self._waiting = Waiting(hook.conninfo(), schema=self.schema)
+        outcomes = self._waiting.run(
+            [job],
+            on_superseded=self.on_superseded,
+            accept_changed_sql=True,
+            # A try that was asked to end (an evicted pod) cancelled the job; this try was started to run it.
+            retry_cancelled=True,
+            slot_timeout=self.slot_timeout,
+            deadline=deadline,
+        )
+        (outcome,) = outcomes
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return self.execute_complete({}, events.of_outcome(outcome))
+
+    def on_kill(self) -> None:
+        """Cancel the worker of a task that waits in its own process."""
+        if self._waiting is not None and self.cancel_on_kill:
+            self._waiting.kill()
+
+    # The job ----------------------------------------------------------------------------------------------------------
+
+    def _job_arguments(self, identity: Identity) -> dict[str, Any]:
+        """Return the arguments of the job, in a form that Airflow can store."""
+        return {
+            "sql": self.sql if isinstance(self.sql, str) else list(self.sql),
+            "parameters": dict(self.parameters) if isinstance(self.parameters, Mapping) else self.parameters,
+            "id": identity.job_id,
+            "series": identity.series,
+            "generation": identity.generation,
+            "label": self.worker_label or _default_label(self.dag_id, self.task_id),
+            "settings": dict(self.settings) if self.settings else None,
+            "role": self.role,
+            "isolation": self.isolation,
+            "kind": self.kind,
+            "queue_size": self.queue_size,
+            "verify_sql": self.verify_sql,
+        }
+
+    def _check(self, arguments: dict[str, Any]) -> Job:
+        """Refuse what no worker can run, and what no trigger can carry, before the task defers.
+
+        Raises
+        ------
+        InvalidJob
+            With the reason.
+        """
+        from pgbg_orchestration import Job
+        from pgbg_orchestration.errors import InvalidJob
+
+        job = Job(**arguments)
+        if self.deferrable and (strange := _not_storable(arguments["parameters"])):
+            raise InvalidJob(
+                f"a parameter is of type {strange}, which Airflow cannot store for a trigger",
+                job_id=job.id,
+                label=job.label,
+                todo="Pass it as text and cast it in the SQL, or set deferrable=False.",
+            )
+        return job
+
+    def _deadline(self, context: Context) -> datetime | None:
+        """Return the moment until which this try has time, by ``timeout`` and ``execution_timeout``."""
+        now = datetime.now(UTC)
+        bounds = []
+        if self.timeout is not None:
+            bounds.append(
+                now + (self.timeout if isinstance(self.timeout, timedelta) else timedelta(seconds=self.timeout))
+            )
+        if self.execution_timeout is not None:
+            bounds.append(context["ti"].start_date + self.execution_timeout)
+        return min(bounds, default=None)
+
+
+def _default_label(dag_id: str, task_id: str) -> str:
+    from pgbg_orchestration.job import LABEL_BYTES
+
+    full = f"{dag_id}.{task_id}"
+    if len(full.encode()) <= LABEL_BYTES:
+        return full
+    # The task's end tells tasks of one DAG apart.
+    return f"…{full.encode()[-(LABEL_BYTES - 3) :].decode(errors='ignore')}"
+
+
+_STORABLE = ("str", "int", "float", "bool", "NoneType", "datetime", "date", "timedelta", "Decimal", "UUID")
+
+
+def _not_storable(value: object) -> str | None:
+    """Return the name of a type in ``value`` that Airflow's trigger arguments cannot hold, or None."""
+    if isinstance(value, Mapping):
+        return next((found for item in value.values() if (found := _not_storable(item))), None)
+    if isinstance(value, list | tuple | set):
+        return next((found for item in value if (found := _not_storable(item))), None)
+    name = type(value).__name__
+    return None if name in _STORABLE else name

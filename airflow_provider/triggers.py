@@ -1,0 +1,185 @@
+"""The trigger that runs a job: it launches or attaches, so any copy of it, in any triggerer, resumes rightly."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+
+from . import events
+from .hook import PgBackgroundHook
+
+if TYPE_CHECKING:
+    from pgbg_orchestration import Event, Job
+
+CONNECTION_SECONDS = 60.0
+"""How long a resolved connection is used for further triggers of the same process.
+
+Jobs share launching sessions by equal connection strings, and a token (IAM) differs from one call to the next.
+"""
+
+_conninfos: dict[tuple[str, str | None, str | None], tuple[float, asyncio.Task[str]]] = {}
+
+
+class PgBackgroundTrigger(BaseTrigger):
+    """Runs one job and fires one event: its outcome, or the fields of its error.
+
+    What it carries is stored by Airflow in clear text, the SQL and its parameters included.
+
+    Parameters
+    ----------
+    job:
+        The arguments of :class:`pgbg_orchestration.Job`.
+    postgres_conn_id, database, endpoint:
+        As :class:`~airflow_provider.hook.PgBackgroundHook` takes them.
+    deadline:
+        The moment until which the job has time, with time zone; None for none.
+    on_superseded:
+        What to do with a worker of an older generation: ``cancel`` it or ``wait`` for it.
+    slot_timeout:
+        Seconds to wait for a worker slot at most.
+    cancel_on_kill:
+        Whether the worker is cancelled when a user marks the task or deletes its run.
+    schema:
+        Name of the package's schema.
+    unknown:
+        Arguments of a newer release, which a row in Airflow's database may hold: ignored.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: dict[str, Any],
+        postgres_conn_id: str = PgBackgroundHook.default_conn_name,
+        database: str | None = None,
+        endpoint: str | None = None,
+        deadline: datetime | None = None,
+        on_superseded: str = "cancel",
+        slot_timeout: float | None = None,
+        cancel_on_kill: bool = True,
+        schema: str = "pgbg",
+        **unknown: Any,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.job = job
+        self.postgres_conn_id = postgres_conn_id
+        self.database = database
+        self.endpoint = endpoint
+        self.deadline = deadline
+        self.on_superseded = on_superseded
+        self.slot_timeout = slot_timeout
+        self.cancel_on_kill = cancel_on_kill
+        self.schema = schema
+        self._unknown = unknown
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return the trigger's class path and arguments."""
+        names = (
+            "job", "postgres_conn_id", "database", "endpoint", "deadline", "on_superseded", "slot_timeout",
+            "cancel_on_kill", "schema",
+        )  # fmt: skip
+        return f"{__name__}.{type(self).__name__}", {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        # The base class shows all arguments, the SQL among them.
+        return f"<{type(self).__name__} job_id={self.job.get('id')!r}>"
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Launch the job or attach to it, wait for its outcome, and fire one event."""
+        from pgbg_orchestration.errors import PgbgError
+
+        try:
+            event = events.of_outcome(await self._run_job())
+        except PgbgError as error:
+            self.log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would only hide it
+            event = events.of_error(error)
+        yield TriggerEvent(event)  # type: ignore[no-untyped-call]
+
+    async def _run_job(self) -> Any:
+        from pgbg_orchestration.running import shared_launcher
+
+        conninfo = await self._conninfo()
+        async with shared_launcher(conninfo, schema=self.schema) as launcher:
+            return await launcher.run(
+                self._job(),
+                # A triggerer that ends hands its triggers to another, which attaches to the worker.
+                on_cancel="leave",
+                on_superseded=self.on_superseded,
+                accept_changed_sql=True,
+                slot_timeout=self.slot_timeout,
+                deadline=self.deadline,
+                observer=self._observe,
+            )
+
+    def _job(self) -> Job:
+        from pgbg_orchestration import Job
+
+        return Job(**self.job)
+
+    def _observe(self, event: Event) -> None:
+        """Progress is looked at for those who watch; the core itself writes each event to the log."""
+
+    async def on_kill(self) -> None:
+        """Cancel the worker of a task that a user ended; leave it at work when the task still waits for it.
+
+        Airflow calls this after a clear too, when the next try has been deferred already, and on a triggerer that was
+        stalled and lost its triggers (airflow PR #73454): in both the task is deferred. The next try deals with the
+        worker of an older generation itself.
+        """
+        if not self.cancel_on_kill:
+            return
+        state = await self._task_state()
+        if state == "deferred":
+            self.log.info("The task is waiting for job %s elsewhere: its worker is left alone.", self.job["id"])
+            return
+        if state in ("queued", "scheduled", "running", "up_for_retry", "none"):
+            self.log.info("The task goes on in state %s: the worker of job %s is left to it.", state, self.job["id"])
+            return
+        from pgbg_orchestration.running import shared_launcher
+
+        self.log.info("The task is %s: cancelling job %s.", state or "gone", self.job["id"])
+        async with shared_launcher(await self._conninfo(), schema=self.schema) as launcher:
+            ended = await launcher.cancel(
+                self.job["id"],
+                owner=self.job.get("owner"),
+                series=self.job.get("series"),
+                reason=f"the Airflow task is {state or 'gone'}",
+            )
+        self.log.info("Job %s is %s.", self.job["id"], ended)
+
+    async def _task_state(self) -> str | None:
+        """Return the task instance's state now, None when it is gone."""
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+        ti = self.task_instance
+        if ti is None:
+            return None
+        mapped = ti.map_index is not None and ti.map_index >= 0
+        states = await asyncio.to_thread(
+            RuntimeTaskInstance.get_task_states,
+            dag_id=ti.dag_id,
+            task_ids=[ti.task_id],
+            run_ids=[ti.run_id],
+            map_index=ti.map_index if mapped else None,
+        )
+        key = f"{ti.task_id}_{ti.map_index}" if mapped else ti.task_id
+        by_task = states.get(ti.run_id) or {}
+        if key not in by_task:
+            return None
+        return str(by_task[key]) if by_task[key] is not None else "none"
+
+    async def _conninfo(self) -> str:
+        key = (self.postgres_conn_id, self.database, self.endpoint)
+        now = time.monotonic()
+        until, finding = _conninfos.get(key, (0.0, None))
+        loop = asyncio.get_running_loop()
+        if finding is None or until < now or finding.get_loop() is not loop or (finding.done() and finding.exception()):
+            hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
+            finding = loop.create_task(hook.aconninfo())
+            _conninfos[key] = (now + CONNECTION_SECONDS, finding)
+        # Others wait for the same answer: a trigger that is cancelled takes it from nobody.
+        return await asyncio.shield(finding)
