@@ -9,7 +9,6 @@ import os
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
@@ -23,6 +22,7 @@ from .extension import MAX_TRACKED, ROLE, Extension
 from .launcher import Launcher
 from .server import ServerFacts
 
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  (looked at, not written to)
 FEW_SLOTS = 8  # PostgreSQL's default of max_worker_processes
 LITTLE_SHARED_MEMORY = 32 * 1024 * 1024  # bytes
 NEEDED_FUNCTIONS = ("launch", "result_info", "error_info", "result", "get_progress", "detach")
@@ -123,8 +123,6 @@ async def examine(conninfo: str, *, schema: str = install.DEFAULT_SCHEMA) -> lis
                 pooler = Finding("server", "pooler", Status.OK, "A pooler in session mode, which keeps handles.")
         except PoolerInTransactionMode as error:
             pooler = Finding("server", "pooler", Status.FAILS, _sentence(error.message), error.todo)
-        except psycopg.Error as error:
-            raise connecting.unreachable(error, "the server cannot be asked") from error
     try:
         conn = await connecting.connect(conninfo, "pgbg: doctor")
     except (psycopg.OperationalError, OSError, TimeoutError) as error:
@@ -183,7 +181,7 @@ async def _standby(patient: _Patient) -> list[Finding]:
     if patient.facts.read_only:
         text = "default_transaction_read_only is on for this login: a job cannot commit."
         login = sql.Identifier(patient.facts.login).as_string(None)
-        todo = f"ALTER ROLE {login} RESET default_transaction_read_only; or for one job: --set default_transaction_read_only=off"
+        todo = f"ALTER ROLE {login} SET default_transaction_read_only = off;"
         found.append(Finding("server", "read-write", Status.FAILS, text, todo))
     else:
         found.append(Finding("server", "read-write", Status.OK, "Transactions of this login may write."))
@@ -218,7 +216,7 @@ async def _privilege(patient: _Patient) -> list[Finding]:
         return []
     names = [extension.name(function).as_string(None) for function in NEEDED_FUNCTIONS]
     row = await patient.one(
-        "select coalesce(bool_and(pg_catalog.has_function_privilege(session_user, p.oid, 'EXECUTE')), false) as execute,"
+        "select coalesce(bool_and(pg_catalog.has_function_privilege(p.oid, 'EXECUTE')), false) as execute,"
         " exists (select from pg_catalog.pg_roles as r where r.rolname = %s"
         "   and pg_catalog.pg_has_role(session_user, r.oid, 'MEMBER')) as member"
         " from pg_catalog.pg_proc as p join pg_catalog.pg_namespace as n on n.oid = p.pronamespace"
@@ -284,7 +282,7 @@ async def _known_faults(patient: _Patient) -> list[Finding]:
         Finding("known faults", "cancel", Status.WARNING if old else Status.OK, cancel, update),
         Finding(
             "known faults",
-            "rows between statements",
+            "visible rows",
             Status.OK,
             "Statements of one launch do not see each other's rows, up to 2.0.3. In jobs of this package they do: it "
             "puts a SET LOCAL between them.",
@@ -293,8 +291,8 @@ async def _known_faults(patient: _Patient) -> list[Finding]:
             "known faults",
             "silent ends",
             Status.OK,
-            "A worker can end without an error and without a commit, and report both. This package believes the "
-            "receipt only.",
+            "A worker can end without a commit and be reported as completed without an error. This package believes "
+            "the receipt only.",
         ),
     ]
     if old:
@@ -315,11 +313,11 @@ async def _worker_slots(patient: _Patient) -> list[Finding]:
         return [Finding("workers", "worker slots", Status.OK, text)]
     row = await patient.one(
         "select count(*) filter (where backend_type is null) as hidden,"
-        " count(*) filter (where backend_type <> all(%(others)s)) as used,"
+        " count(*) filter (where backend_type <> all(%s)) as used,"
         " count(*) filter (where backend_type = 'pg_background') as pg_background,"
         " count(*) filter (where backend_type = 'parallel worker') as parallel,"
         " count(*) filter (where backend_type like 'logical replication%%') as logical"
-        " from pg_catalog.pg_stat_activity".replace("%(others)s", "%s"),
+        " from pg_catalog.pg_stat_activity",
         list(NO_SLOT_TAKEN),
     )
     other = row["used"] - row["pg_background"] - row["parallel"] - row["logical"]
@@ -357,20 +355,29 @@ async def _shared_memory(patient: _Patient) -> list[Finding]:
     kind = patient.settings.get("dynamic_shared_memory_type")
     name = "shared memory"
     if kind != "posix":
-        text = f"Queues of workers are in {kind or 'a kind that is not visible'}, not in /dev/shm."
+        text = f"Queues of workers are in {kind or 'a kind that is not visible'}, not in {SHARED_MEMORY}."
         return [Finding("workers", name, Status.OK if kind else Status.HIDDEN, text)]
-    directory = Path("/dev/shm")  # noqa: S108  (looked at, not written to)
-    # Over TCP the server may be on another machine or in a container with a /dev/shm of its own.
-    if not patient.conn.info.host.startswith("/") or not directory.is_dir():
-        text = "/dev/shm of the server is not visible from here; each worker takes its queue (64 KiB) from it."
+    # Over TCP the server may be on another machine, or in a container with shared memory of its own.
+    room = _room(SHARED_MEMORY) if patient.conn.info.host.startswith("/") else None
+    each = f"each worker takes its queue (64 KiB) from {SHARED_MEMORY}."
+    if room is None:
         todo = "In a container, which has 64 MB by default, give it more: docker run --shm-size=1g."
-        return [Finding("workers", name, Status.HIDDEN, text, todo)]
-    room = os.statvfs(directory)
-    free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
-    text = f"{free >> 20} of {total >> 20} MiB of /dev/shm free; each worker takes its queue (64 KiB) from it."
+        return [Finding("workers", name, Status.HIDDEN, f"Not visible from here; {each}", todo)]
+    free, total = room
+    text = f"{free >> 20} of {total >> 20} MiB free; {each}"
     if free < LITTLE_SHARED_MEMORY:
-        return [Finding("workers", name, Status.WARNING, text, "Make /dev/shm bigger (a container: --shm-size=1g).")]
+        todo = f"Make {SHARED_MEMORY} bigger (a container: docker run --shm-size=1g)."
+        return [Finding("workers", name, Status.WARNING, text, todo)]
     return [Finding("workers", name, Status.OK, text)]
+
+
+def _room(directory: str) -> tuple[int, int] | None:
+    """Return free and total bytes of this machine's directory, None where there is none."""
+    try:
+        room = os.statvfs(directory)
+    except FileNotFoundError:
+        return None
+    return room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
 
 
 # The package's schema -----------------------------------------------------------------------------------------------
@@ -393,7 +400,7 @@ async def _schema(patient: _Patient) -> list[Finding]:
         return [Finding("schema", schema, Status.FAILS, text, todo)]
     found = [Finding("schema", schema, Status.OK, f"Version {facts.schema_version}, as this package needs it.")]
     row = await patient.one(
-        "select coalesce(bool_and(pg_catalog.has_function_privilege(session_user, p.oid, 'EXECUTE')), false) as execute,"
+        "select coalesce(bool_and(pg_catalog.has_function_privilege(p.oid, 'EXECUTE')), false) as execute,"
         " o.rolname, o.rolsuper, o.rolcanlogin,"
         " pg_catalog.pg_has_role(session_user, o.oid, 'MEMBER') as member"
         " from pg_catalog.pg_namespace as n join pg_catalog.pg_roles as o on o.oid = n.nspowner"
@@ -427,7 +434,7 @@ async def _schema(patient: _Patient) -> list[Finding]:
 
 async def _timeouts(patient: _Patient) -> list[Finding]:
     what = {
-        "statement_timeout": "ends a job with 57014, and covers all of its statements together",
+        "statement_timeout": "ends a job with 57014",
         "transaction_timeout": "ends a job's worker by a FATAL error: the job is then lost, never half done",
         "idle_session_timeout": "is turned off in this package's own sessions",
         "idle_in_transaction_session_timeout": "is turned off in this package's own sessions",
@@ -483,7 +490,7 @@ async def _other_settings(patient: _Patient) -> list[Finding]:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+    return text.rstrip(".") + "."
 
 
 _CHECKS: tuple[tuple[str, Callable[[_Patient], Awaitable[list[Finding]]]], ...] = (

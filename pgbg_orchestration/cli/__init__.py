@@ -1,0 +1,70 @@
+"""``pgbg``, the command line: one module for each group of commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from inspect import cleandoc
+from typing import Annotated
+
+import typer
+
+from . import diagnosis, jobs, running, server, setup
+from .codes import MEANINGS, ExitCode
+from .screen import out
+
+_EXIT_CODES = "\n".join(
+    [
+        "[bold]Exit codes[/bold]",
+        *(f"[cyan]{code:>3}[/cyan]  {text.replace('`', '')}" for code, text in MEANINGS.items()),
+    ]
+)
+
+app = typer.Typer(
+    name="pgbg",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,  # a connection string is among them
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EXIT_CODES,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"pgbg {version('pg-background-orchestration')}")
+        raise typer.Exit(ExitCode.OK)
+
+
+@app.callback()
+def _pgbg(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Run SQL in PostgreSQL's background workers (pg_background), with an outcome that is certain.
+
+    Connections are made as psql makes them: from --dsn, or from PGHOST, PGDATABASE, PGUSER, PGSERVICE, ~/.pgpass, …
+    """
+
+
+def _add(name: str, function: Callable[..., None], panel: str) -> None:
+    # Typer keeps the line ends of a docstring's later paragraphs, whatever the terminal's width.
+    paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
+    text = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+    app.command(name, help=text, rich_help_panel=panel)(function)
+
+
+_add("run", running.run, "Jobs")
+_add("jobs", jobs.jobs, "Jobs")
+_add("cancel", jobs.cancel, "Jobs")
+_add("prune", jobs.prune, "Jobs")
+_add("doctor", diagnosis.doctor, "Servers")
+_add("install", setup.install, "Servers")
+_add("uninstall", setup.uninstall, "Servers")
+app.add_typer(server.app, name="server", rich_help_panel="Servers")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,237 @@
+"""``pgbg jobs``, ``pgbg cancel`` and ``pgbg prune``: what all sessions' jobs do, and did."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pgbg_orchestration import server
+from pgbg_orchestration.launcher import Launcher
+from pgbg_orchestration.ledger import STATES, JobEntry
+
+from .codes import ExitCode
+from .options import Dsn, Json, Owner, Schema, seconds_option
+from .screen import Stop, ago, duration, err, out, plain, print_json, reporting
+
+ROOMY = 110  # columns of a terminal that shows the columns which matter less
+RETRY_HORIZON = 7 * 86400.0  # seconds; see docs/cli.md
+
+_STYLES = {
+    "running": "bold blue",
+    "waiting": "cyan",
+    "committed": "green",
+    "cancelled": "yellow",
+    "failed": "bold red",
+    "lost": "bold red",
+    "unknown": "bold magenta",
+}
+_SIGNS = {
+    "running": "▶",
+    "waiting": "…",
+    "committed": "✓",
+    "cancelled": "⊘",
+    "failed": "✗",
+    "lost": "✗",
+    "unknown": "?",
+}
+
+
+@contextlib.asynccontextmanager
+async def ready_launcher(dsn: str, schema: str) -> AsyncIterator[Launcher]:
+    """Give a launcher for a server that has the schema; asked for once, so that a dead server is told at once."""
+    async with Launcher(dsn, schema=schema) as launcher:
+        server.require(await launcher.facts(), schema, receipts=True, read_write=True)
+        yield launcher
+
+
+def _states(values: list[str] | None) -> list[str]:
+    wanted = [state for value in values or () for state in value.split(",")]
+    for state in wanted:
+        if state not in STATES:
+            raise typer.BadParameter(f"{state!r} is none of {', '.join(STATES)}", param_hint="--state")
+    return wanted
+
+
+def jobs(
+    dsn: Dsn = "",
+    schema: Schema = "pgbg",
+    state: Annotated[
+        list[str] | None, typer.Option("--state", "-s", metavar="STATE", help=f"Only these: {', '.join(STATES)}.")
+    ] = None,
+    label: Annotated[str | None, typer.Option("--label", metavar="PATTERN", help="Label; * and ? stand in.")] = None,
+    series: Annotated[str | None, typer.Option("--series", metavar="PATTERN", help="Series; * and ? stand in.")] = None,
+    id_: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="One job, with all that is known of it.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, newest first.")] = 50,
+    json: Json = False,
+) -> None:
+    """List the jobs of all sessions with their true state, newest first."""
+    with reporting(json):
+        found = asyncio.run(_list(dsn, schema, _states(state), label=label, series=series, job_id=id_, limit=limit + 1))
+        more, found = len(found) > limit, found[:limit]
+        if id_ is not None and not found:
+            raise Stop(ExitCode.NO_SUCH_JOB, f"no job with the id {id_!r}, or it is not this login's to see")
+        if json:
+            print_json([asdict(entry) for entry in found])
+        elif id_ is not None:
+            for entry in found:
+                _show_one(entry)
+        elif not found:
+            err.print(Text("no jobs", "dim"))
+        else:
+            _print_table(found)
+            if more:
+                err.print(Text(f"only the newest {limit}: more with --limit", "dim"))
+
+
+async def _list(dsn: str, schema: str, states: Sequence[str] = (), **filters: Any) -> list[JobEntry]:
+    async with ready_launcher(dsn, schema) as launcher:
+        return await launcher.ledger.jobs(states=states, **filters)
+
+
+def _print_table(entries: list[JobEntry]) -> None:
+    # Into a pipe or a file goes all of it, however long the lines get.
+    fits = out.is_terminal
+    roomy = not fits or out.width >= ROOMY
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False, expand=fits)
+    table.add_column("STATE", no_wrap=True, width=11)
+    table.add_column("LABEL", no_wrap=True, overflow="ellipsis", ratio=3)
+    table.add_column("LAUNCHED", justify="right", no_wrap=True, min_width=8)
+    table.add_column("TOOK", justify="right", no_wrap=True, min_width=6)
+    table.add_column("ROWS", justify="right", no_wrap=True, min_width=5)
+    if roomy:
+        table.add_column("TRY", justify="right", no_wrap=True, width=3)
+        table.add_column("BY", no_wrap=True, overflow="ellipsis", max_width=24 if fits else None)
+    table.add_column("WHAT", no_wrap=True, overflow="ellipsis", ratio=4 if roomy else 2)
+    for entry in entries:
+        table.add_row(
+            _state(entry),
+            Text(plain(entry.label or entry.job_id)),
+            ago(entry.launched_at),
+            _took(entry),
+            "" if entry.row_count is None else f"{entry.row_count:,}",
+            *([Text(str(entry.attempt or "")), Text(plain(entry.launched_by or ""), "dim")] if roomy else []),
+            _what(entry),
+        )
+    (out if fits else Console(width=10_000, highlight=False)).print(table, crop=False)
+
+
+def _state(entry: JobEntry) -> Text:
+    return Text(f"{_SIGNS.get(entry.state, ' ')} {entry.state}", _STYLES.get(entry.state, ""))
+
+
+def _took(entry: JobEntry) -> str:
+    if entry.launched_at is None or entry.state in ("lost", "waiting"):
+        return ""
+    end = datetime.now(UTC) if entry.state == "running" else entry.ended_at
+    return duration(max((end - entry.launched_at).total_seconds(), 0)) if end else ""
+
+
+def _what(entry: JobEntry) -> Text:
+    if entry.state == "running":
+        return Text(f"worker {entry.running_pid}")
+    if entry.state in ("failed", "lost", "unknown") and entry.sqlstate:
+        return Text(plain(f"{entry.sqlstate} {entry.message or ''}"), "red")
+    if entry.state == "cancelled":
+        return Text(plain(f"by {entry.cancelled_by}: {entry.reason}" if entry.cancelled_by else entry.reason or ""))
+    return Text(plain(entry.command_tag or ""))
+
+
+def _show_one(entry: JobEntry) -> None:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in asdict(entry).items():
+        if value is None or value == "":
+            continue
+        shown = value.astimezone().isoformat(sep=" ", timespec="milliseconds") if isinstance(value, datetime) else value
+        grid.add_row(name.replace("_", " "), _state(entry) if name == "state" else Text(plain(shown)))
+    out.print(grid)
+
+
+def cancel(
+    job_id: Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `pgbg jobs --json` tells it.")],
+    dsn: Dsn = "",
+    schema: Schema = "pgbg",
+    owner: Owner = None,
+    reason: Annotated[str, typer.Option("--reason", help="Goes into the receipt.")] = "pgbg cancel",
+    json: Json = False,
+) -> None:
+    """Cancel a job, for good, whoever launched it: its worker is ended, and one that starts later is refused.
+
+    Says how it was decided: cancelled, or too late and committed (exit code 11).
+    """
+    with reporting(json):
+        decided, entry = asyncio.run(_cancel(dsn, schema, job_id, owner, reason))
+        if json:
+            print_json({"job_id": job_id, "owner": entry.owner, "label": entry.label, "decided": decided})
+        elif decided == "cancelled":
+            text = "nothing of it is committed; it runs again with run --retry-cancelled only"
+            out.print(Text.assemble(("⊘ cancelled  ", "yellow"), (plain(entry.label or job_id), "bold"), f"\n  {text}"))
+        else:
+            out.print(Text.assemble(("✓ too late, committed  ", "yellow"), (plain(entry.label or job_id), "bold")))
+        raise Stop(ExitCode.OK if decided == "cancelled" else ExitCode.TOO_LATE)
+
+
+async def _cancel(dsn: str, schema: str, job_id: str, owner: str | None, reason: str) -> tuple[str, JobEntry]:
+    async with ready_launcher(dsn, schema) as launcher:
+        found = [e for e in await launcher.ledger.jobs(job_id=job_id) if owner in (None, e.owner)]
+        if not found:
+            # A mark for an id that was mistyped would cancel nothing, and say that it did.
+            raise Stop(ExitCode.NO_SUCH_JOB, f"no job with the id {job_id!r}, or it is not this login's to see")
+        if len(found) > 1:
+            owners = ", ".join(entry.owner for entry in found)
+            raise Stop(ExitCode.REFUSED, f"several roles have a job with this id: {owners}", todo="Choose by --owner.")
+        [entry] = found
+        return await launcher.cancel(job_id, owner=entry.owner, series=entry.series, reason=reason), entry
+
+
+def prune(
+    older_than: Annotated[
+        float, seconds_option("--older-than", unit=True, help="Forget what ended longer ago, such as 90d.")
+    ],
+    dsn: Dsn = "",
+    schema: Schema = "pgbg",
+    retry_horizon: Annotated[
+        float,
+        seconds_option(
+            "--retry-horizon", unit=True, show_default="7d", help="The longest time after which a retry may still come."
+        ),
+    ] = RETRY_HORIZON,
+    json: Json = False,
+) -> None:
+    """Forget old receipts and history.
+
+    A retry that comes after its job's receipt is gone runs the job again. So nothing younger than the retry horizon
+    can be pruned: lower --retry-horizon when you know that no retry comes as late as that.
+    """
+    with reporting(json):
+        if older_than < retry_horizon:
+            raise Stop(
+                ExitCode.REFUSED,
+                f"--older-than is below the retry horizon of {retry_horizon / 86400:g} days: a job that is retried "
+                "after its receipt is gone runs again",
+                todo="Prune later, or lower --retry-horizon when no retry can come as late as that.",
+            )
+        receipts, history = asyncio.run(_prune(dsn, schema, older_than))
+        if json:
+            print_json({"receipts": receipts, "jobs": history})
+        else:
+            out.print(
+                Text.assemble(("✓ ", "green"), f"forgot {receipts:,} receipts and {history:,} jobs of the history")
+            )
+
+
+async def _prune(dsn: str, schema: str, older_than: float) -> tuple[int, int]:
+    async with ready_launcher(dsn, schema) as launcher:
+        return await launcher.ledger.prune(timedelta(seconds=older_than))

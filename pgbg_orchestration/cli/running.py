@@ -1,0 +1,247 @@
+"""``pgbg run``: one job, watched until its outcome is certain."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from pgbg_orchestration.errors import JobCancelled
+from pgbg_orchestration.job import Job, Kind
+from pgbg_orchestration.launcher import Launcher
+from pgbg_orchestration.outcome import Outcome
+from pgbg_orchestration.verdict import Receipt
+
+from .codes import ExitCode
+from .interrupts import Interrupts
+from .options import Dsn, Json, Owner, Schema, pairs, seconds_option
+from .screen import Stop, duration, out, plain, print_json, reporting
+from .watching import Watch
+
+
+class OnSuperseded(StrEnum):
+    """What to do with the worker of an older generation."""
+
+    CANCEL = "cancel"
+    WAIT = "wait"
+
+
+_WHICH, _HOW, _WHEN = "Which work it is", "How the SQL runs", "Waiting and repeating"
+
+
+def run(
+    sql: Annotated[
+        str | None, typer.Argument(metavar="[SQL]", show_default=False, help="The statements; - or nothing: stdin.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="FILE", exists=True, dir_okay=False, help="Read the SQL from a file."),
+    ] = None,
+    dsn: Dsn = "",
+    schema: Schema = "pgbg",
+    id_: Annotated[
+        str | None,
+        typer.Option(
+            "--id",
+            metavar="ID",
+            help="Says which work it is: run again with the same id, it is attached to and never commits twice.",
+            show_default="a random one",
+            rich_help_panel=_WHICH,
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What people see, 64 bytes at most.", rich_help_panel=_WHICH)
+    ] = None,
+    series: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Jobs of one series never run at once.", rich_help_panel=_WHICH),
+    ] = None,
+    generation: Annotated[
+        int | None,
+        typer.Option(min=0, help="Which run of its series; a newer one ends older ones.", rich_help_panel=_WHICH),
+    ] = None,
+    owner: Owner = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param", "-p", metavar="NAME=VALUE", help="Fills %(NAME)s in the SQL, quoted.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="A server setting, such as work_mem=256MB.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    role: Annotated[
+        str | None, typer.Option(metavar="ROLE", help="Role that the SQL runs as.", rich_help_panel=_HOW)
+    ] = None,
+    isolation: Annotated[
+        str | None,
+        typer.Option(metavar="LEVEL", help="read-committed, repeatable-read or serializable.", rich_help_panel=_HOW),
+    ] = None,
+    kind: Annotated[
+        Kind | None,
+        typer.Option(help="How the outcome is made certain.", show_default="what the SQL needs", rich_help_panel=_HOW),
+    ] = None,
+    verify_sql: Annotated[
+        str | None,
+        typer.Option(metavar="QUERY", help="True when the work is done; decides unknown ends.", rich_help_panel=_HOW),
+    ] = None,
+    queue_size: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="The worker's output queue.", rich_help_panel=_HOW)
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        seconds_option("--timeout", help="Time for all of it, waiting included; then cancel.", rich_help_panel=_WHEN),
+    ] = None,
+    slot_timeout: Annotated[
+        float | None,
+        seconds_option("--slot-timeout", help="Longest wait for a worker slot.", rich_help_panel=_WHEN),
+    ] = None,
+    on_superseded: Annotated[
+        OnSuperseded,
+        typer.Option(help="An older generation at work: cancel it, or wait.", rich_help_panel=_WHEN),
+    ] = OnSuperseded.CANCEL,
+    retry_cancelled: Annotated[
+        bool, typer.Option("--retry-cancelled", help="Run it though it was cancelled before.", rich_help_panel=_WHEN)
+    ] = False,
+    accept_changed_sql: Annotated[
+        bool,
+        typer.Option("--accept-changed-sql", help="Let the id stand for other SQL than before.", rich_help_panel=_WHEN),
+    ] = False,
+    leave: Annotated[
+        bool, typer.Option("--leave", help="On Ctrl-C let the worker go on.", rich_help_panel=_WHEN)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")] = False,
+    json: Json = False,
+) -> None:
+    """Run SQL in a background worker and wait until its outcome is certain.
+
+    All statements run in one transaction and see each other's rows. Ctrl-C (and SIGTERM) cancels the worker, waits
+    until that is decided, and says how: cancelled (exit code 4), or too late and committed (0). With --leave the
+    worker goes on (130); the same command with the same --id attaches to it.
+    """
+    with reporting(json, of_job=True):
+        text = _read_sql(sql, file)
+        job = Job(
+            text,
+            id=id_,
+            label=label,
+            series=series,
+            generation=generation,
+            owner=owner,
+            parameters=pairs(param, "--param") if param else None,
+            settings=pairs(setting or (), "--set"),
+            role=role,
+            isolation=isolation.replace("-", " ") if isolation else None,
+            kind=kind,
+            verify_sql=verify_sql,
+            queue_size=queue_size,
+            timeout=timeout,
+        )
+        options = {
+            "slot_timeout": slot_timeout,
+            "on_superseded": on_superseded.value,
+            "retry_cancelled": retry_cancelled,
+            "accept_changed_sql": accept_changed_sql,
+            "on_cancel": "leave" if leave else "cancel",
+        }
+        with Watch(job, silent=quiet) as watch:
+            outcome = asyncio.run(_follow(dsn, schema, job, options, watch))
+        if json:
+            print_json(outcome)
+        else:
+            _show(outcome, named=id_ is not None or series is not None)
+
+
+def _read_sql(sql: str | None, file: Path | None) -> str:
+    if sql is not None and file is not None:
+        raise Stop(ExitCode.REFUSED, "SQL was given twice: as an argument and by --file")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8-sig")
+        if sql is not None and sql != "-":
+            return sql
+        if sql is None and sys.stdin.isatty():
+            raise Stop(ExitCode.REFUSED, "no SQL", todo="pgbg run 'select 1', or -f FILE, or on standard input")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Stop(ExitCode.REFUSED, f"the SQL is not UTF-8: byte {error.start}") from error
+
+
+async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch: Watch) -> Outcome:
+    async with Launcher(dsn, schema=schema) as launcher:
+        await launcher.facts()  # a server that is not there is told at once
+        task = asyncio.ensure_future(launcher.run(job, observer=watch.on_event, **options))
+        with Interrupts(task, watch, leave=options["on_cancel"] == "leave") as interrupts:
+            try:
+                return await task
+            except asyncio.CancelledError:
+                if not interrupts.seen:
+                    raise
+        if options["on_cancel"] == "leave":
+            raise Stop(
+                ExitCode.INTERRUPTED,
+                "left; its worker, if there is one, goes on",
+                todo=f"pgbg jobs --id '{job.id}', or the same command again with --id '{job.id}'",
+            )
+        return await _decided(launcher, job, watch)
+
+
+async def _decided(launcher: Launcher, job: Job, watch: Watch) -> Outcome:
+    """Say how a job ended whose wait was interrupted; the core has waited until it was decided.
+
+    Raises
+    ------
+    JobCancelled
+        It is cancelled.
+    PgbgError
+        Its worker does not end, or nobody knows.
+    """
+    named = {"job_id": job.id, "label": job.label}
+    if job.kind is Kind.RECEIPT:
+        assert job.id  # the job filled it in
+        seen = await launcher.look(job.id, owner=job.owner, series=job.series)
+        if seen.receipt is Receipt.COMMITTED:
+            watch.say("the interrupt came too late: it is committed")
+            return Outcome(
+                job_id=job.id,
+                label=job.label or job.id,
+                row_count=seen.row_count,
+                command_tag=seen.command_tag,
+                started_at=seen.receipt_started_at,
+                finished_at=seen.ended_at,
+                worker_pid=seen.receipt_pid,
+                attempt=seen.receipt_attempt,
+                launched=watch.launched,
+            )
+        if seen.receipt is Receipt.CANCELLED:
+            raise JobCancelled("cancelled by the interrupt", todo="To run it all the same: --retry-cancelled.", **named)
+    if watch.decision is not None:
+        raise watch.decision
+    raise JobCancelled("interrupted before anything was launched", **named)
+
+
+def _show(outcome: Outcome, *, named: bool) -> None:
+    rows = None if outcome.row_count is None else f"{outcome.row_count:,} row{'' if outcome.row_count == 1 else 's'}"
+    took = None
+    if outcome.started_at and outcome.finished_at:
+        took = duration((outcome.finished_at - outcome.started_at).total_seconds())
+    parts = [
+        outcome.command_tag,
+        rows,
+        took,
+        f"worker {outcome.worker_pid}" if outcome.worker_pid else None,
+        f"attempt {outcome.attempt}" if outcome.attempt else None,
+    ]
+    title = outcome.label if named else outcome.job_id
+    out.print(Text.assemble(("✓ committed  ", "bold green"), (plain(title), "bold")), soft_wrap=True)
+    out.print(Text("  " + " · ".join(part for part in parts if part)), soft_wrap=True)
+    if not outcome.launched:
+        out.print(Text("  by an earlier or another launch; it did not run again", "dim"))

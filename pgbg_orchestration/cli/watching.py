@@ -1,0 +1,145 @@
+"""What a person sees while a job is waited for: one line that lives on a terminal, lines of a log elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import datetime
+from typing import Self
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.job import Job
+from pgbg_orchestration.outcome import Event
+
+from .screen import duration, err, plain
+
+_STATES = {
+    "waiting_for_slot": "waiting for a slot",
+    "waiting_for_series": "waiting for its series",
+    "launched": "running",
+    "attached": "running",
+    "progress": "running",
+    "cancelling": "cancelling",
+    "session_lost": "running",
+}
+
+
+class Watch(logging.Handler):
+    """Shows a job's way on standard error, and keeps what the core says on it.
+
+    Parameters
+    ----------
+    job:
+        The job.
+    silent:
+        Show warnings only.
+    """
+
+    def __init__(self, job: Job, *, silent: bool) -> None:
+        super().__init__(logging.INFO)
+        self.launched = False
+        self.decision: PgbgError | None = None
+        """How the core ended a job that was let go."""
+        self._job = job
+        self._silent = silent
+        self._state = "starting"
+        self._pid: int | None = None
+        self._percent: float | None = None
+        self._note = ""
+        self._began = time.monotonic()
+        self._spinner = Spinner("dots", style="cyan")
+        self._live: Live | None = None
+        if err.is_terminal and not silent:
+            self._live = Live(console=err, get_renderable=self._render, refresh_per_second=10, transient=True)
+
+    def __enter__(self) -> Self:
+        logger = logging.getLogger("pgbg_orchestration")
+        logger.addHandler(self)
+        self._level, self._propagate = logger.level, logger.propagate
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logger = logging.getLogger("pgbg_orchestration")
+        logger.removeHandler(self)
+        logger.setLevel(self._level)
+        logger.propagate = self._propagate
+        self.close()
+
+    def close(self) -> None:
+        """Take the display away."""
+        if self._live is not None:
+            self._live.stop()
+        super().close()
+
+    def on_event(self, event: Event) -> None:
+        """Take in an event of the job's way."""
+        self._state = _STATES.get(event.kind, self._state)
+        self._pid = event.data.get("pid") or self._pid
+        self.launched = self.launched or event.kind == "launched"
+        if event.kind == "progress":
+            self._percent = event.data.get("percent")
+        if event.kind == "committed":
+            return
+        self._note = "" if event.kind == "launched" else event.message
+        if self._live is None and not self._silent:
+            self._print(event.message + (f" (pid {event.data['pid']})" if event.data.get("pid") else ""))
+
+    def say(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        self._note = ""
+        self._print(text, "yellow")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take in what the core logs; its news come as events, its warnings are shown."""
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        self.decision = next((each for each in arguments if isinstance(each, PgbgError)), self.decision)
+        if record.levelno >= logging.WARNING and self.decision is None:
+            self._print(record.getMessage(), "yellow")
+
+    def _print(self, text: str, style: str = "") -> None:
+        stamp = f"{datetime.now().astimezone():%H:%M:%S} "
+        err.print(
+            Text.assemble((stamp, "dim"), (plain(self._job.label), ""), ": ", (plain(text), style)), soft_wrap=True
+        )
+
+    def _render(self) -> Group:
+        line = Table.grid(padding=(0, 1), expand=True)
+        line.add_column(width=1)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        line.add_column(no_wrap=True, justify="right")
+        line.add_row(
+            self._spinner,
+            Text(self._state, "bold cyan"),
+            Text(plain(self._job.label), "bold"),
+            Text(" · ".join(p for p in (f"pid {self._pid}" if self._pid else "", self._elapsed()) if p), "dim"),
+        )
+        return Group(line, *self._second_line())
+
+    def _elapsed(self) -> str:
+        return duration(time.monotonic() - self._began)
+
+    def _second_line(self) -> list[Table]:
+        if self._percent is None and not self._note:
+            return []
+        line = Table.grid(padding=(0, 1), expand=True)
+        line.add_column(width=1)
+        if self._percent is not None:
+            line.add_column(width=24)
+            line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+            line.add_row("", ProgressBar(total=100, completed=self._percent), Text(plain(self._note)))
+        else:
+            line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+            line.add_row("", Text(plain(self._note), "dim"))
+        return [line]
