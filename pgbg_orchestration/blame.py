@@ -12,7 +12,7 @@ from .errors import PgbgError
 from .ledger import Sighting
 from .outcome import ErrorFields
 from .server import ServerFacts
-from .verdict import CANCELED, Step
+from .verdict import CANCELED
 
 
 class _Named(TypedDict):
@@ -151,13 +151,3 @@ def already_at_work(work: Work, pid: int) -> PgbgError:
         todo="Wait for it to end.",
         **_named(work),
     )
-
-
-OUTCOME_NAMES = {
-    Step.FAILED: "failed",
-    Step.CANCELLED: "cancelled",
-    Step.SUPERSEDED: "cancelled",
-    Step.LOST: "lost",
-    Step.UNKNOWN: "unknown",
-}
-"""How the history names each outcome."""

@@ -18,7 +18,7 @@ from .launching import LaunchingSession, Worker
 from .ledger import Key, Ledger, Sighting
 from .options import Options
 from .outcome import Outcome
-from .runner import Run, cancel_job
+from .runner import cancel_job, run_job
 from .server import ServerFacts
 from .slots import SlotQueue
 
@@ -81,7 +81,7 @@ class Launcher:
         PgbgError
             As :func:`pgbg_orchestration.arun`.
         """
-        return await Run(self, job, Options(**options)).outcome()
+        return await run_job(self, job, Options(**options))
 
     async def cancel(
         self, job_id: str, *, owner: str | None = None, series: str | None = None, reason: str = "cancelled"
@@ -124,6 +124,11 @@ class Launcher:
                 except (psycopg.OperationalError, OSError, TimeoutError) as error:
                     raise connecting.unreachable(error, "the server cannot be reached") from error
             return self._facts
+
+    @property
+    def max_worker_processes(self) -> int | None:
+        """Worker slots of the whole server, as far as it was asked."""
+        return self._facts.max_worker_processes if self._facts else None
 
     def forget_facts(self) -> None:
         """Ask the server anew before the next launch: what was true of it before may not be now."""

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import psycopg
-from psycopg import sql
 
 from . import blame, describing, faults, markers, pace
-from .composing import Work
+from .case import Case, Launch, deadline_of
+from .concluding import conclude, record
 from .connecting import ConnectionLost
 from .errors import JobCancelled, PgbgError, ServerUnreachable, StillRunning
-from .extension import ResultInfo
+from .gathering import RELAUNCHES, gather
 from .job import Job
-from .launching import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
-from .ledger import BLOCKED, Key, Ledger, Registration, Sighting
+from .launching import LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
+from .ledger import Key, Ledger, Sighting
 from .options import Options
-from .outcome import ErrorFields, Event, Outcome
-from .verdict import OUTCOMES, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report, Step, judge
+from .outcome import Outcome
+from .verdict import OUTCOMES, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
 
 if TYPE_CHECKING:
     from .launcher import Launcher
@@ -33,66 +31,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger("pgbg_orchestration")
 
-RELAUNCHES = 3  # of a job whose worker is lost without a trace
-REJECTIONS = 10  # of a worker that is turned away while nobody is seen to hold the lock
 
-
-@dataclass(slots=True)
-class _Launch:
-    """What this process knows of the launch that it made last."""
-
-    call: asyncio.Task[Worker] | None = None
-    worker: Worker | None = None
-    lost: bool = False  # its handle; the worker may be at work
-    info: ResultInfo | None = None
-    error: ErrorFields | None = None
-    detached: bool = False  # on purpose, since its output was blocked
-
-    @property
-    def report(self) -> Report:
-        """What the handle tells, as far as it was read."""
-        if self.lost:
-            return Report.GONE
-        if self.worker is None:
-            return Report.NONE
-        if self.error is not None:
-            return Report.FAILED
-        if self.info is not None or self.detached:
-            return Report.ENDED
-        return Report.RUNNING
+async def run_job(launcher: Launcher, job: Job, options: Options) -> Outcome:
+    """Bind a job and follow it until its outcome is certain."""
+    deadline = deadline_of(job.timeout, options.deadline)
+    work = await launcher.bind(job)
+    return await Run(launcher, Case(work, options, deadline)).outcome()
 
 
 class Run:
     """One call for one job: from its first look to its outcome."""
 
-    def __init__(self, launcher: Launcher, job: Job, options: Options) -> None:
+    def __init__(self, launcher: Launcher, case: Case) -> None:
         self._launcher = launcher
         self._ledger = launcher.ledger
-        self._job = job
-        self._options = options
+        self._case = case
         self._loop = asyncio.get_running_loop()
-        self._deadline = self._find_deadline()
-        self._intent = Intent.NONE
-        self._registration: Registration | None = None  # of the last launch, or of the one that comes next
-        self._registered = False  # the one that comes next is
-        self._launch = _Launch()
-        self._launched = 0
-        self._relaunches = 0
-        self._rejections = 0
-        self._slot_missing = False
-        self._launch_error: BaseException | None = None
-        self._attached_since: datetime | None = None  # on the server's clock
         self._step: tuple[Step, float] = (Step.WAIT, 0.0)  # the step that is being taken, and since when
-        self._told: set[str] = set()
-        # Of the kinds without a receipt:
-        self._session: LaunchingSession | None = None
-        self._columns: sql.Composable | None = None
-        self._result: tuple[int | None, str | None] | None = None
-        self._verified: bool | None = None
 
     async def outcome(self) -> Outcome:
-        """Follow the job until its outcome is certain."""
-        self._work: Work = await self._launcher.bind(self._job)
+        """Follow the job; when the caller goes away, cancel it or leave it at work, as the caller chose."""
         following = self._loop.create_task(self._follow())
         try:
             return await asyncio.shield(following)
@@ -100,19 +58,16 @@ class Run:
             await self._let_go(following)
             raise
         finally:
-            if self._session is not None:
-                await self._session.close()
+            if self._case.session is not None:
+                await self._case.session.close()
 
     async def _let_go(self, following: asyncio.Task[Outcome]) -> None:
-        """The caller went away: leave the worker, or cancel it and wait until that is decided."""
         following.cancel()
         await asyncio.wait({following})
-        if self._options.on_cancel == "leave":
-            await self._end_call(adopt=False)
-            if self._launch.worker is not None:
-                await self._launch.worker.detach()
+        if self._case.options.on_cancel == "leave":
+            await self._leave()
             return
-        self._intent = Intent.ASKED
+        self._case.intent = Intent.ASKED
         deciding = self._loop.create_task(self._follow())
         while not deciding.done():
             try:
@@ -124,17 +79,25 @@ class Run:
             except PgbgError as error:
                 logger.error("the job was let go: %s", error)  # noqa: TRY400  (its text says it all)
             else:
-                logger.warning("the cancel came too late: job %s is committed", self._work.label)
+                logger.warning("the cancel came too late: job %s is committed", self._case.work.label)
+
+    async def _leave(self) -> None:
+        launch = self._case.launch
+        if launch.call is not None:
+            await asyncio.wait({launch.call}, timeout=pace.CALL)
+        await self._take_over_call()
+        if launch.worker is not None:
+            await launch.worker.detach()
 
     # The turn -----------------------------------------------------------------------------------------------------
 
     async def _follow(self) -> Outcome:
-        await self._end_call(adopt=True)
+        await self._take_over_call()
         while True:
-            evidence, seen = await self._observe()
+            evidence, seen = await gather(self._case, self._ledger)
             step = judge(evidence)
             if step in OUTCOMES:
-                return await self._conclude(step, seen)
+                return await conclude(self._case, self._ledger, step, seen)
             if step is not self._step[0]:
                 self._step = (step, self._loop.time())
             await self._take(step, seen)
@@ -144,7 +107,7 @@ class Run:
             case Step.REGISTER:
                 await self._register()
             case Step.LAUNCH:
-                await self._launch_worker()
+                await self._launch()
             case Step.WAIT:
                 await self._wait(seen)
             case Step.WAIT_FOR_SERIES:
@@ -158,272 +121,186 @@ class Run:
             case Step.MARK:
                 await self._mark()
             case Step.LIFT:
-                await self._ledger.lift_cancel(self._work.key)
+                await self._ledger.lift_cancel(self._case.work.key)
             case Step.READ_RESULT:
                 await self._read_result()
             case Step.VERIFY:
                 await self._verify()
 
-    # Evidence -----------------------------------------------------------------------------------------------------
-
-    async def _observe(self) -> tuple[Evidence, Sighting | None]:
-        """Gather the evidence, in the order that makes it mean something: report, lock, receipt."""
-        if self._intent is Intent.NONE and self._seconds_left() == 0:
-            self._intent = Intent.DEADLINE
-        await self._read_report()
-        evidence = Evidence(
-            carries_receipt=self._work.carries_receipt,
-            registered=self._registered,
-            report=self._launch.report,
-            sqlstate=self._launch.error.sqlstate if self._launch.error else None,
-            intent=self._intent,
-            launches_left=RELAUNCHES - self._relaunches,
-            rejections_left=REJECTIONS - self._rejections,
-            can_verify=self._job.verify_sql is not None,
-            verified=self._verified,
-        )
-        if self._work.carries_receipt:
-            return await self._observe_ledger(evidence)
-        return await self._observe_marker(evidence), None
-
-    async def _read_report(self) -> None:
-        launch = self._launch
-        if launch.report is not Report.RUNNING or launch.worker is None or not launch.worker.ended.done():
-            return
-        launch.info = launch.worker.ended.result()
-        faults.point("after_end")
-        if launch.info is not None and launch.info.has_error:
-            launch.error = await launch.worker.error()
-        if launch.info is None or (launch.info.has_error and launch.error is None):
-            launch.lost = True
-            self._tell("session_lost", "the launching session is lost; following the worker by its lock and receipt")
-
-    async def _observe_ledger(self, evidence: Evidence) -> tuple[Evidence, Sighting]:
-        seen = await self._ledger.look(self._work.key)
-        if seen.sql_digest not in (None, self._work.sql_digest) and "changed" not in self._told:
-            if not self._options.accept_changed_sql:
-                raise blame.reused(self._work)
-            self._told.add("changed")
-            logger.warning("job %s has other SQL than when it was first registered", self._work.label)
-        generation = self._generation(seen)
-        holder = seen.holder(generation)
-        recorded = False
-        if holder is not Holder.NOBODY:
-            self._rejections = 0
-        somebody_elses = evidence.report in (Report.NONE, Report.GONE) or evidence.sqlstate == TURNED_AWAY
-        if holder is Holder.THIS_JOB and somebody_elses:
-            self._attached_since = self._attached_since or seen.looked_at
-        elif self._attached_since and holder is Holder.NOBODY and seen.receipt is Receipt.NONE:
-            seen = await self._await_history(seen)
-            recorded = _failed_since(seen, self._attached_since)
-            if not recorded:
-                self._attached_since = None
-        return replace(
-            evidence,
-            receipt=seen.receipt,
-            holder=holder,
-            superseded=_is_superseded(seen, generation),
-            recorded_failure=recorded,
-            output_blocked=seen.wait_event == BLOCKED and evidence.report is Report.RUNNING,
-            lift=self._options.retry_cancelled or seen.cause == "deadline",
-        ), seen
-
-    def _generation(self, seen: Sighting) -> int | None:
-        if self._registration is not None:
-            return self._registration.generation
-        return seen.generation if self._job.generation is None else self._job.generation
-
-    async def _await_history(self, seen: Sighting) -> Sighting:
-        """Give the launching side of a worker that just ended a moment to write down how."""
-        until = self._loop.time() + pace.GRACE
-        while seen.outcome is None and seen.receipt is Receipt.NONE and self._patient(until):
-            await asyncio.sleep(pace.RETRY_SOONEST)
-            seen = await self._ledger.look(self._work.key)
-        return seen
-
-    async def _observe_marker(self, evidence: Evidence) -> Evidence:
-        marked = await self._ledger.run(lambda conn: markers.find(conn, self._work.marker))
-        mine = marked is not None and evidence.report is not Report.NONE
-        return replace(
-            evidence,
-            receipt=Receipt.COMMITTED if self._result else Receipt.NONE,
-            holder=Holder.THIS_JOB if mine else Holder.NOBODY,
-            output_blocked=marked is not None and marked.wait_event == BLOCKED and evidence.report is Report.RUNNING,
-        )
-
     # Launching ----------------------------------------------------------------------------------------------------
 
     async def _register(self) -> None:
+        case, work = self._case, self._case.work
         faults.point("before_register")
-        self._registration = registration = await self._ledger.register(
-            self._work.key,
-            generation=self._job.generation,
-            label=self._work.label,
-            kind=self._work.kind,
-            sql_digest=self._work.sql_digest,
-            accept_changed_sql=self._options.accept_changed_sql,
+        case.registration = registration = await self._ledger.register(
+            work.key,
+            generation=work.job.generation,
+            label=work.label,
+            kind=work.kind,
+            sql_digest=work.sql_digest,
+            accept_changed_sql=case.options.accept_changed_sql,
         )
         faults.point("after_register")
         if registration.verdict == "reused":
-            raise blame.reused(self._work)
+            raise blame.reused(work)
         # A superseded one is seen to be by the next look.
-        self._registered = registration.verdict == "registered"
+        case.registered = registration.verdict == "registered"
 
-    async def _launch_worker(self) -> None:
-        registration = self._registration if self._work.carries_receipt else None
-        if registration is not None and not await self._ledger.mark_older(self._work.key, registration.generation):
+    async def _launch(self) -> None:
+        case, work = self._case, self._case.work
+        registration = case.registration if work.carries_receipt else None
+        if registration is not None and not await self._ledger.mark_older(work.key, registration.generation):
             return  # a worker of an older generation began in between
-        text = self._work.text(self._launcher.schema, registration)
+        text = work.text(self._launcher.schema, registration)
         if registration is None:
             await self._prepare_session(text)
-        await self._count_relaunch()
+        await self._put_last_launch_away()
         try:
-            async with asyncio.timeout(self._patience()):
+            async with asyncio.timeout(case.patience_for_slot()):
                 await self._launcher.slots.launch(lambda: self._call_launch(text), self._on_slots_used_up)
         except TimeoutError:
-            self._intent = Intent.DEADLINE
-            await self._end_call(adopt=True)
-            return
+            case.intent = Intent.DEADLINE
         except MayBeLaunched as error:
-            self._launch.lost, self._launch_error = True, error.error
-            self._launched += 1
-            self._tell("session_lost", "the launch call was lost on its way; a worker may be running")
-            return
+            case.launch_error = error.error
         except LaunchRefused as error:
-            await self._record("failed", describing.error_fields(error.error))
-            raise blame.launch_refused(self._work, error.error, await self._launcher.facts()) from error.error
-        await self._end_call(adopt=True)
+            await record(case, self._ledger, "failed", error=describing.error_fields(error.error))
+            raise blame.launch_refused(work, error.error, await self._launcher.facts()) from error.error
+        await self._take_over_call()
         faults.point("while_running")
-        if self._launch.worker is not None:
+        if case.launch.worker is not None:
             # Most of what a look would tell now, it tells better a little later.
-            await asyncio.wait({self._launch.worker.ended}, timeout=self._bounded(pace.LOOK_SOONEST))
+            await asyncio.wait({case.launch.worker.ended}, timeout=case.bounded(pace.LOOK_SOONEST))
 
-    async def _count_relaunch(self) -> None:
-        """Put the last launch away, and keep within the number of further ones."""
-        if self._launch.error is not None and self._launch.error.sqlstate == TURNED_AWAY:
-            self._rejections += 1
-            await asyncio.sleep(pace.backoff(self._rejections))
-        elif self._launched:
-            self._relaunches += 1
-        if self._launch.worker is not None:
-            self._launch.worker.release()
-        self._launch = _Launch()
-        self._attached_since = self._verified = None
+    async def _put_last_launch_away(self) -> None:
+        """Make room for another launch, and keep within the number of further ones."""
+        case = self._case
+        if case.launch.error is not None and case.launch.error.sqlstate == TURNED_AWAY:
+            case.rejections += 1
+            await asyncio.sleep(pace.backoff(case.rejections))
+        elif case.launched:
+            case.relaunches += 1
+        if case.launch.worker is not None:
+            case.launch.worker.release()
+        case.launch = Launch()
+        case.attached_since = case.verified = None
 
     async def _call_launch(self, text: str) -> None:
+        case, work = self._case, self._case.work
         for attempt in range(RELAUNCHES * 2):
-            session = self._session or await self._launcher.session()
-            self._launch.call = session.launch(
+            session = case.session or await self._launcher.session()
+            case.launch.call = session.launch(
                 text,
-                label=self._work.label,
-                queue_size=self._job.queue_size,
-                settings=self._work.settings(self._seconds_left()),
-                role=None if self._work.carries_receipt else self._job.role,
+                label=work.label,
+                queue_size=work.job.queue_size,
+                settings=work.settings(case.seconds_left()),
+                role=None if work.carries_receipt else work.job.role,
             )
             try:
-                await asyncio.shield(self._launch.call)
+                await asyncio.shield(case.launch.call)
             except ConnectionLost:
                 # The session ended between being chosen and being used: nothing was launched.
-                if self._session is not None:
-                    await self._session.close()
-                    self._session = await self._launcher.session(exclusive=True)
+                if case.session is not None:
+                    await case.session.close()
+                    case.session = await self._launcher.session(exclusive=True)
                 await asyncio.sleep(pace.backoff(attempt))
             else:
                 return
-        raise ServerUnreachable("every launching session was lost before the launch call", job_id=self._work.key.job_id)
+        raise ServerUnreachable("every launching session was lost before the launch call", job_id=work.key.job_id)
 
-    async def _end_call(self, *, adopt: bool) -> None:
-        """Let a launch call that is on its way end, and take its worker over, or forget it."""
-        call, self._launch.call = self._launch.call, None
-        if call is None:
+    async def _take_over_call(self) -> None:
+        """Take over what came of a launch call, on whose way this process may have been interrupted."""
+        case = self._case
+        if case.launch.call is None:
             return
-        if not adopt:
-            await asyncio.wait({call}, timeout=pace.CALL)
-        elif self._work.carries_receipt and not call.done():
-            pass  # a worker that starts after the cancel is refused: no need to wait for a call that may be stalled
-        else:
-            await asyncio.wait({call})
-        if not adopt or not call.done():
+        # A worker with a receipt that starts after its cancel is refused: no need to wait for a call that may be
+        # stalled. Any other has to be known before it can be cancelled.
+        call = await case.launch.end_call(patient=not case.work.carries_receipt)
+        if call is not None:
             self._launcher.abandon(call)
-        elif call.exception() is None:
-            worker = call.result()
-            self._launch.worker = worker
-            self._launched += 1
-            self._registered = False
+            return
+        case.launched += case.launch.report is not Report.NONE
+        worker = case.launch.worker
+        if worker is not None:
+            case.registered = False
             worker.ended.add_done_callback(lambda _: self._launcher.slots.freed())
-            self._notify("launched", f"launched attempt {self._attempt}", pid=worker.handle.pid)
-        elif isinstance(call.exception(), MayBeLaunched):
-            self._launch.lost = True
-            self._launched += 1
+            case.tell("launched", f"launched attempt {case.attempt}", pid=worker.handle.pid)
 
     def _on_slots_used_up(self, error: SlotsUsedUp) -> None:
-        self._slot_missing = True
+        self._case.slot_missing = True
         where = {"53400": "this session's table", "53100": "shared memory (/dev/shm)"}.get(
-            error.sqlstate or "", "max_worker_processes"
+            error.sqlstate or "", f"max_worker_processes ({self._launcher.max_worker_processes})"
         )
-        self._tell("waiting_for_slot", f"waiting for a worker slot: {where} is used up", sqlstate=error.sqlstate)
+        message = f"waiting for a worker slot: {where} is used up"
+        self._case.tell_once("waiting_for_slot", message, sqlstate=error.sqlstate)
 
     # Waiting ------------------------------------------------------------------------------------------------------
 
     async def _wait(self, seen: Sighting | None) -> None:
-        worker = self._launch.worker
+        worker = self._case.launch.worker
         if worker is not None and not worker.ended.done():
             age = self._loop.time() - worker.launched_at
             await self._look_at_progress(worker, age)
-            await asyncio.wait({worker.ended}, timeout=self._bounded(pace.look(age)))
+            await asyncio.wait({worker.ended}, timeout=self._case.bounded(pace.look(age)))
             return
-        if seen is not None and self._attached_since is not None:
-            self._tell("attached", "attached to the worker that already runs this job", pid=seen.holder_pid)
+        if seen is not None and self._case.attached_since is not None:
+            message = "attached to the worker that already runs this job"
+            self._case.tell_once("attached", message, pid=seen.holder_pid)
         await self._sleep()
 
     async def _look_at_progress(self, worker: Worker, age: float) -> None:
-        if self._options.observer is None or age < pace.LOOK_SOONEST or worker.session.stalled:
+        if self._case.options.observer is None or age < pace.LOOK_SOONEST or worker.session.stalled:
             return
         progress = await worker.session.look_at_progress(worker)
         if progress is not None and progress != worker.progress:
             worker.progress = progress
-            self._notify("progress", f"{progress.percent} % {progress.message or ''}".strip(), percent=progress.percent)
+            text = f"{progress.percent} % {progress.message or ''}".strip()
+            self._case.tell("progress", text, percent=progress.percent)
 
     async def _wait_for_series(self, seen: Sighting) -> None:
-        if seen.holder(self._generation(seen)) is Holder.STRANGER and self._waited() > pace.STRANGER:
-            raise blame.stranger(self._work, seen)
-        self._tell("waiting_for_series", "another session holds the series; waiting for it", pid=seen.holder_pid)
+        if seen.holder(self._case.generation(seen)) is Holder.STRANGER and self._waited() > pace.STRANGER:
+            raise blame.stranger(self._case.work, seen)
+        message = "another session holds the series; waiting for it"
+        self._case.tell_once("waiting_for_series", message, pid=seen.holder_pid)
         await self._sleep()
 
     async def _clear_older(self, seen: Sighting) -> None:
-        if self._options.on_superseded == "wait":
-            self._tell("waiting_for_series", "an older generation is at work; waiting for it", pid=seen.holder_pid)
+        if self._case.options.on_superseded == "wait":
+            message = "an older generation is at work; waiting for it"
+            self._case.tell_once("waiting_for_series", message, pid=seen.holder_pid)
             await self._sleep()
             return
-        self._tell("cancelling_older", "cancelling the worker of an older generation", pid=seen.holder_pid)
+        message = "cancelling the worker of an older generation"
+        self._case.tell_once("cancelling_older", message, pid=seen.holder_pid)
         if self._waited() > pace.CANCEL:
-            raise blame.survivor(self._work, seen, "the worker of an older generation")
-        await self._ledger.signal(self._work.key, job_id=seen.holder_job)
+            raise blame.survivor(self._case.work, seen, "the worker of an older generation")
+        await self._ledger.signal(self._case.work.key, job_id=seen.holder_job)
         await self._sleep()
 
     async def _unblock(self) -> None:
-        """Nobody reads the worker's output, and it waits for that: let it go on, or end."""
-        if not self._work.carries_receipt:
+        """Let a worker go on, or end, that waits for its output to be read: nobody reads it."""
+        if not self._case.work.carries_receipt:
             await self._read_result()
             return
-        worker = _there(self._launch.worker)
-        self._launch.error = await worker.error()
-        self._launch.detached = True
-        self._tell("output_blocked", "the worker's output is full and nobody reads it: it is dropped")
+        launch = self._case.launch
+        worker = _there(launch.worker)
+        launch.error = await worker.error()
+        launch.detached = True
+        self._case.tell_once("output_blocked", "the worker's output is full and nobody reads it: it is dropped")
         await worker.detach()
 
     # Cancelling ---------------------------------------------------------------------------------------------------
 
     async def _signal(self, seen: Sighting | None) -> None:
+        case = self._case
         faults.point("before_cancel")
-        self._tell("cancelling", "cancelling the worker", pid=seen.holder_pid if seen else None)
+        case.tell_once("cancelling", "cancelling the worker", pid=seen.holder_pid if seen else None)
         if self._waited() > pace.CANCEL:
-            raise blame.survivor(self._work, seen, "the worker")
-        if self._work.carries_receipt:
-            await self._ledger.signal(self._work.key)
+            raise blame.survivor(case.work, seen, "the worker")
+        if case.work.carries_receipt:
+            await self._ledger.signal(case.work.key)
         else:
-            await self._ledger.run(lambda conn: markers.signal(conn, self._work.marker))
-        if self._launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST:
+            await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker))
+        if case.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST:
             # One that reports an error into a full queue ends only when it is detached, or read.
             await self._unblock()
         await self._sleep()
@@ -434,197 +311,49 @@ class Run:
             Intent.NONE: ("superseded", "a newer generation is registered"),
             Intent.ASKED: ("asked", "the caller was cancelled"),
             Intent.DEADLINE: ("deadline", "the deadline passed"),
-        }[self._intent]
-        await self._ledger.mark_cancelled(self._work.key, cause, reason)
+        }[self._case.intent]
+        await self._ledger.mark_cancelled(self._case.work.key, cause, reason)
         faults.point("after_mark")
 
     # Without a receipt --------------------------------------------------------------------------------------------
 
     async def _prepare_session(self, text: str) -> None:
-        marked = await self._ledger.run(lambda conn: markers.find(conn, self._work.marker))
+        case = self._case
+        marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker))
         if marked is not None:
-            raise blame.already_at_work(self._work, marked.pid)
-        if self._session is None or self._session.lost:
-            self._session = await self._launcher.session(exclusive=True)
+            raise blame.already_at_work(case.work, marked.pid)
+        if case.session is None or case.session.lost:
+            case.session = await self._launcher.session(exclusive=True)
         try:
-            self._columns = await self._session.describe(text, self._job.role)
+            case.columns = await case.session.describe(text, case.work.job.role)
         except psycopg.Error as error:
-            raise blame.statement_refused(self._work, error) from error
+            raise blame.statement_refused(case.work, error) from error
 
     async def _read_result(self) -> None:
-        worker = _there(self._launch.worker)
+        case = self._case
+        worker = _there(case.launch.worker)
         try:
-            self._result = await worker.session.drain(worker, self._columns)
+            case.result = await worker.session.drain(worker, case.columns)
         except (ConnectionLost, psycopg.errors.DatatypeMismatch):
-            self._launch.lost = True  # thrown away before its end, the result proves nothing
+            case.launch.lost = True  # thrown away before its end, the result proves nothing
         except psycopg.Error as error:
             if error.sqlstate == "08006":  # said of the worker's connection to this session
-                self._launch.lost = True
+                case.launch.lost = True
             else:
-                self._launch.error = describing.error_fields(error)
+                case.launch.error = describing.error_fields(error)
 
     async def _verify(self) -> None:
-        query = _there(self._job.verify_sql)
-        self._verified = await self._ledger.run(lambda conn: describing.verify(conn, query))
+        query = _there(self._case.work.job.verify_sql)
+        self._case.verified = await self._ledger.run(lambda conn: describing.verify(conn, query))
 
-    # The end ------------------------------------------------------------------------------------------------------
-
-    async def _conclude(self, step: Step, seen: Sighting | None) -> Outcome:
-        try:
-            if step is Step.COMMITTED:
-                return await self._committed(seen)
-            fields = self._launch.error
-            if step is Step.FAILED and fields is None and seen is not None:
-                fields = seen.error  # as the launching side of another process wrote it down
-            if self._launched:
-                await self._record(blame.OUTCOME_NAMES[step], fields)
-            raise self._error(step, seen, fields)
-        finally:
-            if self._launch.worker is not None:
-                self._launch.worker.release()
-
-    async def _committed(self, seen: Sighting | None) -> Outcome:
-        launch = self._launch
-        own = launch.worker is not None and (seen is None or seen.receipt_attempt == self._attempt)
-        if own and launch.report is Report.RUNNING and launch.worker is not None:
-            # The commit is visible a little before the worker has ended and its report is there.
-            await asyncio.wait({launch.worker.ended}, timeout=pace.GRACE)
-            await self._read_report()
-        outcome = Outcome(job_id=self._work.key.job_id, label=self._work.label, launched=own)
-        if seen is None:
-            outcome = self._outcome_without_receipt(outcome)
-        else:
-            outcome = await self._outcome_with_receipt(outcome, seen)
-        if own:
-            await self._record("committed", None, outcome)
-        rows = f", {outcome.row_count} rows" if outcome.row_count is not None else ""
-        how = "" if outcome.launched else " by an earlier or another launch"
-        self._notify("committed", f"committed{how}: {outcome.command_tag or 'done'}{rows}", pid=outcome.worker_pid)
-        return outcome
-
-    async def _outcome_with_receipt(self, outcome: Outcome, seen: Sighting) -> Outcome:
-        outcome = replace(
-            outcome, attempt=seen.receipt_attempt, worker_pid=seen.receipt_pid, started_at=seen.receipt_started_at
-        )
-        if outcome.launched and self._launch.info is not None:
-            info = self._launch.info
-            return replace(
-                outcome, row_count=info.row_count, command_tag=info.command_tag or None, finished_at=info.finished_at
-            )
-        until = self._loop.time() + pace.COUNTS
-        while self._attached_since and seen.outcome is None and self._patient(until):
-            await asyncio.sleep(pace.RETRY_SOONEST)
-            seen = await self._ledger.look(self._work.key)
-        return replace(outcome, row_count=seen.row_count, command_tag=seen.command_tag, finished_at=seen.ended_at)
-
-    def _outcome_without_receipt(self, outcome: Outcome) -> Outcome:
-        row_count, tag = self._result or (None, None)
-        info, worker = self._launch.info, self._launch.worker
-        return replace(
-            outcome,
-            launched=self._launched > 0,
-            attempt=max(self._launched, 1),
-            worker_pid=worker.handle.pid if worker else None,
-            row_count=row_count if info is None else info.row_count,
-            command_tag=(tag if info is None else info.command_tag) or None,
-            started_at=info.started_at if info else None,
-            finished_at=info.finished_at if info else None,
-            proof="result" if self._result else "verify_sql",
-        )
-
-    def _error(self, step: Step, seen: Sighting | None, fields: ErrorFields | None) -> PgbgError:
-        work = self._work
-        match step:
-            case Step.FAILED:
-                return blame.failed(work, fields or ErrorFields())
-            case Step.SUPERSEDED:
-                return blame.superseded(work, seen)
-            case Step.CANCELLED if self._slot_missing and not self._launched and self._intent is Intent.DEADLINE:
-                return blame.no_slot(work)
-            case Step.CANCELLED if self._intent is Intent.DEADLINE:
-                return blame.deadline_passed(work)
-            case Step.CANCELLED:
-                return blame.cancelled(work, seen)
-            case Step.LOST if self._launch_error is not None:
-                return blame.launch_failed(work, self._launch_error)
-            case Step.LOST:
-                return blame.lost(work)
-            case _:
-                return blame.unknown(work)
-
-    async def _record(self, outcome: str, error: ErrorFields | None, told: Outcome | None = None) -> None:
-        if self._registration is None:
-            return
-        faults.point("before_record")
-        worker, info = self._launch.worker, self._launch.info
-        try:
-            await self._ledger.record(
-                self._work.key,
-                self._attempt,
-                outcome,
-                worker_pid=told.worker_pid if told else worker.handle.pid if worker else None,
-                started_at=told.started_at if told else info.started_at if info else None,
-                row_count=told.row_count if told else None,
-                command_tag=told.command_tag if told else None,
-                error=error,
-            )
-        except (psycopg.Error, PgbgError) as failure:
-            # The history is no proof: what happened to the job is certain without it.
-            logger.warning("the history of job %s could not be written: %s", self._work.label, failure)
-        faults.point("after_record")
-
-    # Small things -------------------------------------------------------------------------------------------------
-
-    @property
-    def _attempt(self) -> int:
-        return self._registration.attempt if self._registration else self._launched or 1
-
-    def _find_deadline(self) -> float | None:
-        """Return the deadline on the event loop's clock, which no jump of the wall clock moves."""
-        bounds = [] if self._job.timeout is None else [self._loop.time() + self._job.timeout]
-        if self._options.deadline is not None:
-            now = datetime.now(self._options.deadline.tzinfo)
-            bounds.append(self._loop.time() + (self._options.deadline - now).total_seconds())
-        return min(bounds, default=None)
-
-    def _seconds_left(self) -> float | None:
-        return None if self._deadline is None else max(self._deadline - self._loop.time(), 0)
-
-    def _patience(self) -> float | None:
-        """How long to wait for a slot."""
-        bounds = [bound for bound in (self._seconds_left(), self._options.slot_timeout) if bound is not None]
-        return min(bounds, default=None)
+    # Time ---------------------------------------------------------------------------------------------------------
 
     def _waited(self) -> float:
-        """How long the step that is being taken has been taken again and again."""
+        """Return for how many seconds the step that is being taken has been taken again and again."""
         return self._loop.time() - self._step[1]
 
-    def _patient(self, until: float) -> bool:
-        """Say whether to wait for what others may write down: not when this process ends the job itself."""
-        return self._intent is Intent.NONE and self._loop.time() < until
-
-    def _bounded(self, seconds: float) -> float:
-        left = self._seconds_left()
-        return seconds if left is None or self._intent is not Intent.NONE else min(seconds, left)
-
     async def _sleep(self) -> None:
-        await asyncio.sleep(self._bounded(pace.poll(self._waited())))
-
-    def _tell(self, kind: str, message: str, **data: Any) -> None:
-        """Tell an event once, however often its step is taken again."""
-        if kind not in self._told:
-            self._told.add(kind)
-            self._notify(kind, message, **data)
-
-    def _notify(self, kind: str, message: str, **data: Any) -> None:
-        pid = data.get("pid")
-        logger.info("job %s: %s%s", self._work.label, message, f" (pid {pid})" if pid else "")
-        if self._options.observer is None:
-            return
-        try:
-            self._options.observer(Event(kind, message, self._work.key.job_id, self._work.label, data))
-        except Exception:
-            logger.exception("the observer of job %s failed", self._work.label)
+        await asyncio.sleep(self._case.bounded(pace.poll(self._waited())))
 
 
 async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Literal["cancelled", "committed"]:
@@ -657,13 +386,3 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
 def _there(value: T | None) -> T:
     assert value is not None  # the verdict asks for this step only when it is there
     return value
-
-
-def _is_superseded(seen: Sighting, generation: int | None) -> bool:
-    if seen.cause == "superseded":
-        return True
-    return seen.newest is not None and generation is not None and seen.newest > generation
-
-
-def _failed_since(seen: Sighting, since: datetime) -> bool:
-    return seen.outcome == "failed" and seen.ended_at is not None and seen.ended_at >= since

@@ -1,0 +1,183 @@
+"""What one call knows of its job besides what it sees: its launches, its intent, its deadline, whom it told what."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from psycopg import sql
+
+from . import faults
+from .composing import Work
+from .extension import ResultInfo
+from .launching import LaunchingSession, MayBeLaunched, Worker
+from .ledger import Registration, Sighting
+from .options import Options
+from .outcome import ErrorFields, Event
+from .verdict import Intent, Report
+
+logger = logging.getLogger("pgbg_orchestration")
+
+
+@dataclass(slots=True)
+class Launch:
+    """The launch that this call made last, as its handle tells of it."""
+
+    call: asyncio.Task[Worker] | None = None
+    worker: Worker | None = None
+    lost: bool = False  # its handle; the worker may be at work
+    info: ResultInfo | None = None
+    error: ErrorFields | None = None
+    detached: bool = False  # on purpose, since its output was blocked
+
+    @property
+    def report(self) -> Report:
+        """What the handle tells, as far as it was read."""
+        if self.lost:
+            return Report.GONE
+        if self.worker is None:
+            return Report.NONE
+        if self.error is not None:
+            return Report.FAILED
+        if self.info is not None or self.detached:
+            return Report.ENDED
+        return Report.RUNNING
+
+    async def read(self) -> None:
+        """Read the handle's report, when the worker has ended since the last time."""
+        if self.report is not Report.RUNNING or self.worker is None or not self.worker.ended.done():
+            return
+        self.info = self.worker.ended.result()
+        faults.point("after_end")
+        if self.info is not None and self.info.has_error:
+            self.error = await self.worker.error()
+        self.lost = self.info is None or (self.info.has_error and self.error is None)
+
+    async def end_call(self, *, patient: bool) -> asyncio.Task[Worker] | None:
+        """Take over what came of a launch call; returns the call when it is still on its way and nobody waits.
+
+        Parameters
+        ----------
+        patient:
+            Wait for the call. Without that a stalled one is left behind.
+        """
+        call, self.call = self.call, None
+        if call is None:
+            return None
+        if patient:
+            await asyncio.wait({call})
+        if not call.done():
+            return call
+        if call.exception() is None:
+            self.worker = call.result()
+        self.lost = isinstance(call.exception(), MayBeLaunched)
+        return None
+
+
+@dataclass
+class Case:
+    """One job, as one call for it knows it.
+
+    Attributes
+    ----------
+    registration, registered:
+        The last registration, and whether the launch that comes next is registered.
+    launched, relaunches, rejections:
+        How many launches may have started a worker; how many of them came after one that was lost; how many workers
+        were turned away in a row while nobody was seen to hold the lock.
+    attached_since:
+        Since when a worker of this job was seen that somebody else launched, on the server's clock.
+    session, columns, result, verified:
+        Of the kinds without a receipt: the session of its own, the columns of the statement's result, what was read
+        to its end, what verify_sql said.
+    """
+
+    work: Work
+    options: Options
+    deadline: float | None  # on the event loop's clock, which no jump of the wall clock moves
+    intent: Intent = Intent.NONE
+    registration: Registration | None = None
+    registered: bool = False
+    launch: Launch = field(default_factory=Launch)
+    launched: int = 0
+    relaunches: int = 0
+    rejections: int = 0
+    slot_missing: bool = False
+    launch_error: BaseException | None = None
+    attached_since: datetime | None = None
+    session: LaunchingSession | None = None
+    columns: sql.Composable | None = None
+    result: tuple[int | None, str | None] | None = None
+    verified: bool | None = None
+    told: set[str] = field(default_factory=set)
+
+    @property
+    def attempt(self) -> int:
+        """The number of the last launch, from 1."""
+        return self.registration.attempt if self.registration else max(self.launched, 1)
+
+    def generation(self, seen: Sighting) -> int | None:
+        """Return the job's generation, as far as it is known yet."""
+        if self.registration is not None:
+            return self.registration.generation
+        return seen.generation if self.work.job.generation is None else self.work.job.generation
+
+    def is_superseded(self, seen: Sighting) -> bool:
+        """Say whether a newer generation of the series is registered."""
+        generation = self.generation(seen)
+        if seen.cause == "superseded":
+            return True
+        return seen.newest is not None and generation is not None and seen.newest > generation
+
+    # Time ---------------------------------------------------------------------------------------------------------
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds until the deadline, 0 after it, None without one."""
+        if self.deadline is None:
+            return None
+        return max(self.deadline - asyncio.get_running_loop().time(), 0)
+
+    def bounded(self, seconds: float) -> float:
+        """Return ``seconds``, or what is left until the deadline."""
+        left = self.seconds_left()
+        return seconds if left is None or self.intent is not Intent.NONE else min(seconds, left)
+
+    def patience_for_slot(self) -> float | None:
+        """Return for how many seconds to wait for a worker slot; None: without a bound of the user's."""
+        bounds = [bound for bound in (self.seconds_left(), self.options.slot_timeout) if bound is not None]
+        return min(bounds, default=None)
+
+    def may_wait_for_history(self, until: float) -> bool:
+        """Say whether to wait for what others may write down: not when this process ends the job itself."""
+        return self.intent is Intent.NONE and asyncio.get_running_loop().time() < until
+
+    # Telling ------------------------------------------------------------------------------------------------------
+
+    def tell_once(self, kind: str, message: str, **data: Any) -> None:
+        """Tell an event, however often its step is taken, once."""
+        if kind not in self.told:
+            self.told.add(kind)
+            self.tell(kind, message, **data)
+
+    def tell(self, kind: str, message: str, **data: Any) -> None:
+        """Tell the log and the caller's observer, whose faults are no fault of the job's."""
+        pid = data.get("pid")
+        logger.info("job %s: %s%s", self.work.label, message, f" (pid {pid})" if pid else "")
+        if self.options.observer is None:
+            return
+        try:
+            self.options.observer(Event(kind, message, self.work.key.job_id, self.work.label, data))
+        except Exception:
+            logger.exception("the observer of job %s failed", self.work.label)
+
+
+def deadline_of(timeout: float | None, deadline: datetime | None) -> float | None:
+    """Return the earlier of the two on the event loop's clock: ``timeout`` seconds from now, and the moment given."""
+    now = asyncio.get_running_loop().time()
+    bounds = [] if timeout is None else [now + timeout]
+    if deadline is not None:
+        bounds.append(now + (deadline - datetime.now(deadline.tzinfo)).total_seconds())
+    return min(bounds, default=None)

@@ -1,0 +1,156 @@
+"""The end of a job: its outcome told, its history written, or the error raised that its verdict calls for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+import psycopg
+
+from . import blame, faults, pace
+from .case import Case
+from .errors import PgbgError
+from .ledger import Ledger, Sighting
+from .outcome import ErrorFields, Outcome
+from .verdict import Intent, Report, Step
+
+logger = logging.getLogger("pgbg_orchestration")
+
+HISTORY = {
+    Step.FAILED: "failed",
+    Step.CANCELLED: "cancelled",
+    Step.SUPERSEDED: "cancelled",
+    Step.LOST: "lost",
+    Step.UNKNOWN: "unknown",
+}
+"""How the history names each outcome that is no success."""
+
+
+async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None) -> Outcome:
+    """Return the outcome of a job that committed, or raise the error of one that did not.
+
+    The history is written before the handle is given up.
+
+    Raises
+    ------
+    PgbgError
+        The job did not commit, or nobody can tell.
+    """
+    try:
+        if step is Step.COMMITTED:
+            return await _committed(case, ledger, seen)
+        fields = case.launch.error
+        if step is Step.FAILED and fields is None and seen is not None:
+            fields = seen.error  # as the launching side of another process wrote it down
+        if case.launched:
+            await record(case, ledger, HISTORY[step], error=fields)
+        raise _error(case, step, seen, fields)
+    finally:
+        if case.launch.worker is not None:
+            case.launch.worker.release()
+
+
+async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outcome:
+    launch = case.launch
+    own = launch.worker is not None and (seen is None or seen.receipt_attempt == case.attempt)
+    if own and launch.report is Report.RUNNING and launch.worker is not None:
+        # The commit is visible a little before the worker has ended and its report is there.
+        await asyncio.wait({launch.worker.ended}, timeout=pace.GRACE)
+        await launch.read()
+    if seen is None:
+        outcome = _without_receipt(case)
+    else:
+        outcome = await _with_receipt(case, ledger, seen, launched=own)
+    if own:
+        await record(case, ledger, "committed", outcome=outcome)
+    rows = f", {outcome.row_count} rows" if outcome.row_count is not None else ""
+    how = "" if outcome.launched else " by an earlier or another launch"
+    case.tell("committed", f"committed{how}: {outcome.command_tag or 'done'}{rows}", pid=outcome.worker_pid)
+    return outcome
+
+
+async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched: bool) -> Outcome:
+    outcome = Outcome(
+        job_id=case.work.key.job_id,
+        label=case.work.label,
+        attempt=seen.receipt_attempt,
+        worker_pid=seen.receipt_pid,
+        started_at=seen.receipt_started_at,
+        launched=launched,
+    )
+    info = case.launch.info
+    if launched and info is not None:
+        return replace(
+            outcome,
+            row_count=info.row_count,
+            command_tag=info.command_tag or None,
+            finished_at=info.finished_at or seen.looked_at,  # 1.9 and 1.10 do not tell: when its end was seen
+        )
+    # Whoever launched it writes the counts down after the commit.
+    until = asyncio.get_running_loop().time() + pace.COUNTS
+    while case.attached_since and seen.outcome is None and case.may_wait_for_history(until):
+        await asyncio.sleep(pace.RETRY_SOONEST)
+        seen = await ledger.look(case.work.key)
+    finished = seen.ended_at or seen.looked_at
+    return replace(outcome, row_count=seen.row_count, command_tag=seen.command_tag, finished_at=finished)
+
+
+def _without_receipt(case: Case) -> Outcome:
+    row_count, tag = case.result or (None, None)
+    info, worker = case.launch.info, case.launch.worker
+    return Outcome(
+        job_id=case.work.key.job_id,
+        label=case.work.label,
+        launched=case.launched > 0,
+        attempt=case.attempt,
+        worker_pid=worker.handle.pid if worker else None,
+        row_count=row_count if info is None else info.row_count,
+        command_tag=(tag if info is None else info.command_tag) or None,
+        started_at=info.started_at if info else None,
+        finished_at=info.finished_at if info else None,
+        proof="result" if case.result else "verify_sql",
+    )
+
+
+def _error(case: Case, step: Step, seen: Sighting | None, fields: ErrorFields | None) -> PgbgError:
+    work, ours = case.work, case.intent is Intent.DEADLINE
+    match step:
+        case Step.FAILED:
+            return blame.failed(work, fields or ErrorFields())
+        case Step.SUPERSEDED:
+            return blame.superseded(work, seen)
+        case Step.CANCELLED if ours and case.slot_missing and not case.launched:
+            return blame.no_slot(work)
+        case Step.CANCELLED:
+            return blame.deadline_passed(work) if ours else blame.cancelled(work, seen)
+        case Step.LOST if case.launch_error is not None:
+            return blame.launch_failed(work, case.launch_error)
+        case Step.LOST:
+            return blame.lost(work)
+        case _:
+            return blame.unknown(work)
+
+
+async def record(
+    case: Case, ledger: Ledger, name: str, *, outcome: Outcome | None = None, error: ErrorFields | None = None
+) -> None:
+    """Write the outcome of a registered launch into the history, which is no proof: a fault here is only told."""
+    if case.registration is None:
+        return
+    faults.point("before_record")
+    worker, info = case.launch.worker, case.launch.info
+    try:
+        await ledger.record(
+            case.work.key,
+            case.attempt,
+            name,
+            worker_pid=outcome.worker_pid if outcome else worker.handle.pid if worker else None,
+            started_at=outcome.started_at if outcome else info.started_at if info else None,
+            row_count=outcome.row_count if outcome else None,
+            command_tag=outcome.command_tag if outcome else None,
+            error=error,
+        )
+    except (psycopg.Error, PgbgError) as failure:
+        logger.warning("the history of job %s could not be written: %s", case.work.label, failure)
+    faults.point("after_record")

@@ -1,0 +1,114 @@
+"""Gathering the evidence for a verdict, in the order that makes it mean something: report, lock, receipt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from datetime import datetime
+
+from . import blame, markers, pace
+from .case import Case
+from .ledger import BLOCKED, Ledger, Sighting
+from .verdict import TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
+
+logger = logging.getLogger("pgbg_orchestration")
+
+RELAUNCHES = 3  # of a job whose worker is lost without a trace
+REJECTIONS = 10  # of a worker that is turned away while nobody is seen to hold the lock
+
+
+async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]:
+    """Return the evidence, and the look that it comes from (None for a job without a receipt).
+
+    Raises
+    ------
+    JobIdReused
+        The id stands for other SQL, and the caller does not accept that.
+    ServerUnreachable, NoPrivilege
+        The look failed.
+    """
+    if case.intent is Intent.NONE and case.seconds_left() == 0:
+        case.intent = Intent.DEADLINE
+    await case.launch.read()
+    if case.launch.lost:
+        case.tell_once("session_lost", "its handle is lost; following the worker by its lock and receipt")
+    evidence = Evidence(
+        carries_receipt=case.work.carries_receipt,
+        registered=case.registered,
+        report=case.launch.report,
+        sqlstate=case.launch.error.sqlstate if case.launch.error else None,
+        intent=case.intent,
+        launches_left=RELAUNCHES - case.relaunches,
+        rejections_left=REJECTIONS - case.rejections,
+        can_verify=case.work.job.verify_sql is not None,
+        verified=case.verified,
+    )
+    if case.work.carries_receipt:
+        return await _from_ledger(case, ledger, evidence)
+    return await _from_marker(case, ledger, evidence), None
+
+
+async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[Evidence, Sighting]:
+    seen = await ledger.look(case.work.key)
+    _check_digest(case, seen)
+    holder = seen.holder(case.generation(seen))
+    recorded = False
+    if holder is not Holder.NOBODY:
+        case.rejections = 0
+    somebody_elses = evidence.report in (Report.NONE, Report.GONE) or evidence.sqlstate == TURNED_AWAY
+    if holder is Holder.THIS_JOB and somebody_elses:
+        case.attached_since = case.attached_since or seen.looked_at
+    elif case.attached_since and holder is Holder.NOBODY and seen.receipt is Receipt.NONE:
+        seen = await _await_history(case, ledger, seen)
+        holder = seen.holder(case.generation(seen))
+        recorded = _failed_since(seen, case.attached_since)
+        if not recorded:
+            case.attached_since = None
+    return replace(
+        evidence,
+        receipt=seen.receipt,
+        holder=holder,
+        superseded=case.is_superseded(seen),
+        recorded_failure=recorded,
+        output_blocked=seen.wait_event == BLOCKED and evidence.report is Report.RUNNING,
+        lift=case.options.retry_cancelled or seen.cause == "deadline",
+    ), seen
+
+
+def _check_digest(case: Case, seen: Sighting) -> None:
+    if seen.sql_digest in (None, case.work.sql_digest) or "changed" in case.told:
+        return
+    if not case.options.accept_changed_sql:
+        raise blame.reused(case.work)
+    case.told.add("changed")
+    logger.warning("job %s has other SQL than when it was first registered", case.work.label)
+
+
+async def _await_history(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
+    """Give the launching side of a worker that just ended a moment to write down how."""
+    until = asyncio.get_running_loop().time() + pace.GRACE
+    while (
+        seen.outcome is None
+        and seen.holder_pid is None
+        and seen.receipt is Receipt.NONE
+        and case.may_wait_for_history(until)
+    ):
+        await asyncio.sleep(pace.RETRY_SOONEST)
+        seen = await ledger.look(case.work.key)
+    return seen
+
+
+def _failed_since(seen: Sighting, since: datetime) -> bool:
+    return seen.outcome == "failed" and seen.ended_at is not None and seen.ended_at >= since
+
+
+async def _from_marker(case: Case, ledger: Ledger, evidence: Evidence) -> Evidence:
+    marked = await ledger.run(lambda conn: markers.find(conn, case.work.marker))
+    blocked = marked is not None and marked.wait_event == BLOCKED
+    return replace(
+        evidence,
+        receipt=Receipt.COMMITTED if case.result else Receipt.NONE,
+        holder=Holder.THIS_JOB if marked and evidence.report is not Report.NONE else Holder.NOBODY,
+        output_blocked=blocked and evidence.report is Report.RUNNING,
+    )
