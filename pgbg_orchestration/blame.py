@@ -9,7 +9,7 @@ import psycopg
 from . import describing, errors
 from .composing import Work
 from .errors import PgbgError
-from .ledger import Sighting
+from .ledger import Key, Sighting
 from .outcome import ErrorFields
 from .server import ServerFacts
 from .verdict import CANCELED
@@ -122,14 +122,25 @@ def statement_refused(work: Work, error: psycopg.Error) -> PgbgError:
     )
 
 
-def survivor(work: Work, seen: Sighting | None, what: str) -> PgbgError:
+def survivor(key: Key, seen: Sighting | None, what: str) -> PgbgError:
     """A worker does not end when it is cancelled."""
     pid = seen.holder_pid if seen else None
     return errors.StillRunning(
         f"{what} (pid {pid}) does not end when it is cancelled: its SQL may catch query_canceled",
         worker_pid=pid,
         todo="Wait for it, or have an administrator look at it; a restart of the server ends it for certain.",
-        **_named(work),
+        job_id=key.job_id,
+    )
+
+
+def may_not_cancel(key: Key, seen: Sighting) -> PgbgError:
+    """A worker of another login's cannot be signalled."""
+    return errors.StillRunning(
+        f"this login may not cancel the worker with pid {seen.holder_pid}, which {seen.holder_user!r} launched",
+        worker_pid=seen.holder_pid,
+        sqlstate="42501",
+        todo=f"Cancel it as {seen.holder_user!r}, or grant this login pg_signal_backend.",
+        job_id=key.job_id,
     )
 
 

@@ -131,8 +131,9 @@ class StillRunning(PgbgError):
         job_id: str | None = None,
         label: str | None = None,
         todo: str | None = None,
+        sqlstate: str | None = None,
     ) -> None:
-        super().__init__(message, job_id=job_id, label=label, todo=todo)
+        super().__init__(message, job_id=job_id, label=label, todo=todo, sqlstate=sqlstate)
         self.worker_pid = worker_pid
 
 

@@ -91,9 +91,7 @@ class Launcher:
         Raises
         ------
         StillRunning
-            Its worker does not end.
-        NoPrivilege
-            Its worker runs as a login that this one may not signal.
+            Its worker does not end, or runs as a login that this one may not signal.
         """
         facts = await self.facts()
         server.require(facts, self.schema, receipts=True)

@@ -20,7 +20,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from . import connecting, pace
-from .errors import NoPrivilege, ServerUnreachable
+from .errors import ServerUnreachable
 from .outcome import ErrorFields
 from .verdict import Holder, Receipt
 
@@ -96,7 +96,10 @@ class Sighting:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What came of registering a launch: ``verdict`` is ``registered``, ``superseded`` or ``reused``."""
+    """What came of registering a launch.
+
+    ``verdict`` is ``registered``, or why it was not: ``reused``, ``committed``, ``cancelled`` or ``superseded``.
+    """
 
     verdict: str
     generation: int
@@ -279,7 +282,7 @@ class Ledger:
 
         Raises
         ------
-        NoPrivilege
+        psycopg.errors.InsufficientPrivilege
             The worker runs as another login of the owner's, which this login may not signal.
         """
         query = self._query(
@@ -289,15 +292,7 @@ class Ledger:
             "   where d.datname = pg_catalog.current_database())"
             " and (l.classid::bigint << 32) | l.objid::bigint = {s}.lock_key('job', %s, {s}.digest(%s))"
         )
-        try:
-            row = await self._writer.ask(lambda conn: _one(conn, query, (key.owner, job_id or key.job_id)))
-        except psycopg.errors.InsufficientPrivilege as error:
-            raise NoPrivilege(
-                f"the worker may not be cancelled: {error.diag.message_primary}",
-                job_id=key.job_id,
-                sqlstate=error.sqlstate,
-                todo="Grant the login membership in the role that launched the worker, or pg_signal_backend.",
-            ) from error
+        row = await self._writer.ask(lambda conn: _one(conn, query, (key.owner, job_id or key.job_id)))
         return bool(row["sent"])
 
     async def record(

@@ -16,7 +16,7 @@ from . import blame, describing, faults, markers, pace
 from .case import Case, Launch, deadline_of
 from .concluding import conclude, record
 from .connecting import ConnectionLost
-from .errors import JobCancelled, PgbgError, ServerUnreachable, StillRunning
+from .errors import JobCancelled, PgbgError, ServerUnreachable
 from .gathering import RELAUNCHES, gather
 from .job import Job
 from .launching import LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
@@ -272,8 +272,8 @@ class Run:
         message = "cancelling the worker of an older generation"
         self._case.tell_once("cancelling_older", message, pid=seen.holder_pid)
         if self._waited() > pace.CANCEL:
-            raise blame.survivor(self._case.work, seen, "the worker of an older generation")
-        await self._ledger.signal(self._case.work.key, job_id=seen.holder_job)
+            raise blame.survivor(self._case.work.key, seen, "the worker of an older generation")
+        await _signal_worker(self._ledger, self._case.work.key, seen, seen.holder_job)
         await self._sleep()
 
     async def _unblock(self) -> None:
@@ -295,9 +295,9 @@ class Run:
         faults.point("before_cancel")
         case.tell_once("cancelling", "cancelling the worker", pid=seen.holder_pid if seen else None)
         if self._waited() > pace.CANCEL:
-            raise blame.survivor(case.work, seen, "the worker")
+            raise blame.survivor(case.work.key, seen, "the worker")
         if case.work.carries_receipt:
-            await self._ledger.signal(case.work.key)
+            await _signal_worker(self._ledger, case.work.key, _there(seen), case.work.key.job_id)
         else:
             await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker))
         if case.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST:
@@ -362,7 +362,7 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
     Raises
     ------
     StillRunning
-        Its worker does not end within ``pace.CANCEL`` seconds.
+        Its worker does not end within ``pace.CANCEL`` seconds, or this login may not signal it.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -371,16 +371,18 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
         if seen.receipt is not Receipt.NONE:
             return "committed" if seen.receipt is Receipt.COMMITTED else "cancelled"
         if loop.time() - began > pace.CANCEL:
-            raise StillRunning(
-                f"its worker (pid {seen.holder_pid}) does not end when it is cancelled",
-                worker_pid=seen.holder_pid,
-                job_id=key.job_id,
-                todo="Its SQL may catch query_canceled; wait for it.",
-            )
+            raise blame.survivor(key, seen, "the worker")
         faults.point("before_cancel")
-        await ledger.signal(key)
+        await _signal_worker(ledger, key, seen, key.job_id)
         faults.point("before_mark")
         await ledger.mark_cancelled(key, cause, reason)
+
+
+async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str | None) -> None:
+    try:
+        await ledger.signal(key, job_id=job_id)
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise blame.may_not_cancel(key, seen) from error
 
 
 def _there(value: T | None) -> T:

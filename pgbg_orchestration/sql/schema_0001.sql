@@ -166,7 +166,8 @@ end $$;
 -- On the launching side ------------------------------------------------------------------------------------------
 
 -- Registers a launch: the series' newest generation, the job, and one more attempt of it, in one transaction that is
--- committed before the launch. Writes nothing when the launch must not be: 'superseded' or 'reused'.
+-- committed before the launch. Writes nothing when the launch must not be: 'reused' (the id stands for other SQL),
+-- 'committed' or 'cancelled' (there is a receipt), 'superseded'.
 create function @schema@.register(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_kind text, p_sql_digest bytea,
     p_accept_changed_sql boolean, p_launched_by text,
@@ -183,6 +184,7 @@ declare
     v_known  @schema@.job;
     v_newest bigint;
     v_digest bytea;
+    v_status text;
 begin
     perform @schema@.require_read_committed();
     insert into @schema@.series (owner, series_digest, series, newest)
@@ -201,11 +203,12 @@ begin
     newest := greatest(v_newest, generation);
     attempt := coalesce(v_known.attempt, 0);
 
-    select r.sql_digest into v_digest from @schema@.receipt r
-        where r.owner = v_owner and r.job_digest = v_job and r.status = 'committed';
+    select r.sql_digest, r.status into v_digest, v_status from @schema@.receipt r
+        where r.owner = v_owner and r.job_digest = v_job;
     sql_changed := coalesce(coalesce(v_digest, v_known.sql_digest) <> p_sql_digest, false);
-    verdict := case when generation < v_newest then 'superseded'
-                    when sql_changed and not p_accept_changed_sql then 'reused'
+    verdict := case when sql_changed and not p_accept_changed_sql then 'reused'
+                    when v_status is not null then v_status
+                    when generation < v_newest then 'superseded'
                     else 'registered' end;
     if verdict <> 'registered' then
         return;
