@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, LiteralString, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import sql
@@ -89,12 +89,12 @@ class Background:
         self.detach(handle)
         return found
 
-    def result(self, handle: Handle, columns: LiteralString = "tag text") -> list[tuple[Any, ...]]:
+    def result(self, handle: Handle, columns: str = "tag text") -> list[tuple[Any, ...]]:
         """Read a worker's result to its end."""
         query = sql.SQL("select * from {}(%s, %s) as r({})").format(self.extension.name("result"), sql.SQL(columns))
         return self.connection.execute(query, handle).fetchall()
 
-    def fetch(self, text: str, columns: LiteralString = "tag text", **options: Any) -> list[tuple[Any, ...]]:
+    def fetch(self, text: str, columns: str = "tag text", **options: Any) -> list[tuple[Any, ...]]:
         """Launch, and read the result."""
         return self.result(self.launch(text, **options), columns)
 
@@ -122,7 +122,7 @@ class Background:
             query = sql.SQL("select * from {}").format(sql.Identifier(self.extension.schema, "pg_background_list"))
         else:
             query = sql.SQL("select * from {}() as l({})").format(
-                self.extension.name("list"), sql.SQL(cast(LiteralString, LIST_COLUMNS_1_9))
+                self.extension.name("list"), sql.SQL(LIST_COLUMNS_1_9)
             )
         return self.connection.cursor(row_factory=dict_row).execute(query).fetchall()
 
@@ -141,6 +141,16 @@ class Background:
         """Await that the worker waits for someone to read its output."""
         waits = ("MessageQueuePutMessage", "ClientWrite")  # the real worker's, the stand-in's
         eventually(lambda: (found := self.activity(handle)) and found["wait_event"] in waits, "a full queue")
+
+    def ended_or_blocked(self, handle: Handle) -> None:
+        """Await that the worker ended, or waits for someone to read its output."""
+        waits = ("MessageQueuePutMessage", "ClientWrite")
+        eventually(
+            lambda: (
+                self.info(handle)["completed"] or ((found := self.activity(handle)) and found["wait_event"] in waits)
+            ),
+            "an end, or a full queue",
+        )
 
     def gone(self, handle: Handle) -> None:
         """Await that no worker of that pid is at work any more."""

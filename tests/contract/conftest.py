@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import psycopg
@@ -70,7 +70,7 @@ def unlike(extension_database: Database) -> Callable[[str], None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     reason = str(report.longrepr[2]) if report.skipped and isinstance(report.longrepr, tuple) else ""
     if report.skipped and HERE in item.path.parents and BY_TABLE not in reason and NOT_HERE not in reason:
@@ -87,4 +87,4 @@ def differences_used() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "unlike"
     )
-    return {argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)}
+    return {str(argument.value) for call in calls for argument in call.args if isinstance(argument, ast.Constant)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import psycopg
 import pytest
@@ -47,10 +48,12 @@ def test_pg_cancel_backend_from_another_session_ends_a_worker_with_57014(
 def test_each_pg_cancel_backend_that_is_accepted_gives_57014_and_never_a_silent_end(
     session: Background, observer: psycopg.Connection
 ) -> None:
+    def accepted(pid: int) -> bool:
+        return observer.execute("select pg_cancel_backend(%s)", (pid,)).fetchone() == (True,)
+
     for _ in range(20):
         handle = session.launch(SLEEP)
-        signal = "select pg_cancel_backend(%s)"
-        eventually(lambda pid=handle.pid: observer.execute(signal, (pid,)).fetchone() == (True,), "an accepted signal")
+        eventually(partial(accepted, handle.pid), "an accepted signal")
         cancelled(session, session.ended(handle), session.error(handle))
         session.detach(handle)
 

@@ -123,11 +123,12 @@ def test_a_launch_is_not_undone_by_rollback(session: Background) -> None:
 
 def test_a_launch_is_not_undone_when_its_transaction_fails(session: Background) -> None:
     session.execute("create table done (i int)")
-    launched: list[Handle] = []
-    with pytest.raises(errors.DivisionByZero), session.connection.transaction():
-        launched.append(session.launch("insert into done values (1)"))
+    session.execute("begin")
+    handle = session.launch("insert into done values (1)")
+    with pytest.raises(errors.DivisionByZero):
         session.execute("select 1/0")
-    session.ended(launched[0])
+    session.execute("rollback")
+    session.ended(handle)
     assert session.value("select count(*) from done") == 1
 
 
@@ -146,12 +147,11 @@ def test_expanding_the_launch_call_launches_one_worker_for_each_column(session: 
 def test_the_list_shows_each_worker_with_its_label(session: Background) -> None:
     handle = session.launch(SLEEP, label="a label", queue_size=8192)
     (row,) = session.list()
-    assert list(row) == [
-        "pid", "cookie", "launched_at", "user_id", "queue_size", "state", "sql_preview", "last_error", "consumed", "label",
-    ]  # fmt: skip
+    columns = "pid cookie launched_at user_id queue_size state sql_preview last_error consumed label"
+    assert list(row) == columns.split()
     session.seen_at_work(handle)
     (row,) = session.list()
-    assert (row["pid"], row["cookie"]) == handle
+    assert Handle(row["pid"], row["cookie"]) == handle
     assert (row["queue_size"], row["state"], row["sql_preview"], row["consumed"]) == (8192, "running", SLEEP, False)
     assert (row["last_error"], row["label"]) == (None, "a label")
     assert row["user_id"] == session.value("select current_user::regrole::oid")
@@ -201,10 +201,11 @@ def test_completed_comes_after_the_commit_and_the_release_of_locks(
         "create function slow() returns trigger language plpgsql as $$begin perform pg_sleep(0.02); return null; end$$"
     )
     session.execute(
-        "create constraint trigger slow after insert on done deferrable initially deferred for each row execute function slow()"
+        "create constraint trigger slow after insert on done deferrable initially deferred"
+        " for each row execute function slow()"
     )
     for number in range(20):
-        text = f"select pg_advisory_xact_lock({number}); set local pgbg.step to default; insert into done values ({number})"
+        text = f"select pg_advisory_xact_lock({number}); insert into done values ({number})"
         session.ended(session.launch(text))
         held = observer.execute("select count(*) from pg_locks where locktype = 'advisory' and objid = %s", (number,))
         assert held.fetchone() == (0,)
@@ -233,8 +234,7 @@ def test_an_advisory_lock_in_the_worker_is_seen_by_all_with_its_pid(
 ) -> None:
     handle = session.launch("select pg_advisory_xact_lock(4711); select pg_sleep(60)")
     query = "select pid from pg_locks where locktype = 'advisory' and objid = 4711 and granted and objsubid = 1"
-    (pid,) = eventually(lambda: observer.execute(query).fetchone(), "the lock")
-    assert pid == handle.pid
+    assert eventually(lambda: observer.execute(query).fetchone(), "the lock") == (handle.pid,)
     session.cancel(handle)
     eventually(lambda: observer.execute(query).fetchone() is None, "the lock's release")
 

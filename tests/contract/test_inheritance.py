@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from psycopg import errors
@@ -40,8 +41,8 @@ def test_a_worker_has_the_settings_of_its_launching_session(
 
 def test_any_custom_setting_is_inherited(session: Background, unlike: Callable[[str], None]) -> None:
     unlike("custom_settings")
-    session.execute("set any.name = 'mine'")
-    assert session.fetch("select current_setting('any.name')", "v text") == [("mine",)]
+    session.execute("set another.name = 'mine'")
+    assert session.fetch("select current_setting('another.name')", "v text") == [("mine",)]
 
 
 def test_settings_that_were_reset_are_not_inherited(session: Background) -> None:
@@ -139,11 +140,9 @@ def test_without_inheritance_the_login_can_neither_read_nor_detach_a_worker_of_t
     roles.execute("grant contract_etl to contract_login with inherit false")
     login = open_session("contract_login")
     handle = launch_as_etl(login, "select pg_sleep(60)")
+    ask = partial(login.result, handle) if function == "result" else partial(login.call, function, *handle)
     with pytest.raises(errors.InsufficientPrivilege, match="permission denied for background worker"):
-        if function == "result":
-            login.result(handle)
-        else:
-            login.call(function, *handle)
+        ask()
     assert login.list() == []
     assert list(login.call("detach_all")[0].values()) == [0]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from psycopg import errors
 
-from tests.contract.background import Background, Handle, eventually
+from tests.contract.background import Background, Handle
 
 NO_ERROR = dict.fromkeys(("sqlstate", "message", "detail", "hint", "context"))
 
@@ -105,15 +105,9 @@ def test_a_committed_job_reports_an_error_when_it_is_cancelled_with_its_output_e
         session.execute("truncate done")
         text = f"insert into done values (1); select repeat('x', {size})"
         handle = session.launch(text, queue_size=4096)
-        look = lambda handle=handle: (
-            session.info(handle)["completed"]
-            or (  # noqa: E731
-                (seen := session.activity(handle)) and seen["wait_event"] == "MessageQueuePutMessage"
-            )
-        )
-        eventually(look, "an end, or a full queue")
+        session.ended_or_blocked(handle)
         if not session.info(handle)["completed"] and session.value("select count(*) from done") == 1:
-            session.cancel(handle)
+            session.call("cancel", *handle)
             assert session.ended(handle)["has_error"]
             assert session.error(handle)["sqlstate"] == "57014"
             assert session.value("select count(*) from done") == 1
@@ -127,7 +121,8 @@ def test_a_tag_is_set_before_the_commit(session: Background) -> None:
         "create function slow() returns trigger language plpgsql as $$begin perform pg_sleep(60); return null; end$$"
     )
     session.execute(
-        "create constraint trigger slow after insert on done deferrable initially deferred for each row execute function slow()"
+        "create constraint trigger slow after insert on done deferrable initially deferred"
+        " for each row execute function slow()"
     )
     handle = session.launch("insert into done values (1)")
     session.cancel(handle)
@@ -193,7 +188,7 @@ def test_a_failed_worker_shows_as_stopped_and_the_list_tells_no_error(session: B
         ("with a as (select 7) insert into done select * from a", "INSERT", 1),
         ("update done set i = i", "UPDATE", 0),
         ("create table other (i int)", "CREATE TABLE", 0),
-        ("create table other as select generate_series(1, 4)", "SELECT", 4),
+        ("create table other as select generate_series(1, 4)", "CREATE TABLE AS", 4),
         ("do $$begin null; end$$", "DO", 0),
         ("select 1; select 2 union all select 3", "SELECT", 2),
         ("insert into done values (5); create temp table t as select 1; select * from t", "SELECT", 1),

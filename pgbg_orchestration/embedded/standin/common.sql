@@ -79,6 +79,11 @@ CREATE FUNCTION @extschema@._pgbg_setting(name text, fallback text) RETURNS text
     SELECT coalesce(nullif(current_setting(name, true), ''), fallback)
 $$;
 
+CREATE FUNCTION @extschema@._pgbg_milliseconds(setting text) RETURNS bigint LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN setting ~ '^\s*\d+\s*$' THEN setting::bigint
+                ELSE (extract(epoch FROM setting::interval) * 1000)::bigint END
+$$;
+
 CREATE FUNCTION @extschema@._pgbg_count(key text, amount double precision DEFAULT 1) RETURNS void LANGUAGE sql AS $$
     SELECT @extschema@._pgbg_save('stats', s || jsonb_build_object(key, coalesce((s ->> key)::double precision, 0) + amount))
       FROM (SELECT coalesce(@extschema@._pgbg_load('stats'), '{}')) AS l (s)
@@ -125,7 +130,7 @@ LANGUAGE plpgsql AS $$
 DECLARE
     settings jsonb;
     named text;
-    worker_timeout integer := @extschema@._pgbg_setting('pg_background.worker_timeout', '0')::integer;
+    worker_timeout bigint := @extschema@._pgbg_milliseconds(@extschema@._pgbg_setting('pg_background.worker_timeout', '0'));
     statement_timeout integer := (SELECT setting FROM pg_catalog.pg_settings WHERE name = 'statement_timeout');
 BEGIN
     SELECT coalesce(jsonb_object_agg(s.name, current_setting(s.name)), '{}') INTO settings

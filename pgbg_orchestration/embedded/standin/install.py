@@ -104,54 +104,24 @@ def install_standin(conninfo: str, surface: Surface = "2.0", schema: str = "publ
                     _create_without_files(conn, surface, schema)
         except psycopg.errors.UndefinedFile as missing:
             raise StandinUnavailableError(
-                "the server has no dblink library, which the stand-in works through: install PostgreSQL's contrib modules"
+                "the server has no dblink library, which the stand-in works through: "
+                "install PostgreSQL's contrib modules"
             ) from missing
         _check(conn, surface, schema)
 
 
 def _create_without_files(conn: _Connection, surface: Surface, schema: str) -> None:
-    """Do what CREATE EXTENSION does, without its files.
-
-    The row in ``pg_extension`` is written by hand, which a superuser may; its members are entered by
-    ``ALTER EXTENSION ... ADD``, so that ``DROP EXTENSION`` takes them all.
-    """
-    objects, grants = (_in_schema(text, schema) for text in _script(surface))
-    namespace = sql.Literal(schema)
+    objects, grants = _script(surface)
+    register = _part("without_files.sql").replace("@version@", surface).replace("@comment@", STANDIN_COMMENT)
     conn.execute(
-        sql.SQL(
-            "create temporary table _pgbg_before on commit drop as select 'pg_proc'::regclass as class, oid from pg_proc"
-            " union all select 'pg_class'::regclass, oid from pg_class union all select 'pg_type'::regclass, oid from pg_type"
-        )
+        "create temporary table _pgbg_before on commit drop as"
+        " select 'pg_proc'::regclass as class, oid from pg_proc"
+        " union all select 'pg_class'::regclass, oid from pg_class"
+        " union all select 'pg_type'::regclass, oid from pg_type"
     )
-    conn.execute(objects)
-    conn.execute(
-        sql.SQL(
-            "with extension as (insert into pg_extension select pg_nextoid('pg_extension', 'oid', 'pg_extension_oid_index'),"
-            " 'pg_background', r.oid, n.oid, false, {version}, null, null"
-            " from pg_roles r, pg_namespace n where r.rolname = current_user and n.nspname = {schema} returning oid, extnamespace)"
-            " insert into pg_depend select 'pg_extension'::regclass, oid, 0, 'pg_namespace'::regclass, extnamespace, 0, 'n'"
-            " from extension"
-        ).format(version=sql.Literal(surface), schema=namespace)
-    )
-    members = conn.execute(
-        sql.SQL(
-            "select 'function ' || oid::regprocedure from pg_proc where pronamespace = {schema}::regnamespace"
-            " and ('pg_proc'::regclass, oid) not in (select class, oid from _pgbg_before)"
-            " union all select 'view ' || oid::regclass from pg_class where relkind = 'v'"
-            " and relnamespace = {schema}::regnamespace and ('pg_class'::regclass, oid) not in (select class, oid from _pgbg_before)"
-            " union all select 'type ' || t.oid::regtype from pg_type t join pg_class c on c.oid = t.typrelid and c.relkind = 'c'"
-            " where typnamespace = {schema}::regnamespace and ('pg_type'::regclass, t.oid) not in (select class, oid from _pgbg_before)"
-        ).format(schema=sql.Literal(sql.Identifier(schema).as_string(conn)))
-    ).fetchall()
-    for (member,) in members:
-        conn.execute(f"alter extension pg_background add {member}".encode())
-    conn.execute(sql.SQL("comment on extension pg_background is {}").format(sql.Literal(STANDIN_COMMENT)))
-    conn.execute(grants)
-
-
-def _in_schema(script: str, schema: str) -> bytes:
     # As CREATE EXTENSION does it. Bytes, since psycopg takes text only from literals; the schema's name is quoted.
-    return script.replace("@extschema@", sql.Identifier(schema).as_string(None)).encode()
+    quoted = sql.Identifier(schema).as_string(None)
+    conn.execute("\n".join((objects, register, grants)).replace("@extschema@", quoted).encode())
 
 
 def _check(conn: _Connection, surface: Surface, schema: str) -> None:
@@ -168,8 +138,10 @@ def _check(conn: _Connection, surface: Surface, schema: str) -> None:
 def _script(surface: Surface) -> tuple[str, str]:
     """What creates the objects, and what grants their use, once they are members of the extension."""
     names, grant, revoke = _SURFACES[surface]
-    folder = resources.files(__package__)
-    parts = ["split.sql", "common.sql", "workers.sql", names, "privileges.sql", "grants.sql"]
-    texts = [folder.joinpath(part).read_text(encoding="utf-8") for part in parts]
-    *objects, grants = (text.replace("@grant@", grant).replace("@revoke@", revoke) for text in texts)
+    parts = map(_part, ("split.sql", "common.sql", "workers.sql", names, "privileges.sql", "grants.sql"))
+    *objects, grants = (text.replace("@grant@", grant).replace("@revoke@", revoke) for text in parts)
     return "\n".join(objects), grants
+
+
+def _part(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

@@ -52,6 +52,7 @@ DECLARE
     -- The text is read in blocks: cutting a token off a text of many megabytes copies all of it.
     blocks text[] := ARRAY(SELECT m[1] FROM regexp_matches(sql, '.{1,255}', 'g') AS m);
     block integer := 1;
+    more integer;
     rest text := '';
     token text;
     word text;
@@ -72,8 +73,10 @@ BEGIN
         END IF;
         token := CASE WHEN rest = '' THEN NULL ELSE @extschema@._pgbg_token(rest) END;
         IF token IS NULL AND block <= cardinality(blocks) THEN
-            rest := rest || blocks[block];
-            block := block + 1;
+            -- A token longer than what was read: read as much again, or one of megabytes would take for ever.
+            more := 1 + length(rest) / 255;
+            rest := rest || array_to_string(blocks[block : block + more - 1], '');
+            block := block + more;
             CONTINUE;
         END IF;
         IF token IS NULL AND rest <> '' THEN

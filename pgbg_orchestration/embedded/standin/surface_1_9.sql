@@ -36,7 +36,7 @@ EXCEPTION
         PERFORM @extschema@._pgbg_close($2);
         RAISE EXCEPTION USING ERRCODE = SQLSTATE,
             MESSAGE = 'remote query result rowtype does not match the specified FROM clause rowtype';
-    WHEN OTHERS THEN
+    WHEN OTHERS OR query_canceled OR assert_failure THEN
         PERFORM @extschema@._pgbg_close($2);
         RAISE;
 END $$;

@@ -50,7 +50,7 @@ $x$ CREATE FUNCTION @extschema@.pg_background_result#(pid integer, cookie bigint
     AS 'BEGIN RETURN QUERY EXECUTE @extschema@._pgbg_result_query($1, $2); PERFORM @extschema@._pgbg_close($2);
         EXCEPTION WHEN datatype_mismatch THEN PERFORM @extschema@._pgbg_close($2); RAISE EXCEPTION USING ERRCODE = SQLSTATE,
         MESSAGE = ''remote query result rowtype does not match the specified FROM clause rowtype'';
-        WHEN OTHERS THEN PERFORM @extschema@._pgbg_close($2); RAISE; END' $x$,
+        WHEN OTHERS OR query_canceled OR assert_failure THEN PERFORM @extschema@._pgbg_close($2); RAISE; END' $x$,
 $x$ CREATE FUNCTION @extschema@.pg_background_detach#(pid integer, cookie bigint)
     RETURNS void LANGUAGE plpgsql STRICT AS 'BEGIN PERFORM @extschema@._pgbg_detach($1, $2); END' $x$,
 $x$ CREATE FUNCTION @extschema@.pg_background_cancel#(pid integer, cookie bigint, grace_ms integer DEFAULT 0)

@@ -1,10 +1,5 @@
 -- One worker's life: launched, watched, its results read, forgotten.
 
-CREATE FUNCTION @extschema@._pgbg_milliseconds(setting text) RETURNS bigint LANGUAGE sql STABLE AS $$
-    SELECT CASE WHEN setting ~ '^\s*\d+\s*$' THEN setting::bigint
-                ELSE (extract(epoch FROM setting::interval) * 1000)::bigint END
-$$;
-
 CREATE FUNCTION @extschema@._pgbg_launch(sql text, queue_size integer, label text, submitted boolean)
 RETURNS @extschema@.pg_background_handle
 LANGUAGE plpgsql AS $$
@@ -146,25 +141,32 @@ BEGIN
         number := jsonb_array_length(rows);
         RETURN jsonb_build_object('rows', rows, 'row_count', number, 'command_tag', kind, 'status', kind || ' ' || number);
     END IF;
-    SELECT min(t.status), count(*) INTO status, number FROM @extschema@._pgbg_get_result(connection) AS t (status text);
-    IF kind = 'SELECT' AND status IS DISTINCT FROM 'SELECT ' || number AND status !~ '^SELECT \d+$' THEN
-        RETURN jsonb_build_object('row_count', number, 'command_tag', kind, 'status', 'SELECT ' || number);
-    ELSIF kind = '_DESCRIBE' THEN
+    SELECT min(t.status), count(*), jsonb_agg(jsonb_build_array(t.status)) INTO status, number, rows
+      FROM @extschema@._pgbg_get_result(connection) AS t (status text);
+    IF kind = '_DESCRIBE' THEN
         RETURN jsonb_build_object('shape', status);
+    ELSIF kind IN ('SELECT', 'FETCH', 'CALL', 'EXECUTE') AND (number <> 1
+            OR status !~ '^(CALL|(SELECT|FETCH|INSERT 0|UPDATE|DELETE|MERGE) \d+)$') THEN
+        -- Rows of one column, whose type nobody told.
+        RETURN jsonb_build_object('rows', coalesce(rows, '[]'), 'shape', '["text"]'::jsonb, 'row_count', number,
+            'command_tag', kind, 'status', kind || ' ' || number);
     END IF;
     RETURN jsonb_build_object(
         'row_count', coalesce(substring(status FROM ' (\d+)$')::bigint, 0),
-        'command_tag', coalesce(regexp_replace(status, '( \d+)+$', ''), ''), 'status', status);
-EXCEPTION WHEN OTHERS THEN
+        'command_tag', CASE WHEN kind = 'CREATE' AND status LIKE 'SELECT %' THEN 'CREATE TABLE AS'
+                            ELSE coalesce(regexp_replace(status, '( \d+)+$', ''), '') END, 'status', status);
+EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
     GET STACKED DIAGNOSTICS context = PG_EXCEPTION_CONTEXT, detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
     IF SQLERRM IN ('remote query result rowtype does not match the specified FROM clause rowtype',
                    'function return row and query-specified return row do not match') THEN
         -- Rows of a statement that is not the last: the real extension drops them too.
         RETURN jsonb_build_object('row_count', 0, 'command_tag', kind, 'status', kind || ' 0');
+    ELSIF context NOT LIKE '%on dblink connection named%' AND SQLSTATE !~ '^08' THEN
+        RAISE;  -- this session's own: someone cancels its query
     END IF;
     RETURN jsonb_build_object('error', jsonb_build_object(
         'sqlstate', SQLSTATE, 'message', SQLERRM, 'detail', nullif(detail, ''), 'hint', nullif(hint, ''),
-        'context', regexp_replace(context, '\n?(while|SQL statement|PL/pgSQL function [^\n]*_pgbg_)[^\n]*on dblink connection.*$', '')));
+        'context', regexp_replace(context, '\n?while [^\n]*on dblink connection named.*$', '')));
 END $$;
 
 -- Brings what is known of a worker up to date: reads the results that are there, and ends it when it has ended.
@@ -202,11 +204,11 @@ BEGIN
         IF outcome ? 'error' THEN
             worker := @extschema@._pgbg_failed(worker, outcome -> 'error', activity IS NULL);
             next := total;
-        ELSIF outcome ? 'shape' THEN
+        ELSIF worker -> 'kinds' ->> next = '_DESCRIBE' THEN
             worker := worker || jsonb_build_object('shape', (outcome ->> 'shape')::jsonb);
             next := next + 1;
         ELSE
-            worker := jsonb_set(worker || (outcome - 'status'), '{tags}', worker -> 'tags' || (outcome -> 'status'));
+            worker := jsonb_set((worker - 'rows') || (outcome - 'status'), '{tags}', worker -> 'tags' || (outcome -> 'status'));
             next := next + 1;
         END IF;
     END LOOP;
@@ -221,7 +223,8 @@ BEGIN
             -- What the queue could not have held blocks the real worker; here it has ended by now.
             SELECT sum(23 + octet_length(r::text)) INTO size FROM jsonb_array_elements(worker -> 'rows') AS r;
             IF size > (worker ->> 'queue_size')::bigint THEN
-                worker := worker || '{"held": true, "completed": false, "finished_at": null}';
+                worker := worker || '{"held": true, "completed": false, "finished_at": null}' || jsonb_build_object(
+                    'row_count', known -> 'row_count', 'command_tag', known -> 'command_tag');
             ELSE
                 PERFORM @extschema@._pgbg_account(worker);
             END IF;
@@ -241,8 +244,9 @@ BEGIN
     IF worker ? 'silent' AND code IN ('57014', '57P01') THEN
         RETURN worker || jsonb_build_object('command_tag', '', 'row_count', 0, 'started_at', NULL, 'died', jsonb_build_object(
             'sqlstate', '08006', 'message', format('lost connection to worker process with PID %s', worker ->> 'pid')));
-    ELSIF code = '57P01' THEN
-        error := error || cancelled;  -- the real worker takes SIGTERM for a cancel
+    ELSIF code = '57P01' OR (gone AND code ~ '^08') THEN
+        -- The real worker takes SIGTERM for a cancel. A worker that waits for its reader dies without a word.
+        error := cancelled;
     ELSIF gone THEN
         -- A FATAL error bypasses the report: no error, and the tag of the statement before it.
         RETURN worker || jsonb_build_object('died', error);
@@ -334,13 +338,19 @@ DECLARE
     worker jsonb;
     activity jsonb;
     kept jsonb := '[]';
-    bound timestamptz := clock_timestamp() + interval '5 seconds';
+    blocked_at timestamptz;
+    bound timestamptz := clock_timestamp() + interval '20 seconds';
 BEGIN
     FOR worker IN SELECT jsonb_array_elements(detached) LOOP
+        blocked_at := '-infinity';
         LOOP
             activity := @extschema@._pgbg_activity(worker);
-            EXIT WHEN activity IS NULL OR activity ->> 'state' = 'idle' OR activity ->> 'wait' IS DISTINCT FROM 'ClientWrite'
-                OR clock_timestamp() > bound;
+            EXIT WHEN activity IS NULL OR activity ->> 'state' = 'idle';
+            IF activity ->> 'wait' = 'ClientWrite' THEN
+                blocked_at := clock_timestamp();
+            END IF;
+            -- One that fills its queue faster than it is read here looks busy in between.
+            EXIT WHEN clock_timestamp() > least(blocked_at + interval '100 ms', bound);
             FOR part IN 1 .. 100 LOOP
                 IF @extschema@._pgbg_is_busy(worker ->> 'connection') = 0 THEN
                     PERFORM @extschema@._pgbg_read(worker ->> 'connection', 'SELECT', NULL);
@@ -360,9 +370,21 @@ END $$;
 
 CREATE FUNCTION @extschema@._pgbg_raise(error jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
+DECLARE
+    code text := error ->> 'sqlstate';
+    message text := error ->> 'message';
+    detail text := error ->> 'detail';
+    hint text := error ->> 'hint';
 BEGIN
-    RAISE EXCEPTION USING ERRCODE = error ->> 'sqlstate', MESSAGE = error ->> 'message',
-        DETAIL = coalesce(error ->> 'detail', ''), HINT = coalesce(error ->> 'hint', '');
+    -- An option that is null is an error, and an empty one is not the same as none.
+    IF detail IS NULL AND hint IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message;
+    ELSIF hint IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, DETAIL = detail;
+    ELSIF detail IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, HINT = hint;
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, DETAIL = detail, HINT = hint;
 END $$;
 
 -- Closes a connection that result() read from, if it is still open.
