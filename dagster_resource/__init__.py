@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dagster_shared.libraries import DagsterLibraryRegistry
 
+from .assets import partition_parameters as partition_parameters
+from .assets import pg_background_asset as pg_background_asset
+from .assets import pg_background_asset_check as pg_background_asset_check
 from .failures import PgBackgroundFailure as PgBackgroundFailure
 from .failures import RunTerminated as RunTerminated
 from .jobs import JobOptions as JobOptions
@@ -11,6 +14,8 @@ from .jobs import Sql as Sql
 from .outcome import PgBackgroundOutcome as PgBackgroundOutcome
 from .resource import PgBackgroundResource as PgBackgroundResource
 from .resource import RetryRule as RetryRule
+from .sensors import build_pg_background_sensor as build_pg_background_sensor
+from .sensors import build_pg_background_sweep_sensors as build_pg_background_sweep_sensors
 
 __version__ = "0.1.0"
 

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 from pgbg_orchestration.errors import InvalidJob
 
 if TYPE_CHECKING:
-    from dagster import DagsterInstance, DagsterRun
+    from dagster import AssetKey, DagsterInstance, DagsterRun
 
 PARENT_RUN = "dagster/parent_run_id"
 RETRY_NUMBER = "dagster/retry_number"  # the run-retries daemon's; a re-execution by hand does not inherit it
@@ -124,6 +124,17 @@ def claim(context: Any, job_id: str) -> None:
             todo="Give each job of a step a name of its own: run(context, sql, name=...).",
         )
     used.add(job_id)
+
+
+def external_series(namespace: str, asset_key: AssetKey, partition_key: str | None) -> str:
+    """Return the series of the jobs that an external asset's materializations come from."""
+    series = f"{namespace}/external/{asset_key.to_user_string()}"
+    return series if partition_key is None else f"{series}|{partition_key}"
+
+
+def is_sensor(context: Any) -> bool:
+    """Tell whether the context is that of a sensor or a schedule, where no run is."""
+    return not hasattr(context, "log_event") and not hasattr(context, "op_execution_context")
 
 
 def is_direct(context: Any) -> bool:

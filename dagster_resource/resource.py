@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Unpack
+import asyncio
+import logging
+import math
+import uuid
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
-from dagster import Config, ConfigurableResource, DagsterExecutionInterruptedError, DagsterRunStatus
+from dagster import (
+    AssetCheckResult,
+    AssetCheckSeverity,
+    AssetKey,
+    Config,
+    ConfigurableResource,
+    DagsterExecutionInterruptedError,
+    DagsterRunStatus,
+    RetryRequested,
+)
 from pydantic import Field, field_validator
 
-from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.errors import PgbgError, StillRunning
+from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.retry import Action, RetryPolicy, Rule
 
-from . import identity
-from .batch import Batch, Member
-from .driving import drive
+from . import elsewhere, identity
+from .batch import TERMINATED, Batch, Member
+from .driving import Talk, drive
 from .failures import PgBackgroundFailure, RunTerminated, raise_for
 from .jobs import JobOptions, Sql, SqlLike, label_for
+from .metadata import sql_block
 from .outcome import PgBackgroundOutcome
+from .queries import Expectation, counting_query
 
 if TYPE_CHECKING:
-    from dagster import AssetCheckExecutionContext, AssetExecutionContext, OpExecutionContext
+    from dagster import AssetCheckExecutionContext, AssetExecutionContext, OpExecutionContext, SensorEvaluationContext
+    from dagster._core.definitions.events import CoercibleToAssetKey
 
     StepContext = AssetExecutionContext | OpExecutionContext | AssetCheckExecutionContext
+
+T = TypeVar("T")
+logger = logging.getLogger("dagster_resource")
 
 CANCELLED = (DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED)
 ENDED = (*CANCELLED, DagsterRunStatus.FAILURE, DagsterRunStatus.SUCCESS)
@@ -187,15 +207,203 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         """
         if max_running is not None and max_running < 1:
             raise ValueError(f"max_running must be at least 1, not {max_running}")
+        given = {name: Sql.of(sql, options) for name, sql in jobs.items()}
+        return self._run_all(context, given, max_running=max_running, fail_fast=fail_fast, policy=policy)
+
+    # Queries that are to hold ---------------------------------------------------------------------------------------
+
+    def check(
+        self,
+        context: StepContext,
+        sql: SqlLike,
+        *,
+        expect: Expectation = "no_rows",
+        name: str | None = None,
+        severity: AssetCheckSeverity = AssetCheckSeverity.ERROR,
+        policy: RetryPolicy | None = None,
+        **options: Unpack[JobOptions],
+    ) -> AssetCheckResult:
+        """Run a query in a worker and tell whether it holds; its rows never leave the server.
+
+        Parameters
+        ----------
+        context:
+            The context of the step.
+        sql:
+            One query. It is asked anew each time.
+        expect:
+            ``no_rows``: the query finds what is wrong, so it must return no row. ``true``: it must return at least one
+            row of one column, and true in each.
+        name:
+            Tells the jobs of one step apart; needed from the second one on.
+        severity:
+            Of a check that does not hold.
+        policy, options:
+            As :meth:`run`.
+
+        Returns
+        -------
+        AssetCheckResult
+            With the number of rows that are wrong.
+
+        Raises
+        ------
+        PgBackgroundFailure, RetryRequested, RunTerminated, DagsterExecutionInterruptedError
+            As :meth:`run`: the query could not be answered.
+        """
+        asked = Sql.of(sql, options)
+        shown = asked.shown
+        # An answer that was lost is asked for again, and an old one is no answer: never the same job twice.
+        once = uuid.uuid4().hex[:8]
+        counting = Sql(counting_query(asked, expect), asked.parameters, asked.options)
+        outcome = self._run_all(context, {name or "": counting}, policy=policy, once=once)[name or ""]
+        if outcome.row_count is None:
+            raise RetryRequested(max_retries=self.max_retries, seconds_to_wait=0)
+        metadata = {**outcome.metadata(), "pgbg/sql": sql_block(shown), "pgbg/violations": outcome.row_count}
+        metadata = {key: value for key, value in metadata.items() if not key.startswith("dagster/")}
+        return AssetCheckResult(passed=outcome.row_count == 0, severity=severity, metadata=metadata)
+
+    # Jobs that are waited for elsewhere -----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        context: StepContext | SensorEvaluationContext | None,
+        sql: SqlLike,
+        *,
+        asset_key: CoercibleToAssetKey | None = None,
+        partition_key: str | None = None,
+        name: str | None = None,
+        key: str | None = None,
+        **options: Unpack[JobOptions],
+    ) -> str:
+        """Launch the SQL in a worker and go away once that is at work: fire and forget.
+
+        Parameters
+        ----------
+        context:
+            The context of the step, or of a sensor.
+        sql:
+            As :meth:`run` takes it.
+        asset_key, partition_key:
+            The external asset, and its partition, that a sensor of :func:`build_pg_background_sensor` is to report as
+            materialized when the job has committed.
+        name:
+            Tells the jobs of one step apart; needed from the second one on.
+        key:
+            What makes this job's id one of a kind, outside of a step, where no run does: a later call with the same
+            key means the same job.
+        options:
+            As :meth:`run`.
+
+        Returns
+        -------
+        str
+            The job's id: whoever has it can wait for the job (:meth:`wait_for`, ``pgbg wait``, Airflow's sensor).
+
+        Raises
+        ------
+        PgBackgroundFailure, RetryRequested, RunTerminated
+            It could not be launched, or it has failed already.
+        """
+        given = Sql.of(sql, options)
+        in_step = None if context is None or identity.is_sensor(context) else cast("StepContext", context)
+        step = None
+        if in_step is not None:
+            self._refuse_in_ended_run(in_step)
+            step = identity.of_step(in_step, self.namespace)
+        elif key is None:
+            raise ValueError("submit() outside of a step needs key=…, which makes the job's id one of a kind")
+        generation = step.origin if step and key is None else key
+        suffix = f"/{name}" if name else ""
+        if asset_key is not None:
+            series = identity.external_series(self.namespace, AssetKey.from_coercible(asset_key), partition_key)
+            job_id = f"{series}#{generation}{suffix}"
+        else:
+            series = (step.work if step else f"{self.namespace}/submitted") + suffix
+            job_id = f"{series}#{generation}"
+        if in_step is not None:
+            identity.claim(in_step, job_id)
+        job = given.job(job_id=job_id, series=series, label=series.removeprefix(f"{self.namespace}/"), owner=self.owner)
+
+        async def launch(talk: Talk) -> None:
+            from pgbg_orchestration import Launcher
+
+            async with Launcher(self.conninfo, schema=self.pgbg_schema) as launcher:
+                try:
+                    await elsewhere.submit(launcher, job, talk=talk, options=self._options(), owner=self.owner)
+                except asyncio.CancelledError:
+                    if talk.cancel_workers:
+                        await launcher.cancel(job_id, owner=self.owner, series=series, reason=TERMINATED)
+                    raise
+
+        try:
+            self._drive(in_step, launch)
+        except PgbgError as error:
+            if in_step is None:
+                raise
+            raise_for(
+                [error],
+                policy=self._policy(),
+                retry_number=_retry_number(in_step),
+                max_retries=self.max_retries,
+                sql={job_id: given.shown},
+            )
+        return job_id
+
+    def wait_for(self, context: StepContext, job_id: str, *, timeout: float | None = None) -> PgBackgroundOutcome:
+        """Wait for the end of a job that somebody else launched: another run, Airflow, ``pgbg run``.
+
+        Nothing is launched here, and a termination of this run does not end the job.
+
+        Parameters
+        ----------
+        context:
+            The context of the step.
+        job_id:
+            The job. One that is not known yet is waited for.
+        timeout:
+            Seconds to wait at most.
+
+        Raises
+        ------
+        PgBackgroundFailure
+            It ended without a commit, or not in time. A retry policy of the step's own decides what comes next.
+        """
+
+        async def wait(talk: Talk) -> Outcome:
+            from pgbg_orchestration import Launcher
+
+            async with Launcher(self.conninfo, schema=self.pgbg_schema) as launcher:
+                return await elsewhere.wait_for(
+                    launcher, job_id, patience=timeout, tell=lambda text: talk.note(logging.INFO, text)
+                )
+
+        try:
+            return PgBackgroundOutcome.of(self._drive(context, wait), "", None)
+        except PgbgError as error:
+            raise PgBackgroundFailure(error) from None
+        except TimeoutError:
+            late = StillRunning(f"it has not ended within {timeout:g} s", job_id=job_id, label=job_id)
+            raise PgBackgroundFailure(late) from None
+
+    # How it is done -----------------------------------------------------------------------------------------------
+
+    def _run_all(
+        self,
+        context: StepContext,
+        jobs: Mapping[str, Sql],
+        *,
+        max_running: int | None = None,
+        fail_fast: bool = True,
+        policy: RetryPolicy | None = None,
+        once: str | None = None,
+    ) -> dict[str, PgBackgroundOutcome]:
         self._refuse_in_ended_run(context)
         step = identity.of_step(context, self.namespace)
-        given = {name: Sql.of(sql, options) for name, sql in jobs.items()}
-        rules = policy or self._policy()
-        retry_number = _retry_number(context)
         try:
-            members = [self._member(context, step, name, sql) for name, sql in given.items()]
+            members = [self._member(context, step, name, sql, once) for name, sql in jobs.items()]
         except PgbgError as error:
-            raise PgBackgroundFailure(error, allow_retries=False) from error
+            raise PgBackgroundFailure(error, allow_retries=False) from None
         batch = Batch(
             members,
             conninfo=self.conninfo,
@@ -204,27 +412,27 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             max_running=max_running,
             fail_fast=fail_fast,
             keep_on_interrupt=self.cancel_on_termination == "never",
-            options={
-                "on_superseded": self.on_superseded,
-                "accept_changed_sql": self.accept_changed_sql,
-                "slot_timeout": self.slot_timeout,
-            },
+            options=self._options(),
         )
-        self._drive(context, batch)
+        self._drive(context, batch.run)
         if batch.errors:
             shown = {member.job_id: member.sql.shown for member in members}
-            raise_for(batch.errors, policy=rules, retry_number=retry_number, max_retries=self.max_retries, sql=shown)
+            raise_for(
+                batch.errors,
+                policy=policy or self._policy(),
+                retry_number=_retry_number(context),
+                max_retries=self.max_retries,
+                sql=shown,
+            )
         return {
             member.name: PgBackgroundOutcome.of(batch.outcomes[member.name], member.sql.shown, step)
             for member in members
         }
 
-    # How it is done -----------------------------------------------------------------------------------------------
-
-    def _member(self, context: StepContext, step: identity.Identity, name: str, sql: Sql) -> Member:
-        """Make a job of the step's SQL, under the id that a later try will find it by."""
-        job_id = step.job_id(name)
-        identity.claim(context, job_id)
+    def _member(self, context: StepContext, step: identity.Identity, name: str, sql: Sql, once: str | None) -> Member:
+        """Make a job of the step's SQL, under the id that a later try will find it by, or one for ``once``."""
+        identity.claim(context, step.job_id(name))
+        job_id = f"{step.job_id(name)}/{once}" if once else step.job_id(name)
 
         def job(wanted: str) -> Any:
             return sql.job(job_id=wanted, series=step.series(name), label=label_for(step, name), owner=self.owner)
@@ -233,13 +441,24 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             name=name,
             sql=sql,
             job=job(job_id),
-            anew=job(step.job_id(name, anew=True)) if step.by_hand else None,
+            anew=job(step.job_id(name, anew=True)) if step.by_hand and not once else None,
         )
 
-    def _drive(self, context: StepContext, batch: Batch) -> None:
+    def _options(self) -> dict[str, Any]:
+        return {
+            "on_superseded": self.on_superseded,
+            "accept_changed_sql": self.accept_changed_sql,
+            "slot_timeout": self.slot_timeout,
+        }
+
+    def _drive(self, context: StepContext | None, work: Callable[[Talk], Coroutine[Any, Any, T]]) -> T:
+        if context is None:  # in a sensor there is no run to look after
+            return drive(
+                work, log=logger.log, is_terminated=lambda: False, should_cancel=lambda: False, interval=math.inf
+            )
         try:
-            drive(
-                batch.run,
+            return drive(
+                work,
                 log=context.log.log,
                 is_terminated=lambda: self._status(context) in CANCELLED,
                 should_cancel=lambda: self._should_cancel(context),
