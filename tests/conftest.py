@@ -13,6 +13,7 @@ import pytest
 
 from pgbg_orchestration.embedded.databases import Contents, Databases
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
+from tests.kit.proxy import Proxy
 from tests.servers.debian import ServerUnavailableError
 from tests.servers.kinds import KINDS, Server
 
@@ -182,39 +183,63 @@ def server_real_8(pytestconfig: pytest.Config) -> Iterator[Server]:
     server.remove()
 
 
+class FreshDatabases:
+    """Makes databases for one test: call it with a server, and what each is to hold."""
+
+    def __init__(self, running: Running) -> None:
+        self.made: list[Database] = []
+        self._running = running
+        self._own: dict[int, Databases] = {}
+
+    def __call__(self, server: Server, contents: Contents = "schema", name: str | None = None) -> Database:
+        """Make one, dropped after the test with whatever runs in it."""
+        database = Database(server, self._databases(server).create(contents, name=name))
+        self.made.append(database)
+        return database
+
+    def drop_all(self) -> None:
+        """Drop them all; on a server that the test has stopped or removed there is nothing to do."""
+        for database in self.made:
+            if database.server.is_running():
+                self._databases(database.server).drop(database.name)
+
+    def _databases(self, server: Server) -> Databases:
+        if server in self._running.used():
+            return self._running.databases(server)
+        return self._own.setdefault(id(server), Databases(server))
+
+
 @pytest.fixture
-def fresh_database(running: Running) -> Iterator[Callable[..., Database]]:
-    """Makes databases: fresh_database(server, contents="schema"|"extension"|"empty", name=None). All are dropped."""
-    made: list[tuple[Databases, str]] = []
-    own: dict[int, Databases] = {}
-
-    def make(server: Server, contents: Contents = "schema", name: str | None = None) -> Database:
-        shared = server in running.used()
-        databases = running.databases(server) if shared else own.setdefault(id(server), Databases(server))
-        made.append((databases, databases.create(contents, name=name)))
-        return Database(server, made[-1][1])
-
-    yield make
-    for databases, name in made:
-        databases.drop(name)
+def fresh_database(running: Running) -> Iterator[FreshDatabases]:
+    """Makes databases: ``fresh_database(server, contents="schema"|"extension"|"empty", name=None)``."""
+    databases = FreshDatabases(running)
+    yield databases
+    databases.drop_all()
 
 
 @pytest.fixture
-def database(server: Server, fresh_database: Callable[..., Database]) -> Database:
+def database(server: Server, fresh_database: FreshDatabases) -> Database:
     """A fresh database with the extension and the package's schema."""
     return fresh_database(server)
 
 
 @pytest.fixture
-def extension_database(server: Server, fresh_database: Callable[..., Database]) -> Database:
+def extension_database(server: Server, fresh_database: FreshDatabases) -> Database:
     """A fresh database with the extension and without the package's schema."""
     return fresh_database(server, "extension")
 
 
 @pytest.fixture
-def empty_database(server: Server, fresh_database: Callable[..., Database]) -> Database:
+def empty_database(server: Server, fresh_database: FreshDatabases) -> Database:
     """A fresh database with neither the extension nor the package's schema."""
     return fresh_database(server, "empty")
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    """A proxy in front of the shared server: ``proxy.through(database.conninfo)`` connects through it."""
+    with Proxy.before(server.conninfo()) as made:
+        yield made
 
 
 @pytest.fixture
@@ -226,13 +251,14 @@ def embedded_home() -> Iterator[Path]:
 
 
 @pytest.fixture
-def no_worker_left(database: Database) -> Iterator[None]:
-    """Fail the test when a worker still runs in its database a while after its end."""
+def no_worker_left(fresh_database: FreshDatabases) -> Iterator[None]:
+    """Fail the test when a worker still runs in one of its databases a while after its end."""
     yield
-    deadline = time.monotonic() + WORKERS_END_WITHIN
-    while (left := database.workers()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not left, f"workers left running: {left}"
+    for database in fresh_database.made:
+        deadline = time.monotonic() + WORKERS_END_WITHIN
+        while (left := database.workers()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left, f"workers left running: {left}"
 
 
 def _named(config: pytest.Config) -> list[str]:

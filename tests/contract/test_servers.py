@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -14,12 +15,13 @@ from psycopg import sql
 from pgbg_orchestration.embedded import debian
 from pgbg_orchestration.embedded.server import EmbeddedServer, EmbeddedServerError
 from pgbg_orchestration.embedded.status import SOCKET_PATH_LIMIT, socket_directory, status
-from tests.conftest import Database
+from tests.conftest import Database, FreshDatabases
 from tests.kit.processes import running
+from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 from tests.servers.kinds import Server
 
 MakeServer = Callable[..., Server]
-MakeDatabase = Callable[..., Database]
+MakeDatabase = FreshDatabases
 
 
 def launch(connection: psycopg.Connection, surface: str, statement: str) -> tuple[int, int]:
@@ -61,6 +63,27 @@ def test_real_worker_is_a_background_worker(database: Database, no_worker_left: 
         kinds = connection.execute("select backend_type from pg_stat_activity where pid = any(%s)", (pids,)).fetchall()
         assert kinds == [("pg_background",)]
         assert connection.execute("select pg_terminate_backend(%s)", pids).fetchone() == (True,)
+
+
+def test_proxy_breaks_between_a_launch_and_its_answer(
+    extension_database: Database, proxy: Proxy, no_worker_left: None
+) -> None:
+    """The launch arrives and its worker commits, while the client never hears of it."""
+    database = extension_database
+    with database.connect() as observer, psycopg.connect(proxy.through(database.conninfo), autocommit=True) as client:
+        observer.execute("create table done (n int)")
+        when = proxy.when(TO_SERVER, b"insert into done", stall=TO_CLIENT)
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(launch, client, database.server.surface, "insert into done values (1)")
+            when.wait()
+            deadline = time.monotonic() + 30
+            while not observer.execute("select n from done").fetchall() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not call.done()
+            proxy.cut()
+            with pytest.raises(psycopg.OperationalError):
+                call.result(30)
+        assert observer.execute("select n from done").fetchall() == [(1,)]
 
 
 @pytest.mark.parametrize("name", ["with space", 'quo"te', "apos'trophe", "Ünïcode", "back\\slash", "UPPER", "%s"])
