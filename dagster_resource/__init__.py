@@ -7,6 +7,7 @@ from dagster_shared.libraries import DagsterLibraryRegistry
 from .assets import partition_parameters as partition_parameters
 from .assets import pg_background_asset as pg_background_asset
 from .assets import pg_background_asset_check as pg_background_asset_check
+from .component import PgBackgroundSqlComponent as PgBackgroundSqlComponent
 from .failures import PgBackgroundFailure as PgBackgroundFailure
 from .failures import RunTerminated as RunTerminated
 from .jobs import JobOptions as JobOptions

@@ -26,6 +26,7 @@ from dagster import (
     SensorEvaluationContext,
     SensorResult,
     run_status_sensor,
+    sensor,
 )
 
 from . import identity
