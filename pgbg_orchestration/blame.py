@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TypedDict
 
 import psycopg
@@ -48,9 +49,13 @@ def cancelled(work: Work, seen: Sighting | None) -> PgbgError:
     )
 
 
-def deadline_passed(work: Work) -> PgbgError:
+def deadline_passed(work: Work, deadline: datetime | None) -> PgbgError:
     """Our own deadline ended the job."""
-    return errors.DeadlinePassed("its deadline passed, and its worker has ended", sqlstate=CANCELED, **_named(work))
+    bounds = [] if work.job.timeout is None else [f"its timeout of {work.job.timeout:g} s"]
+    bounds += [] if deadline is None else [f"its deadline {deadline.isoformat(timespec='seconds')}"]
+    return errors.DeadlinePassed(
+        f"{' or '.join(bounds)} passed, and its worker has ended", sqlstate=CANCELED, **_named(work)
+    )
 
 
 def no_slot(work: Work) -> PgbgError:

@@ -123,7 +123,7 @@ def _error(case: Case, step: Step, seen: Sighting | None, fields: ErrorFields | 
         case Step.CANCELLED if ours and case.slot_missing and not case.launched:
             return blame.no_slot(work)
         case Step.CANCELLED:
-            return blame.deadline_passed(work) if ours else blame.cancelled(work, seen)
+            return blame.deadline_passed(work, case.options.deadline) if ours else blame.cancelled(work, seen)
         case Step.LOST if case.launch_error is not None:
             return blame.launch_failed(work, case.launch_error)
         case Step.LOST:

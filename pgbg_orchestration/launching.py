@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, sql
@@ -22,6 +22,7 @@ from .errors import PoolerInTransactionMode
 from .extension import MAX_TRACKED, NO_SLOT, Extension, Handle, Progress, ResultInfo
 from .outcome import ErrorFields
 
+T = TypeVar("T")
 TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
 LAUNCHES = 2_000  # then the session is replaced when its workers have ended: old versions leak memory for each launch
 
@@ -277,11 +278,11 @@ class LaunchingSession:
 
     async def error_info(self, handle: Handle) -> ErrorFields | None:
         """Return the error of a worker; None without one, or with this session lost."""
-        return await self._ask(self.extension.error_info(self._conn, handle)) if not self.lost else None
+        return await self._ask(lambda: self.extension.error_info(self._conn, handle)) if not self.lost else None
 
     async def look_at_progress(self, worker: Worker) -> Progress | None:
         """Return what the worker's SQL last reported, or None."""
-        return await self._ask(self.extension.progress(self._conn, worker.handle)) if not self.lost else None
+        return await self._ask(lambda: self.extension.progress(self._conn, worker.handle)) if not self.lost else None
 
     async def describe(self, text: str, role: str | None) -> sql.Composable | None:
         """Return the column definition list of a statement's result, None without one; nothing is run.
@@ -325,7 +326,7 @@ class LaunchingSession:
     async def detach(self, worker: Worker) -> None:
         """Forget a handle, and end the wait for it: the worker goes on, its output is dropped."""
         if self.workers.pop(worker.handle, None) is not None and not self.lost:
-            await self._ask(self.extension.detach(self._conn, worker.handle))
+            await self._ask(lambda: self.extension.detach(self._conn, worker.handle))
             faults.point("after_detach")
         if not worker.ended.done():
             worker.ended.set_result(None)
@@ -341,13 +342,13 @@ class LaunchingSession:
 
         Sound only once each of them is seen at work (PG_BACKGROUND, Cancel).
         """
-        return await self._ask(self.extension.cancel_all(self._conn)) or 0 if not self.lost else 0
+        return await self._ask(lambda: self.extension.cancel_all(self._conn)) or 0 if not self.lost else 0
 
-    async def _ask(self, question: Any) -> Any:
+    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T | None:
         async with self._turn:
             try:
                 async with asyncio.timeout(pace.CALL):
-                    return await question
+                    return await question()
             except (psycopg.Error, OSError, TimeoutError) as error:
                 if not connecting.is_lost(self._conn, error):
                     raise

@@ -137,6 +137,8 @@ class JobEntry:
     context: str | None
     cancelled_by: str | None
     reason: str | None
+    worker_pid: int | None
+    started_at: datetime | None
 
 
 class Ledger:

@@ -47,7 +47,7 @@ class Run:
         self._ledger = launcher.ledger
         self._case = case
         self._loop = asyncio.get_running_loop()
-        self._step: tuple[Step, float] = (Step.WAIT, 0.0)  # the step that is being taken, and since when
+        self._step: tuple[Step | None, float] = (None, 0.0)  # the step that is being taken, and since when
 
     async def outcome(self) -> Outcome:
         """Follow the job; when the caller goes away, cancel it or leave it at work, as the caller chose."""
@@ -376,6 +376,7 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
         await _signal_worker(ledger, key, seen, key.job_id)
         faults.point("before_mark")
         await ledger.mark_cancelled(key, cause, reason)
+        faults.point("after_mark")
 
 
 async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str | None) -> None:

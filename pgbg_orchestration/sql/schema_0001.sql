@@ -393,7 +393,7 @@ create function @schema@.list_jobs()
         owner text, job_id text, label text, series text, generation bigint, kind text, state text, attempt int,
         running_pid int, launched_by text, registered_at timestamptz, launched_at timestamptz, ended_at timestamptz,
         row_count bigint, command_tag text, sqlstate text, message text, detail text, hint text, context text,
-        cancelled_by text, reason text
+        cancelled_by text, reason text, worker_pid int, started_at timestamptz
     )
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -427,7 +427,8 @@ begin
                j.attempt, h.pid, j.launched_by, j.registered_at, j.launched_at,
                case when r.status is not null then coalesce(j.ended_at, r.decided_at) else j.ended_at end,
                j.row_count, j.command_tag, j.sqlstate, j.message, j.detail, j.hint, j.context,
-               case when r.status = 'cancelled' then r.decided_by end, r.reason
+               case when r.status = 'cancelled' then r.decided_by end, r.reason,
+               coalesce(h.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at)
         from @schema@.job j
         full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
         left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
