@@ -30,9 +30,9 @@ select session_user::text as login,
        e.extversion as extension_version, n.nspname::text as extension_schema,
        (select a.default_version from pg_catalog.pg_available_extensions as a
          where a.name = 'pg_background') as extension_available,
-       pg_catalog.to_regclass(%(meta)s) is not null as has_schema,
-       coalesce(pg_catalog.has_schema_privilege(pg_catalog.to_regnamespace(%(schema)s)::oid, 'USAGE'), false)
-           as schema_usage,
+       m.oid is not null as has_schema,
+       coalesce(pg_catalog.has_schema_privilege(m.relnamespace, 'USAGE')
+                and pg_catalog.has_table_privilege(m.oid, 'SELECT'), false) as schema_usage,
        (select r.rolsuper from pg_catalog.pg_roles as r where r.rolname = session_user) as superuser,
        coalesce((select pg_catalog.pg_has_role(session_user, r.oid, 'USAGE') from pg_catalog.pg_roles as r
          where r.rolname = %(role)s), false) as in_role,
@@ -41,6 +41,9 @@ select session_user::text as login,
   from (select) as one
   left join pg_catalog.pg_extension as e on e.extname = 'pg_background'
   left join pg_catalog.pg_namespace as n on n.oid = e.extnamespace
+  -- Not to_regclass: it fails for a login that may not use the schema, and that login is to be told what to grant.
+  left join pg_catalog.pg_class as m
+    on m.relname = 'meta' and m.relnamespace = pg_catalog.to_regnamespace(%(schema)s)
 """
 
 
@@ -101,7 +104,6 @@ async def look_at(conn: AsyncConnection[Any], schema: str) -> ServerFacts:
     """Gather the facts of a server, in at most two queries."""
     arguments = {
         "schema": sql.Identifier(schema).as_string(None),
-        "meta": sql.Identifier(schema, "meta").as_string(None),
         "role": ROLE,
     }
     row = await (await conn.cursor(row_factory=dict_row).execute(_QUERY, arguments)).fetchone()
