@@ -139,11 +139,9 @@ async def examine(conninfo: str, *, schema: str = install.DEFAULT_SCHEMA) -> lis
 
 async def _admit(conn: AsyncConnection[Any], schema: str) -> _Patient:
     facts = await server.look_at(conn, schema)
-    # The reset value is what a new session of this login gets, whatever this one has set.
-    cursor = await conn.execute("select name, reset_val, unit from pg_catalog.pg_settings")
-    settings = {
-        name: value if value is None else f"{value}{unit or ''}" for name, value, unit in await cursor.fetchall()
-    }
+    # In a new session, which has set nothing itself, these are what the login's sessions get.
+    cursor = await conn.execute("select s.name, pg_catalog.current_setting(s.name) from pg_catalog.pg_settings as s")
+    settings: dict[str, str | None] = dict(await cursor.fetchall())
     cursor = await conn.execute(
         "select pg_catalog.obj_description(e.oid, 'pg_extension') from pg_catalog.pg_extension as e"
         " where e.extname = 'pg_background'"
@@ -327,8 +325,8 @@ async def _worker_slots(patient: _Patient) -> list[Finding]:
     free = total - row["used"]
     if row["hidden"]:
         text = (
-            f"At least {row['used']} of {total} used ({by_kind}); what {row['hidden']} further processes are is not "
-            "visible to this login."
+            f"{row['used']} of {total} seen in use ({by_kind}). What {row['hidden']} more processes are is not visible "
+            "to this login."
         )
         login = sql.Identifier(patient.facts.login).as_string(None)
         found = [Finding("workers", "worker slots", Status.HIDDEN, text, f"GRANT pg_read_all_stats TO {login};")]
@@ -361,7 +359,7 @@ async def _shared_memory(patient: _Patient) -> list[Finding]:
     room = _room(SHARED_MEMORY) if patient.conn.info.host.startswith("/") else None
     each = f"each worker takes its queue (64 KiB) from {SHARED_MEMORY}."
     if room is None:
-        todo = "In a container, which has 64 MB by default, give it more: docker run --shm-size=1g."
+        todo = "A container has 64 MB by default: docker run --shm-size=1g"
         return [Finding("workers", name, Status.HIDDEN, f"Not visible from here; {each}", todo)]
     free, total = room
     text = f"{free >> 20} of {total >> 20} MiB free; {each}"
@@ -389,7 +387,14 @@ async def _schema(patient: _Patient) -> list[Finding]:
         text = f"The schema {schema!r} with the receipts is not installed: only jobs of kind session can run."
         todo = "pgbg install (or, for your DBA: pgbg install --print)"
         return [Finding("schema", schema, Status.FAILS, text, todo)]
-    grant = f"GRANT {ROLE} TO {sql.Identifier(facts.login).as_string(None)};"
+    login = sql.Identifier(facts.login).as_string(None)
+    in_role = facts.in_role or facts.superuser
+    name = sql.Identifier(schema).as_string(None)
+    anew = (
+        f"GRANT USAGE ON SCHEMA {name} TO {ROLE}; GRANT SELECT ON {name}.meta, {name}.jobs TO {ROLE}; "
+        f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {name} TO {ROLE};"
+    )
+    grant = anew if in_role else f"It comes with {ROLE}: see role membership."
     if not facts.schema_usage:
         text = f"The login may not use the schema {schema!r}; its version is not visible."
         return [Finding("schema", schema, Status.FAILS, text, grant)]
@@ -421,7 +426,6 @@ async def _schema(patient: _Patient) -> list[Finding]:
         found.append(Finding("schema", "owner", Status.WARNING, text, f"ALTER ROLE {owner} NOLOGIN;"))
     elif row["member"] and not facts.superuser:
         text = f"The login is a member of the owner {row['rolname']}, and so can forge receipts."
-        login = sql.Identifier(facts.login).as_string(None)
         found.append(Finding("schema", "owner", Status.WARNING, text, f"REVOKE {owner} FROM {login};"))
     else:
         text = f"{row['rolname']}, which cannot log in and is no superuser."
@@ -442,7 +446,7 @@ async def _timeouts(patient: _Patient) -> list[Finding]:
     }
     deadly = ("statement_timeout", "transaction_timeout", "lock_timeout")
     found = []
-    in_force = {name: patient.settings[name] for name in what if patient.settings.get(name) not in (None, "0ms", "0")}
+    in_force = {name: patient.settings[name] for name in what if patient.settings.get(name) not in (None, "0")}
     for name, value in in_force.items():
         status = Status.WARNING if name in deadly else Status.OK
         todo = f"Jobs that need longer: --set {name}=0" if name in deadly else None

@@ -31,7 +31,7 @@ class ExitCode(IntEnum):
 MEANINGS = {
     ExitCode.OK: "done; `run`: the job is committed",
     ExitCode.BUG: "a fault of pgbg itself, with a traceback",
-    ExitCode.REFUSED: "refused: an option, the SQL, or an id that stands for other SQL; nothing was launched",
+    ExitCode.REFUSED: "refused: an option, the SQL, or an id of other SQL; nothing was launched",
     ExitCode.FAILED: "the job failed or its worker was lost; nothing of it is committed",
     ExitCode.CANCELLED: "the job was cancelled or superseded; nothing of it is committed",
     ExitCode.DEADLINE: "the job's --timeout passed; nothing of it is committed",

@@ -29,13 +29,13 @@ _CODES = {
 }
 
 
-def doctor(dsn: Dsn = "", schema: Schema = "pgbg", json: Json = False) -> None:
+def doctor(dsn: Dsn = None, schema: Schema = "pgbg", json: Json = False) -> None:
     """Look a server over: can jobs run there, and what is to be done. Changes nothing.
 
     Ends with 0 when all is well, 13 when something fails, 14 when there are warnings only.
     """
     with reporting(json):
-        findings = asyncio.run(examine(dsn, schema=schema))
+        findings = asyncio.run(examine(dsn or "", schema=schema))
         if json:
             print_json({"status": worst(findings), "findings": findings})
         else:
@@ -60,9 +60,10 @@ def _show(findings: list[Finding]) -> None:
             if finding.todo:
                 print_todo(out, finding.todo, indent=width + 4)
     counts = Counter(finding.status for finding in findings)
+    words = {Status.FAILS: "failing", Status.WARNING: "to watch", Status.HIDDEN: "not visible", Status.OK: "ok"}
     parts = [
-        Text(f"{_SIGNS[status][0]} {counts[status]} {status}", _SIGNS[status][1])
-        for status in (Status.FAILS, Status.WARNING, Status.HIDDEN, Status.OK)
+        Text(f"{_SIGNS[status][0]} {counts[status]} {word}", _SIGNS[status][1])
+        for status, word in words.items()
         if counts[status]
     ]
     out.print()

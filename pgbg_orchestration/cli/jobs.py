@@ -62,7 +62,7 @@ def _states(values: list[str] | None) -> list[str]:
 
 
 def jobs(
-    dsn: Dsn = "",
+    dsn: Dsn = None,
     schema: Schema = "pgbg",
     state: Annotated[
         list[str] | None, typer.Option("--state", "-s", metavar="STATE", help=f"Only these: {', '.join(STATES)}.")
@@ -77,7 +77,9 @@ def jobs(
 ) -> None:
     """List the jobs of all sessions with their true state, newest first."""
     with reporting(json):
-        found = asyncio.run(_list(dsn, schema, _states(state), label=label, series=series, job_id=id_, limit=limit + 1))
+        found = asyncio.run(
+            _list(dsn or "", schema, _states(state), label=label, series=series, job_id=id_, limit=limit + 1)
+        )
         more, found = len(found) > limit, found[:limit]
         if id_ is not None and not found:
             raise Stop(ExitCode.NO_SUCH_JOB, f"no job with the id {id_!r}, or it is not this login's to see")
@@ -161,7 +163,7 @@ def _show_one(entry: JobEntry) -> None:
 
 def cancel(
     job_id: Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `pgbg jobs --json` tells it.")],
-    dsn: Dsn = "",
+    dsn: Dsn = None,
     schema: Schema = "pgbg",
     owner: Owner = None,
     reason: Annotated[str, typer.Option("--reason", help="Goes into the receipt.")] = "pgbg cancel",
@@ -172,7 +174,7 @@ def cancel(
     Says how it was decided: cancelled, or too late and committed (exit code 11).
     """
     with reporting(json):
-        decided, entry = asyncio.run(_cancel(dsn, schema, job_id, owner, reason))
+        decided, entry = asyncio.run(_cancel(dsn or "", schema, job_id, owner, reason))
         if json:
             print_json({"job_id": job_id, "owner": entry.owner, "label": entry.label, "decided": decided})
         elif decided == "cancelled":
@@ -200,7 +202,7 @@ def prune(
     older_than: Annotated[
         float, seconds_option("--older-than", unit=True, help="Forget what ended longer ago, such as 90d.")
     ],
-    dsn: Dsn = "",
+    dsn: Dsn = None,
     schema: Schema = "pgbg",
     retry_horizon: Annotated[
         float,
@@ -223,7 +225,7 @@ def prune(
                 "after its receipt is gone runs again",
                 todo="Prune later, or lower --retry-horizon when no retry can come as late as that.",
             )
-        receipts, history = asyncio.run(_prune(dsn, schema, older_than))
+        receipts, history = asyncio.run(_prune(dsn or "", schema, older_than))
         if json:
             print_json({"receipts": receipts, "jobs": history})
         else:

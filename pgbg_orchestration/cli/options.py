@@ -15,6 +15,9 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)\Z")
 
 
 def _dsn(value: str) -> str:
+    if not value.strip():
+        # Most likely "$(pgbg server conninfo)" of a server that does not run: never fall back to another one.
+        raise typer.BadParameter("the connection string is empty")
     try:
         conninfo_to_dict(value)
     except psycopg.ProgrammingError:
@@ -58,7 +61,7 @@ def pairs(values: Iterable[str], option: str) -> dict[str, str]:
 
 
 Dsn = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--dsn",
         metavar="CONNINFO",

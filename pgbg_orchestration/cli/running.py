@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pgbg_orchestration.errors import JobCancelled
+from pgbg_orchestration.errors import JobCancelled, ServerUnreachable, WorkerError
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.outcome import Outcome
@@ -42,7 +42,7 @@ def run(
         Path | None,
         typer.Option("--file", "-f", metavar="FILE", exists=True, dir_okay=False, help="Read the SQL from a file."),
     ] = None,
-    dsn: Dsn = "",
+    dsn: Dsn = None,
     schema: Schema = "pgbg",
     id_: Annotated[
         str | None,
@@ -153,11 +153,11 @@ def run(
             "on_cancel": "leave" if leave else "cancel",
         }
         with Watch(job, silent=quiet) as watch:
-            outcome = asyncio.run(_follow(dsn, schema, job, options, watch))
+            outcome = asyncio.run(_follow(dsn or "", schema, job, options, watch))
         if json:
             print_json(outcome)
         else:
-            _show(outcome, named=id_ is not None or series is not None)
+            _show(outcome)
 
 
 def _read_sql(sql: str | None, file: Path | None) -> str:
@@ -177,7 +177,11 @@ def _read_sql(sql: str | None, file: Path | None) -> str:
 
 async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch: Watch) -> Outcome:
     async with Launcher(dsn, schema=schema) as launcher:
-        await launcher.facts()  # a server that is not there is told at once
+        try:
+            await launcher.facts()
+        except ServerUnreachable as error:
+            # At once, and without its words on what was launched: nothing was.
+            raise Stop(ExitCode.UNREACHABLE, error.message, todo=error.todo) from error
         task = asyncio.ensure_future(launcher.run(job, observer=watch.on_event, **options))
         with Interrupts(task, watch, leave=options["on_cancel"] == "leave") as interrupts:
             try:
@@ -188,7 +192,7 @@ async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watc
         if options["on_cancel"] == "leave":
             raise Stop(
                 ExitCode.INTERRUPTED,
-                "left; its worker, if there is one, goes on",
+                "its worker, if there is one, goes on",
                 todo=f"pgbg jobs --id '{job.id}', or the same command again with --id '{job.id}'",
             )
         return await _decided(launcher, job, watch)
@@ -223,12 +227,14 @@ async def _decided(launcher: Launcher, job: Job, watch: Watch) -> Outcome:
             )
         if seen.receipt is Receipt.CANCELLED:
             raise JobCancelled("cancelled by the interrupt", todo="To run it all the same: --retry-cancelled.", **named)
+    if isinstance(watch.decision, WorkerError) and watch.decision.sqlstate == "57014":
+        raise JobCancelled("cancelled by the interrupt", **named)
     if watch.decision is not None:
         raise watch.decision
     raise JobCancelled("interrupted before anything was launched", **named)
 
 
-def _show(outcome: Outcome, *, named: bool) -> None:
+def _show(outcome: Outcome) -> None:
     rows = None if outcome.row_count is None else f"{outcome.row_count:,} row{'' if outcome.row_count == 1 else 's'}"
     took = None
     if outcome.started_at and outcome.finished_at:
@@ -240,8 +246,9 @@ def _show(outcome: Outcome, *, named: bool) -> None:
         f"worker {outcome.worker_pid}" if outcome.worker_pid else None,
         f"attempt {outcome.attempt}" if outcome.attempt else None,
     ]
-    title = outcome.label if named else outcome.job_id
-    out.print(Text.assemble(("✓ committed  ", "bold green"), (plain(title), "bold")), soft_wrap=True)
+    out.print(Text.assemble(("✓ committed  ", "bold green"), (plain(outcome.label), "bold")), soft_wrap=True)
     out.print(Text("  " + " · ".join(part for part in parts if part)), soft_wrap=True)
+    if outcome.job_id != outcome.label:
+        out.print(Text(f"  id {plain(outcome.job_id)}", "dim"), soft_wrap=True)
     if not outcome.launched:
         out.print(Text("  by an earlier or another launch; it did not run again", "dim"))

@@ -107,14 +107,15 @@ def _end(json: bool, code: ExitCode, found: dict[str, Any]) -> NoReturn:
     if json:
         print_json({**{k: v for k, v in found.items() if k != "details"}, "exit_code": int(code)})
         raise typer.Exit(code)
-    word = _WORDS.get(code, "refused")
-    head = Text(f"✗ {word}  ", "bold red")
+    style = "bold yellow" if code in (ExitCode.CANCELLED, ExitCode.INTERRUPTED) else "bold red"
+    sign = {ExitCode.CANCELLED: "⊘", ExitCode.INTERRUPTED: "…"}.get(code, "✗")
+    head = (f"{sign} {_WORDS.get(code, 'refused')}  ", style)
     message = plain(" ".join(found["message"].split()))
     if found.get("label"):
-        err.print(head + Text(plain(found["label"]), "bold"), soft_wrap=True)
+        err.print(Text.assemble(head, (plain(found["label"]), "bold")), soft_wrap=True)
         _print_lines([message] if not found.get("details") else [])
     else:
-        err.print(head + Text(message, "not bold"), soft_wrap=True)
+        err.print(Text.assemble(head, message), soft_wrap=True)
     _print_lines(found.get("details") or ())
     _print_lines([found["data_state"]] if found.get("data_state") else (), "dim")
     if found.get("todo"):
@@ -137,6 +138,7 @@ _WORDS = {
     ExitCode.NOT_READY: "not ready",
     ExitCode.STILL_RUNNING: "still running",
     ExitCode.NO_SUCH_JOB: "not found",
+    ExitCode.INTERRUPTED: "left",
 }
 
 

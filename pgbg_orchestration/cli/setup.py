@@ -20,7 +20,7 @@ _Owner = Annotated[
 
 
 def install(
-    dsn: Dsn = "",
+    dsn: Dsn = None,
     schema: Schema = schema_of.DEFAULT_SCHEMA,
     owner: _Owner = schema_of.DEFAULT_OWNER,
     print_: Annotated[
@@ -42,7 +42,7 @@ def install(
         if print_:
             _print_script(schema_of.plan(from_version, schema=schema, owner=owner), schema, create_extension, json)
             return
-        script = schema_of.install(dsn, schema=schema, owner=owner, create_extension=create_extension)
+        script = schema_of.install(dsn or "", schema=schema, owner=owner, create_extension=create_extension)
         if json:
             print_json(
                 {
@@ -81,7 +81,7 @@ def _print_script(script: schema_of.Script, schema: str, create_extension: bool,
 
 
 def uninstall(
-    dsn: Dsn = "",
+    dsn: Dsn = None,
     schema: Schema = schema_of.DEFAULT_SCHEMA,
     owner: _Owner = schema_of.DEFAULT_OWNER,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -92,9 +92,9 @@ def uninstall(
     A job that is retried afterwards runs again, even one that had committed.
     """
     with reporting(json):
-        if not yes and not _confirmed(dsn, schema):
-            raise Stop(ExitCode.INTERRUPTED, "nothing was dropped")
-        schema_of.uninstall(dsn, schema=schema, owner=owner)
+        if not yes and not _confirmed(dsn or "", schema):
+            raise Stop(ExitCode.REFUSED, "nothing was dropped")
+        schema_of.uninstall(dsn or "", schema=schema, owner=owner)
         if json:
             print_json({"schema": schema, "dropped": True})
         else:

@@ -138,8 +138,12 @@ class Watch(logging.Handler):
         if self._percent is not None:
             line.add_column(width=24)
             line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-            line.add_row("", ProgressBar(total=100, completed=self._percent), Text(plain(self._note)))
+            line.add_row("", _bar(self._percent), Text(plain(self._note)))
         else:
             line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
             line.add_row("", Text(plain(self._note), "dim"))
         return [line]
+
+
+def _bar(percent: float) -> ProgressBar:
+    return ProgressBar(total=100, completed=percent, complete_style="cyan", finished_style="green")
