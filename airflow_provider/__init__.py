@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["PgBackgroundHook", "PgBackgroundOperator", "PgBackgroundTrigger", "SqlStateRetryPolicy"]
+__all__ = [
+    "PgBackgroundBatchOperator",
+    "PgBackgroundHook",
+    "PgBackgroundOperator",
+    "PgBackgroundSensor",
+    "PgBackgroundTrigger",
+    "SqlStateRetryPolicy",
+]
 
 # Imported when they are first used, so that a DAG file pays for what it names.
 _LATER = {
+    "PgBackgroundBatchOperator": "batch",
     "PgBackgroundHook": "hook",
     "PgBackgroundOperator": "operators",
+    "PgBackgroundSensor": "sensors",
     "PgBackgroundTrigger": "triggers",
     "SqlStateRetryPolicy": "retry_policy",
 }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pgbg_orchestration import Outcome
+    from pgbg_orchestration import Event, Outcome
     from pgbg_orchestration.errors import PgbgError
 
 COMMITTED = "committed"
@@ -86,3 +86,14 @@ def result_of(event: Mapping[str, Any] | None) -> dict[str, Any]:
     if event.get("status") != COMMITTED:
         raise to_error(event)
     return {name: value for name, value in event.items() if name != "status"}
+
+
+def was_stopped(error: PgbgError, why: str) -> bool:
+    """Tell whether a job was cancelled for a reason that begins with ``why``."""
+    from pgbg_orchestration.errors import JobCancelled
+
+    return isinstance(error, JobCancelled) and why in error.message
+
+
+def watch(_event: Event) -> None:
+    """Take events of a job's way: the core looks at progress for those who watch, and itself writes each to the log."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_NAME = "PostgreSQL background workers"
+
 
 def get_provider_info() -> dict[str, Any]:
     """Return the provider's metadata, in the form of Airflow's ``provider_info.schema.json``.
@@ -13,6 +15,32 @@ def get_provider_info() -> dict[str, Any]:
     return {
         # Airflow refuses a provider whose package-name is not the distribution that the entry point came from.
         "package-name": "pg-background-orchestration",
-        "name": "PostgreSQL background workers",
-        "description": "SQL in PostgreSQL's background workers (pg_background), waited for by a trigger.",
+        "name": _NAME,
+        "description": "Labelled SQL in PostgreSQL's background workers (pg_background): one job, one commit.",
+        "integrations": [
+            {
+                "integration-name": _NAME,
+                "external-doc-url": "https://github.com/vibhorkum/pg_background",
+                "tags": ["software"],
+            }
+        ],
+        "operators": [
+            {
+                "integration-name": _NAME,
+                "python-modules": ["airflow_provider.operators", "airflow_provider.batch"],
+            }
+        ],
+        "sensors": [{"integration-name": _NAME, "python-modules": ["airflow_provider.sensors"]}],
+        "hooks": [{"integration-name": _NAME, "python-modules": ["airflow_provider.hook"]}],
+        "triggers": [
+            {
+                "integration-name": _NAME,
+                "python-modules": [
+                    "airflow_provider.triggers",
+                    "airflow_provider.batch",
+                    "airflow_provider.sensors",
+                ],
+            }
+        ],
+        "task-decorators": [{"name": "pg_background", "class-name": "airflow_provider.decorator.pg_background_task"}],
     }

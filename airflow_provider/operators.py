@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 from airflow.sdk import BaseOperator, conf
 
@@ -12,10 +12,12 @@ from .retry_policy import SqlStateRetryPolicy
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
+    from airflow.triggers.base import BaseTrigger
 
-    from pgbg_orchestration import Job
+    from pgbg_orchestration import Job, Outcome
 
     from .identity import Identity
+    from .waiting import Waiting
 
 MARGIN = timedelta(minutes=10)
 """From a job's deadline to Airflow's own, which ends the waiting where no triggerer is left to keep the deadline."""
@@ -148,7 +150,7 @@ class PgBackgroundOperator(BaseOperator):
         self.verify_sql = verify_sql
         self.endpoint = endpoint
         self.schema = schema
-        self._waiting: Any = None
+        self._waiting: Waiting | None = None
         if self.retry_policy is None:
             self.retry_policy = SqlStateRetryPolicy()
 
@@ -156,6 +158,7 @@ class PgBackgroundOperator(BaseOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the job: defer to a trigger, or wait here."""
+        from . import events
         from .identity import identify
 
         job = self._job_arguments(identify(context, durable=self.durable))
@@ -163,10 +166,15 @@ class PgBackgroundOperator(BaseOperator):
         self.log.info("Job %s, label %r.", checked.id, checked.label)
         deadline = self._deadline(context)
         if self.deferrable:
-            self._defer(job, deadline)
-        return self._wait_here(checked, deadline)
+            from .triggers import PgBackgroundTrigger
 
-    def execute_complete(self, context: Context, event: dict[str, Any] | None = None) -> dict[str, Any]:
+            self._defer_to(PgBackgroundTrigger(job=job, **self._trigger_arguments(deadline)), deadline)
+        (end,) = self._run_here([checked], deadline)
+        if isinstance(end, BaseException):
+            raise end
+        return self.execute_complete({}, events.of_outcome(end))
+
+    def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return what the trigger found, or raise the job's error in its own type."""
         from . import events
 
@@ -181,44 +189,40 @@ class PgBackgroundOperator(BaseOperator):
         )
         return result
 
-    def _defer(self, job: dict[str, Any], deadline: datetime | None) -> None:
-        from .triggers import PgBackgroundTrigger
+    def _trigger_arguments(self, deadline: datetime | None) -> dict[str, Any]:
+        return {
+            "postgres_conn_id": self.postgres_conn_id,
+            "database": self.database,
+            "endpoint": self.endpoint,
+            "deadline": deadline,
+            "on_superseded": self.on_superseded,
+            "slot_timeout": self.slot_timeout,
+            "cancel_on_kill": self.cancel_on_kill,
+            "schema": self.schema,
+        }
 
-        trigger = PgBackgroundTrigger(
-            job=job,
-            postgres_conn_id=self.postgres_conn_id,
-            database=self.database,
-            endpoint=self.endpoint,
-            deadline=deadline,
-            on_superseded=self.on_superseded,
-            slot_timeout=self.slot_timeout,
-            cancel_on_kill=self.cancel_on_kill,
-            schema=self.schema,
-        )
+    def _defer_to(self, trigger: BaseTrigger, deadline: datetime | None) -> NoReturn:
         # Airflow's own timeout runs no on_kill and loses the job's error, so it comes well after the trigger's.
         own = None if deadline is None else max(deadline - datetime.now(UTC), timedelta()) + MARGIN
         self.defer(trigger=trigger, method_name="execute_complete", timeout=own)
 
-    def _wait_here(self, job: Job, deadline: datetime | None) -> dict[str, Any]:
-        from . import events
+    def _run_here(self, jobs: Sequence[Job], deadline: datetime | None, **batch: Any) -> list[Outcome | BaseException]:
+        """Run jobs in this process and return the end of each."""
         from .hook import PgBackgroundHook
         from .waiting import Waiting
 
         hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
-        self._waiting = Waiting(hook.conninfo(), schema=self.schema)
-        outcomes = self._waiting.run(
-            [job],
+        waiting = self._waiting = Waiting(hook.conninfo(), schema=self.schema)
+        return waiting.run(
+            jobs,
             on_superseded=self.on_superseded,
             accept_changed_sql=True,
             # A try that was asked to end (an evicted pod) cancelled the job; this try was started to run it.
             retry_cancelled=True,
             slot_timeout=self.slot_timeout,
             deadline=deadline,
+            **batch,
         )
-        (outcome,) = outcomes
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return self.execute_complete({}, events.of_outcome(outcome))
 
     def on_kill(self) -> None:
         """Cancel the worker of a task that waits in its own process."""
@@ -235,7 +239,7 @@ class PgBackgroundOperator(BaseOperator):
             "id": identity.job_id,
             "series": identity.series,
             "generation": identity.generation,
-            "label": self.worker_label or _default_label(self.dag_id, self.task_id),
+            "label": self.worker_label or self._label(),
             "settings": dict(self.settings) if self.settings else None,
             "role": self.role,
             "isolation": self.isolation,
@@ -243,6 +247,15 @@ class PgBackgroundOperator(BaseOperator):
             "queue_size": self.queue_size,
             "verify_sql": self.verify_sql,
         }
+
+    def _label(self, name: str = "") -> str:
+        """Return the DAG's and the task's id, shortened at its start: the end tells tasks of one DAG apart."""
+        from pgbg_orchestration.job import LABEL_BYTES
+
+        full = f"{self.dag_id}.{self.task_id}{name}".encode()
+        if len(full) <= LABEL_BYTES:
+            return full.decode()
+        return f"…{full[-(LABEL_BYTES - 3) :].decode(errors='ignore')}"
 
     def _check(self, arguments: dict[str, Any]) -> Job:
         """Refuse what no worker can run, and what no trigger can carry, before the task defers.
@@ -276,16 +289,6 @@ class PgBackgroundOperator(BaseOperator):
         if self.execution_timeout is not None:
             bounds.append(context["ti"].start_date + self.execution_timeout)
         return min(bounds, default=None)
-
-
-def _default_label(dag_id: str, task_id: str) -> str:
-    from pgbg_orchestration.job import LABEL_BYTES
-
-    full = f"{dag_id}.{task_id}"
-    if len(full.encode()) <= LABEL_BYTES:
-        return full
-    # The task's end tells tasks of one DAG apart.
-    return f"…{full.encode()[-(LABEL_BYTES - 3) :].decode(errors='ignore')}"
 
 
 _STORABLE = ("str", "int", "float", "bool", "NoneType", "datetime", "date", "timedelta", "Decimal", "UUID")

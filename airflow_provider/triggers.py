@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -12,17 +10,10 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from . import events
 from .hook import PgBackgroundHook
+from .triggering import GOES_ON, shared_conninfo, state_of
 
 if TYPE_CHECKING:
-    from pgbg_orchestration import Event, Job
-
-CONNECTION_SECONDS = 60.0
-"""How long a resolved connection is used for further triggers of the same process.
-
-Jobs share launching sessions by equal connection strings, and a token (IAM) differs from one call to the next.
-"""
-
-_conninfos: dict[tuple[str, str | None, str | None], tuple[float, asyncio.Task[str]]] = {}
+    from pgbg_orchestration import Job
 
 
 class PgBackgroundTrigger(BaseTrigger):
@@ -102,7 +93,7 @@ class PgBackgroundTrigger(BaseTrigger):
     async def _run_job(self) -> Any:
         from pgbg_orchestration.running import shared_launcher
 
-        conninfo = await self._conninfo()
+        conninfo = await shared_conninfo(self.postgres_conn_id, self.database, self.endpoint)
         async with shared_launcher(conninfo, schema=self.schema) as launcher:
             return await launcher.run(
                 self._job(),
@@ -112,16 +103,13 @@ class PgBackgroundTrigger(BaseTrigger):
                 accept_changed_sql=True,
                 slot_timeout=self.slot_timeout,
                 deadline=self.deadline,
-                observer=self._observe,
+                observer=events.watch,
             )
 
     def _job(self) -> Job:
         from pgbg_orchestration import Job
 
         return Job(**self.job)
-
-    def _observe(self, event: Event) -> None:
-        """Progress is looked at for those who watch; the core itself writes each event to the log."""
 
     async def on_kill(self) -> None:
         """Cancel the worker of a task that a user ended; leave it at work when the task still waits for it.
@@ -132,17 +120,16 @@ class PgBackgroundTrigger(BaseTrigger):
         """
         if not self.cancel_on_kill:
             return
-        state = await self._task_state()
-        if state == "deferred":
-            self.log.info("The task is waiting for job %s elsewhere: its worker is left alone.", self.job["id"])
-            return
-        if state in ("queued", "scheduled", "running", "up_for_retry", "none"):
-            self.log.info("The task goes on in state %s: the worker of job %s is left to it.", state, self.job["id"])
+        state = await state_of(self.task_instance)
+        if state in GOES_ON:
+            self.log.info("The task goes on (%s): job %s is left alone.", state, self.job["id"])
             return
         from pgbg_orchestration.running import shared_launcher
 
         self.log.info("The task is %s: cancelling job %s.", state or "gone", self.job["id"])
-        async with shared_launcher(await self._conninfo(), schema=self.schema) as launcher:
+        async with shared_launcher(
+            await shared_conninfo(self.postgres_conn_id, self.database, self.endpoint), schema=self.schema
+        ) as launcher:
             ended = await launcher.cancel(
                 self.job["id"],
                 owner=self.job.get("owner"),
@@ -150,36 +137,3 @@ class PgBackgroundTrigger(BaseTrigger):
                 reason=f"the Airflow task is {state or 'gone'}",
             )
         self.log.info("Job %s is %s.", self.job["id"], ended)
-
-    async def _task_state(self) -> str | None:
-        """Return the task instance's state now, None when it is gone."""
-        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
-
-        ti = self.task_instance
-        if ti is None:
-            return None
-        mapped = ti.map_index is not None and ti.map_index >= 0
-        states = await asyncio.to_thread(
-            RuntimeTaskInstance.get_task_states,
-            dag_id=ti.dag_id,
-            task_ids=[ti.task_id],
-            run_ids=[ti.run_id],
-            map_index=ti.map_index if mapped else None,
-        )
-        key = f"{ti.task_id}_{ti.map_index}" if mapped else ti.task_id
-        by_task = states.get(ti.run_id) or {}
-        if key not in by_task:
-            return None
-        return str(by_task[key]) if by_task[key] is not None else "none"
-
-    async def _conninfo(self) -> str:
-        key = (self.postgres_conn_id, self.database, self.endpoint)
-        now = time.monotonic()
-        until, finding = _conninfos.get(key, (0.0, None))
-        loop = asyncio.get_running_loop()
-        if finding is None or until < now or finding.get_loop() is not loop or (finding.done() and finding.exception()):
-            hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
-            finding = loop.create_task(hook.aconninfo())
-            _conninfos[key] = (now + CONNECTION_SECONDS, finding)
-        # Others wait for the same answer: a trigger that is cancelled takes it from nobody.
-        return await asyncio.shield(finding)

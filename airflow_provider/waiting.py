@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk.exceptions import AirflowException
 
+from . import events
+
 if TYPE_CHECKING:
     from pgbg_orchestration import Job, Outcome
 
@@ -121,7 +123,7 @@ class Waiting:
 
             async def run_one(job: Job) -> Outcome:
                 async with slots:
-                    return await launcher.run(job, on_cancel="cancel", observer=_watch, **options)
+                    return await launcher.run(job, on_cancel="cancel", observer=events.watch, **options)
 
             tasks = [asyncio.create_task(run_one(job)) for job in jobs]
             try:
@@ -132,7 +134,3 @@ class Waiting:
                     task.cancel()
                 outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         return outcomes
-
-
-def _watch(_event: Any) -> None:
-    """Progress is looked at for those who watch; the core itself writes each event to the log."""

@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 from urllib.parse import quote, urlencode
 
 import httpx
-import psutil
+import psutil  # type: ignore[import-untyped]
 from psycopg.conninfo import conninfo_to_dict
 
 COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
@@ -371,7 +371,7 @@ def _url(conninfo: str, scheme: str) -> str:
     login = quote(given.get("user", ""), safe="")
     if "password" in given:
         login += f":{quote(given['password'], safe='')}"
-    where = urlencode({name: given[name] for name in ("host", "port") if name in given})
+    where = urlencode([(name, given[name]) for name in ("host", "port") if name in given])
     return f"{scheme}://{login}@/{quote(given['dbname'], safe='')}?{where}"
 
 

@@ -1,0 +1,81 @@
+"""``@task.pg_background``: a function that returns SQL, or SQL and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, task_decorator_factory
+from airflow.sdk.definitions._internal.types import SET_DURING_EXECUTION
+
+from .operators import PgBackgroundOperator
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+
+class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
+    """Calls a function and runs the SQL that it returns.
+
+    Parameters
+    ----------
+    python_callable:
+        Returns SQL (one text or a list of statements), or a tuple of SQL and parameters.
+    op_args, op_kwargs:
+        What it is called with.
+    kwargs:
+        As :class:`PgBackgroundOperator` takes them, without ``sql``.
+    """
+
+    # Not `sql`: what the function returns may hold braces, and Jinja is for what a DAG file says.
+    template_fields: Sequence[str] = (
+        *DecoratedOperator.template_fields,
+        *(name for name in PgBackgroundOperator.template_fields if name != "sql"),
+    )
+    template_fields_renderers: ClassVar[dict[str, str]] = {
+        **DecoratedOperator.template_fields_renderers,
+        **PgBackgroundOperator.template_fields_renderers,
+    }
+    custom_operator_name = "@task.pg_background"
+
+    def __init__(
+        self,
+        *,
+        python_callable: Callable[..., Any],
+        op_args: Collection[Any] | None = None,
+        op_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            python_callable=python_callable, op_args=op_args, op_kwargs=op_kwargs, sql=SET_DURING_EXECUTION, **kwargs
+        )
+
+    def execute(self, context: Context) -> Any:
+        """Call the function, and run what it returned."""
+        from airflow.sdk.bases.decorator import determine_kwargs
+        from airflow.sdk.definitions.context import context_merge
+
+        context_merge(context, self.op_kwargs)
+        returned = self.python_callable(*self.op_args, **determine_kwargs(self.python_callable, self.op_args, context))
+        if isinstance(returned, tuple):
+            returned, self.parameters = returned
+        if not isinstance(returned, str | list) or not returned:
+            raise TypeError(
+                "a function of @task.pg_background returns SQL, a list of statements, or a tuple of one of them and "
+                f"its parameters, not a {type(returned).__name__}"
+            )
+        self.sql = returned
+        # Not DecoratedOperator's, which takes the outcome for the function's own value.
+        return PgBackgroundOperator.execute(self, context)
+
+
+def pg_background_task(
+    python_callable: Callable[..., Any] | None = None, multiple_outputs: bool | None = None, **kwargs: Any
+) -> TaskDecorator:
+    """Wrap a function that returns SQL into a task; Airflow calls this for ``@task.pg_background``."""
+    return task_decorator_factory(
+        python_callable=python_callable,
+        multiple_outputs=multiple_outputs,
+        decorated_operator_class=PgBackgroundDecoratedOperator,
+        **kwargs,
+    )
