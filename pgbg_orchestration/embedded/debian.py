@@ -98,6 +98,8 @@ def mirror() -> str:
         text=True,
         check=False,
     )
+    if listing.returncode != 0:
+        raise PackageUnavailableError(f"apt does not tell its Debian mirror: {listing.stderr.strip()}")
     for line in listing.stdout.splitlines():
         created_by, origin, uri = line.split("|", 2)
         uri = uri.rstrip("/")
