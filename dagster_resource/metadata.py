@@ -13,7 +13,7 @@ SQL_LIMIT = 20_000
 """Characters of SQL that go into the event log; every materialization keeps its own copy there."""
 
 # Command tags whose count is that of the rows put into a table. UPDATE and DELETE say nothing of its size.
-FILLING = ("INSERT", "SELECT", "COPY", "MERGE")
+FILLING = ("INSERT", "CREATE TABLE AS", "COPY", "MERGE")
 
 
 def sql_block(sql: str) -> MetadataValue[Any]:

@@ -23,17 +23,17 @@ class Seconds(Config):
 
 
 @asset
-def plain(context: AssetExecutionContext, config: Seconds, pg: PgBackgroundResource) -> MaterializeResult:
+def plain(context: AssetExecutionContext, config: Seconds, pg: PgBackgroundResource) -> MaterializeResult[None]:
     return pg.run(context, WORK.format(who="plain", seconds=config.seconds)).to_materialize_result()
 
 
 @asset(retry_policy=RetryPolicy(max_retries=3, delay=0.2))
-def stubborn(context: AssetExecutionContext, config: Seconds, pg: PgBackgroundResource) -> MaterializeResult:
+def stubborn(context: AssetExecutionContext, config: Seconds, pg: PgBackgroundResource) -> MaterializeResult[None]:
     return pg.run(context, WORK.format(who="stubborn", seconds=config.seconds)).to_materialize_result()
 
 
 @asset
-def many(context: AssetExecutionContext, config: Seconds, pg: PgBackgroundResource) -> MaterializeResult:
+def many(context: AssetExecutionContext, config: Seconds, pg: PgBackgroundResource) -> MaterializeResult[None]:
     jobs = {f"part_{number}": WORK.format(who="many", seconds=config.seconds) for number in range(30)}
     pg.run_many(context, jobs, max_running=8)
     return MaterializeResult()

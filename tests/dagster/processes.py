@@ -76,7 +76,9 @@ class Dagster:
         while time.monotonic() < deadline:
             assert self._process.poll() is None, self.log()
             try:
-                answer = self.ask("{ repositoriesOrError { ... on RepositoryConnection { nodes { location { name } } } } }")
+                answer = self.ask(
+                    "{ repositoriesOrError { ... on RepositoryConnection { nodes { location { name } } } } }"
+                )
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.3)
                 continue
@@ -189,9 +191,7 @@ class Dagster:
 
     def runs(self) -> list[dict[str, Any]]:
         """All runs, newest first: runId, status, parentRunId, tags."""
-        answer = self.ask(
-            "{ runsOrError { ... on Runs { results { runId status parentRunId tags { key value } } } } }"
-        )
+        answer = self.ask("{ runsOrError { ... on Runs { results { runId status parentRunId tags { key value } } } } }")
         return list(answer["runsOrError"]["results"])
 
     def run_process(self, run_id: str) -> int:
@@ -202,7 +202,7 @@ class Dagster:
             if run_id in arguments:
                 return int(pid)
         # A code server forks nothing: it starts runs as children of its own that carry the run's id in no argument.
-        for line in (self.messages(run_id)):
+        for line in self.messages(run_id):
             if "pid" in line:
                 return int(line.rsplit("pid:", 1)[1].split(")")[0].strip())
         raise LookupError(f"no process executes run {run_id}")
