@@ -36,7 +36,7 @@ _WHICH, _HOW, _WHEN = "Which work it is", "How the SQL runs", "Waiting and repea
 
 def run(
     sql: Annotated[
-        str | None, typer.Argument(metavar="[SQL]", show_default=False, help="The statements; - or nothing: stdin.")
+        str | None, typer.Argument(metavar="SQL", show_default=False, help="The statements; - or nothing: stdin.")
     ] = None,
     file: Annotated[
         Path | None,
