@@ -263,7 +263,7 @@ class TestSetup:
         assert for_psql.startswith("-- pgbg schema")
 
         with extension_database.connect() as connection:
-            connection.execute(script)  # type: ignore[call-overload]
+            connection.execute(script)
             assert install.installed_version(connection, "pgbg") == install.VERSION
 
     def test_without_the_extension(self, empty_database: Database) -> None:
@@ -346,7 +346,7 @@ class TestInterrupts:
 
     async def test_a_job_without_a_receipt(self, db: Watched) -> None:
         process = await start(db, "run", "select pg_sleep(60)", "--kind", "session")
-        await eventually(lambda: db.workers(), "its worker")
+        await eventually(db.workers, "its worker")
 
         process.send_signal(signal.SIGINT)
         printed, code = await output_of(process)

@@ -1,0 +1,193 @@
+"""The doctor, on servers with and without what it looks for, and as logins that may see much or little."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from typer.testing import CliRunner
+
+from pgbg_orchestration.cli import app
+from pgbg_orchestration.cli.codes import ExitCode
+from pgbg_orchestration.doctor import Finding, Status, examine, worst
+from pgbg_orchestration.errors import ServerUnreachable
+from tests.conftest import Database
+from tests.core.kit import APP, Watched
+from tests.servers.kinds import Server
+
+# Not of the database but of the machine, the server's load, or the kind of server under test.
+ELSEWHERE = {"shared memory", "worker slots"}
+
+
+async def look(conninfo: str, schema: str = "pgbg") -> dict[str, Finding]:
+    findings = await examine(conninfo, schema=schema)
+    assert len({finding.name for finding in findings}) == len(findings), "a name twice"
+    return {finding.name: finding for finding in findings}
+
+
+def troubles(found: dict[str, Finding]) -> set[str]:
+    return {name for name, f in found.items() if f.status in (Status.FAILS, Status.WARNING)} - ELSEWHERE
+
+
+async def test_all_is_well(db: Watched) -> None:
+    """For the login that has pgbackground_role and nothing else."""
+    found = await look(db.conninfo)
+
+    expected = {"pg_background"} if db.server.is_standin else set()
+    assert troubles(found) == expected
+    assert worst(found.values()) is (Status.WARNING if expected else Status.OK)
+    assert APP in found["reached"].text
+    assert found["pg_background"].text.count(db.server.surface) == 1
+    assert "stand-in" in found["pg_background"].text or not db.server.is_standin
+    assert db.workers() == []
+
+
+async def test_no_extension(empty_database: Database) -> None:
+    found = await look(empty_database.conninfo)
+
+    assert found["pg_background"].status is Status.FAILS
+    assert found["pgbg"].status is Status.FAILS
+    todo = found["pg_background"].todo or ""
+    assert "CREATE EXTENSION pg_background;" in todo or "install its package" in todo
+    assert "library" not in found
+
+
+async def test_no_schema(extension_database: Database) -> None:
+    found = await look(extension_database.conninfo)
+
+    assert found["library"].status is Status.OK
+    assert found["pgbg"].status is Status.FAILS
+    assert "pgbg install" in (found["pgbg"].todo or "")
+
+
+async def test_a_schema_of_another_name(db: Watched) -> None:
+    assert (await look(db.conninfo, schema="other"))["other"].status is Status.FAILS
+
+
+async def test_a_login_without_the_role(db: Watched) -> None:
+    db.role("pgbg_nobody", "login", ())
+
+    found = await look(db.database.conninfo_as("pgbg_nobody"))
+
+    assert found["role membership"].status is Status.FAILS
+    todo = found["role membership"].todo or ""
+    assert todo == 'GRANT "pgbackground_role" TO "pgbg_nobody";'
+    assert found["pgbg"].status is Status.FAILS
+
+    db.sql(todo)
+    assert "role membership" not in troubles(await look(db.database.conninfo_as("pgbg_nobody")))
+    db.sql("revoke pgbackground_role from pgbg_nobody")
+
+
+async def test_a_login_that_does_not_inherit(db: Watched) -> None:
+    db.role("pgbg_noinherit", "login noinherit")
+
+    found = await look(db.database.conninfo_as("pgbg_noinherit"))
+
+    assert found["role membership"].status is Status.FAILS
+    db.sql(found["role membership"].todo or "")
+    assert "role membership" not in troubles(await look(db.database.conninfo_as("pgbg_noinherit")))
+    db.sql("drop role pgbg_noinherit")
+
+
+async def test_grants_on_the_schema_that_are_gone(db: Watched) -> None:
+    db.sql("revoke execute on all functions in schema pgbg from pgbackground_role")
+    functions = (await look(db.conninfo))["functions"]
+    assert functions.status is Status.FAILS
+    db.sql("revoke usage on schema pgbg from pgbackground_role")
+    assert (await look(db.conninfo))["pgbg"].status is Status.FAILS
+
+    db.sql(functions.todo or "")
+    assert "pgbg" not in troubles(await look(db.conninfo))
+    assert "functions" not in await look(db.conninfo)
+
+
+async def test_a_schema_of_another_version(db: Watched) -> None:
+    db.sql("update pgbg.meta set version = 99")
+    newer = (await look(db.conninfo))["pgbg"]
+    db.sql("update pgbg.meta set version = 0")
+    older = (await look(db.conninfo))["pgbg"]
+
+    assert (newer.status, older.status) == (Status.FAILS, Status.FAILS)
+    assert "Upgrade" in (newer.todo or "")
+    assert older.todo == "pgbg install"
+
+
+async def test_who_could_forge_receipts(db: Watched) -> None:
+    db.role("pgbg_forger", "login", ("pgbackground_role", "pgbg_owner"))
+    try:
+        owner = (await look(db.database.conninfo_as("pgbg_forger")))["owner"]
+        assert owner.status is Status.WARNING
+        assert owner.todo == 'REVOKE "pgbg_owner" FROM "pgbg_forger";'
+    finally:
+        db.sql("drop role pgbg_forger")
+
+
+async def test_settings_that_hurt(db: Watched) -> None:
+    options = (
+        "-c statement_timeout=5min -c lock_timeout=3s -c synchronous_commit=off -c default_transaction_read_only=on"
+    )
+
+    found = await look(db.database.conninfo_as(APP, options=options))
+
+    hurting = {"statement_timeout", "lock_timeout", "synchronous_commit", "read-write"}
+    assert hurting <= troubles(found)
+    assert found["statement_timeout"].text.startswith("5min ")
+    assert found["read-write"].status is Status.FAILS
+    assert worst(found.values()) is Status.FAILS
+
+
+@pytest.mark.servers("real", "embedded")
+async def test_what_a_login_may_not_see_is_not_visible(db: Watched) -> None:
+    ordinary = (await look(db.conninfo))["worker slots"]
+    administrator = (await look(db.admin_conninfo))["worker slots"]
+
+    assert ordinary.status is Status.HIDDEN
+    assert "not visible" in ordinary.text
+    assert ordinary.todo == f'GRANT pg_read_all_stats TO "{APP}";'
+    assert administrator.status is Status.OK
+
+
+@pytest.mark.servers("real", "embedded")
+async def test_few_slots_and_none_free(own_db: Callable[..., Watched]) -> None:
+    db = own_db(max_worker_processes=2, settings={"track_activities": "off"})
+    assert (await look(db.admin_conninfo))["room"].status is Status.WARNING
+
+    with db.database.connect() as launching:
+        launching.execute("select * from pg_background_launch('select pg_sleep(60)')")
+        found = await look(db.admin_conninfo)
+        launching.execute("select pg_background_cancel_all()")
+
+    # The launcher of logical replication has the other slot.
+    assert found["worker slots"].status is Status.WARNING
+    assert "All 2 are used (1 pg_background, 1 logical replication)" in found["worker slots"].text
+    assert found["track_activities"].status is Status.WARNING
+
+
+async def test_known_faults_of_old_versions(database: Database, server: Server) -> None:
+    found = await look(database.conninfo)
+
+    if server.is_standin:
+        assert "cancel" not in found
+    else:
+        assert found["cancel"].status is Status.OK
+        assert "pg_cancel_backend" in found["cancel"].text
+
+
+async def test_unreachable() -> None:
+    with pytest.raises(ServerUnreachable):
+        await examine("host=127.0.0.1 port=1 connect_timeout=2")
+
+
+def test_the_command(db: Watched) -> None:
+    people = CliRunner().invoke(app, ["doctor", "--dsn", db.conninfo])
+    machines = CliRunner().invoke(app, ["doctor", "--dsn", db.conninfo, "--json"])
+    failing = CliRunner().invoke(app, ["doctor", "--dsn", db.conninfo, "--schema", "other"])
+
+    expected = ExitCode.DOCTOR_WARNS if db.server.is_standin else ExitCode.OK
+    assert (people.exit_code, machines.exit_code, failing.exit_code) == (expected, expected, ExitCode.DOCTOR_FAILS)
+    document = json.loads(machines.stdout)
+    assert document["status"] == ("warning" if db.server.is_standin else "ok")
+    assert {finding["status"] for finding in document["findings"]} <= {"ok", "warning", "fails", "not visible"}
+    assert all(finding["name"] in people.stdout for finding in document["findings"])
