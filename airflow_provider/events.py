@@ -84,8 +84,18 @@ def result_of(event: Mapping[str, Any] | None) -> dict[str, Any]:
             "the task was resumed without an event", todo="Clear it: a job that committed is not run again."
         )
     if event.get("status") != COMMITTED:
-        raise to_error(event)
+        raise advised(to_error(event))
     return {name: value for name, value in event.items() if name != "status"}
+
+
+def advised(error: PgbgError) -> PgbgError:
+    """Add what can be done in Airflow to what the error says."""
+    from pgbg_orchestration.errors import ExtensionMissing, ExtensionTooOld
+
+    if isinstance(error, ExtensionMissing | ExtensionTooOld):
+        other = "Where it cannot be installed, SQLExecuteQueryOperator runs the SQL in a session of the task's own."
+        error.todo = f"{error.todo or ''} {other}".strip()
+    return error
 
 
 def was_stopped(error: PgbgError, why: str) -> bool:

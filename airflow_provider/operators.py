@@ -158,6 +158,8 @@ class PgBackgroundOperator(BaseOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the job: defer to a trigger, or wait here."""
+        from pgbg_orchestration.errors import PgbgError
+
         from . import events
         from .identity import identify
 
@@ -171,7 +173,7 @@ class PgBackgroundOperator(BaseOperator):
             self._defer_to(PgBackgroundTrigger(job=job, **self._trigger_arguments(deadline)), deadline)
         (end,) = self._run_here([checked], deadline)
         if isinstance(end, BaseException):
-            raise end
+            raise events.advised(end) if isinstance(end, PgbgError) else end
         return self.execute_complete({}, events.of_outcome(end))
 
     def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""One real Airflow, shared by all tests here: its own processes, two triggerers, metadata in PostgreSQL."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgbg_orchestration.embedded.databases import Databases
+from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
+from tests.conftest import Running
+from tests.servers.debian import ServerUnavailableError
+from tests.servers.kinds import Server
+
+pytest.importorskip("airflow")
+
+from demo.airflow_processes import AirflowProcesses
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parents[1] / "example_dags"
+
+
+@dataclass
+class Lab:
+    """A running Airflow, and the database in which its tasks run their jobs."""
+
+    processes: AirflowProcesses
+    conninfo: str
+    admin: psycopg.Connection[Any]
+
+    def rows(self, query: str, *arguments: object) -> list[tuple[Any, ...]]:
+        """What a query returns."""
+        return self.admin.execute(query.encode(), arguments).fetchall()
+
+    def start(self, dag_id: str, run_id: str, sql: str) -> str:
+        """Start a run of a probe and return its run id."""
+        self.processes.wait_for_dag(dag_id)
+        return self.processes.trigger_dag(dag_id, run_id=run_id, conf={"sql": sql})
+
+    def workers(self, run_id: str) -> list[int]:
+        """Process ids of the run's workers that are at work."""
+        found = self.rows(
+            "select running_pid from pgbg.jobs where label = %s and running_pid is not null order by 1", run_id
+        )
+        return [pid for (pid,) in found]
+
+    def effects(self, run_id: str) -> int:
+        """How many times the run's work was committed."""
+        return int(self.rows("select count(*) from effect where run = %s", run_id)[0][0])
+
+    def states(self, run_id: str) -> list[str]:
+        """States of the run's jobs, oldest generation first."""
+        return [s for (s,) in self.rows("select state from pgbg.jobs where label = %s order by generation", run_id)]
+
+    def wait(self, there: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+        """Wait until something is true."""
+        until = time.monotonic() + seconds
+        while not there():
+            assert time.monotonic() < until, f"not after {seconds:.0f} s: {what}"
+            time.sleep(0.1)
+
+    def wait_for_states(self, run_id: str, states: list[str]) -> None:
+        """Wait until the run's jobs are in these states, oldest generation first."""
+        until = time.monotonic() + 60
+        while (found := self.states(run_id)) != states and time.monotonic() < until:
+            time.sleep(0.1)
+        assert found == states
+
+    def wait_for_worker(self, run_id: str) -> int:
+        """Wait until a worker of the run is at work, and return its process id."""
+        self.wait(lambda: self.workers(run_id), f"a worker of {run_id}", 90)
+        return self.workers(run_id)[0]
+
+    def wait_for_no_worker(self, run_id: str) -> None:
+        """Wait until no worker of the run is left."""
+        self.wait(lambda: not self.workers(run_id), f"the end of the workers of {run_id}")
+
+
+@pytest.fixture(scope="session")
+def airflow_server(running: Running) -> Server:
+    """The server for Airflow's metadata and for the jobs: the real extension, in its own server or an embedded one."""
+    reasons = []
+    for kind in ("real", "embedded"):
+        try:
+            return running.get(kind)
+        except (ServerUnavailableError, RealExtensionUnavailableError) as error:
+            reasons.append(f"{kind}: {error}")
+    pytest.skip("; ".join(reasons))
+
+
+@pytest.fixture(scope="session")
+def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """The running Airflow. A test that stops a component starts it again."""
+    databases: Databases = running.databases(airflow_server)
+    jobs, metadata = databases.create("schema"), databases.create("empty")
+    home = tmp_path_factory.mktemp("airflow")
+    dags = home / "dags"
+    dags.mkdir()
+    for source in (HERE / "dags").iterdir():
+        if source.suffix == ".py":
+            (dags / source.name).symlink_to(source)
+    for source in EXAMPLES.glob("airflow_*.py"):
+        (dags / source.name).symlink_to(source)
+    (dags / "sql").symlink_to(EXAMPLES / "sql")
+    conninfo = airflow_server.conninfo(jobs)
+    with psycopg.connect(conninfo, autocommit=True) as admin:
+        admin.execute("create table effect (run text, at timestamptz default clock_timestamp(), pid int)")
+        admin.execute("create sequence tries")
+        processes = AirflowProcesses(
+            home,
+            dags,
+            airflow_server.conninfo(metadata),
+            connections={"postgres_default": conninfo},
+            triggerers=2,
+        )
+        try:
+            with processes:
+                yield Lab(processes, conninfo, admin)
+        finally:
+            admin.close()
+            for name in (jobs, metadata):
+                databases.drop(name)

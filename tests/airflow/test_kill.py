@@ -1,0 +1,123 @@
+"""When a trigger's on_kill runs, and what it may do: each row of the table in docs/airflow.md, in a real Airflow."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from .conftest import Lab
+
+pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow]
+
+
+def _long(run_id: str, seconds: int = 300) -> str:
+    return f"insert into effect (run, pid) values ('{run_id}', pg_backend_pid()); select pg_sleep({seconds})"
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("mark-failed", lambda lab, run: lab.processes.mark("deferred", run, "job", "failed")),
+        ("mark-success", lambda lab, run: lab.processes.mark("deferred", run, "job", "success")),
+        ("mark-run-failed", lambda lab, run: lab.processes.mark_run("deferred", run, "failed")),
+    ],
+)
+def test_what_a_user_ends_is_cancelled(lab: Lab, name: str, end: Callable[[Lab, str], None]) -> None:
+    run = lab.start("deferred", name, _long(name))
+    lab.wait_for_worker(run)
+
+    end(lab, run)
+
+    lab.wait_for_no_worker(run)
+    lab.wait_for_states(run, ["cancelled"])
+    assert lab.effects(run) == 0
+
+
+def test_cancel_on_kill_can_be_refused(lab: Lab) -> None:
+    run = lab.start("deferred_leaves", "left alone", _long("left alone", 8))
+    lab.wait_for_worker(run)
+
+    lab.processes.mark("deferred_leaves", run, "job", "failed")
+
+    lab.wait_for_states(run, ["committed"])
+    assert lab.effects(run) == 1
+
+
+def test_a_deleted_dag_takes_its_workers_along(lab: Lab) -> None:
+    run = lab.start("to_delete", "deleted", _long("deleted"))
+    lab.wait_for_worker(run)
+
+    # Airflow refuses to delete a DAG with running tasks; its runs it deletes.
+    lab.processes.call("DELETE", f"/dags/to_delete/dagRuns/{run}")
+
+    lab.wait_for_no_worker(run)
+    assert lab.effects(run) == 0
+
+
+@pytest.mark.parametrize("dag_id", ["deferred", "deferred_waits"])
+def test_a_clear_while_running_never_has_two_workers(lab: Lab, dag_id: str) -> None:
+    run = lab.start(dag_id, f"cleared {dag_id}", _long(f"cleared {dag_id}", 12))
+    first = lab.wait_for_worker(run)
+    seen: set[int] = {first}
+
+    lab.processes.clear(dag_id, run, ["job"])
+
+    def finished() -> bool:
+        workers = lab.workers(run)
+        assert len(workers) <= 1, f"two workers of one task at once: {workers}"
+        seen.update(workers)
+        return lab.processes.run_state(dag_id, run) in ("success", "failed")
+
+    lab.wait(finished, "the end of the cleared run", 120)
+    assert lab.processes.run_state(dag_id, run) == "success"
+    assert len(seen) == 2
+    assert lab.effects(run) == (1 if dag_id == "deferred" else 2)
+    assert lab.states(run)[-1] == "committed"
+
+
+def test_a_triggerer_that_was_stalled_cancels_nothing(lab: Lab) -> None:
+    run = lab.start("deferred", "stalled", _long("stalled", 45))
+    worker = lab.wait_for_worker(run)
+    busy = _triggerer_of(lab, run)
+
+    lab.processes.signal(busy, signal.SIGSTOP)
+    time.sleep(25)  # longer than the health check's threshold, so that the other triggerer takes over
+    lab.processes.signal(busy, signal.SIGCONT)
+
+    assert lab.processes.wait_for_run("deferred", run) == "success"
+    assert lab.effects(run) == 1
+    assert [pid for (pid,) in lab.rows("select pid from effect where run = %s", run)] == [worker]
+
+
+def test_a_killed_triggerer_is_replaced(lab: Lab) -> None:
+    run = lab.start("deferred", "triggerer killed", _long("triggerer killed", 20))
+    worker = lab.wait_for_worker(run)
+    busy = _triggerer_of(lab, run)
+
+    lab.processes.kill(busy)
+    try:
+        assert lab.processes.wait_for_run("deferred", run) == "success"
+    finally:
+        lab.processes.start_component(busy)
+    assert [pid for (pid,) in lab.rows("select pid from effect where run = %s", run)] == [worker]
+
+
+def test_marked_while_it_waits_in_its_own_process(lab: Lab) -> None:
+    run = lab.start("here", "here marked", _long("here marked"))
+    lab.wait_for_worker(run)
+
+    lab.processes.mark("here", run, "job", "failed")
+
+    lab.wait_for_no_worker(run)
+    lab.wait_for_states(run, ["cancelled"])
+    assert lab.effects(run) == 0
+
+
+def _triggerer_of(lab: Lab, run_id: str) -> str:
+    """Which component runs the trigger of the run."""
+    names = [name for name in lab.processes.components if name.startswith("triggerer")]
+    lab.wait(lambda: any(run_id in lab.processes.log(name) for name in names), "a triggerer that tells of the run")
+    return next(name for name in names if run_id in lab.processes.log(name))

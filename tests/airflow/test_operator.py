@@ -1,0 +1,292 @@
+"""The operator without a server: what it hands to its trigger, what it refuses, what it makes of an event."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime, time, timedelta
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from airflow.sdk.exceptions import TaskDeferred
+
+from airflow_provider import PgBackgroundBatchOperator, PgBackgroundOperator, PgBackgroundTrigger, SqlStateRetryPolicy
+from airflow_provider import events as event_of
+from airflow_provider.batch import PgBackgroundBatchTrigger
+from airflow_provider.get_provider_info import get_provider_info
+from airflow_provider.identity import FIRST_RUN, identify
+from pgbg_orchestration import ErrorFields, Outcome, errors
+
+pytestmark = pytest.mark.airflow
+
+BEGAN = datetime(2013, 4, 1, 3, 0, tzinfo=UTC)
+
+
+class Store(dict[str, Any]):
+    """Airflow's task state store, which lives as long as the task instance's row."""
+
+    def set(self, key: str, value: Any, *, retention: timedelta | None = None) -> None:
+        self[key] = value
+
+
+def context(*, try_number: int = 1, max_tries: int = 0, store: Store | None = None, **ti: Any) -> Any:
+    told = {"dag_id": "books", "run_id": "q1", "task_id": "close", "map_index": -1, "start_date": BEGAN, **ti}
+    return {
+        "ti": MagicMock(try_number=try_number, max_tries=max_tries, **told),
+        "task_state_store": Store() if store is None else store,
+    }
+
+
+def deferred(operator: PgBackgroundOperator, given: Any = None) -> TaskDeferred:
+    with pytest.raises(TaskDeferred) as caught:
+        operator.execute(given or context())
+    return caught.value
+
+
+class TestImports:
+    def test_an_operator_costs_a_dag_file_no_driver_and_no_hook(self) -> None:
+        code = (
+            "import sys, airflow.sdk; from airflow_provider.operators import PgBackgroundOperator as P\n"
+            "P(task_id='t', sql='select 1')\n"
+            "print([m for m in sys.modules if m.split('.')[0] in ('psycopg', 'psycopg2')"
+            " or m.startswith(('airflow.providers.postgres.hooks', 'airflow.triggers', 'pgbg_orchestration'))])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+        assert done.stdout.splitlines()[-1] == "[]"
+
+    def test_the_provider_info_is_valid(self) -> None:
+        from importlib import resources
+
+        import jsonschema  # type: ignore[import-untyped]
+
+        schema = json.loads(resources.files("airflow").joinpath("provider_info.schema.json").read_text())
+
+        jsonschema.validate(get_provider_info(), schema)
+
+    def test_the_decorator_is_found_under_its_name(self) -> None:
+        from airflow.sdk import task
+
+        assert callable(task.pg_background)
+
+
+class TestIdentity:
+    def test_automatic_retries_share_a_job(self) -> None:
+        store = Store()
+        first = identify(context(try_number=1, max_tries=3, store=store))
+
+        assert identify(context(try_number=2, max_tries=3, store=store)) == first
+
+    def test_a_clear_starts_a_later_generation_of_the_same_series(self) -> None:
+        store = Store()
+        first = identify(context(try_number=1, max_tries=3, store=store))
+        cleared = identify(context(try_number=2, max_tries=4, store=store))
+
+        assert cleared.series == first.series == "airflow:books/q1/close/-1"
+        assert cleared.generation > first.generation
+        assert cleared.job_id != first.job_id
+
+    def test_a_run_made_again_under_the_same_id_is_later_than_any_clear_of_the_old_one(self) -> None:
+        old, new = Store({FIRST_RUN: 1_000}), Store({FIRST_RUN: 1_001})
+
+        assert (
+            identify(context(max_tries=0, store=new)).generation > identify(context(max_tries=99, store=old)).generation
+        )
+
+    def test_without_durability_each_try_is_a_job(self) -> None:
+        store = Store()
+        first = identify(context(try_number=1, max_tries=3, store=store), durable=False)
+        second = identify(context(try_number=2, max_tries=3, store=store), durable=False)
+
+        assert second.generation > first.generation
+        assert second.job_id != first.job_id
+
+    def test_a_store_that_fails_fails_the_try(self) -> None:
+        store = MagicMock()
+        store.get.side_effect = RuntimeError("the API server is away")
+
+        with pytest.raises(RuntimeError, match="away"):
+            identify(context(store=store))
+
+
+class TestDeferring:
+    def test_the_job_travels_in_the_triggers_arguments(self) -> None:
+        operator = PgBackgroundOperator(
+            task_id="close",
+            sql=["select 1", "select 2"],
+            parameters=None,
+            label="close the quarter",
+            settings={"work_mem": "64MB"},
+            role="bookkeeper",
+            isolation="serializable",
+            postgres_conn_id="books",
+            deferrable=True,
+        )
+        trigger = deferred(operator).trigger
+
+        assert isinstance(trigger, PgBackgroundTrigger)
+        assert trigger.postgres_conn_id == "books"
+        assert {name: trigger.job[name] for name in ("sql", "label", "settings", "role", "isolation")} == {
+            "sql": ["select 1", "select 2"],
+            "label": "close the quarter",
+            "settings": {"work_mem": "64MB"},
+            "role": "bookkeeper",
+            "isolation": "serializable",
+        }
+        assert trigger.job["series"] == "airflow:books/q1/close/-1"
+
+    def test_another_copy_of_the_trigger_does_the_same(self) -> None:
+        trigger = deferred(PgBackgroundOperator(task_id="t", sql="select 1", timeout=60, deferrable=True)).trigger
+        path, arguments = trigger.serialize()
+        from airflow.sdk.serde import deserialize, serialize
+
+        stored: Any = deserialize(serialize(arguments))
+        copy = PgBackgroundTrigger(**stored)
+
+        assert path == "airflow_provider.triggers.PgBackgroundTrigger"
+        assert copy.serialize() == trigger.serialize()
+
+    def test_arguments_of_a_newer_release_are_ignored(self) -> None:
+        trigger = PgBackgroundTrigger(job={"id": "a", "sql": "select 1"}, something_new=1)
+
+        assert "something_new" not in trigger.serialize()[1]
+
+    def test_neither_trigger_shows_its_sql(self) -> None:
+        job = {"id": "a", "sql": "select 'secret'", "label": "a", "series": "a"}
+
+        assert "secret" not in repr(PgBackgroundTrigger(job=job))
+        assert "secret" not in repr(PgBackgroundBatchTrigger(jobs={"one": job}))
+
+    def test_the_deadline_is_the_nearer_of_timeout_and_execution_timeout(self) -> None:
+        now = datetime.now(UTC)
+        operator = PgBackgroundOperator(
+            task_id="t", sql="select 1", timeout=3600, execution_timeout=timedelta(seconds=60), deferrable=True
+        )
+        raised = deferred(operator, context(start_date=now))
+
+        assert raised.trigger.deadline == now + timedelta(seconds=60)
+        assert raised.timeout is not None
+        assert raised.timeout > timedelta(minutes=5), "Airflow's own timeout loses the error, so it comes later"
+
+    def test_without_limits_nothing_ends_the_waiting(self) -> None:
+        raised = deferred(PgBackgroundOperator(task_id="t", sql="select 1", deferrable=True))
+
+        assert raised.trigger.deadline is None
+        assert raised.timeout is None
+
+    def test_a_long_label_keeps_its_end(self) -> None:
+        operator = PgBackgroundOperator(task_id="ß" * 60 + "_end", sql="select 1", deferrable=True)
+        label = deferred(operator).trigger.job["label"]
+
+        assert len(label.encode()) <= 64
+        assert label.endswith("ß_end")
+
+    def test_each_job_of_a_batch_has_its_name_in_its_id(self) -> None:
+        operator = PgBackgroundBatchOperator(
+            task_id="sums", jobs={"a": "select 1", "b": {"sql": ["select 2"], "label": "two"}}, deferrable=True
+        )
+        jobs = deferred(operator).trigger.jobs
+
+        assert [job["series"].rsplit("/", 1)[1] for job in jobs.values()] == ["a", "b"]
+        assert jobs["a"]["label"].endswith(".sums.a")
+        assert jobs["b"]["label"] == "two"
+        assert jobs["b"]["sql"] == ["select 2"]
+
+
+class TestRefusals:
+    def test_a_handler(self) -> None:
+        with pytest.raises(ValueError, match="rows are not fetched"):
+            PgBackgroundOperator(task_id="t", sql="select 1", handler=list)
+
+    @pytest.mark.parametrize("value", [b"bytes", time(3, 0), {"deep": [b"bytes"]}])
+    def test_a_parameter_that_no_trigger_can_carry(self, value: object) -> None:
+        operator = PgBackgroundOperator(task_id="t", sql="select %s", parameters=[value], deferrable=True)
+
+        with pytest.raises(errors.InvalidJob, match="cannot store for a trigger"):
+            operator.execute(context())
+
+    def test_sql_that_no_worker_can_run(self) -> None:
+        with pytest.raises(errors.InvalidJob):
+            PgBackgroundOperator(task_id="t", sql="begin; select 1; commit", deferrable=True).execute(context())
+
+    def test_an_unknown_field_of_a_batchs_job(self) -> None:
+        operator = PgBackgroundBatchOperator(task_id="t", jobs={"a": {"sql": "select 1", "priority": 3}})
+
+        with pytest.raises(ValueError, match="priority"):
+            operator.execute(context())
+
+
+class TestEvents:
+    def test_an_outcome_is_the_xcom_value(self) -> None:
+        outcome = Outcome(job_id="a#1", label="a", row_count=3, command_tag="INSERT", started_at=BEGAN, worker_pid=7)
+        result = PgBackgroundOperator(task_id="t", sql="select 1").execute_complete({}, event_of.of_outcome(outcome))
+
+        assert result["row_count"] == 3
+        assert result["started_at"] == "2013-04-01T03:00:00+00:00"
+        assert "status" not in result
+        json.dumps(result)
+
+    @pytest.mark.parametrize("name", sorted(set(errors.__all__) - {"NO_FIELDS", "ErrorFields", "shorten"}))
+    def test_each_error_comes_back_in_its_own_type(self, name: str) -> None:
+        kind = getattr(errors, name)
+        fields = ErrorFields("23514", "new row violates", detail="Failing row", hint="look", constraint_name="c")
+        own: dict[str, Any] = {"fields": fields} if issubclass(kind, errors.WorkerError) else {}
+        error = kind("it failed", job_id="a#1", label="a", todo="do this", **own)
+        event = json.loads(json.dumps(event_of.of_error(error)))
+
+        with pytest.raises(kind) as caught:
+            PgBackgroundOperator(task_id="t", sql="select 1").execute_complete({}, event)
+
+        assert type(caught.value) is kind
+        assert str(error) in str(caught.value) or name.startswith("Extension")
+        assert caught.value.job_id == "a#1"
+
+    def test_the_servers_context_stays_where_it_is(self) -> None:
+        fields = ErrorFields("22012", "division by zero", context='SQL statement "select secret/0"')
+        event = event_of.of_error(errors.WorkerError("it failed", fields=fields))
+
+        assert "secret" not in json.dumps(event)
+
+    def test_an_error_of_a_newer_release_is_an_error_all_the_same(self) -> None:
+        with pytest.raises(errors.PgbgError, match="something new"):
+            event_of.result_of({"status": "failed", "error": "SomethingNew", "message": "something new", "fields": {}})
+
+    def test_a_missing_extension_says_what_else_runs_the_sql(self) -> None:
+        event = event_of.of_error(errors.ExtensionMissing("not installed", todo="CREATE EXTENSION pg_background;"))
+
+        with pytest.raises(errors.ExtensionMissing, match=r"(?s)CREATE EXTENSION.*SQLExecuteQueryOperator"):
+            event_of.result_of(event)
+
+    def test_a_batch_fails_with_what_failed_first_and_notes_the_rest(self) -> None:
+        stopped = errors.JobCancelled("cancelled by x (another job of the batch failed (try 1))")
+        failed = errors.WorkerError("it failed", fields=ErrorFields("22012", "division by zero"))
+        ends = {
+            "one": event_of.of_error(stopped),
+            "two": event_of.of_error(failed),
+            "three": event_of.of_outcome(Outcome(job_id="3", label="3")),
+        }
+        with pytest.raises(errors.WorkerError) as caught:
+            PgBackgroundBatchOperator(task_id="t", jobs={}).execute_complete({}, {"jobs": ends})
+
+        assert any("'one'" in note for note in caught.value.__notes__)
+
+
+class TestRetryPolicyOfTheOperator:
+    def test_the_default_is_by_sqlstate(self) -> None:
+        assert isinstance(PgBackgroundOperator(task_id="t", sql="select 1").retry_policy, SqlStateRetryPolicy)
+
+    def test_the_users_own_stays(self) -> None:
+        own = SqlStateRetryPolicy()
+
+        assert PgBackgroundOperator(task_id="t", sql="select 1", retry_policy=own).retry_policy is own
+
+    def test_the_default_arguments_of_the_dag_stay(self) -> None:
+        from airflow.sdk import DAG
+
+        own = SqlStateRetryPolicy()
+        with DAG("d", schedule=None, default_args={"retry_policy": own}):
+            operator = PgBackgroundOperator(task_id="t", sql="select 1")
+
+        assert operator.retry_policy is own
