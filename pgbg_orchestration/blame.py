@@ -10,6 +10,7 @@ import psycopg
 from . import describing, errors
 from .composing import Work
 from .errors import PgbgError
+from .job import Kind
 from .ledger import Key, Sighting
 from .outcome import ErrorFields
 from .server import ServerFacts
@@ -21,8 +22,17 @@ class _Named(TypedDict):
     label: str
 
 
+class _Ended(_Named):
+    data_state: str | None
+
+
 def _named(work: Work) -> _Named:
     return {"job_id": work.key.job_id, "label": work.label}
+
+
+def _ended(work: Work) -> _Ended:
+    """Name the job, and say what state a worker leaves the data in that was at work."""
+    return {**_named(work), "data_state": None if work.kind is Kind.RECEIPT else errors.PARTLY}
 
 
 def failed(work: Work, fields: ErrorFields) -> PgbgError:
@@ -34,8 +44,10 @@ def failed(work: Work, fields: ErrorFields) -> PgbgError:
             "somebody's pg_cancel_backend."
         )
     elif fields.sqlstate in ("2D000", "25001"):
-        todo = "SQL that commits by itself or cannot run in a transaction block runs as kind='session'."
-    return errors.WorkerError("the SQL failed in its worker", fields=fields, todo=todo, **_named(work))
+        todo = "SQL that commits by itself or cannot run in a transaction block runs alone, as kind='supervised'."
+    elif work.statements[0].keywords[:1] == ("CREATE",) and "CONCURRENTLY" in work.statements[0].keywords:
+        todo = "A CREATE INDEX CONCURRENTLY that fails leaves an invalid index: drop it before the next try."
+    return errors.WorkerError("the SQL failed in its worker", fields=fields, todo=todo, **_ended(work))
 
 
 def cancelled(work: Work, seen: Sighting | None) -> PgbgError:
@@ -45,7 +57,7 @@ def cancelled(work: Work, seen: Sighting | None) -> PgbgError:
         f"cancelled{who}",
         sqlstate=CANCELED,
         todo="To run it all the same: retry_cancelled=True, or a new generation.",
-        **_named(work),
+        **_ended(work),
     )
 
 
@@ -54,7 +66,7 @@ def deadline_passed(work: Work, deadline: datetime | None) -> PgbgError:
     bounds = [] if work.job.timeout is None else [f"its timeout of {work.job.timeout:g} s"]
     bounds += [] if deadline is None else [f"its deadline {deadline.isoformat(timespec='seconds')}"]
     return errors.DeadlinePassed(
-        f"{' or '.join(bounds)} passed, and its worker has ended", sqlstate=CANCELED, **_named(work)
+        f"{' or '.join(bounds)} passed, and its worker has ended", sqlstate=CANCELED, **_ended(work)
     )
 
 
@@ -71,7 +83,7 @@ def no_slot(work: Work) -> PgbgError:
 def superseded(work: Work, seen: Sighting | None) -> PgbgError:
     """A newer generation is there."""
     newest = f"generation {seen.newest}" if seen and seen.newest is not None else "a newer generation"
-    return errors.Superseded(f"superseded: {newest} of its series is registered", **_named(work))
+    return errors.Superseded(f"superseded: {newest} of its series is registered", **_ended(work))
 
 
 def lost(work: Work) -> PgbgError:
@@ -80,7 +92,7 @@ def lost(work: Work) -> PgbgError:
         "its worker ended without an error and without a commit: killed, cancelled while it started, or ended by a "
         "FATAL error such as transaction_timeout",
         todo="The server's log has the reason. Running it again is safe.",
-        **_named(work),
+        **_ended(work),
     )
 
 

@@ -88,6 +88,10 @@ class Case:
     launched, relaunches, rejections:
         How many launches may have started a worker; how many of them came after one that was lost; how many workers
         were turned away in a row while nobody was seen to hold the lock.
+    paired:
+        This job counts as one that needs two slots.
+    stray, gave_up:
+        A handle was lost or let go, so its worker may begin at any time; the job was marked, so that it cannot.
     attached_since:
         Since when a worker of this job was seen that somebody else launched, on the server's clock.
     session, columns, result, verified:
@@ -106,6 +110,9 @@ class Case:
     relaunches: int = 0
     rejections: int = 0
     slot_missing: bool = False
+    paired: bool = False
+    stray: bool = False
+    gave_up: bool = False
     launch_error: BaseException | None = None
     attached_since: datetime | None = None
     session: LaunchingSession | None = None

@@ -6,7 +6,7 @@ What differs between the kinds of job stands here: whether the SQL carries a rec
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ BASE_SETTINGS: Mapping[str, str] = {
 }
 
 
+# A supervisor outlives its worker's statement_timeout, to tell of it.
+SUPERVISOR_SETTINGS: Mapping[str, str] = {"statement_timeout": "0", "default_transaction_isolation": "read committed"}
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """A job bound for one database: its key, its statements with parameters in, and their digest."""
@@ -40,16 +44,47 @@ class Work:
 
     @property
     def carries_receipt(self) -> bool:
-        """Whether the worker writes a receipt in the transaction of the work."""
-        return self.kind is Kind.RECEIPT
+        """Whether there is a receipt to look for: of the worker, or of its supervisor."""
+        return self.kind is not Kind.SESSION
 
     @property
     def marker(self) -> str:
         """The ``application_name`` by which a worker without a lock is found: the same for all runs of one id."""
         return f"pgbg:{hashlib.sha256(f'{self.key.owner}:{self.key.job_id}'.encode()).hexdigest()[:32]}"
 
+    def supervisor(
+        self, schema: str, registration: Registration, text: str, calls: Sequence[str], settings: Mapping[str, str]
+    ) -> str:
+        """Return what the supervisor runs: a single statement, which can commit.
+
+        Parameters
+        ----------
+        schema:
+            Name of the package's schema.
+        registration:
+            The registered launch.
+        text:
+            What the worker below it runs.
+        calls:
+            pg_background's statements, from ``Extension.supervision``.
+        settings:
+            The settings of the worker below it.
+        """
+        pairs = [part for name, value in settings.items() for part in (name, value)]
+        arguments = (
+            self.key.owner, self.key.job_id, self.key.series, registration.generation, self.label, registration.attempt,
+            self.sql_digest, text, self.job.queue_size or 65536, self.job.role,
+        )  # fmt: skip
+        call = sql.SQL("call {}({}, {}::text[], {}::text[])").format(
+            sql.Identifier(schema, "supervise"),
+            sql.SQL(", ").join(map(_literal, arguments)),
+            sql.Literal(pairs),
+            sql.Literal([*calls]),
+        )
+        return call.as_string(None)
+
     def text(self, schema: str, registration: Registration | None) -> str:
-        """Return what the worker runs.
+        """Return what the worker runs that does the work.
 
         Parameters
         ----------
@@ -73,10 +108,16 @@ class Work:
             head.append(sql.SQL("set local role {}").format(sql.Identifier(self.job.role)).as_string(None))
         return "\n;".join([*head, statements.join(self.statements)])
 
+    def launch_settings(self, seconds_left: float | None) -> dict[str, str]:
+        """Return the settings of a launch: those of the work, or of its supervisor."""
+        if self.kind is not Kind.SUPERVISED:
+            return self.settings(seconds_left)
+        return {**BASE_SETTINGS, **SUPERVISOR_SETTINGS}
+
     def settings(self, seconds_left: float | None) -> dict[str, str]:
-        """Return the settings of a launch; ``seconds_left`` is the time until the job's deadline."""
+        """Return the settings of the work; ``seconds_left`` is the time until the job's deadline."""
         settings = dict(BASE_SETTINGS)
-        if not self.carries_receipt:
+        if self.kind is Kind.SESSION:
             settings["application_name"] = self.marker
         if self.job.isolation is not None:
             settings["default_transaction_isolation"] = self.job.isolation
@@ -112,11 +153,13 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
             raise InvalidJob(f"the parameters do not fit the SQL: {error}", job_id=job.id, label=job.label) from error
     parts = tuple(part for text in texts for part in job.split(text))
     try:
-        statements.check(parts, one_transaction=job.kind is Kind.RECEIPT)
+        statements.check(parts, one_transaction=len(parts) > 1 or job.kind is Kind.RECEIPT)
     except ValueError as error:
         raise InvalidJob(str(error), job_id=job.id, label=job.label) from error
     if job.role is not None:
         await _check_role(job, conn)
+    if job.owner is not None:
+        await _check_owner(job, conn)
     assert job.id  # the job filled in what was not given
     assert job.series
     assert job.label
@@ -131,20 +174,28 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
 
 
 async def _check_role(job: Job, conn: AsyncConnection[Any]) -> None:
-    # A session kind's worker starts as the role, and the login has to be allowed to read and detach it.
+    # A worker of another kind starts as the role, and the login has to be allowed to read and detach it.
     how = ("SET" if conn.info.server_version >= 160000 else "MEMBER") if job.kind is Kind.RECEIPT else "USAGE"
+    await _check_membership(job, conn, job.role or "", how, "become")
+
+
+async def _check_owner(job: Job, conn: AsyncConnection[Any]) -> None:
+    await _check_membership(job, conn, job.owner or "", "MEMBER", "own a job as")
+
+
+async def _check_membership(job: Job, conn: AsyncConnection[Any], role: str, how: str, what: str) -> None:
+    named = {"job_id": job.id, "label": job.label}
     try:
-        cursor = await conn.execute("select pg_catalog.pg_has_role(session_user, %s, %s)", (job.role, how))
+        cursor = await conn.execute("select pg_catalog.pg_has_role(session_user, %s, %s)", (role, how))
         row = await cursor.fetchone()
     except psycopg.errors.UndefinedObject as error:
-        raise InvalidJob(f"there is no role {job.role!r}", job_id=job.id, label=job.label) from error
+        raise InvalidJob(f"there is no role {role!r}", sqlstate="42704", **named) from error
     if row != (True,):
         raise InvalidJob(
-            f"the login cannot become the role {job.role!r}",
-            job_id=job.id,
-            label=job.label,
+            f"the login cannot {what} the role {role!r}",
             sqlstate="42501",
-            todo=f"GRANT {sql.Identifier(job.role or '').as_string(None)} TO the login.",
+            todo=f"GRANT {sql.Identifier(role).as_string(None)} TO the login.",
+            **named,
         )
 
 

@@ -11,6 +11,7 @@ import psycopg
 from . import blame, faults, pace
 from .case import Case
 from .errors import PgbgError
+from .job import Kind
 from .ledger import Ledger, Sighting
 from .outcome import ErrorFields, Outcome
 from .verdict import Intent, Report, Step
@@ -80,7 +81,7 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         launched=launched,
     )
     info = case.launch.info
-    if launched and info is not None:
+    if launched and info is not None and case.work.kind is Kind.RECEIPT:
         return replace(
             outcome,
             row_count=info.row_count,

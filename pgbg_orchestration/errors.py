@@ -6,11 +6,10 @@ wants to know "did it commit?" reads :attr:`PgbgError.data_state`; a retry polic
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from .outcome import NO_FIELDS, ErrorFields
 
 ROLLED_BACK = "Nothing of this job is committed."
+PARTLY = "This kind of job can commit on its way: what it had committed stays, the rest is rolled back."
 NOT_STARTED = "Nothing was launched."
 NOT_KNOWN = "Whether the job is committed is not known from here."
 
@@ -28,9 +27,11 @@ class PgbgError(Exception):
         What to do next.
     sqlstate:
         The SQLSTATE behind the error, where there is one.
+    data_state:
+        What is true of the job's data, where it is not what the class says.
     """
 
-    data_state: ClassVar[str] = NOT_STARTED
+    data_state: str = NOT_STARTED
     """What is true of the job's data when this error is raised."""
 
     def __init__(
@@ -41,8 +42,11 @@ class PgbgError(Exception):
         label: str | None = None,
         todo: str | None = None,
         sqlstate: str | None = None,
+        data_state: str | None = None,
     ) -> None:
         super().__init__(message)
+        if data_state is not None:
+            self.data_state = data_state
         self.message = message
         self.job_id = job_id
         self.label = label
@@ -82,8 +86,11 @@ class WorkerError(PgbgError):
         job_id: str | None = None,
         label: str | None = None,
         todo: str | None = None,
+        data_state: str | None = None,
     ) -> None:
-        super().__init__(message, job_id=job_id, label=label, todo=todo, sqlstate=fields.sqlstate)
+        super().__init__(
+            message, job_id=job_id, label=label, todo=todo, sqlstate=fields.sqlstate, data_state=data_state
+        )
         self.fields = fields
 
     def details(self) -> list[str]:

@@ -7,7 +7,7 @@ of a name. The extension is relocatable: every call is qualified with the schema
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, LiteralString, NamedTuple
@@ -241,6 +241,26 @@ class Extension:
         query = sql.SQL("select {}()").format(self.name(function))
         cursor = await conn.cursor(row_factory=scalar_row).execute(query)
         return int(await cursor.fetchone() or 0)
+
+    def supervision(self, columns: sql.Composable | None) -> Sequence[str]:
+        """Return the statements that a supervisor inside the server needs, with $1 and $2 for a handle.
+
+        They are: launch (of $1, with queue size $2 and label $3), ``result_info`` as row count, tag, completed and
+        has_error, ``error_info`` as an array, and ``result`` read to its end.
+        """
+        texts: dict[str, LiteralString] = {
+            "launch": "select pid, cookie from {f}($1, $2, $3)",
+            "result_info": "select row_count, command_tag, completed, has_error from {f}($1, $2)",
+            "error_info": "select array[sqlstate, message, detail, hint, context{more}] from {f}($1, $2)",
+            "result": "select count(*) from {f}($1, $2) as r({columns})",
+        }
+        more = "" if self.v2_names else ", schema_name, table_name, column_name, constraint_name"
+        return [
+            sql.SQL(text)
+            .format(f=self.name(function), more=sql.SQL(more), columns=columns or sql.SQL("tag text"))
+            .as_string(None)
+            for function, text in texts.items()
+        ]
 
     def grant_statement(self, role: str) -> str:
         """Return the statement with which an administrator lets ``role`` use the extension."""

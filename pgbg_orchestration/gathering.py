@@ -9,8 +9,9 @@ from datetime import datetime
 
 from . import blame, markers, pace
 from .case import Case
+from .job import Kind
 from .ledger import BLOCKED, Ledger, Sighting
-from .verdict import TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
+from .verdict import CANCELED, NO_SLOT_FOR_WORKER, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 
 logger = logging.getLogger("pgbg_orchestration")
 
@@ -31,7 +32,10 @@ async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]
     if case.intent is Intent.NONE and case.seconds_left() == 0:
         case.intent = Intent.DEADLINE
     await case.launch.read()
+    if case.launch.error is not None and case.launch.error.sqlstate == NO_SLOT_FOR_WORKER:
+        case.registered = case.registration is not None  # nothing was launched: no attempt is used up
     if case.launch.lost:
+        case.stray = True
         case.tell_once("session_lost", "its handle is lost; following the worker by its lock and receipt")
     evidence = Evidence(
         carries_receipt=case.work.carries_receipt,
@@ -43,6 +47,8 @@ async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]
         rejections_left=REJECTIONS - case.rejections,
         can_verify=case.work.job.verify_sql is not None,
         verified=case.verified,
+        stray=case.stray,
+        gave_up=case.gave_up,
     )
     if case.work.carries_receipt:
         return await _from_ledger(case, ledger, evidence)
@@ -65,14 +71,20 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
         recorded = _failed_since(seen, case.attached_since)
         if not recorded:
             case.attached_since = None
+    if evidence.sqlstate == CANCELED and holder is Holder.NOBODY and seen.receipt is Receipt.NONE:
+        # Whoever cancels a job signals its worker first and marks it then: the mark may be on its way.
+        seen = await _await_mark(case, ledger, seen)
+    if case.work.kind is Kind.SUPERVISED and evidence.report is Report.ENDED:
+        recorded = seen.outcome == "failed" and seen.attempt == case.attempt  # its supervisor wrote that down
     return replace(
         evidence,
         receipt=seen.receipt,
         holder=holder,
+        marked=seen.marked_pid is not None,
         superseded=case.is_superseded(seen),
         recorded_failure=recorded,
-        output_blocked=seen.wait_event == BLOCKED and evidence.report is Report.RUNNING,
-        lift=case.options.retry_cancelled or seen.cause == "deadline",
+        output_blocked=seen.wait_event in BLOCKED and evidence.report is Report.RUNNING,
+        lift=case.options.retry_cancelled or seen.cause in ("deadline", "given up"),
     ), seen
 
 
@@ -99,13 +111,21 @@ async def _await_history(case: Case, ledger: Ledger, seen: Sighting) -> Sighting
     return seen
 
 
+async def _await_mark(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
+    until = asyncio.get_running_loop().time() + pace.COUNTS
+    while seen.receipt is Receipt.NONE and seen.holder_pid is None and case.may_wait_for_history(until):
+        await asyncio.sleep(pace.RETRY_SOONEST)
+        seen = await ledger.look(case.work.key)
+    return seen
+
+
 def _failed_since(seen: Sighting, since: datetime) -> bool:
     return seen.outcome == "failed" and seen.ended_at is not None and seen.ended_at >= since
 
 
 async def _from_marker(case: Case, ledger: Ledger, evidence: Evidence) -> Evidence:
     marked = await ledger.run(lambda conn: markers.find(conn, case.work.marker))
-    blocked = marked is not None and marked.wait_event == BLOCKED
+    blocked = marked is not None and marked.wait_event in BLOCKED
     return replace(
         evidence,
         receipt=Receipt.COMMITTED if case.result else Receipt.NONE,

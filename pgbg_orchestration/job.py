@@ -138,13 +138,11 @@ class Job:
             raise InvalidJob(f"kind must be one of {', '.join(Kind)}, not {self.kind!r}") from None
         # A procedure that commits cannot carry a receipt, and its text does not tell whether it does.
         alone = len(parts) == 1 and (statements.outside_transaction(parts[0]) or parts[0].keywords[:1] == ("CALL",))
-        kind = wanted or (Kind.SESSION if alone else Kind.RECEIPT)
+        kind = wanted or (Kind.SUPERVISED if alone else Kind.RECEIPT)
         try:
-            statements.check(parts, one_transaction=kind is Kind.RECEIPT)
+            statements.check(parts, one_transaction=len(parts) > 1 or kind is Kind.RECEIPT)
         except ValueError as error:
             raise InvalidJob(str(error), job_id=self.id, label=self.label) from error
-        if kind is Kind.SUPERVISED:
-            raise InvalidJob("the kind 'supervised' is not there yet: use 'session', or 'receipt'")
         if kind is Kind.SESSION and len(parts) > 1:
             raise InvalidJob(
                 "a job of kind 'session' is a single statement: several are one transaction, which is kind 'receipt'"

@@ -46,6 +46,7 @@ class Launcher:
         self.slots = SlotQueue()
         self.ledger = Ledger(conninfo, schema, logger.warning)
         self._facts: ServerFacts | None = None
+        self._pairs: asyncio.Semaphore | None = None
         self._sessions: list[LaunchingSession] = []
         self._opening = asyncio.Lock()
 
@@ -128,6 +129,13 @@ class Launcher:
         """Worker slots of the whole server, as far as it was asked."""
         return self._facts.max_worker_processes if self._facts else None
 
+    @property
+    def pairs(self) -> asyncio.Semaphore:
+        """Turns for jobs that need two worker slots, as many as the server can have at work at once."""
+        if self._pairs is None:
+            self._pairs = asyncio.Semaphore(max((self.max_worker_processes or 2) // 2, 1))
+        return self._pairs
+
     def forget_facts(self) -> None:
         """Ask the server anew before the next launch: what was true of it before may not be now."""
         self._facts = None
@@ -173,7 +181,7 @@ class Launcher:
             "no",
         )
         try:
-            server.require(facts, self.schema, receipts=job.kind is Kind.RECEIPT, read_write=read_write)
+            server.require(facts, self.schema, receipts=job.kind is not Kind.SESSION, read_write=read_write)
         except Exception:
             self.forget_facts()  # somebody may mend it
             raise

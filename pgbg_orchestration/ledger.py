@@ -25,7 +25,13 @@ from .outcome import ErrorFields
 from .verdict import Holder, Receipt
 
 T = TypeVar("T")
-BLOCKED = "MessageQueuePutMessage"
+RECEIPTS = {
+    None: Receipt.NONE,
+    "launching": Receipt.LAUNCHING,
+    "committed": Receipt.COMMITTED,
+    "cancelled": Receipt.CANCELLED,
+}
+BLOCKED = ("MessageQueuePutMessage", "ClientWrite")  # a worker's own, and a stand-in's
 MARK_PATIENCE = "25ms"  # how long a mark waits for a worker that began just now; then that worker is signalled
 
 
@@ -54,6 +60,7 @@ class Sighting:
     holder_job: str | None
     holder_generation: int | None
     holds_this_job: bool
+    marked_pid: int | None
     wait_event: str | None
     status: str | None
     receipt_attempt: int | None
@@ -76,7 +83,7 @@ class Sighting:
     @property
     def receipt(self) -> Receipt:
         """What the receipt says."""
-        return {None: Receipt.NONE, "committed": Receipt.COMMITTED, "cancelled": Receipt.CANCELLED}[self.status]
+        return RECEIPTS[self.status]
 
     def holder(self, generation: int | None) -> Holder:
         """Return who holds the series, as a job of that generation sees it."""
@@ -261,12 +268,16 @@ class Ledger:
         status: str | None = await self._patiently(query, (key.owner, key.job_id, cause, reason, MARK_PATIENCE))
         return status
 
-    async def mark_older(self, key: Key, generation: int) -> bool:
-        """Cancel every older generation for good; returns False while a worker of one is at work."""
+    async def mark_older(self, key: Key, generation: int) -> Sequence[str] | None:
+        """Cancel every older generation for good; returns None while a worker of one is at work.
+
+        Returned are the markers of older workers whose supervisors are gone: they are at work without a lock.
+        """
         query = self._query(
             "select {s}.mark_older(%s, %s, %s) as status from pg_catalog.set_config('lock_timeout', %s, true)"
         )
-        return await self._patiently(query, (key.owner, key.series, generation, MARK_PATIENCE)) is not None
+        marked: list[str] | None = await self._patiently(query, (key.owner, key.series, generation, MARK_PATIENCE))
+        return marked
 
     async def _patiently(self, query: sql.Composed, arguments: tuple[Any, ...]) -> Any:
         try:
@@ -296,6 +307,12 @@ class Ledger:
         )
         row = await self._writer.ask(lambda conn: _one(conn, query, (key.owner, job_id or key.job_id)))
         return bool(row["sent"])
+
+    async def settle(self, key: Key, attempt: int, *, committed: bool) -> None:
+        """Write down how a supervised job ended whose supervisor is gone."""
+        query = self._query("select {s}.end_supervision(%s, %s, %s, %s, null, null, null, null)")
+        outcome = "committed" if committed else "unlaunched"
+        await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id, attempt, outcome)))
 
     async def record(
         self,

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Literal, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psycopg
+from psycopg import AsyncConnection
 
-from . import blame, describing, faults, markers, pace
+from . import blame, describing, faults, markers, pace, statements
 from .case import Case, Launch, deadline_of
+from .composing import SUPERVISOR_SETTINGS
 from .concluding import conclude, record
 from .connecting import ConnectionLost
 from .errors import JobCancelled, PgbgError, ServerUnreachable
 from .gathering import RELAUNCHES, gather
-from .job import Job
+from .job import Job, Kind
 from .launching import LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
-from .ledger import Key, Ledger, Sighting
+from .ledger import Key, Ledger, Registration, Sighting
 from .options import Options
 from .outcome import Outcome
-from .verdict import OUTCOMES, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
+from .verdict import NO_SLOT_FOR_WORKER, OUTCOMES, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
 
 if TYPE_CHECKING:
     from .launcher import Launcher
@@ -58,6 +61,8 @@ class Run:
             await self._let_go(following)
             raise
         finally:
+            if self._case.paired:
+                self._launcher.pairs.release()
             if self._case.session is not None:
                 await self._case.session.close()
 
@@ -119,13 +124,17 @@ class Run:
             case Step.SIGNAL:
                 await self._signal(seen)
             case Step.MARK:
-                await self._mark()
+                await self._mark(seen)
             case Step.LIFT:
                 await self._ledger.lift_cancel(self._case.work.key)
             case Step.READ_RESULT:
                 await self._read_result()
             case Step.VERIFY:
                 await self._verify()
+            case Step.SETTLE:
+                attempt = _there(_there(seen).receipt_attempt)
+                committed = bool(self._case.verified)
+                await self._ledger.settle(self._case.work.key, attempt, committed=committed)
 
     # Launching ----------------------------------------------------------------------------------------------------
 
@@ -149,14 +158,21 @@ class Run:
     async def _launch(self) -> None:
         case, work = self._case, self._case.work
         registration = case.registration if work.carries_receipt else None
-        if registration is not None and not await self._ledger.mark_older(work.key, registration.generation):
-            return  # a worker of an older generation began in between
-        text = work.text(self._launcher.schema, registration)
+        if registration is not None and not await self._mark_older(registration):
+            return
         if registration is None:
+            text = work.text(self._launcher.schema, None)
             await self._prepare_session(text)
+        elif work.kind is Kind.SUPERVISED:
+            text = await self._compose_supervisor(registration)
+        else:
+            text = work.text(self._launcher.schema, registration)
         await self._put_last_launch_away()
         try:
             async with asyncio.timeout(case.patience_for_slot()):
+                if work.kind is Kind.SUPERVISED and not case.paired:
+                    await self._launcher.pairs.acquire()
+                    case.paired = True
                 await self._launcher.slots.launch(lambda: self._call_launch(text), self._on_slots_used_up)
         except TimeoutError:
             case.intent = Intent.DEADLINE
@@ -171,11 +187,25 @@ class Run:
             # Most of what a look would tell now, it tells better a little later.
             await asyncio.wait({case.launch.worker.ended}, timeout=case.bounded(pace.LOOK_SOONEST))
 
+    async def _mark_older(self, registration: Registration) -> bool:
+        """Make sure that no older generation starts or is at work; returns False when one was."""
+        marked = await self._ledger.mark_older(self._case.work.key, registration.generation)
+        if marked is not None and not marked:
+            return True
+        if marked and self._case.options.on_superseded == "cancel":
+            for marker in marked:
+                await self._ledger.run(partial(_signal_marked, marker))
+        await self._sleep()
+        return False
+
     async def _put_last_launch_away(self) -> None:
         """Make room for another launch, and keep within the number of further ones."""
         case = self._case
-        if case.launch.error is not None and case.launch.error.sqlstate == TURNED_AWAY:
+        sqlstate = case.launch.error.sqlstate if case.launch.error else None
+        if sqlstate in (TURNED_AWAY, NO_SLOT_FOR_WORKER):
             case.rejections += 1
+            if sqlstate == NO_SLOT_FOR_WORKER:
+                case.tell_once("waiting_for_slot", "waiting for a second worker slot, below the supervisor")
             await asyncio.sleep(pace.backoff(case.rejections))
         elif case.launched:
             case.relaunches += 1
@@ -192,8 +222,8 @@ class Run:
                 text,
                 label=work.label,
                 queue_size=work.job.queue_size,
-                settings=work.settings(case.seconds_left()),
-                role=None if work.carries_receipt else work.job.role,
+                settings=work.launch_settings(case.seconds_left()),
+                role=work.job.role if work.kind is Kind.SESSION else None,
             )
             try:
                 await asyncio.shield(case.launch.call)
@@ -218,10 +248,13 @@ class Run:
         if call is not None:
             self._launcher.abandon(call)
             return
-        case.launched += case.launch.report is not Report.NONE
         worker = case.launch.worker
+        if case.launch.report is Report.NONE:
+            return  # nothing was launched
+        case.launched += 1
+        case.registered = False
+        case.stray = case.stray or case.launch.lost
         if worker is not None:
-            case.registered = False
             worker.ended.add_done_callback(lambda _: self._launcher.slots.freed())
             case.tell("launched", f"launched attempt {case.attempt}", pid=worker.handle.pid)
 
@@ -281,11 +314,11 @@ class Run:
         if not self._case.work.carries_receipt:
             await self._read_result()
             return
-        launch = self._case.launch
+        case, launch = self._case, self._case.launch
         worker = _there(launch.worker)
         launch.error = await worker.error()
-        launch.detached = True
-        self._case.tell_once("output_blocked", "the worker's output is full and nobody reads it: it is dropped")
+        launch.detached = case.stray = True
+        case.tell_once("output_blocked", "the worker's output is full and nobody reads it: it is dropped")
         await worker.detach()
 
     # Cancelling ---------------------------------------------------------------------------------------------------
@@ -296,24 +329,49 @@ class Run:
         case.tell_once("cancelling", "cancelling the worker", pid=seen.holder_pid if seen else None)
         if self._waited() > pace.CANCEL:
             raise blame.survivor(case.work.key, seen, "the worker")
-        if case.work.carries_receipt:
+        if case.work.kind is Kind.RECEIPT:
             await _signal_worker(self._ledger, case.work.key, _there(seen), case.work.key.job_id)
         else:
+            # Never a supervisor itself: it is the one to tell how its worker ended.
             await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker))
-        if case.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST:
+        supervised = case.work.kind is Kind.SUPERVISED
+        if case.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST and not supervised:
             # One that reports an error into a full queue ends only when it is detached, or read.
             await self._unblock()
         await self._sleep()
 
-    async def _mark(self) -> None:
+    async def _mark(self, seen: Sighting | None) -> None:
         faults.point("before_mark")
-        cause, reason = {
-            Intent.NONE: ("superseded", "a newer generation is registered"),
-            Intent.ASKED: ("asked", "the caller was cancelled"),
-            Intent.DEADLINE: ("deadline", "the deadline passed"),
-        }[self._case.intent]
-        await self._ledger.mark_cancelled(self._case.work.key, cause, reason)
+        case = self._case
+        match case.intent:
+            case Intent.ASKED:
+                cause, reason = "asked", "the caller was cancelled"
+            case Intent.DEADLINE:
+                cause, reason = "deadline", "the deadline passed"
+            case _ if case.is_superseded(_there(seen)):
+                cause, reason = "superseded", "a newer generation is registered"
+            case _:
+                cause, reason = "given up", "another launch of it ended, and one that was lost must not commit any more"
+        status = await self._ledger.mark_cancelled(case.work.key, cause, reason)
+        case.gave_up = cause == "given up" and status == "cancelled"
         faults.point("after_mark")
+
+    async def _compose_supervisor(self, registration: Registration) -> str:
+        case, work = self._case, self._case.work
+        session = await self._launcher.session()
+        text, last = statements.join(work.statements), work.statements[-1].text
+        try:
+            columns = await session.describe(last, work.job.role)
+        except psycopg.Error as error:
+            if len(work.statements) == 1:
+                raise blame.statement_refused(work, error) from error
+            # It may need what the statements before it make: end with one that gives no rows.
+            columns, text = None, text + statements.SEPARATOR.rstrip(";")
+        facts = await self._launcher.facts()
+        defaults = {name: getattr(facts, name) for name in SUPERVISOR_SETTINGS}
+        settings = {**defaults, **work.settings(case.seconds_left())}
+        calls = facts.extension.supervision(columns)
+        return work.supervisor(self._launcher.schema, registration, text, calls, settings)
 
     # Without a receipt --------------------------------------------------------------------------------------------
 
@@ -377,6 +435,10 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
         faults.point("before_mark")
         await ledger.mark_cancelled(key, cause, reason)
         faults.point("after_mark")
+
+
+async def _signal_marked(marker: str, conn: AsyncConnection[Any]) -> bool:
+    return await markers.signal(conn, marker)
 
 
 async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str | None) -> None:

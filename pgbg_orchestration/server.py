@@ -26,6 +26,8 @@ select session_user::text as login,
        pg_catalog.pg_is_in_recovery() as in_recovery,
        pg_catalog.current_database()::text as database,
        pg_catalog.pg_backend_pid() as backend_pid,
+       pg_catalog.current_setting('statement_timeout') as statement_timeout,
+       pg_catalog.current_setting('default_transaction_isolation') as default_transaction_isolation,
        pg_catalog.current_setting('max_worker_processes')::int as max_worker_processes,
        e.extversion as extension_version, n.nspname::text as extension_schema,
        (select a.default_version from pg_catalog.pg_available_extensions as a
@@ -60,6 +62,8 @@ class ServerFacts:
     in_recovery: bool
     database: str
     backend_pid: int
+    statement_timeout: str
+    default_transaction_isolation: str
     max_worker_processes: int
     extension_version: str | None
     extension_schema: str | None

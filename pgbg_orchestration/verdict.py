@@ -20,7 +20,8 @@ from enum import Enum, auto
 ALREADY_COMMITTED = "PB001"
 TURNED_AWAY = "PB002"
 REFUSED = "PB003"
-OURS = (ALREADY_COMMITTED, TURNED_AWAY, REFUSED)
+NO_SLOT_FOR_WORKER = "PB004"  # a supervisor that found no slot for its worker, and left its own
+OURS = (ALREADY_COMMITTED, TURNED_AWAY, REFUSED, NO_SLOT_FOR_WORKER)
 CANCELED = "57014"
 
 
@@ -28,6 +29,7 @@ class Receipt(Enum):
     """What the job's receipt says. A result read to its end, and verify_sql, count as one."""
 
     NONE = auto()
+    LAUNCHING = auto()  # a supervisor claimed it, and has not said how its worker ended
     COMMITTED = auto()
     CANCELLED = auto()
 
@@ -69,6 +71,8 @@ class Evidence:
     ----------
     carries_receipt:
         Whether the job's SQL can carry a receipt (its kind says).
+    marked:
+        A worker of this job is at work that holds no lock: its supervisor is gone.
     superseded:
         A newer generation of the series is registered, or the receipt was cancelled for that reason.
     registered:
@@ -84,6 +88,9 @@ class Evidence:
         while nobody was seen to hold the lock.
     lift:
         A cancel of this job is to be taken back, since its orchestrator wants it to run after all.
+    stray, gave_up:
+        A handle of this call was lost or let go, so its worker may begin at any time; and this call marked the job,
+        so that it cannot.
     verified:
         What verify_sql said, None before it was asked; ``can_verify`` whether there is one.
     """
@@ -91,6 +98,7 @@ class Evidence:
     carries_receipt: bool = True
     receipt: Receipt = Receipt.NONE
     holder: Holder = Holder.NOBODY
+    marked: bool = False
     superseded: bool = False
     registered: bool = False
     report: Report = Report.NONE
@@ -103,6 +111,8 @@ class Evidence:
     lift: bool = False
     can_verify: bool = False
     verified: bool | None = None
+    stray: bool = False
+    gave_up: bool = False
 
 
 class Step(Enum):
@@ -119,6 +129,7 @@ class Step(Enum):
     LIFT = auto()  # take an earlier cancel back
     READ_RESULT = auto()  # to its end: the proof of a job without a receipt
     VERIFY = auto()  # ask verify_sql
+    SETTLE = auto()  # write down what verify_sql said of a worker whose supervisor is gone
 
     COMMITTED = auto()
     FAILED = auto()
@@ -134,6 +145,9 @@ OUTCOMES = frozenset({Step.COMMITTED, Step.FAILED, Step.CANCELLED, Step.SUPERSED
 def judge(seen: Evidence) -> Step:
     """Return the next step for a job, or its outcome.
 
+    A failure is told only when nothing of the job can commit any more: where a worker of this call may still begin,
+    the job is marked first.
+
     Parameters
     ----------
     seen:
@@ -144,18 +158,24 @@ def judge(seen: Evidence) -> Step:
     Step
         The outcome (a member of ``OUTCOMES``) only where it is certain, ``UNKNOWN`` where it cannot be had.
     """
+    step = _judge(seen)
+    may_still_begin = seen.stray and seen.carries_receipt and seen.receipt is Receipt.NONE
+    return Step.MARK if step in (Step.FAILED, Step.LOST) and may_still_begin else step
+
+
+def _judge(seen: Evidence) -> Step:
     if seen.receipt is Receipt.COMMITTED:
         return Step.COMMITTED
     if seen.receipt is Receipt.CANCELLED:
-        if seen.superseded:
-            return Step.SUPERSEDED
-        return Step.LIFT if seen.lift and seen.intent is Intent.NONE else Step.CANCELLED
+        return _judge_cancelled(seen)
 
     if seen.holder is Holder.THIS_JOB:
         if seen.intent is not Intent.NONE:
             return Step.SIGNAL
         return Step.UNBLOCK if seen.output_blocked else Step.WAIT
 
+    if seen.receipt is Receipt.LAUNCHING:
+        return _judge_unsupervised(seen)
     if not seen.carries_receipt:
         return _judge_without_receipt(seen)
 
@@ -170,14 +190,25 @@ def judge(seen: Evidence) -> Step:
     if seen.report is Report.RUNNING:
         return Step.WAIT
     if seen.report is Report.ENDED:
-        return Step.LOST
-    if seen.report is Report.FAILED and seen.sqlstate != TURNED_AWAY:
+        return Step.FAILED if seen.recorded_failure else Step.LOST
+    if seen.report is Report.FAILED and seen.sqlstate not in (TURNED_AWAY, NO_SLOT_FOR_WORKER):
         return Step.FAILED  # the job's own SQL raised PB001 or PB003: there is no receipt behind it
-    if seen.report is Report.FAILED and seen.holder is Holder.NOBODY and not seen.rejections_left:
+    turned_away = seen.report is Report.FAILED and seen.sqlstate == TURNED_AWAY
+    if turned_away and seen.holder is Holder.NOBODY and not seen.rejections_left:
         return Step.FAILED
     if seen.recorded_failure:
         return Step.FAILED
     return _judge_launch(seen)
+
+
+def _judge_cancelled(seen: Evidence) -> Step:
+    if seen.superseded:
+        return Step.SUPERSEDED
+    if seen.intent is not Intent.NONE:
+        return Step.CANCELLED
+    if seen.gave_up:
+        return Step.FAILED if seen.report is Report.FAILED or seen.recorded_failure else Step.LOST
+    return Step.LIFT if seen.lift else Step.CANCELLED
 
 
 def _judge_launch(seen: Evidence) -> Step:
@@ -193,6 +224,15 @@ def _judge_launch(seen: Evidence) -> Step:
             return Step.CLEAR_OLDER
         case _:
             return Step.WAIT_FOR_SERIES
+
+
+def _judge_unsupervised(seen: Evidence) -> Step:
+    """Judge a supervised job whose receipt is claimed, and whose supervisor holds no lock any more."""
+    if seen.marked:
+        return Step.WAIT if seen.intent is Intent.NONE else Step.SIGNAL
+    if not seen.can_verify:
+        return Step.UNKNOWN
+    return Step.VERIFY if seen.verified is None else Step.SETTLE
 
 
 def _judge_without_receipt(seen: Evidence) -> Step:

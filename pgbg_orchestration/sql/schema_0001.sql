@@ -14,7 +14,7 @@ create table @schema@.meta (
 create table @schema@.receipt (
     owner      text not null,
     job_digest bytea not null,
-    status     text not null check (status in ('committed', 'cancelled')),
+    status     text not null check (status in ('launching', 'committed', 'cancelled')),
     job_id     text not null,
     label      text,
     attempt    int,
@@ -22,14 +22,15 @@ create table @schema@.receipt (
     sql_digest bytea,
     xid        xid8,
     started_at timestamptz,
-    cause      text check (cause in ('asked', 'deadline', 'superseded')),
+    cause      text check (cause in ('asked', 'deadline', 'given up', 'superseded')),
     reason     text,
     decided_by text not null default session_user,
     decided_at timestamptz not null default clock_timestamp(),
     primary key (owner, job_digest)
 );
 comment on table @schema@.receipt is
-    'How a job ended: committed (written in the transaction of the work itself) or cancelled for good.';
+    'How a job ended: committed (written in the transaction of the work itself, or by its supervisor) or cancelled for '
+    'good. launching: a supervisor has begun and has not said how it ended.';
 
 create table @schema@.series (
     owner         text not null,
@@ -90,6 +91,12 @@ create function @schema@.lock_key(p_what text, p_owner text, p_digest bytea) ret
         pg_catalog.substr(
             pg_catalog.sha256(pg_catalog.convert_to('pgbg:' || p_what || ':' || p_owner || ':', 'UTF8') || p_digest), 1, 8
         ), 'hex'))::bit(64)::bigint;
+
+-- The application_name by which a worker without a lock is found.
+create function @schema@.marker(p_owner text, p_job_id text) returns text
+    language sql stable strict parallel safe
+    return 'pgbg:' || pg_catalog.left(pg_catalog.encode(
+        pg_catalog.sha256(pg_catalog.convert_to(p_owner || ':' || p_job_id, 'UTF8')), 'hex'), 32);
 
 create function @schema@.owner_for(p_owner text) returns text
     language plpgsql stable
@@ -163,6 +170,173 @@ begin
     end;
 end $$;
 
+-- Supervision: a worker that launches another one, for SQL that can carry no receipt -------------------------------
+
+-- In the supervisor, before the launch: takes the locks for as long as its session lives, and claims the receipt.
+-- Committed before the launch, so that a supervisor that dies leaves a trace, and nothing is launched twice.
+create function @schema@.begin_supervision(
+    p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea
+) returns void
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_owner  text := @schema@.owner_for(p_owner);
+    v_job    bytea := @schema@.digest(p_job_id);
+    v_series bytea := @schema@.digest(p_series);
+    v_status text;
+begin
+    perform @schema@.require_read_committed();
+    if not pg_try_advisory_lock(@schema@.lock_key('series', v_owner, v_series))
+        or not pg_try_advisory_lock(@schema@.lock_key('job', v_owner, v_job))
+    then
+        raise exception using errcode = 'PB002', message = 'another worker holds the series of this job';
+    end if;
+    -- The worker of an earlier supervisor outlives it, and its lock.
+    if exists (select from pg_stat_activity a where a.application_name = @schema@.marker(v_owner, p_job_id)) then
+        raise exception using errcode = 'PB002', message = 'an earlier worker of this job is at work';
+    end if;
+    if exists (
+        select from @schema@.series s
+        where s.owner = v_owner and s.series_digest = v_series and s.newest > p_generation
+    ) then
+        raise exception using errcode = 'PB003', message = 'a newer generation of this job is registered';
+    end if;
+    begin
+        insert into @schema@.receipt
+            (owner, job_digest, status, job_id, label, attempt, worker_pid, sql_digest, started_at)
+        values
+            (v_owner, v_job, 'launching', p_job_id, p_label, p_attempt, pg_backend_pid(), p_sql_digest,
+             clock_timestamp());
+    exception when unique_violation then
+        select r.status into v_status from @schema@.receipt r where r.owner = v_owner and r.job_digest = v_job;
+        raise exception using
+            errcode = case v_status when 'cancelled' then 'PB003' when 'launching' then 'PB002' else 'PB001' end,
+            message = format('this job has a receipt: %s', v_status);
+    end;
+end $$;
+
+-- Says how a supervised job ended, in the supervisor or by whoever found it out: 'committed', or 'failed' and
+-- 'unlaunched', which free the receipt for another attempt. Returns whether there was anything to settle.
+create function @schema@.end_supervision(
+    p_owner text, p_job_id text, p_attempt int, p_outcome text, p_worker_pid int, p_row_count bigint,
+    p_command_tag text, p_error text[]
+) returns boolean
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_owner text := @schema@.owner_for(p_owner);
+    v_job   bytea := @schema@.digest(p_job_id);
+    v_found boolean;
+begin
+    perform @schema@.require_read_committed();
+    if p_outcome = 'committed' then
+        update @schema@.receipt r set status = 'committed', worker_pid = coalesce(p_worker_pid, r.worker_pid),
+               decided_at = clock_timestamp(), decided_by = session_user
+            where r.owner = v_owner and r.job_digest = v_job and r.attempt = p_attempt and r.status = 'launching';
+    else
+        delete from @schema@.receipt r
+            where r.owner = v_owner and r.job_digest = v_job and r.attempt = p_attempt and r.status = 'launching';
+    end if;
+    v_found := found;
+    if v_found and p_outcome <> 'unlaunched' then
+        perform @schema@.record(
+            p_owner, p_job_id, p_attempt, p_outcome, p_worker_pid, null, p_row_count, p_command_tag, p_error);
+    end if;
+    return v_found;
+end $$;
+
+-- The supervisor itself: the single statement of a worker, so that it can commit. It can be neither SECURITY DEFINER
+-- nor have a SET clause (2D000), so every name is qualified. It commits at each poll: every kind of sleep holds a
+-- snapshot, and CREATE INDEX CONCURRENTLY would wait for it for ever. No EXCEPTION block may stand around a COMMIT.
+--
+-- p_calls: the statements of pg_background that it uses, as the client knows their names: launch, result_info,
+-- error_info, result, detach. p_settings: names and values for the worker, in turn.
+create procedure @schema@.supervise(
+    p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea,
+    p_sql text, p_queue_size int, p_role text, p_settings text[], p_calls text[]
+)
+    language plpgsql
+as $$
+declare
+    v_marker  text;
+    v_own     text[];
+    v_pid     int;
+    v_cookie  bigint;
+    v_rows    bigint;
+    v_count   bigint;
+    v_tag     text;
+    v_done    boolean := false;
+    v_failed  boolean := false;
+    v_read    boolean := false;
+    v_error   text[];
+    v_polls   bigint := 0;
+begin
+    perform @schema@.begin_supervision(
+        p_owner, p_job_id, p_series, p_generation, p_label, p_attempt, p_sql_digest);
+    commit;
+    v_marker := @schema@.marker(coalesce(p_owner, session_user::text), p_job_id);
+    for i in 1 .. pg_catalog.cardinality(p_settings) / 2 loop
+        v_own[i] := pg_catalog.current_setting(p_settings[2 * i - 1], true);
+        perform pg_catalog.set_config(p_settings[2 * i - 1], p_settings[2 * i], false);
+    end loop;
+    perform pg_catalog.set_config('application_name', v_marker, false);
+    if p_role is not null then
+        perform pg_catalog.set_config('role', p_role, false);
+    end if;
+    begin
+        execute p_calls[1] into v_pid, v_cookie using p_sql, p_queue_size, p_label;
+    exception when sqlstate '53000' or sqlstate '53400' or sqlstate '53100' then
+        v_pid := null;
+    end;
+    if p_role is not null then
+        perform pg_catalog.set_config('role', 'none', false);
+    end if;
+    perform pg_catalog.set_config('application_name', pg_catalog.left('pgbg supervises: ' || p_label, 60), false);
+    for i in 1 .. pg_catalog.cardinality(p_settings) / 2 loop
+        perform pg_catalog.set_config(p_settings[2 * i - 1], coalesce(v_own[i], ''), false);
+    end loop;
+    if v_pid is null then
+        perform @schema@.end_supervision(p_owner, p_job_id, p_attempt, 'unlaunched', null, null, null, null);
+        commit;
+        raise exception using errcode = 'PB004', message = 'no worker slot for the supervised worker';
+    end if;
+
+    while not v_done loop
+        commit;
+        perform pg_catalog.pg_sleep(0.05);
+        execute p_calls[2] into v_rows, v_tag, v_done, v_failed using v_pid, v_cookie;
+        v_polls := v_polls + 1;
+        -- Nobody reads its output, and it waits for that: read it now.
+        exit when v_polls % 20 = 0 and exists (
+            select from pg_catalog.pg_stat_activity a
+            where a.application_name = v_marker and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
+    end loop;
+    if v_failed then
+        execute p_calls[3] into v_error using v_pid, v_cookie;
+    else
+        -- Read to its end, which comes after the commit: "completed" and a command tag are no proof.
+        begin
+            execute p_calls[4] into v_count using v_pid, v_cookie;
+            v_read := true;
+            if not v_done then
+                v_rows := v_count;
+            end if;
+        exception when others then
+            v_error := array[sqlstate, sqlerrm];
+        end;
+    end if;
+    if v_read then
+        perform @schema@.end_supervision(
+            p_owner, p_job_id, p_attempt, 'committed', v_pid, v_rows, nullif(v_tag, ''), null);
+    elsif v_error[1] not in ('08006', '42804', '42704', '55000') then
+        perform @schema@.end_supervision(p_owner, p_job_id, p_attempt, 'failed', v_pid, null, null, v_error);
+    end if;
+    -- Otherwise nobody can tell how it ended, and the claimed receipt says so.
+    commit;
+end $$;
+
 -- On the launching side ------------------------------------------------------------------------------------------
 
 -- Registers a launch: the series' newest generation, the job, and one more attempt of it, in one transaction that is
@@ -207,7 +381,7 @@ begin
         where r.owner = v_owner and r.job_digest = v_job;
     sql_changed := coalesce(coalesce(v_digest, v_known.sql_digest) <> p_sql_digest, false);
     verdict := case when sql_changed and not p_accept_changed_sql then 'reused'
-                    when v_status is not null then v_status
+                    when v_status is not null then v_status  -- 'launching' too: its outcome is to be found out first
                     when generation < v_newest then 'superseded'
                     else 'registered' end;
     if verdict <> 'registered' then
@@ -238,7 +412,7 @@ end $$;
 create function @schema@.look(p_owners text[], p_jobs bytea[], p_series bytea[])
     returns table (
         number int, looked_at timestamptz, holder_pid int, holder_user text, holder_is_owner boolean,
-        holder_job text, holder_generation bigint, holds_this_job boolean,
+        holder_job text, holder_generation bigint, holds_this_job boolean, marked_pid int,
         status text, receipt_attempt int, receipt_pid int, receipt_started_at timestamptz,
         cause text, reason text, decided_by text, decided_at timestamptz,
         newest bigint, generation bigint, attempt int, sql_digest bytea, outcome text, ended_at timestamptz, row_count bigint,
@@ -270,7 +444,7 @@ begin
         )
         select w.n, clock_timestamp(), h.pid, a.usename::text,
                coalesce(pg_has_role(a.usesysid, w.owner, 'MEMBER'), false),
-               other.job_id, other.generation, this.key is not null,
+               other.job_id, other.generation, this.key is not null, marked.pid,
                r.status, r.attempt, r.worker_pid, r.started_at, r.cause, r.reason, r.decided_by,
                r.decided_at, s.newest, k.generation, k.attempt, coalesce(r.sql_digest, k.sql_digest), k.outcome, k.ended_at, k.row_count, k.command_tag,
                k.sqlstate, k.message, k.detail, k.hint, k.context, k.schema_name, k.table_name, k.column_name,
@@ -279,6 +453,11 @@ begin
         left join held h on h.key = @schema@.lock_key('series', w.owner, w.series)
         left join held this on this.pid = h.pid and this.key = @schema@.lock_key('job', w.owner, w.job)
         left join pg_stat_activity a on a.pid = h.pid
+        left join @schema@.receipt r on r.owner = w.owner and r.job_digest = w.job
+        left join lateral (
+            select b.pid from pg_stat_activity b
+            where r.status = 'launching' and b.application_name = @schema@.marker(r.owner, r.job_id) limit 1
+        ) marked on true
         left join lateral (
             select j.job_id, j.generation
             from @schema@.job j
@@ -286,7 +465,6 @@ begin
             where j.owner = w.owner and j.series_digest = w.series and h.pid is not null and this.key is null
             limit 1
         ) other on true
-        left join @schema@.receipt r on r.owner = w.owner and r.job_digest = w.job
         left join @schema@.series s on s.owner = w.owner and s.series_digest = w.series
         left join @schema@.job k on k.owner = w.owner and k.job_digest = w.job
         order by w.n;
@@ -309,25 +487,35 @@ begin
     return (select r.status from @schema@.receipt r where r.owner = v_owner and r.job_digest = v_job);
 end $$;
 
--- Makes sure that no older generation of the series starts any more. Waits like mark_cancelled.
-create function @schema@.mark_older(p_owner text, p_series text, p_generation bigint) returns int
+-- Makes sure that no older generation of the series starts any more. Waits like mark_cancelled. Returns the markers of
+-- older workers that are at work and hold no lock, since their supervisors are gone.
+create function @schema@.mark_older(p_owner text, p_series text, p_generation bigint) returns text[]
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_owner  text := @schema@.owner_for(p_owner);
-    v_marked int;
+    v_series bytea := @schema@.digest(p_series);
 begin
     perform @schema@.require_read_committed();
     insert into @schema@.receipt (owner, job_digest, status, job_id, label, cause, reason)
         select j.owner, j.job_digest, 'cancelled', j.job_id, j.label, 'superseded',
                format('generation %s is registered', p_generation)
         from @schema@.job j
-        where j.owner = v_owner and j.series_digest = @schema@.digest(p_series) and j.generation < p_generation
-          and not exists (select from @schema@.receipt r where r.owner = j.owner and r.job_digest = j.job_digest)
-        on conflict do nothing;
-    get diagnostics v_marked = row_count;
-    return v_marked;
+        where j.owner = v_owner and j.series_digest = v_series and j.generation < p_generation
+          and not exists (
+              select from @schema@.receipt r
+              where r.owner = j.owner and r.job_digest = j.job_digest
+                and (r.status <> 'cancelled' or r.cause = 'superseded'))
+        -- Any other cancel could be lifted again.
+        on conflict (owner, job_digest) do update set cause = excluded.cause, reason = excluded.reason
+            where receipt.status = 'cancelled';
+    return array(
+        select a.application_name
+        from @schema@.job j
+        join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest and r.status = 'launching'
+        join pg_stat_activity a on a.application_name = @schema@.marker(j.owner, j.job_id)
+        where j.owner = v_owner and j.series_digest = v_series and j.generation < p_generation);
 end $$;
 
 -- Takes a cancel back, for a retry of the same job; a superseded job stays cancelled.
@@ -415,8 +603,9 @@ begin
         )
         select coalesce(j.owner, r.owner), coalesce(j.job_id, r.job_id), coalesce(j.label, r.label), j.series,
                j.generation, j.kind,
-               case when r.status is not null then r.status
-                    when h.pid is not null then 'running'
+               case when r.status in ('committed', 'cancelled') then r.status
+                    when h.pid is not null or m.pid is not null then 'running'
+                    when r.status = 'launching' then 'unknown'
                     when j.outcome in ('failed', 'cancelled', 'lost', 'unknown', 'committed')
                         then case j.outcome when 'committed' then
                             case j.kind when 'receipt' then 'lost' else 'committed' end else j.outcome end
@@ -425,13 +614,16 @@ begin
                     when j.kind <> 'receipt' then 'unknown'
                     else 'lost' end,
                j.attempt, h.pid, j.launched_by, j.registered_at, j.launched_at,
-               case when r.status is not null then coalesce(j.ended_at, r.decided_at) else j.ended_at end,
+               case when r.status in ('committed', 'cancelled') then coalesce(j.ended_at, r.decided_at)
+                    else j.ended_at end,
                j.row_count, j.command_tag, j.sqlstate, j.message, j.detail, j.hint, j.context,
                case when r.status = 'cancelled' then r.decided_by end, r.reason,
                coalesce(h.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at)
         from @schema@.job j
         full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
         left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
+        left join pg_stat_activity m
+            on r.status = 'launching' and m.application_name = @schema@.marker(r.owner, r.job_id)
         left join pg_stat_activity l on l.pid = j.launcher_pid and l.backend_start = j.launcher_start
         where pg_has_role(session_user, coalesce(j.owner, r.owner), 'MEMBER')
         order by coalesce(j.launched_at, r.decided_at) desc;
@@ -444,7 +636,7 @@ comment on view @schema@.jobs is
 -- Privileges -----------------------------------------------------------------------------------------------------
 
 revoke all on all tables in schema @schema@ from public;
-revoke all on all functions in schema @schema@ from public;
+revoke all on all routines in schema @schema@ from public;
 grant usage on schema @schema@ to pgbackground_role;
 grant select on @schema@.meta, @schema@.jobs to pgbackground_role;
-grant execute on all functions in schema @schema@ to pgbackground_role;
+grant execute on all routines in schema @schema@ to pgbackground_role;
