@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -194,18 +195,26 @@ class Dagster:
         answer = self.ask("{ runsOrError { ... on Runs { results { runId status parentRunId tags { key value } } } } }")
         return list(answer["runsOrError"]["results"])
 
-    def run_process(self, run_id: str) -> int:
-        """The pid of the process that executes a run."""
-        listing = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
-        for line in listing.splitlines():
-            pid, arguments = line.split(None, 1)
-            if run_id in arguments:
-                return int(pid)
-        # A code server forks nothing: it starts runs as children of its own that carry the run's id in no argument.
-        for line in self.messages(run_id):
-            if "pid" in line:
-                return int(line.rsplit("pid:", 1)[1].split(")")[0].strip())
-        raise LookupError(f"no process executes run {run_id}")
+    def children(self, run_id: str) -> list[str]:
+        """The ids of the runs that re-execute a run."""
+        return [run["runId"] for run in self.runs() if run["parentRunId"] == run_id]
+
+    def pid_of(self, run_id: str, what: str) -> int:
+        """The pid of a process: ``run`` is the one that executes the run, ``step`` a step's own."""
+        lines = self.messages(run_id)
+        found = [match for line in lines if (match := re.search(r"Executing steps .*\(pid: (\d+)\)", line))]
+        assert found, lines
+        parent = int(found[0].group(1))
+        if what == "run":
+            return parent
+        # Beside the step there is multiprocessing's resource tracker.
+        steps = [pid for pid in processes.children(parent) if "spawn_main" in _arguments(pid)]
+        assert len(steps) == 1, lines
+        return steps[0]
+
+
+def _arguments(pid: int) -> str:
+    return subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
 
 
 def _free_port() -> int:
