@@ -130,24 +130,17 @@ YES_NO = (False, True)
 
 def every_evidence() -> Iterator[Evidence]:
     """All there is. Counters are 0 or not; a SQLSTATE is one of ours, a cancel's, another, or was not told."""
-    combinations: Iterator[tuple[Any, ...]] = product(
-        REPORTS, VERIFICATIONS, YES_NO, Receipt, Holder, YES_NO, YES_NO, YES_NO, YES_NO, Intent, (0, 1), (0, 1), YES_NO
-    )
-    for (
-        reported,
-        verification,
-        carries,
-        receipt,
-        holder,
-        superseded,
-        registered,
-        recorded,
-        blocked,
-        *rest,
-    ) in combinations:
+    of_each: list[tuple[Any, ...]] = [
+        tuple(REPORTS), tuple(VERIFICATIONS), YES_NO, tuple(Receipt), tuple(Holder), YES_NO, YES_NO, YES_NO, YES_NO,
+        tuple(Intent), (0, 1), (0, 1), YES_NO,
+    ]  # fmt: skip
+    for values in product(*of_each):
+        (report, sqlstate), (can_verify, verified), carries, receipt, holder, superseded, registered, *rest = values
+        recorded, blocked, intent, launches, rejections, lift = rest
         yield Evidence(
-            carries, receipt, holder, superseded, registered, *reported, recorded, blocked, *rest, *verification
-        )
+            carries, receipt, holder, superseded, registered, report, sqlstate, recorded, blocked, intent, launches,
+            rejections, lift, can_verify, verified,
+        )  # fmt: skip
 
 
 def _asks(seen: Evidence) -> bool:

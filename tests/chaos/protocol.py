@@ -1,0 +1,613 @@
+"""A written model of the protocol: launchers, workers, a canceller and faults, step by step, around the very verdict.
+
+What is one step here is one moment of the server's (a lock taken, a row seen, a commit made visible), so a search over
+all orders of the steps (:mod:`tests.chaos.search`) meets every interleaving. Launchers look as the runner does (the
+report, the lock, the receipt, each at a moment of its own) and ask :func:`judge` what to do.
+
+Pessimistic where PG_BACKGROUND leaves a choice: a worker may start as late as it likes, "completed" is reported before
+the commit, an error before the abort, and a committed worker may report an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple, TypeVar
+
+from pgbg_orchestration.verdict import (
+    ALREADY_COMMITTED,
+    CANCELED,
+    OURS,
+    OUTCOMES,
+    REFUSED,
+    TURNED_AWAY,
+    Evidence,
+    Holder,
+    Intent,
+    Receipt,
+    Report,
+    Step,
+    judge,
+)
+
+T = TypeVar("T")
+OWN_ERROR = "23505"
+NOBODY = -1
+
+
+class At(IntEnum):
+    """How far a worker is. From LOCKED to VISIBLE it holds the lock of the series."""
+
+    STARTING = 0
+    BEGUN = 1  # it has its snapshot, which repeatable read keeps
+    LOCKED = 2
+    CHECKED = 3  # the generation
+    INSERTED = 4  # its receipt, which nobody else sees; the job's SQL runs
+    WORKED = 5  # the SQL is done; "completed" can be reported
+    VISIBLE = 6  # the commit
+    ABORTING = 7  # its error can be read, it still holds its locks
+    COMMITTED = 8
+    FAILED = 9
+    SILENT = 10  # ended without a word, nothing done
+
+
+ENDED = (At.COMMITTED, At.FAILED, At.SILENT)
+AT_WORK = (At.INSERTED, At.WORKED)
+
+
+class Worker(NamedTuple):
+    job: int
+    by: int
+    at: At = At.STARTING
+    locked: bool = False
+    sqlstate: str | None = None
+    snapshot: int = 0  # the newest generation, as its snapshot sees it
+
+    @property
+    def inserting(self) -> bool:
+        """Whether a receipt of it is there that is neither committed nor gone: an insert of the same key waits."""
+        return self.at in AT_WORK or (self.at is At.ABORTING and self.sqlstate not in OURS)
+
+
+class Phase(IntEnum):
+    """What a launcher does next: a look, or what the verdict asked for."""
+
+    LOOK = 0
+    STEP = 1
+    LAUNCH = 2  # the launch call is on its way
+    DEAD = 3
+    DONE = 4
+
+
+class Launcher(NamedTuple):
+    job: int
+    phase: Phase = Phase.LOOK
+    looks: int = 0  # how many of the three looks of this turn are done
+    intent: Intent = Intent.NONE
+    worker: int = NOBODY
+    report: Report = Report.NONE
+    sqlstate: str | None = None
+    holder: Holder = Holder.NOBODY
+    held: int = NOBODY  # the worker that held the lock at that look
+    receipt: Receipt = Receipt.NONE
+    superseded: bool = False
+    step: Step | None = None  # to be taken, or the outcome
+    registered: bool = False
+    launched: bool = False
+    launches_left: int = 0
+    rejections_left: int = 0
+    attached: bool = False
+    heard: bool = False  # another launcher wrote down, since we attached, how its worker failed
+
+
+class Canceller(NamedTuple):
+    job: int
+    phase: int = 0  # look, signal, mark, done
+    told: Receipt = Receipt.NONE
+
+
+class State(NamedTuple):
+    workers: tuple[Worker | None, ...]
+    launchers: tuple[Launcher, ...]
+    cancellers: tuple[Canceller, ...]
+    receipts: tuple[str | None, ...]  # of each job: 'committed', or the cause of its cancel
+    commits: tuple[int, ...]
+    registered: tuple[bool, ...]
+    newest: int
+    begun: int  # the newest generation that was ever at work
+    marked: int  # older generations than this were all marked
+    lifted: tuple[bool, ...]
+    faults: tuple[int, ...]  # how many of each kind may still happen
+
+
+FAULTS = ("crash", "lose_session", "lose_launch", "kill_worker", "sql_error", "ask")
+
+
+class Move(NamedTuple):
+    """A step: what happens, whether it is a fault (which need not happen), and where it leads."""
+
+    what: str
+    fault: bool
+    after: State
+    wrong: str | None = None  # an invariant that this very step breaks
+
+
+Judge = Callable[[Evidence], Step]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Who takes part, what may go wrong, and what is broken on purpose.
+
+    Parameters
+    ----------
+    jobs:
+        For each launcher the number of its job; job n is generation n + 1 of the one series.
+    cancels:
+        For each canceller the number of its job.
+    lifting:
+        Launchers that take an earlier cancel back (``retry_cancelled``).
+    repeatable_read:
+        Workers check the generation with a snapshot from their start.
+    broken:
+        Faults of the protocol that are built in on purpose, by name (tests/chaos/test_protocol.py).
+    judge:
+        The verdict, or one that is broken on purpose.
+    """
+
+    name: str
+    jobs: tuple[int, ...]
+    cancels: tuple[int, ...] = ()
+    lifting: tuple[int, ...] = ()
+    relaunches: int = 1
+    rejections: int = 1
+    repeatable_read: bool = False
+    wait_for_older: bool = False
+    crash: int = 0
+    lose_session: int = 0
+    lose_launch: int = 0
+    kill_worker: int = 0
+    sql_error: int = 0
+    ask: int = 0
+    broken: frozenset[str] = field(default_factory=frozenset)
+    judge: Judge = judge
+
+    def start(self) -> State:
+        """The state before anything happened."""
+        count = max((*self.jobs, *self.cancels)) + 1
+        return State(
+            workers=(),
+            launchers=tuple(
+                Launcher(job, launches_left=self.relaunches, rejections_left=self.rejections) for job in self.jobs
+            ),
+            cancellers=tuple(Canceller(job) for job in self.cancels),
+            receipts=(None,) * count,
+            commits=(0,) * count,
+            registered=(False,) * count,
+            newest=0,
+            begun=0,
+            marked=0,
+            lifted=(False,) * count,
+            faults=tuple(int(getattr(self, name)) for name in FAULTS),
+        )
+
+    def moves(self, state: State) -> Iterator[Move]:
+        """Everything that can happen next."""
+        for number, worker in enumerate(state.workers):
+            if worker is not None and worker.at not in ENDED:
+                yield from self._work(state, number, worker)
+        for number, launcher in enumerate(state.launchers):
+            if launcher.phase < Phase.DEAD:
+                yield from self._launcher(state, number, launcher)
+        for number, canceller in enumerate(state.cancellers):
+            if canceller.phase < len(_CANCELLING):
+                yield from self._cancel(state, number, canceller)
+
+    # Workers ------------------------------------------------------------------------------------------------------
+
+    def _work(self, state: State, number: int, worker: Worker) -> Iterator[Move]:
+        name = f"worker {number} of job {worker.job}"
+        match worker.at:
+            case At.STARTING if self.repeatable_read:
+                begun = worker._replace(at=At.BEGUN, snapshot=state.newest)
+                yield Move(f"{name} takes its snapshot", False, _put(state, number, begun))
+            case At.STARTING | At.BEGUN:
+                yield self._take_lock(state, number, worker)
+            case At.LOCKED:
+                newest = worker.snapshot if self.repeatable_read else state.newest
+                newer = newest > worker.job + 1 and "no generation check" not in self.broken
+                after = worker._replace(at=At.ABORTING, sqlstate=REFUSED) if newer else worker._replace(at=At.CHECKED)
+                yield Move(
+                    f"{name} checks the generation: {'refused' if newer else 'ok'}", False, _put(state, number, after)
+                )
+            case At.CHECKED:
+                yield from self._insert(state, number, worker)
+            case At.INSERTED:
+                yield Move(f"{name} works", False, _put(state, number, worker._replace(at=At.WORKED)))
+                if paid := _pay(state, "sql_error"):
+                    failing = worker._replace(at=At.ABORTING, sqlstate=OWN_ERROR)
+                    yield Move(f"{name}: its SQL fails", True, _put(paid, number, failing))
+            case At.WORKED:
+                locked = worker.locked and "lock goes before the commit" not in self.broken
+                if worker.locked and not locked:
+                    yield Move(f"{name} lets the lock go", False, _put(state, number, worker._replace(locked=False)))
+                    return
+                yield self._commit(state, number, worker)
+            case At.VISIBLE:
+                ended = worker._replace(at=At.COMMITTED, locked=False)
+                yield Move(f"{name} ends", False, _put(state, number, ended))
+            case At.ABORTING:
+                ended = worker._replace(at=At.FAILED, locked=False)
+                yield Move(f"{name} ends with {worker.sqlstate}", False, _put(state, number, ended))
+            case _:
+                return
+        if worker.at < At.VISIBLE and (paid := _pay(state, "kill_worker")):
+            killed = worker._replace(at=At.SILENT, locked=False)
+            yield Move(f"{name} is killed", True, _put(paid, number, killed))
+
+    def _take_lock(self, state: State, number: int, worker: Worker) -> Move:
+        name = f"worker {number} of job {worker.job}"
+        taken = any(other is not None and other.locked for other in state.workers)
+        if taken and "no series lock" not in self.broken:
+            refused = worker._replace(at=At.FAILED, sqlstate=TURNED_AWAY)
+            return Move(f"{name} is turned away", False, _put(state, number, refused))
+        locked = worker._replace(at=At.LOCKED, locked="no series lock" not in self.broken)
+        return Move(f"{name} takes the lock", False, _put(state, number, locked))
+
+    def _insert(self, state: State, number: int, worker: Worker) -> Iterator[Move]:
+        name = f"worker {number} of job {worker.job}"
+        decided = state.receipts[worker.job]
+        if "no receipt" not in self.broken:
+            if any(other is not None and other.inserting and other.job == worker.job for other in state.workers):
+                return  # waits for the other's end
+            if decided is not None:
+                code = ALREADY_COMMITTED if decided == "committed" else REFUSED
+                refused = worker._replace(at=At.ABORTING, sqlstate=code)
+                yield Move(f"{name} is refused: {decided}", False, _put(state, number, refused))
+                return
+        wrong = None
+        if any(other is not None and other.at in AT_WORK for other in state.workers):
+            wrong = "two workers of one series are at work at once"
+        elif worker.job + 1 < max(state.marked, state.begun):
+            wrong = "an older generation began after a newer one had begun, or had marked it"
+        after = _put(state, number, worker._replace(at=At.INSERTED))
+        after = after._replace(begun=max(state.begun, worker.job + 1))
+        yield Move(f"{name} writes its receipt", False, after, wrong)
+
+    def _commit(self, state: State, number: int, worker: Worker) -> Move:
+        job = worker.job
+        wrong = "a job is committed twice" if state.commits[job] else None
+        for launcher in state.launchers:
+            if launcher.phase is not Phase.DONE or launcher.job != job:
+                continue
+            if launcher.step in (Step.CANCELLED, Step.SUPERSEDED) and not state.lifted[job]:
+                wrong = wrong or f"a job is committed after it was told to be {launcher.step.name}"
+        told = state.launchers[worker.by]
+        if told.phase is Phase.DONE and told.job == job and told.step in (Step.FAILED, Step.LOST):
+            wrong = wrong or f"a worker commits whose own launcher has told that its job is {told.step.name}"
+        if not state.lifted[job] and any(
+            canceller.job == job and canceller.told is Receipt.CANCELLED for canceller in state.cancellers
+        ):
+            wrong = wrong or "a job is committed after a cancel was told to be final"
+        after = _put(state, number, worker._replace(at=At.VISIBLE))
+        after = after._replace(
+            commits=_set(state.commits, job, state.commits[job] + 1),
+            receipts=_set(state.receipts, job, "committed") if "no receipt" not in self.broken else state.receipts,
+        )
+        return Move(f"worker {number} of job {job} commits", False, after, wrong)
+
+    # Launchers ----------------------------------------------------------------------------------------------------
+
+    def _launcher(self, state: State, number: int, launcher: Launcher) -> Iterator[Move]:
+        if launcher.phase is Phase.LOOK:
+            yield self._look(state, number, launcher)
+        elif launcher.phase is Phase.STEP:
+            yield self._take(state, number, launcher)
+        else:
+            yield from self._launch(state, number, launcher)
+        name = f"launcher {number}"
+        if paid := _pay(state, "crash"):
+            for after in self._half_launched(paid, number, launcher):
+                dead = Launcher(launcher.job, Phase.DEAD)
+                yield Move(f"{name} is killed", True, _with(after, number, dead))
+        if launcher.report is Report.RUNNING and (paid := _pay(state, "lose_session")):
+            lost = launcher._replace(report=Report.GONE, worker=NOBODY)
+            yield Move(f"{name} loses its session", True, _with(paid, number, lost))
+        if launcher.intent is Intent.NONE and (paid := _pay(state, "ask")):
+            for after in self._half_launched(paid, number, launcher):
+                asked = launcher._replace(intent=Intent.ASKED, phase=Phase.LOOK, looks=0, step=None)
+                yield Move(f"{name} is asked to end", True, _with(after, number, asked))
+
+    def _half_launched(self, state: State, number: int, launcher: Launcher) -> Iterator[State]:
+        """What a launcher leaves behind that goes away in the middle: of a launch call, a worker or none."""
+        yield state
+        if launcher.phase is Phase.LAUNCH:
+            yield self._started(state, number, launcher.job)[0]
+
+    def _started(self, state: State, number: int, job: int) -> tuple[State, int]:
+        worker = Worker(job, number)
+        free = next((n for n, known in enumerate(state.workers) if known is None), None)
+        if free is None:
+            return state._replace(workers=(*state.workers, worker)), len(state.workers)
+        return _put(state, free, worker), free
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The order of the three looks."""
+        if "receipt before lock" in self.broken:
+            return "report", "receipt", "lock"
+        if "report last" in self.broken:
+            return "lock", "receipt", "report"
+        return "report", "lock", "receipt"
+
+    def _look(self, state: State, number: int, launcher: Launcher) -> Move:
+        what = self.order[launcher.looks]
+        if what == "report":
+            launcher, told = _read_report(state, launcher)
+        elif what == "lock":
+            launcher, told = _read_lock(state, launcher)
+        else:
+            launcher, told = _read_receipt(state, launcher)
+        launcher = launcher._replace(looks=launcher.looks + 1)
+        move = f"launcher {number} sees {what}: {told}"
+        if launcher.looks < len(self.order):
+            return Move(move, False, _with(state, number, launcher))
+        return self._judge(state, number, launcher, move)
+
+    def _judge(self, state: State, number: int, launcher: Launcher, move: str) -> Move:
+        recorded = False
+        if launcher.holder is not Holder.NOBODY:
+            launcher = launcher._replace(rejections_left=self.rejections)
+        others = launcher.report in (Report.NONE, Report.GONE) or launcher.sqlstate == TURNED_AWAY
+        if launcher.holder is Holder.THIS_JOB and others:
+            launcher = launcher._replace(attached=True)
+        elif launcher.attached and launcher.holder is Holder.NOBODY and launcher.receipt is Receipt.NONE:
+            recorded = launcher.heard
+            launcher = launcher._replace(attached=recorded, heard=recorded)
+        step = self.judge(
+            Evidence(
+                receipt=launcher.receipt,
+                holder=launcher.holder,
+                superseded=launcher.superseded,
+                registered=launcher.registered or "no registration" in self.broken,
+                report=launcher.report,
+                sqlstate=launcher.sqlstate,
+                recorded_failure=recorded,
+                intent=launcher.intent,
+                launches_left=launcher.launches_left,
+                rejections_left=launcher.rejections_left,
+                lift=number in self.lifting,
+            )
+        )
+        move = f"{move} -> {step.name}"
+        if step in OUTCOMES:
+            return self._conclude(state, number, launcher, step, move)
+        again = launcher._replace(looks=0, holder=Holder.NOBODY, held=NOBODY, receipt=Receipt.NONE, superseded=False)
+        if step in (Step.WAIT, Step.WAIT_FOR_SERIES) or (step is Step.CLEAR_OLDER and self.wait_for_older):
+            return Move(move, False, _with(state, number, again))
+        if step is Step.REGISTER and "older marked before registration" in self.broken:
+            state = _mark_older(state, launcher.job) or state
+        return Move(move, False, _with(state, number, again._replace(phase=Phase.STEP, step=step)))
+
+    def _conclude(self, state: State, number: int, launcher: Launcher, step: Step, move: str) -> Move:
+        committed = state.commits[launcher.job] > 0
+        # Another call may launch the job again at any moment; its own workers, and the one it saw, it answers for.
+        at_work = any(
+            w is not None and w.job == launcher.job and w.at in AT_WORK and (w.by == number or n == launcher.held)
+            for n, w in enumerate(state.workers)
+        )
+        wrong = None
+        if (step is Step.COMMITTED) != committed:
+            wrong = f"{step.name} is told of a job that is {'' if committed else 'not '}committed"
+        elif step is not Step.COMMITTED and at_work and "no receipt" not in self.broken:
+            wrong = f"{step.name} is told while a worker is at work on the job"
+        launchers = list(state.launchers)
+        if step is Step.FAILED and launcher.launched:
+            for index, other in enumerate(launchers):
+                if other.job == launcher.job and other.attached:
+                    launchers[index] = other._replace(heard=True)
+        # Nothing of it matters any more but what it told.
+        launchers[number] = Launcher(launcher.job, Phase.DONE, step=step)
+        return Move(move, False, _tidied(state._replace(launchers=tuple(launchers))), wrong)
+
+    def _take(self, state: State, number: int, launcher: Launcher) -> Move:
+        step, job = launcher.step, launcher.job
+        looking = launcher._replace(phase=Phase.LOOK, step=None)
+        name = f"launcher {number}"
+        match step:
+            case Step.REGISTER:
+                if job + 1 < state.newest:
+                    return Move(f"{name} registers: superseded", False, _with(state, number, looking))
+                after = _with(state, number, looking._replace(registered=True))
+                launchers = tuple(o._replace(heard=False) if o.job == job else o for o in after.launchers)
+                after = after._replace(
+                    registered=_set(state.registered, job, True),
+                    newest=max(state.newest, job + 1),
+                    launchers=launchers,
+                )
+                return Move(f"{name} registers", False, after)
+            case Step.LAUNCH:
+                marked: State | None = state
+                if not self.broken & {"older not marked", "older marked before registration"}:
+                    marked = _mark_older(state, job)
+                if marked is None:
+                    return Move(f"{name} cannot mark older generations yet", False, _with(state, number, looking))
+                launching = looking._replace(phase=Phase.LAUNCH)
+                if launcher.sqlstate == TURNED_AWAY:
+                    launching = launching._replace(rejections_left=launcher.rejections_left - 1)
+                elif launcher.launched:
+                    launching = launching._replace(launches_left=launcher.launches_left - 1)
+                launching = launching._replace(
+                    worker=NOBODY, report=Report.NONE, sqlstate=None, attached=False, heard=False
+                )
+                return Move(f"{name} calls for a launch", False, _with(marked, number, launching))
+            case Step.SIGNAL:
+                return Move(f"{name} signals", False, _with(_signalled(state, lambda j: j == job), number, looking))
+            case Step.CLEAR_OLDER:
+                after = _signalled(state, lambda j: j < job)
+                return Move(f"{name} signals the older worker", False, _with(after, number, looking))
+            case Step.MARK:
+                cause = "asked" if launcher.intent is not Intent.NONE else "superseded"
+                return Move(f"{name} marks", False, _with(self._mark(state, job, cause), number, looking))
+            case Step.LIFT:
+                lifted = state
+                if state.receipts[job] not in (None, "committed", "superseded"):
+                    lifted = state._replace(receipts=_set(state.receipts, job, None))
+                    if number in self.lifting:  # by right
+                        lifted = lifted._replace(lifted=_set(state.lifted, job, True))
+                return Move(f"{name} lifts the mark", False, _with(lifted, number, looking))
+            case _:
+                raise AssertionError(f"the model has no step {step}")
+
+    def _launch(self, state: State, number: int, launcher: Launcher) -> Iterator[Move]:
+        name = f"launcher {number}"
+        looking = launcher._replace(phase=Phase.LOOK, launched=True)
+        started, worker = self._started(state, number, launcher.job)
+        running = looking._replace(worker=worker, report=Report.RUNNING, registered=False)
+        yield Move(f"{name} has launched worker {worker}", False, _with(started, number, running))
+        if paid := _pay(state, "lose_launch"):
+            lost = looking._replace(report=Report.GONE)
+            yield Move(f"{name} loses the launch call; no worker", True, _with(paid, number, lost))
+            started, worker = self._started(paid, number, launcher.job)
+            yield Move(f"{name} loses the launch call; worker {worker} starts", True, _with(started, number, lost))
+
+    # Cancelling ---------------------------------------------------------------------------------------------------
+
+    def _mark(self, state: State, job: int, cause: str) -> State:
+        waits = any(w is not None and w.job == job and w.inserting for w in state.workers)
+        if "mark does not wait" in self.broken:
+            waits = False
+        if waits or state.receipts[job] is not None:
+            return state
+        return state._replace(receipts=_set(state.receipts, job, cause))
+
+    def _cancel(self, state: State, number: int, canceller: Canceller) -> Iterator[Move]:
+        job, name = canceller.job, f"canceller {number}"
+        doing = _CANCELLING[canceller.phase]
+        after = canceller._replace(phase=(canceller.phase + 1) % len(_CANCELLING))
+        wrong = None
+        if doing == "look":
+            told = state.receipts[job]
+            if told is not None:
+                after = Canceller(
+                    job, len(_CANCELLING), Receipt.COMMITTED if told == "committed" else Receipt.CANCELLED
+                )
+            move = f"{name} looks: {told}"
+        elif doing == "signal":
+            state = _signalled(state, lambda j: j == job)
+            move = f"{name} signals"
+            if "cancel without a mark" in self.broken:
+                after = Canceller(job, len(_CANCELLING), Receipt.CANCELLED)
+                if state.commits[job]:
+                    wrong = "a cancel is told to be final of a job that is committed"
+        else:
+            state = self._mark(state, job, "asked")
+            move = f"{name} marks"
+        cancellers = _set(state.cancellers, number, after)
+        yield Move(move, False, state._replace(cancellers=cancellers), wrong)
+
+
+_CANCELLING = ("look", "signal", "mark")
+
+
+def is_done(state: State) -> bool:
+    """Whether everybody has an outcome, or is dead, and no worker is left."""
+    return (
+        all(launcher.phase >= Phase.DEAD for launcher in state.launchers)
+        and all(canceller.phase == len(_CANCELLING) for canceller in state.cancellers)
+        and all(worker is None or worker.at in ENDED for worker in state.workers)
+    )
+
+
+# Looks --------------------------------------------------------------------------------------------------------------
+
+
+def _read_report(state: State, launcher: Launcher) -> tuple[Launcher, str]:
+    if launcher.report is Report.RUNNING:
+        worker = state.workers[launcher.worker]
+        assert worker is not None
+        if worker.at in (At.ABORTING, At.FAILED) or (worker.at >= At.VISIBLE and worker.sqlstate):
+            launcher = launcher._replace(report=Report.FAILED, sqlstate=worker.sqlstate, worker=NOBODY)
+        elif worker.at >= At.WORKED:
+            launcher = launcher._replace(report=Report.ENDED, worker=NOBODY)
+    return launcher, launcher.report.name
+
+
+def _read_lock(state: State, launcher: Launcher) -> tuple[Launcher, str]:
+    holder, held = Holder.NOBODY, NOBODY
+    for number, worker in enumerate(state.workers):
+        if worker is not None and worker.locked:
+            holder, held = Holder.THIS_JOB, number
+            if worker.job != launcher.job:
+                holder = Holder.OLDER if worker.job < launcher.job else Holder.NEWER
+            if holder is Holder.THIS_JOB:
+                break
+    return launcher._replace(holder=holder, held=held), holder.name
+
+
+def _read_receipt(state: State, launcher: Launcher) -> tuple[Launcher, str]:
+    told = state.receipts[launcher.job]
+    receipt = {None: Receipt.NONE, "committed": Receipt.COMMITTED}.get(told, Receipt.CANCELLED)
+    superseded = told == "superseded" or state.newest > launcher.job + 1
+    return launcher._replace(receipt=receipt, superseded=superseded), str(told)
+
+
+# Changes ------------------------------------------------------------------------------------------------------------
+
+
+def _signalled(state: State, wanted: Callable[[int], bool]) -> State:
+    """pg_cancel_backend on whoever holds the lock of such a job: a worker that starts is not found by it."""
+    workers = list(state.workers)
+    for number, worker in enumerate(workers):
+        if worker is None or not worker.locked or not wanted(worker.job):
+            continue
+        if worker.at < At.VISIBLE:
+            workers[number] = worker._replace(at=At.ABORTING, sqlstate=CANCELED)
+        elif worker.at is At.VISIBLE:
+            workers[number] = worker._replace(sqlstate=CANCELED)  # committed, and reports an error
+    return state._replace(workers=tuple(workers))
+
+
+def _mark_older(state: State, job: int) -> State | None:
+    """Mark every older registered job; None while a worker of one is at work."""
+    receipts = state.receipts
+    for older in range(job):
+        if not state.registered[older] or receipts[older] is not None:
+            continue
+        if any(w is not None and w.job == older and w.inserting for w in state.workers):
+            return None
+        receipts = _set(receipts, older, "superseded")
+    return state._replace(receipts=receipts, marked=max(state.marked, job + 1))
+
+
+def _pay(state: State, fault: str) -> State | None:
+    """The state with one fault of this kind less to come; None when there is none left."""
+    index = FAULTS.index(fault)
+    if not state.faults[index]:
+        return None
+    return state._replace(faults=_set(state.faults, index, state.faults[index] - 1))
+
+
+def _put(state: State, number: int, worker: Worker) -> State:
+    return _tidied(state._replace(workers=_set(state.workers, number, worker)))
+
+
+def _with(state: State, number: int, launcher: Launcher) -> State:
+    return _tidied(state._replace(launchers=_set(state.launchers, number, launcher)))
+
+
+def _tidied(state: State) -> State:
+    """Forget ended workers that nobody asks after, so that states that differ in them alone are one."""
+    followed = {number for launcher in state.launchers for number in (launcher.worker, launcher.held)}
+    workers: list[Worker | None] = [
+        None if worker is None or (worker.at in ENDED and number not in followed) else worker
+        for number, worker in enumerate(state.workers)
+    ]
+    while workers and workers[-1] is None:
+        workers.pop()
+    return state._replace(workers=tuple(workers))
+
+
+def _set(values: tuple[T, ...], index: int, value: T) -> tuple[T, ...]:
+    return (*values[:index], value, *values[index + 1 :])

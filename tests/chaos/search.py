@@ -1,0 +1,93 @@
+"""An exhaustive search through the model: every state that any order of steps leads to, and what is wrong in it."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from functools import cache
+
+from tests.chaos.protocol import Scenario, State, is_done
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search found: how many states there are, and the shortest way to a wrong one."""
+
+    states: int
+    wrong: str | None = None
+    way: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.wrong is None:
+            return f"{self.states} states, nothing wrong"
+        steps = "\n".join(f"{number:3}. {step}" for number, step in enumerate(self.way, 1))
+        return f"{self.wrong}\n{steps}"
+
+
+@cache
+def search(scenario: Scenario, limit: int = 3_000_000) -> Found:
+    """Search breadth first.
+
+    Wrong is a step that breaks an invariant, a state in which nobody can do anything though not everybody is done,
+    and a state from which, without further faults, no order of steps leads to the end: a livelock.
+
+    Parameters
+    ----------
+    limit:
+        How many states there may be; more fail, so that a search is never taken for whole that was not.
+    """
+    gc.disable()  # the states are many, and none of them is garbage
+    try:
+        return _search(scenario, limit)
+    finally:
+        gc.enable()
+
+
+def _search(scenario: Scenario, limit: int) -> Found:
+    start = scenario.start()
+    numbers: dict[State, int] = {start: 0}
+    states = [start]
+    came: list[tuple[int, str]] = [(-1, "")]
+    before: list[list[int]] = [[]]  # without faults
+    ends: list[int] = []
+    at = 0
+    while at < len(states):
+        state = states[at]
+        stuck = True
+        for move in scenario.moves(state):
+            if move.wrong is not None:
+                return Found(len(states), move.wrong, (*_way(came, at), move.what))
+            after = numbers.get(move.after)
+            if after is None:
+                after = numbers[move.after] = len(states)
+                states.append(move.after)
+                came.append((at, move.what))
+                before.append([])
+                if len(states) > limit:
+                    raise AssertionError(f"{scenario.name}: more than {limit} states")
+            if not move.fault:
+                stuck = False
+                before[after].append(at)
+        if is_done(state):
+            ends.append(at)
+        elif stuck:
+            return Found(len(states), "a deadlock: nobody can go on", _way(came, at))
+        at += 1
+    reaching = set(ends)
+    while ends:
+        for earlier in before[ends.pop()]:
+            if earlier not in reaching:
+                reaching.add(earlier)
+                ends.append(earlier)
+    if len(reaching) < len(states):
+        lost = next(number for number in range(len(states)) if number not in reaching)
+        return Found(len(states), "a livelock: from here nothing leads to the end", _way(came, lost))
+    return Found(len(states))
+
+
+def _way(came: list[tuple[int, str]], at: int) -> tuple[str, ...]:
+    steps: list[str] = []
+    while at > 0:
+        at, step = came[at]
+        steps.append(step)
+    return tuple(reversed(steps))
