@@ -12,7 +12,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from . import events
 from .hook import PgBackgroundHook
 from .operators import PgBackgroundOperator
-from .triggering import GOES_ON, shared_conninfo, state_of
+from .triggering import GOES_ON, load_core, shared_conninfo, state_of
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -88,6 +88,7 @@ class PgBackgroundBatchTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Launch the jobs or attach to them, wait for all outcomes, and fire one event."""
+        await load_core()
         from pgbg_orchestration.errors import PgbgError
         from pgbg_orchestration.running import shared_launcher
 

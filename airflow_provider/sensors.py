@@ -13,7 +13,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from . import events
 from .hook import PgBackgroundHook
 from .retry_policy import SqlStateRetryPolicy
-from .triggering import shared_conninfo
+from .triggering import load_core, shared_conninfo
 
 if TYPE_CHECKING:
     from airflow.sdk import Context, PokeReturnValue
@@ -81,6 +81,7 @@ class PgBackgroundSensorTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look until it is as wanted, and fire one event."""
+        await load_core()
         from pgbg_orchestration.errors import PgbgError
         from pgbg_orchestration.running import shared_launcher
 

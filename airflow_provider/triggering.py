@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
 import time
 from typing import Any
 
@@ -22,6 +24,12 @@ nobody killed anything, and finds one of these.
 """
 
 _conninfos: dict[tuple[str, str | None, str | None], tuple[float, asyncio.Task[str]]] = {}
+
+
+async def load_core() -> None:
+    """Import what a trigger runs on, in a thread: for a first trigger that takes longer than a loop may stand still."""
+    if "pgbg_orchestration.running" not in sys.modules:
+        await asyncio.to_thread(importlib.import_module, "pgbg_orchestration.running")
 
 
 async def shared_conninfo(conn_id: str, database: str | None, endpoint: str | None) -> str:

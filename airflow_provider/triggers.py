@@ -10,7 +10,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from . import events
 from .hook import PgBackgroundHook
-from .triggering import GOES_ON, shared_conninfo, state_of
+from .triggering import GOES_ON, load_core, shared_conninfo, state_of
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Job
@@ -81,6 +81,7 @@ class PgBackgroundTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Launch the job or attach to it, wait for its outcome, and fire one event."""
+        await load_core()
         from pgbg_orchestration.errors import PgbgError
 
         try:
