@@ -1,0 +1,1 @@
+"""The demo that ``make demo`` runs: real Airflow and real Dagster, on an embedded PostgreSQL, with real data."""
