@@ -1,0 +1,264 @@
+"""The triggers on a real server, in an event loop of the test's own; only Airflow's edges are stood in for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from airflow_provider import triggering
+from airflow_provider.batch import PgBackgroundBatchTrigger
+from airflow_provider.hook import PgBackgroundHook
+from airflow_provider.sensors import PgBackgroundSensor, PgBackgroundSensorTrigger
+from airflow_provider.triggers import PgBackgroundTrigger
+from airflow_provider.waiting import TaskKilled, Waiting
+from pgbg_orchestration import Job, Outcome, errors
+from tests.conftest import Database
+
+pytestmark = [pytest.mark.airflow, pytest.mark.servers("real", "embedded"), pytest.mark.usefixtures("no_worker_left")]
+
+
+@pytest.fixture(autouse=True)
+def _connection(monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
+    """Every Airflow connection leads to the test's database, which has a table for what jobs did."""
+    monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
+    monkeypatch.setattr(triggering, "_conninfos", {})
+    with database.connect() as admin:
+        admin.execute("create table effect (what text)")
+
+
+def _job(job_id: str = "load#1", sql: str = "insert into effect values ('load')", **more: Any) -> dict[str, Any]:
+    return {"id": job_id, "series": job_id.partition("#")[0], "generation": 1, "label": job_id, "sql": sql, **more}
+
+
+def _rows(database: Database, query: str) -> list[tuple[Any, ...]]:
+    with database.connect() as admin:
+        return admin.execute(query.encode()).fetchall()
+
+
+async def _event(trigger: Any) -> dict[str, Any]:
+    """What a trigger fires, which must be one event."""
+    fired = [event.payload async for event in trigger.run()]
+    assert len(fired) == 1
+    payload: dict[str, Any] = fired[0]
+    return payload
+
+
+async def _until(there: Any) -> None:
+    async with asyncio.timeout(30):
+        while not await asyncio.to_thread(there):
+            await asyncio.sleep(0.05)
+
+
+def _state(monkeypatch: pytest.MonkeyPatch, state: str | None) -> None:
+    async def answer(_ti: Any) -> str | None:
+        return state
+
+    monkeypatch.setattr("airflow_provider.triggers.state_of", answer)
+    monkeypatch.setattr("airflow_provider.batch.state_of", answer)
+
+
+class TestOneJob:
+    async def test_an_outcome(self, database: Database) -> None:
+        event = await _event(PgBackgroundTrigger(job=_job()))
+
+        assert event["status"] == "committed"
+        assert event["row_count"] == 1
+        assert _rows(database, "select count(*) from effect") == [(1,)]
+
+    async def test_an_error(self) -> None:
+        event = await _event(PgBackgroundTrigger(job=_job(sql="select 1/0")))
+
+        assert event["status"] == "failed"
+        assert event["error"] == "WorkerError"
+        assert event["fields"]["sqlstate"] == "22012"
+
+    async def test_two_copies_do_the_work_once(self, database: Database) -> None:
+        job = _job(sql="insert into effect values ('load'); select pg_sleep(0.5)")
+        found = await asyncio.gather(*(_event(PgBackgroundTrigger(job=job)) for _ in range(2)))
+
+        assert [event["status"] for event in found] == ["committed", "committed"]
+        assert _rows(database, "select count(*) from effect") == [(1,)]
+
+    async def test_a_triggerer_that_ends_leaves_the_worker_to_the_next(self, database: Database) -> None:
+        job = _job(sql="insert into effect values ('load'); select pg_sleep(2)")
+        first = asyncio.create_task(_event(PgBackgroundTrigger(job=job)))
+        await _until(database.workers)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+        event = await _event(PgBackgroundTrigger(job=job))
+
+        assert event["status"] == "committed"
+        assert event["launched"] is False
+        assert _rows(database, "select count(*) from effect") == [(1,)]
+
+    async def test_many_share_a_few_connections(self, database: Database) -> None:
+        names = [f"job {number}#1" for number in range(40)]
+        jobs = [_job(name, "insert into effect values ('x'); select pg_sleep(1)") for name in names]
+        running = asyncio.gather(*(_event(PgBackgroundTrigger(job=job)) for job in jobs))
+        counted: list[int] = []
+
+        def count() -> bool:
+            query = "select count(*) from pg_stat_activity where application_name like 'pgbg:%'"
+            counted.append(_rows(database, query)[0][0])
+            return running.done()
+
+        await _until(count)
+
+        assert [event["status"] for event in await running] == ["committed"] * 40
+        assert 0 < max(counted) <= 8
+
+
+class TestOnKill:
+    @pytest.mark.parametrize("state", ["failed", "success", "skipped", "removed", None])
+    async def test_what_a_user_ended_is_cancelled(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch, state: str | None
+    ) -> None:
+        _state(monkeypatch, state)
+        trigger = PgBackgroundTrigger(job=_job(sql="insert into effect values ('load'); select pg_sleep(60)"))
+        running = asyncio.create_task(_event(trigger))
+        await _until(database.workers)
+        running.cancel()
+
+        await trigger.on_kill()
+
+        await _until(lambda: not database.workers())
+        assert _rows(database, "select state, reason from pgbg.jobs") == [
+            ("cancelled", f"the Airflow task is {state or 'gone'}")
+        ]
+
+    @pytest.mark.parametrize("state", triggering.GOES_ON)
+    async def test_a_task_that_goes_on_keeps_its_worker(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch, state: str
+    ) -> None:
+        _state(monkeypatch, state)
+        job = _job(sql="insert into effect values ('load'); select pg_sleep(1)")
+        trigger = PgBackgroundTrigger(job=job)
+        running = asyncio.create_task(_event(trigger))
+        await _until(database.workers)
+        running.cancel()
+
+        await trigger.on_kill()
+
+        assert (await _event(PgBackgroundTrigger(job=job)))["status"] == "committed"
+
+    async def test_it_can_be_refused(self, monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
+        _state(monkeypatch, "failed")
+        trigger = PgBackgroundTrigger(job=_job(), cancel_on_kill=False)
+
+        await trigger.on_kill()
+
+        assert _rows(database, "select count(*) from pgbg.jobs") == [(0,)]
+
+
+class TestBatch:
+    async def test_each_job_has_its_end(self) -> None:
+        jobs = {"good": _job("good#1"), "bad": _job("bad#1", "select 1/0")}
+        ends = (await _event(PgBackgroundBatchTrigger(jobs=jobs, at_once=1)))["jobs"]
+
+        assert {name: end["status"] for name, end in ends.items()} == {"good": "committed", "bad": "failed"}
+
+    async def test_fail_fast_cancels_the_rest_and_a_retry_runs_it(self, database: Database) -> None:
+        slow = _job("slow#1", "insert into effect values ('slow'); select pg_sleep(60)")
+        jobs = {"slow": slow, "bad": _job("bad#1", "select pg_sleep(0.5); select 1/0")}
+        ends = (await _event(PgBackgroundBatchTrigger(jobs=jobs, fail_fast=True)))["jobs"]
+
+        assert ends["slow"]["error"] == "JobCancelled"
+        assert ends["bad"]["error"] == "WorkerError"
+        assert _rows(database, "select count(*) from effect") == [(0,)]
+
+        mended = {"slow": {**slow, "sql": "insert into effect values ('slow')"}, "bad": _job("bad#1", "select 1")}
+        ends = (await _event(PgBackgroundBatchTrigger(jobs=mended, fail_fast=True, try_number=2)))["jobs"]
+
+        assert [end["status"] for end in ends.values()] == ["committed", "committed"]
+        assert _rows(database, "select count(*) from effect") == [(1,)]
+
+    async def test_on_kill_cancels_all_of_it(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        _state(monkeypatch, "failed")
+        jobs = {name: _job(f"{name}#1", "select pg_sleep(60)") for name in ("a", "b", "c")}
+        trigger = PgBackgroundBatchTrigger(jobs=jobs)
+        running = asyncio.create_task(_event(trigger))
+        await _until(lambda: len(database.workers()) == 3)
+        running.cancel()
+
+        await trigger.on_kill()
+
+        assert _rows(database, "select distinct state from pgbg.jobs") == [("cancelled",)]
+
+
+class TestSensor:
+    async def test_waits_for_a_label(self) -> None:
+        sensing = asyncio.create_task(_event(PgBackgroundSensorTrigger(label="load*", poll_interval=0.1)))
+        await asyncio.sleep(0.3)
+        assert not sensing.done()
+
+        await _event(PgBackgroundTrigger(job=_job()))
+
+        event = await sensing
+        assert [(job["job_id"], job["state"], job["row_count"]) for job in event["jobs"]] == [
+            ("load#1", "committed", 1)
+        ]
+
+    async def test_fails_with_the_jobs_own_error(self) -> None:
+        await _event(PgBackgroundTrigger(job=_job(sql="select 1/0")))
+        event = await _event(PgBackgroundSensorTrigger(job_id="load#1"))
+        sensor = PgBackgroundSensor(task_id="wait", job_id="load#1")
+
+        with pytest.raises(errors.WorkerError, match="division by zero") as caught:
+            sensor.execute_complete({}, event)
+        assert caught.value.sqlstate == "22012"
+
+    async def test_waits_for_a_worker_that_somebody_launched_by_hand(self, database: Database) -> None:
+        with database.connect() as session:
+            row = session.execute("select (pg_background_launch('select pg_sleep(1)')).pid").fetchone()
+            assert row is not None
+            event = await _event(PgBackgroundSensorTrigger(worker_pid=row[0], poll_interval=0.1))
+
+        assert event["worker_pid"] == row[0]
+        assert database.workers() == []
+
+    def test_one_thing_at_a_time(self) -> None:
+        with pytest.raises(ValueError, match="one thing"):
+            PgBackgroundSensor(task_id="wait", job_id="a", label="b")
+
+
+class TestWaitingInTheTasksProcess:
+    def test_the_ends_come_in_order(self, database: Database) -> None:
+        jobs = [Job("select 1", id="a"), Job("select 1/0", id="b")]
+        good, bad = Waiting(database.conninfo).run(jobs)
+
+        assert isinstance(good, Outcome)
+        assert isinstance(bad, errors.WorkerError)
+
+    def test_a_kill_from_a_signal_cancels_the_sql(self, database: Database) -> None:
+        waiting = Waiting(database.conninfo)
+
+        def kill() -> None:
+            while not database.workers():
+                time.sleep(0.05)
+            waiting.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(TaskKilled):
+            waiting.run([Job("insert into effect values ('x'); select pg_sleep(60)", id="a")])
+        killer.join()
+
+        assert _rows(database, "select state from pgbg.jobs") == [("cancelled",)]
+        # The next try was started to run it.
+        (outcome,) = Waiting(database.conninfo).run(
+            [Job("insert into effect values ('x')", id="a")], retry_cancelled=True, accept_changed_sql=True
+        )
+        assert isinstance(outcome, Outcome)
+
+    def test_fail_fast_cancels_the_rest(self, database: Database) -> None:
+        jobs = [Job("select pg_sleep(60)", id="slow"), Job("select 1/0", id="bad")]
+        slow, bad = Waiting(database.conninfo).run(jobs, fail_fast=True)
+
+        assert isinstance(slow, asyncio.CancelledError)
+        assert isinstance(bad, errors.WorkerError)
