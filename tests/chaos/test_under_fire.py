@@ -1,0 +1,97 @@
+"""Thousands of jobs by real processes on a real server, while everything that can break is broken at random.
+
+``make chaos`` runs it for PGBG_CHAOS_SECONDS (600) with PGBG_CHAOS_SEED (random, and printed); a short form is part of
+the suite. What is asserted is the promise alone: each job that is wanted has one effect and one receipt in the end,
+each that was cancelled in time has neither, and nobody was told anything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.chaos.breaker import Breaker
+from tests.chaos.crew import BOUND, Crew
+from tests.chaos.customers import Customer, Plan
+from tests.chaos.report import Report
+from tests.chaos.stage import Stage
+from tests.conftest import Database
+from tests.core.kit import Watched
+from tests.kit.proxy import Proxy
+from tests.servers.kinds import Server
+
+SLOTS = 24
+PROCESSES = 4
+SIDE_BY_SIDE = 24
+"""Jobs in flight at any moment."""
+PAUSE = 0.12
+"""Seconds between faults: about one for every second job."""
+
+
+def chosen_seed() -> int:
+    return int(os.environ.get("PGBG_CHAOS_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
+
+
+@pytest.fixture
+def stage(own_server: Callable[..., Server], fresh_database: Callable[..., Database]) -> Iterator[Stage]:
+    """A server of the test's own, with few slots."""
+    db = Watched(fresh_database(own_server(SLOTS)))
+    yield Stage(db)
+    db.close()
+
+
+async def under_fire(stage: Stage, seconds: float, seed: int) -> Report:
+    """Run jobs for so many seconds, and break things meanwhile."""
+    report = Report(seed, f"{stage.db.server.name} ({stage.db.server.extension})")
+    began = time.monotonic()
+    over = asyncio.Event()
+    numbers = iter(range(10**9))
+    with Proxy.before(stage.db.server.conninfo()) as proxy:
+        straight = stage.db.conninfo
+        ways = [straight if number % 2 else proxy.through(straight) for number in range(PROCESSES)]
+        async with Crew(ways, random.Random(f"{seed}/crew")) as crew:
+
+            async def customers() -> None:
+                while time.monotonic() - began < seconds:
+                    plan = Plan.make(seed, next(numbers))
+                    await Customer(plan, crew, stage, report).follow()
+
+            breaker = Breaker(stage, crew, proxy, report, random.Random(f"{seed}/breaker"), PAUSE)
+            breaking = asyncio.create_task(breaker.break_until(over))
+            await asyncio.gather(*(customers() for _ in range(SIDE_BY_SIDE)))
+            over.set()
+            await breaking
+            for fate, deaths in crew.deaths.items():
+                report.faults[f"launching process killed at {fate}"] += deaths
+    await stage.count(report)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def judged(report: Report) -> None:
+    print(f"\n{report}")
+    assert not report.broken(), str(report)
+    # A run that broke nothing proves nothing.
+    assert report.jobs > 0
+    assert report.faults.total() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.servers("real", "embedded")
+async def test_a_short_fire(stage: Stage) -> None:
+    judged(await under_fire(stage, 15, chosen_seed()))
+
+
+@pytest.mark.chaos
+@pytest.mark.servers("real", "embedded")
+@pytest.mark.timeout(0)
+async def test_a_long_fire(stage: Stage) -> None:
+    seconds = float(os.environ.get("PGBG_CHAOS_SECONDS", "600"))
+    async with asyncio.timeout(seconds + 4 * BOUND):
+        report = await under_fire(stage, seconds, chosen_seed())
+    judged(report)
