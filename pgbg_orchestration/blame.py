@@ -112,6 +112,16 @@ def unknown(work: Work) -> PgbgError:
     )
 
 
+def unverified(work: Work, error: BaseException) -> PgbgError:
+    """The query that was to tell how the job ended failed."""
+    return errors.OutcomeUnknown(
+        f"how it ended is not known, and its verify_sql failed: {str(error).strip() or type(error).__name__}",
+        sqlstate=getattr(error, "sqlstate", None),
+        todo="Run it again: verify_sql is asked again, and nothing is launched before it answers.",
+        **_named(work),
+    )
+
+
 def reused(work: Work) -> PgbgError:
     """The id stands for other SQL."""
     return errors.JobIdReused(

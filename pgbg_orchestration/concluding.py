@@ -79,6 +79,7 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         worker_pid=seen.receipt_pid,
         started_at=seen.receipt_started_at,
         launched=launched,
+        proof="verify_sql" if case.verified else "receipt",
     )
     info = case.launch.info
     if launched and info is not None and case.work.kind is Kind.RECEIPT:

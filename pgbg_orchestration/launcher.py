@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import psycopg
 from psycopg import AsyncConnection
 
-from . import connecting, pace, server
+from . import connecting, describing, pace, server
 from .composing import Work, bind
 from .errors import PoolerInTransactionMode
 from .job import Job, Kind
@@ -186,6 +186,22 @@ class Launcher:
             self.forget_facts()  # somebody may mend it
             raise
         return await self.ledger.run(lambda conn: bind(job, conn, facts.login))
+
+    async def verify(self, query: str, role: str | None) -> bool:
+        """Ask a job's ``verify_sql``, in a session with the login's own settings.
+
+        Raises
+        ------
+        psycopg.Error, OSError, TimeoutError
+            It could not be asked.
+        """
+        conn = await connecting.connect(self.conninfo, "pgbg: verifying")
+        try:
+            if role is not None:
+                await conn.execute("select pg_catalog.set_config('role', %s, false)", (role,))
+            return await describing.verify(conn, query)
+        finally:
+            await connecting.close(conn)
 
     async def session(self, *, exclusive: bool = False) -> LaunchingSession:
         """Return a launching session with room; ``exclusive``: one of its own, which the caller closes.

@@ -132,9 +132,7 @@ class Run:
             case Step.VERIFY:
                 await self._verify()
             case Step.SETTLE:
-                attempt = _there(_there(seen).receipt_attempt)
-                committed = bool(self._case.verified)
-                await self._ledger.settle(self._case.work.key, attempt, committed=committed)
+                await self._settle(_there(seen))
 
     # Launching ----------------------------------------------------------------------------------------------------
 
@@ -401,8 +399,19 @@ class Run:
                 case.launch.error = describing.error_fields(error)
 
     async def _verify(self) -> None:
-        query = _there(self._case.work.job.verify_sql)
-        self._case.verified = await self._ledger.run(lambda conn: describing.verify(conn, query))
+        work = self._case.work
+        try:
+            self._case.verified = await self._launcher.verify(_there(work.job.verify_sql), work.job.role)
+        except (psycopg.Error, OSError, TimeoutError) as error:
+            raise blame.unverified(work, error) from error
+
+    async def _settle(self, seen: Sighting) -> None:
+        """Write down what verify_sql said; where the work is not done, the way is free for another launch."""
+        case = self._case
+        attempt, done = _there(seen.receipt_attempt), bool(case.verified)
+        await self._ledger.settle(case.work.key, attempt, committed=done)
+        if not done:
+            case.launch.error, case.launch.lost, case.verified = None, True, None
 
     # Time ---------------------------------------------------------------------------------------------------------
 

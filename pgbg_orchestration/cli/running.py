@@ -209,7 +209,7 @@ async def _decided(launcher: Launcher, job: Job, watch: Watch) -> Outcome:
         Its worker does not end, or nobody knows.
     """
     named = {"job_id": job.id, "label": job.label}
-    if job.kind is Kind.RECEIPT:
+    if job.kind is not Kind.SESSION:
         assert job.id  # the job filled it in
         seen = await launcher.look(job.id, owner=job.owner, series=job.series)
         if seen.receipt is Receipt.COMMITTED:

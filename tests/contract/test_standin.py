@@ -60,11 +60,9 @@ def test_it_can_be_put_into_any_schema_and_be_dropped_whole(empty_database: Data
         assert left == (0,)
 
 
-def test_it_can_be_created_from_files(empty_database: Database, tmp_path: Path) -> None:
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        directory.chmod(0o755)
-    assert write_extension(tmp_path) == tmp_path / "extension"
-    (settings,) = extension_settings(tmp_path).items()
+def test_it_can_be_created_from_files(empty_database: Database, embedded_home: Path) -> None:
+    assert write_extension(embedded_home) == embedded_home / "extension"
+    (settings,) = extension_settings(embedded_home).items()
     with empty_database.connect() as connection:
         if connection.info.server_version < 180000:
             pytest.skip("cannot be had here: extension_control_path came with PostgreSQL 18")

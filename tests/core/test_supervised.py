@@ -1,0 +1,183 @@
+"""SQL that can carry no receipt, below a supervisor: the outcome that is told is the one that happened."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+import pytest
+
+from pgbg_orchestration import Job, Kind, Launcher, arun, errors
+from tests.core.kit import APP, Watched, eventually, within
+
+PROCEDURE = """
+create procedure steps(job text, n int, fails_at int, naps float default 0.05) language plpgsql as $$
+begin
+    for i in 1 .. n loop
+        if i = fails_at then
+            raise exception 'step % fails', i using errcode = '22012', detail = 'as it was told to';
+        end if;
+        insert into effects (job, n) values (job, i);
+        commit;
+        perform pg_sleep(naps);
+    end loop;
+end $$
+"""
+
+
+@pytest.fixture
+def steps(db: Watched) -> Watched:
+    """The watched database with a procedure that commits at each step, and a table that the login owns."""
+    db.sql(PROCEDURE)
+    db.sql("create table own (n int)")
+    db.sql("insert into own select 1 from generate_series(1, 100)")
+    db.sql(f"alter table own owner to {APP}")
+    db.sql(f"grant create on schema public to {APP}")
+    return db
+
+
+def call(n: int, fails_at: int = 0, naps: float = 0.05, **given: object) -> Job:
+    name = uuid.uuid4().hex
+    given = {"id": name, **given}
+    return Job(f"call steps('{given['id']}', {n}, {fails_at}, {naps})", **given)  # type: ignore[arg-type]
+
+
+async def supervisor(db: Watched) -> int:
+    """The pid of the supervisor, once its worker has made its first step."""
+
+    def look() -> int | None:
+        if not db.effects():
+            return None
+        found = db.sql("select pid from pg_stat_activity where application_name like 'pgbg supervises%'")
+        return int(found[0][0]) if found else None
+
+    pid = await eventually(look, "a supervisor and a step of its worker")
+    assert pid is not None
+    return pid
+
+
+@pytest.mark.parametrize(
+    ("sql", "tag"),
+    [
+        ("vacuum (analyze) own", "VACUUM"),
+        ("create index concurrently ix on own (n)", "CREATE INDEX"),
+        ("call steps('all', 5, 0)", "CALL"),
+    ],
+)
+async def test_such_a_statement_is_supervised_and_proven(steps: Watched, sql: str, tag: str) -> None:
+    job = Job(sql, id=uuid.uuid4().hex)
+    assert job.kind is Kind.SUPERVISED
+    outcome = await within(arun(steps.conninfo, job))
+    assert (outcome.launched, outcome.command_tag) == (True, tag)
+    assert (await within(arun(steps.conninfo, job))).launched is False
+    assert steps.states()[str(job.id)] == "committed"
+
+
+async def test_procedure_that_fails_at_its_sixth_step(steps: Watched) -> None:
+    job = call(10, fails_at=6)
+    with pytest.raises(errors.WorkerError) as caught:
+        await within(arun(steps.conninfo, job))
+    assert caught.value.sqlstate == "22012"
+    assert caught.value.fields.detail == "as it was told to"
+    assert "what it had committed stays" in caught.value.data_state
+    assert steps.effects() == 5
+    assert steps.states()[str(job.id)] == "failed"
+
+
+async def test_unique_index_that_fails_says_why_and_what_it_leaves(steps: Watched) -> None:
+    with pytest.raises(errors.WorkerError) as caught:
+        await within(arun(steps.conninfo, Job("create unique index concurrently ux on own (n)")))
+    assert caught.value.sqlstate == "23505"
+    assert "invalid index" in str(caught.value)
+
+
+async def test_cancel_reaches_the_worker_below(steps: Watched) -> None:
+    job = call(1000)
+    running = asyncio.create_task(arun(steps.conninfo, job))
+    await supervisor(steps)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await within(running)
+    done = steps.effects()
+    assert steps.states()[str(job.id)] == "cancelled"
+    with pytest.raises(errors.JobCancelled):
+        await within(arun(steps.conninfo, job))
+    assert steps.effects() == done < 1000
+
+
+async def test_launcher_that_went_away_is_replaced_by_one_that_attaches(steps: Watched) -> None:
+    job = call(20)
+    running = asyncio.create_task(arun(steps.conninfo, job, on_cancel="leave"))
+    await supervisor(steps)
+    running.cancel()
+    await asyncio.wait({running})
+    outcome = await within(arun(steps.conninfo, job))
+    assert outcome.launched is False
+    assert steps.effects() == 20
+
+
+@pytest.mark.parametrize("verify_sql", [None, "select count(*) = 20 from effects", "select false"])
+async def test_killed_supervisor_leaves_what_can_be_told(steps: Watched, verify_sql: str | None) -> None:
+    job = call(20, verify_sql=verify_sql)
+    running = asyncio.create_task(arun(steps.conninfo, job))
+    steps.sql("select pg_terminate_backend(%s)", await supervisor(steps))
+    await within(asyncio.wait({running}))
+    if verify_sql is None:
+        assert isinstance(running.exception(), errors.OutcomeUnknown)
+        assert steps.effects() == 20, "its worker outlives it, and is waited for before anything is said"
+        assert steps.states()[str(job.id)] == "unknown"
+        with pytest.raises(errors.OutcomeUnknown):
+            await within(arun(steps.conninfo, job))
+        assert steps.effects() == 20, "it is never launched again without a verify_sql"
+        return
+    outcome = running.result()
+    assert steps.effects() == (40 if verify_sql == "select false" else 20)
+    assert outcome.proof == ("receipt" if verify_sql == "select false" else "verify_sql")
+    assert steps.states()[str(job.id)] == "committed"
+
+
+async def test_several_statements_in_one_transaction(steps: Watched) -> None:
+    job = Job("create table later (a int); insert into later values (1); select a from later", kind="supervised")
+    assert (await within(arun(steps.conninfo, job))).launched
+    assert steps.value("select count(*) from later") == 1
+
+
+async def test_output_that_nobody_reads(steps: Watched) -> None:
+    job = Job("select repeat('x', 100) from generate_series(1, 100000)", kind="supervised")
+    assert (await within(arun(steps.conninfo, job))).row_count == 100_000
+
+
+async def test_newer_generation_ends_a_worker_whose_supervisor_is_gone(steps: Watched) -> None:
+    series = uuid.uuid4().hex
+    older = call(1000, id=f"{series}#0", series=series, generation=0)
+    first = asyncio.create_task(arun(steps.conninfo, older, on_cancel="leave"))
+    steps.sql("select pg_terminate_backend(%s)", await supervisor(steps))
+    first.cancel()
+    await asyncio.wait({first})
+    await within(arun(steps.conninfo, Job("vacuum own", series=series, generation=1)))
+    assert steps.effects() < 1000
+    assert steps.workers() == []
+
+
+async def test_more_jobs_than_pairs_of_slots(steps: Watched) -> None:
+    jobs = [call(1, naps=(n % 3) / 20) for n in range(20)]
+    async with Launcher(steps.conninfo) as launcher:
+        outcomes = await within(asyncio.gather(*map(launcher.run, jobs)))
+    assert [outcome.launched for outcome in outcomes] == [True] * 20
+    assert steps.effects_by_job() == {job.id: 1 for job in jobs}
+
+
+@pytest.mark.real
+async def test_four_slots_and_twenty_supervised_jobs(own_db: object) -> None:
+    db: Watched = own_db(max_worker_processes=4)  # type: ignore[operator]
+    db.sql(PROCEDURE)
+    jobs = [call(1) for _ in range(20)]
+    async with Launcher(db.conninfo) as launcher, Launcher(db.conninfo) as other:
+        outcomes = await within(
+            asyncio.gather(
+                *(one.run(job) for one, half in ((launcher, jobs[:10]), (other, jobs[10:])) for job in half)
+            ),
+            180,
+        )
+    assert len(outcomes) == 20
+    assert db.effects_by_job() == {job.id: 1 for job in jobs}
