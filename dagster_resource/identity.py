@@ -24,7 +24,6 @@ from pgbg_orchestration.errors import InvalidJob
 if TYPE_CHECKING:
     from dagster import AssetKey, DagsterInstance, DagsterRun
 
-PARENT_RUN = "dagster/parent_run_id"
 RETRY_NUMBER = "dagster/retry_number"  # the run-retries daemon's; a re-execution by hand does not inherit it
 DIRECT = "EPHEMERAL"  # the run id of a context that was built by hand, in a test
 
@@ -100,7 +99,7 @@ def of_step(context: Any, namespace: str) -> Identity:
         origin=origin,
         partition=partition,
         is_range=is_range,
-        by_hand=PARENT_RUN in run.tags and RETRY_NUMBER not in run.tags,
+        by_hand=run.parent_run_id is not None and RETRY_NUMBER not in run.tags,
         run_id=run.run_id,
         label=label,
     )
@@ -169,7 +168,7 @@ def _has_range(op: Any) -> bool:
 def _origin(instance: DagsterInstance, run: DagsterRun, step_key: str) -> str:
     """Return the id of the first run that wanted this step's work."""
     origin = run
-    while (parent_id := origin.tags.get(PARENT_RUN)) is not None:
+    while (parent_id := origin.parent_run_id) is not None:
         parent = instance.get_run_by_id(parent_id)
         if parent is None:  # deleted; its id still names the job
             return parent_id

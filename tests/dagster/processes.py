@@ -185,10 +185,14 @@ class Dagster:
         """The messages of a run's event log."""
         answer = self.ask(
             "query($r: ID!) { logsForRun(runId: $r) { ... on EventConnection {"
-            " events { __typename ... on MessageEvent { message stepKey } } } } }",
+            " events { __typename ... on MessageEvent { message }"
+            " ... on ExecutionStepFailureEvent { error { message cause { message } } } } } } }",
             r=run_id,
         )
-        return [f"{event['__typename']}: {event.get('message')}" for event in answer["logsForRun"]["events"]]
+        return [
+            f"{event['__typename']}: {event.get('message')} {(event.get('error') or {}).get('message', '')}"
+            for event in answer["logsForRun"]["events"]
+        ]
 
     def runs(self) -> list[dict[str, Any]]:
         """All runs, newest first: runId, status, parentRunId, tags."""
