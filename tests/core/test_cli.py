@@ -117,7 +117,11 @@ class TestRun:
         assert "generation 2" in older.stderr
 
     def test_a_statement_that_runs_alone(self, db: Watched, pgbg: Pgbg) -> None:
-        assert told(pgbg("run", "vacuum effects", "--json"))["proof"] == "result"
+        of_its_own_accord = told(pgbg("run", "vacuum effects", "--json"))
+        in_a_session = told(pgbg("run", "vacuum effects", "--kind", "session", "--json"))
+
+        assert (of_its_own_accord["command_tag"], in_a_session["command_tag"]) == ("VACUUM", "VACUUM")
+        assert in_a_session["proof"] == "result"
 
     def test_without_the_privilege(self, db: Watched) -> None:
         db.role("pgbg_nobody", "login", ())
@@ -287,7 +291,7 @@ class TestSetup:
 
 
 async def start(db: Watched, command: str, *arguments: str) -> asyncio.subprocess.Process:
-    """Start ``pgbg`` as a process of its own."""
+    """Start ``pgbg`` as a process of its own; await :func:`output_of` it."""
     return await asyncio.create_subprocess_exec(
         sys.executable, "-c", "from pgbg_orchestration.cli import main; main()",
         command, "--dsn", db.conninfo, *arguments,
@@ -344,12 +348,18 @@ class TestInterrupts:
         assert "too late" in printed
         assert db.effects("j") == 1
 
-    async def test_a_job_without_a_receipt(self, db: Watched) -> None:
-        process = await start(db, "run", "select pg_sleep(60)", "--kind", "session")
-        await eventually(db.workers, "its worker")
+    @pytest.mark.parametrize("kind", ["session", "supervised"])
+    async def test_a_job_without_a_receipt_of_its_own(self, db: Watched, kind: str) -> None:
+        process = await start(db, "run", "select pg_sleep(60)", "--kind", kind)
+        await eventually(lambda: sleepers(db), "its worker")
 
         process.send_signal(signal.SIGINT)
         printed, code = await output_of(process)
 
         assert code == ExitCode.CANCELLED, printed
-        await eventually(lambda: not db.workers(), "its worker ends")
+        await eventually(lambda: not sleepers(db), "its worker ends")
+
+
+def sleepers(db: Watched) -> list[tuple[Any, ...]]:
+    """Who sleeps in this database: (pid,). A worker of the stand-in is a client like any other."""
+    return db.sql("select pid from pg_stat_activity where datname = %s and wait_event = 'PgSleep'", db.database.name)

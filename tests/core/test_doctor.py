@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import ExitCode
 from pgbg_orchestration.doctor import Finding, Status, examine, worst
-from pgbg_orchestration.errors import ServerUnreachable
+from pgbg_orchestration.errors import PoolerInTransactionMode, ServerUnreachable
+from pgbg_orchestration.launcher import Launcher
 from tests.conftest import Database
 from tests.core.kit import APP, Watched
 from tests.servers.kinds import Server
@@ -173,6 +174,21 @@ async def test_known_faults_of_old_versions(database: Database, server: Server) 
     else:
         assert found["cancel"].status is Status.OK
         assert "pg_cancel_backend" in found["cancel"].text
+
+
+async def test_a_pooler_in_transaction_mode(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pooler can be had here: the launcher is made to see one. The rest is looked at all the same."""
+
+    async def refuse(_: Launcher) -> None:
+        raise PoolerInTransactionMode("this connection goes through a pooler", todo="Connect to the server itself.")
+
+    monkeypatch.setattr(Launcher, "_look_at_server", refuse)
+
+    found = await look(db.conninfo)
+
+    assert found["pooler"].status is Status.FAILS
+    assert found["pooler"].todo == "Connect to the server itself."
+    assert found["pgbg"].status is Status.OK
 
 
 async def test_unreachable() -> None:
