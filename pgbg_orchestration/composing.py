@@ -83,18 +83,16 @@ class Work:
         )
         return call.as_string(None)
 
-    def text(self, schema: str, registration: Registration | None) -> str:
-        """Return what the worker runs that does the work.
+    def text(self, schema: str, registration: Registration) -> str:
+        """Return what the worker runs that writes its own receipt.
 
         Parameters
         ----------
         schema:
             Name of the package's schema.
         registration:
-            The registered launch; None for a kind that carries no receipt.
+            The registered launch.
         """
-        if registration is None:
-            return statements.join(self.statements)
         begin = sql.SQL("select {}({}, {}, {}, {}, {}, {}, {})").format(
             sql.Identifier(schema, "begin_work"),
             *map(

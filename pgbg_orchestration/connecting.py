@@ -58,10 +58,10 @@ async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:
         return await AsyncConnection.connect(libpq.make_conninfo(**options), autocommit=True, prepare_threshold=None)
 
 
-async def settle(conn: AsyncConnection[Any], settings: tuple[tuple[str, str], ...]) -> None:
-    """Set session settings in one round trip."""
-    calls = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(settings))
-    await conn.execute(f"select {calls}".encode(), [part for pair in settings for part in pair])
+async def settle(conn: AsyncConnection[Any], settings: tuple[tuple[str, str], ...], *, local: bool = False) -> None:
+    """Change settings in one round trip, for the session or (``local``) for its transaction."""
+    calls = ", ".join(["pg_catalog.set_config(%s, %s, %s)"] * len(settings))
+    await conn.execute(f"select {calls}".encode(), [part for pair in settings for part in (*pair, local)])
 
 
 def is_lost(conn: AsyncConnection[Any], error: BaseException) -> bool:

@@ -10,6 +10,10 @@ from psycopg import AsyncConnection, pq, sql
 from .outcome import ErrorFields
 
 
+class UnreadableResult(Exception):
+    """No column definition list can name the result's columns, so ``result()`` cannot read it."""
+
+
 def columns_of(pgconn: pq.abc.PGconn, text: str) -> list[tuple[int, int]]:
     """Return type oid and modifier of each column that ``text`` gives, by a server-side describe; it is not run.
 
@@ -27,15 +31,25 @@ def columns_of(pgconn: pq.abc.PGconn, text: str) -> list[tuple[int, int]]:
 
 
 async def column_list(conn: AsyncConnection[Any], columns: list[tuple[int, int]]) -> sql.Composable | None:
-    """Return a column definition list for those columns; None for a statement that gives none."""
+    """Return a column definition list for those columns; None for a statement that gives none.
+
+    Raises
+    ------
+    UnreadableResult
+        A column has a pseudo-type, such as the ``void`` of ``select pg_sleep(1)``.
+    """
     if not columns:
         return None
     cursor = await conn.execute(
-        "select pg_catalog.format_type(c.oid, c.mod)"
-        " from unnest(%s::oid[], %s::int4[]) with ordinality as c (oid, mod, n) order by n",
+        "select pg_catalog.format_type(c.oid, c.mod), t.typtype = 'p'"
+        " from unnest(%s::oid[], %s::int4[]) with ordinality as c (oid, mod, n)"
+        " join pg_catalog.pg_type as t on t.oid = c.oid order by n",
         ([oid for oid, _ in columns], [modifier for _, modifier in columns]),
     )
-    names = [row[0] for row in await cursor.fetchall()]
+    rows = await cursor.fetchall()
+    names = [name for name, _ in rows]
+    if any(pseudo for _, pseudo in rows):
+        raise UnreadableResult(f"a result of {', '.join(names)}")
     return sql.SQL(", ").join(sql.SQL(f"c{n} ") + sql.SQL(name) for n, name in enumerate(names))
 
 

@@ -98,6 +98,14 @@ class Launcher:
         server.require(facts, self.schema, receipts=True)
         return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series or job_id), "asked", reason)
 
+    async def cancel_all(self) -> int:
+        """Cancel all workers of this launcher at one blow, by the extension's own ``cancel_all``; returns how many.
+
+        For a launcher that one task has to itself, when that task is killed: it hits every job of a session. It is not
+        final, and skips sessions with a worker that is still starting: cancel the calls of :meth:`run` besides.
+        """
+        return sum([await session.cancel_all(self.ledger.at_work) for session in list(self._sessions)])
+
     async def look(self, job_id: str, *, owner: str | None = None, series: str | None = None) -> Sighting:
         """Look at a job once: its lock, its receipt, its history."""
         facts = await self.facts()

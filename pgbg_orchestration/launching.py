@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection, IsolationLevel, sql
 from psycopg.rows import scalar_row
 
 from . import connecting, describing, faults, pace
@@ -116,6 +116,7 @@ class LaunchingSession:
             The server cannot be reached.
         """
         conn = await connecting.connect(conninfo, "pgbg: launching")
+        await conn.set_isolation_level(IsolationLevel.READ_COMMITTED)
         session = cls(conn, extension)
         # What is set here is inherited by workers: nothing but what cannot matter to a job's SQL.
         await connecting.settle(
@@ -181,10 +182,8 @@ class LaunchingSession:
             called = False
             try:
                 async with asyncio.timeout(pace.CALL), self._conn.transaction():
-                    await self._conn.execute("set transaction isolation level read committed")
                     values = {**settings, **({"role": role} if role else {})}
-                    for name, value in values.items():
-                        await self._conn.execute("select pg_catalog.set_config(%s, %s, true)", (name, value))
+                    await connecting.settle(self._conn, tuple(values.items()), local=True)
                     faults.point("before_launch")
                     called = True
                     handle = await self.extension.launch(self._conn, text, label=label, queue_size=queue_size)
@@ -291,6 +290,8 @@ class LaunchingSession:
         ------
         psycopg.Error
             The server refuses the statement.
+        UnreadableResult
+            It gives a column that no column definition list can name.
         """
         async with self._turn, self._conn.transaction(force_rollback=True):
             if role is not None:
@@ -337,12 +338,22 @@ class LaunchingSession:
         self._releasing.add(releasing)
         releasing.add_done_callback(self._releasing.discard)
 
-    async def cancel_all(self) -> int:
-        """Cancel every worker of this session by the extension's own ``cancel_all``.
+    async def cancel_all(self, at_work: Callable[[Sequence[int]], Awaitable[bool]]) -> int:
+        """Cancel every worker of this session by the extension's own ``cancel_all``; returns how many.
 
-        Sound only once each of them is seen at work (PG_BACKGROUND, Cancel).
+        Parameters
+        ----------
+        at_work:
+            Tells whether all workers with these process ids are seen at work. Where one is not, nothing is cancelled:
+            one that is starting can take the whole server down (docs/ground-truth.md, Cancel).
         """
-        return await self._ask(lambda: self.extension.cancel_all(self._conn)) or 0 if not self.lost else 0
+
+        async def cancel() -> int:
+            # Inside the session's turn, so that no launch comes in between.
+            pids = [worker.handle.pid for worker in self.workers.values() if not worker.ended.done()]
+            return await self.extension.cancel_all(self._conn) if pids and await at_work(pids) else 0
+
+        return await self._ask(cancel) or 0 if not self.lost else 0
 
     async def _ask(self, question: Callable[[], Awaitable[T]]) -> T | None:
         async with self._turn:

@@ -314,6 +314,15 @@ class Ledger:
         outcome = "committed" if committed else "unlaunched"
         await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id, attempt, outcome)))
 
+    async def at_work(self, pids: Sequence[int]) -> bool:
+        """Tell whether each of these processes holds an advisory lock, as a worker does from its first statement on."""
+        query = self._query(
+            "select count(distinct l.pid) as holders from pg_catalog.pg_locks as l"
+            " where l.locktype = 'advisory' and l.granted and l.pid = any(%s)"
+        )
+        row = await self._reader.ask(lambda conn: _one(conn, query, (list(pids),)))
+        return bool(row["holders"] == len(set(pids)))
+
     async def record(
         self,
         key: Key,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 
 from . import blame, describing, faults, markers, pace, statements
 from .case import Case, Launch, deadline_of
@@ -22,7 +22,7 @@ from .connecting import ConnectionLost
 from .errors import JobCancelled, PgbgError, ServerUnreachable
 from .gathering import RELAUNCHES, gather
 from .job import Job, Kind
-from .launching import LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
+from .launching import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
 from .ledger import Key, Ledger, Registration, Sighting
 from .options import Options
 from .outcome import Outcome
@@ -159,8 +159,7 @@ class Run:
         if registration is not None and not await self._mark_older(registration):
             return
         if registration is None:
-            text = work.text(self._launcher.schema, None)
-            await self._prepare_session(text)
+            text = await self._prepare_session()
         elif work.kind is Kind.SUPERVISED:
             text = await self._compose_supervisor(registration)
         else:
@@ -356,44 +355,51 @@ class Run:
 
     async def _compose_supervisor(self, registration: Registration) -> str:
         case, work = self._case, self._case.work
-        session = await self._launcher.session()
-        text, last = statements.join(work.statements), work.statements[-1].text
-        try:
-            columns = await session.describe(last, work.job.role)
-        except psycopg.Error as error:
-            if len(work.statements) == 1:
-                raise blame.statement_refused(work, error) from error
-            # It may need what the statements before it make: end with one that gives no rows.
-            columns, text = None, text + statements.SEPARATOR.rstrip(";")
+        text, columns = await self._make_readable(await self._launcher.session())
         facts = await self._launcher.facts()
         defaults = {name: getattr(facts, name) for name in SUPERVISOR_SETTINGS}
         settings = {**defaults, **work.settings(case.seconds_left())}
         calls = facts.extension.supervision(columns)
         return work.supervisor(self._launcher.schema, registration, text, calls, settings)
 
+    async def _make_readable(self, session: LaunchingSession) -> tuple[str, sql.Composable | None]:
+        """Return the text to launch and the columns of its result, which is to be read to its end."""
+        work = self._case.work
+        text = statements.join(work.statements)
+        try:
+            return text, await session.describe(work.statements[-1].text, work.job.role)
+        except describing.UnreadableResult:
+            pass
+        except psycopg.Error as error:
+            if len(work.statements) == 1:
+                raise blame.statement_refused(work, error) from error
+            # It may need what the statements before it make.
+        # Behind a statement that gives no rows, the result is the statements' tags.
+        return text + statements.SEPARATOR.rstrip(";"), None
+
     # Without a receipt --------------------------------------------------------------------------------------------
 
-    async def _prepare_session(self, text: str) -> None:
+    async def _prepare_session(self) -> str:
         case = self._case
         marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker))
         if marked is not None:
             raise blame.already_at_work(case.work, marked.pid)
         if case.session is None or case.session.lost:
             case.session = await self._launcher.session(exclusive=True)
-        try:
-            case.columns = await case.session.describe(text, case.work.job.role)
-        except psycopg.Error as error:
-            raise blame.statement_refused(case.work, error) from error
+        text, case.columns = await self._make_readable(case.session)
+        return text
 
     async def _read_result(self) -> None:
         case = self._case
         worker = _there(case.launch.worker)
         try:
             case.result = await worker.session.drain(worker, case.columns)
-        except (ConnectionLost, psycopg.errors.DatatypeMismatch):
-            case.launch.lost = True  # thrown away before its end, the result proves nothing
+        except ConnectionLost:
+            case.launch.lost = True
         except psycopg.Error as error:
-            if error.sqlstate == "08006":  # said of the worker's connection to this session
+            # 08006 is said of the worker's connection to this session. Class 42 is about our own call: thrown away
+            # before its end, the result proves nothing.
+            if error.sqlstate == "08006" or (error.sqlstate or "").startswith("42"):
                 case.launch.lost = True
             else:
                 case.launch.error = describing.error_fields(error)

@@ -330,7 +330,7 @@ begin
     if v_read then
         perform @schema@.end_supervision(
             p_owner, p_job_id, p_attempt, 'committed', v_pid, v_rows, nullif(v_tag, ''), null);
-    elsif v_error[1] not in ('08006', '42804', '42704', '55000') then
+    elsif v_failed or (v_error[1] not in ('08006', '55000') and v_error[1] not like '42%') then
         perform @schema@.end_supervision(p_owner, p_job_id, p_attempt, 'failed', v_pid, null, null, v_error);
     end if;
     -- Otherwise nobody can tell how it ended, and the claimed receipt says so.
