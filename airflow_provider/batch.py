@@ -12,7 +12,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from . import events
 from .hook import PgBackgroundHook
 from .operators import PgBackgroundOperator
-from .triggering import GOES_ON, load_core, shared_conninfo, state_of
+from .triggering import GOES_ON, load_core, shared_conninfo, state_of, to_its_end
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -178,10 +178,12 @@ class PgBackgroundBatchTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """Cancel the workers of a task that a user ended, as :meth:`PgBackgroundTrigger.on_kill` does."""
+        if self.cancel_on_kill:
+            await to_its_end(self._cancel_if_ended())
+
+    async def _cancel_if_ended(self) -> None:
         from pgbg_orchestration.running import shared_launcher
 
-        if not self.cancel_on_kill:
-            return
         state = await state_of(self.task_instance)
         if state in GOES_ON:
             self.log.info("The task goes on (%s): its jobs are left alone.", state)

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import sys
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 from .hook import PgBackgroundHook
@@ -22,6 +23,11 @@ GOES_ON = ("deferred", "none", "queued", "restarting", "running", "scheduled", "
 After a clear, and on a triggerer that was stalled and lost its triggers (airflow PR #73454), ``on_kill`` runs although
 nobody killed anything, and finds one of these.
 """
+
+KILL_SECONDS = 25.0
+"""How long ``on_kill`` is waited for; Airflow gives it 30 s (``[triggerer] on_kill_timeout``)."""
+
+_killing: set[asyncio.Task[None]] = set()
 
 _conninfos: dict[tuple[str, str | None, str | None], tuple[float, asyncio.Task[str]]] = {}
 
@@ -74,3 +80,23 @@ async def state_of(ti: Any) -> str | None:
     if key not in of_run:
         return None
     return "none" if of_run[key] is None else str(of_run[key])
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run what ``on_kill`` has to do to its end, however often Airflow cancels it.
+
+    A triggerer cancels a trigger anew with each of its syncs, about once a second, until it is gone: an ``on_kill``
+    that takes longer is ended in the middle, without a word (``cancelling_triggers`` in ``triggerer_job_runner.py``).
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + KILL_SECONDS
+    task = loop.create_task(work)
+    _killing.add(task)  # the loop itself keeps no task alive
+    task.add_done_callback(_killing.discard)
+    while not task.done() and loop.time() < until:
+        try:
+            await asyncio.wait({task}, timeout=until - loop.time())
+        except asyncio.CancelledError:
+            continue
+    if task.done():
+        task.result()

@@ -10,7 +10,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from . import events
 from .hook import PgBackgroundHook
-from .triggering import GOES_ON, load_core, shared_conninfo, state_of
+from .triggering import GOES_ON, load_core, shared_conninfo, state_of, to_its_end
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Job
@@ -119,8 +119,10 @@ class PgBackgroundTrigger(BaseTrigger):
         stalled and lost its triggers (airflow PR #73454): in both the task is deferred. The next try deals with the
         worker of an older generation itself.
         """
-        if not self.cancel_on_kill:
-            return
+        if self.cancel_on_kill:
+            await to_its_end(self._cancel_if_ended())
+
+    async def _cancel_if_ended(self) -> None:
         state = await state_of(self.task_instance)
         if state in GOES_ON:
             self.log.info("The task goes on (%s): job %s is left alone.", state, self.job["id"])

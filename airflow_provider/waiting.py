@@ -132,5 +132,9 @@ class Waiting:
             finally:
                 for task in tasks:
                     task.cancel()
+                # One blow for all; what it does not reach is cancelled job by job, and every cancel made final.
+                blow = asyncio.create_task(launcher.cancel_all()) if self.killed else None
                 outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+                if blow is not None:
+                    await blow
         return outcomes

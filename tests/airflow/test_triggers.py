@@ -15,7 +15,7 @@ from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.sensors import PgBackgroundSensor, PgBackgroundSensorTrigger
 from airflow_provider.triggers import PgBackgroundTrigger
 from airflow_provider.waiting import TaskKilled, Waiting
-from pgbg_orchestration import Job, Outcome, errors
+from pgbg_orchestration import Job, Launcher, Outcome, errors
 from tests.conftest import Database
 
 pytestmark = [pytest.mark.airflow, pytest.mark.servers("real", "embedded"), pytest.mark.usefixtures("no_worker_left")]
@@ -147,6 +147,27 @@ class TestOnKill:
 
         assert (await _event(PgBackgroundTrigger(job=job)))["status"] == "committed"
 
+    async def test_it_ends_although_airflow_cancels_it_again_and_again(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def answer_late(_ti: Any) -> str:
+            await asyncio.sleep(1)
+            return "failed"
+
+        monkeypatch.setattr("airflow_provider.triggers.state_of", answer_late)
+        trigger = PgBackgroundTrigger(job=_job(sql="select pg_sleep(60)"))
+        running = asyncio.create_task(_event(trigger))
+        await _until(database.workers)
+        running.cancel()
+        killing = asyncio.create_task(trigger.on_kill())
+        for _ in range(5):
+            await asyncio.sleep(0.1)
+            killing.cancel()
+
+        await killing
+
+        assert _rows(database, "select state from pgbg.jobs") == [("cancelled",)]
+
     async def test_it_can_be_refused(self, monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
         _state(monkeypatch, "failed")
         trigger = PgBackgroundTrigger(job=_job(), cancel_on_kill=False)
@@ -255,6 +276,33 @@ class TestWaitingInTheTasksProcess:
             [Job("insert into effect values ('x')", id="a")], retry_cancelled=True, accept_changed_sql=True
         )
         assert isinstance(outcome, Outcome)
+
+    def test_a_kill_cancels_all_workers_of_the_session_at_one_blow(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        counted: list[int] = []
+        cancel_all = Launcher.cancel_all
+
+        async def spy(launcher: Launcher) -> int:
+            counted.append(await cancel_all(launcher))
+            return counted[-1]
+
+        monkeypatch.setattr(Launcher, "cancel_all", spy)
+        waiting = Waiting(database.conninfo)
+
+        def kill() -> None:
+            while len(_rows(database, "select 1 from pgbg.jobs where running_pid is not null")) < 3:
+                time.sleep(0.05)
+            waiting.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(TaskKilled):
+            waiting.run([Job("select pg_sleep(60)", id=name) for name in ("a", "b", "c")])
+        killer.join()
+
+        assert sum(counted) == 3
+        assert _rows(database, "select distinct state from pgbg.jobs") == [("cancelled",)]
 
     def test_fail_fast_cancels_the_rest(self, database: Database) -> None:
         jobs = [Job("select pg_sleep(60)", id="slow"), Job("select 1/0", id="bad")]
