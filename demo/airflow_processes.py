@@ -61,6 +61,8 @@ class AirflowProcesses:
         Further ``AIRFLOW__SECTION__KEY`` variables.
     triggerers:
         How many triggerers to start; with two, the second takes over when the first is killed.
+    migrate:
+        Bring the metadata database to this Airflow's version; False when it is known to be there, which saves seconds.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class AirflowProcesses:
         connections: Mapping[str, str] | None = None,
         settings: Mapping[str, str] | None = None,
         triggerers: int = 1,
+        migrate: bool = True,
     ) -> None:
         self.home = home
+        self._migrate = migrate
         self.api_port = _free_port()
         self.components = [*COMPONENTS, *(f"triggerer-{n}" for n in range(2, triggerers + 1))]
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -112,7 +116,7 @@ class AirflowProcesses:
         return f"http://127.0.0.1:{self.api_port}"
 
     def start(self) -> Self:
-        """Migrate the metadata database, start all components and wait until they are healthy.
+        """Migrate the metadata database if wanted, start all components and wait until they are healthy.
 
         Raises
         ------
@@ -120,7 +124,8 @@ class AirflowProcesses:
             A component ended, or is not healthy in time; the message has the end of its log.
         """
         (self.home / "processes").mkdir(parents=True, exist_ok=True)
-        self.command("db", "migrate")
+        if self._migrate:
+            self.command("db", "migrate")
         for component in self.components:
             self.start_component(component)
         self._wait_until(self._is_healthy, START_SECONDS, "Airflow is not healthy")
