@@ -37,6 +37,8 @@ SETTINGS: Mapping[str, str] = {
     "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
     "AIRFLOW__DAG_PROCESSOR__PARSING_PROCESSES": "1",
     "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+    # Short loops also keep Airflow from taking the end of a deferred task's first process for that of its second.
+    "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
     "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT_CHECK_INTERVAL": "10",
     "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
     "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "8",
@@ -216,6 +218,10 @@ class AirflowProcesses:
         if self._http is not None:
             self._http.close()
             self._http = None
+
+    def pids(self, component: str) -> list[int]:
+        """Return the process ids of a component and of all processes below it."""
+        return [process.pid for process in self._tree(component)]
 
     def log(self, component: str) -> str:
         """Return what a component has logged so far."""

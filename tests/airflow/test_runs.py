@@ -15,7 +15,7 @@ def _insert(run_id: str) -> str:
 
 @pytest.mark.parametrize("dag_id", ["deferred_retried", "here_retried"])
 def test_the_outcome_is_xcom(lab: Lab, dag_id: str) -> None:
-    run = lab.start(dag_id, f"outcome {dag_id}", _insert(f"outcome {dag_id}"))
+    run = lab.start(dag_id, f"outcome-{dag_id}", _insert(f"outcome-{dag_id}"))
 
     assert lab.processes.wait_for_run(dag_id, run) == "success"
     outcome = lab.processes.xcom(dag_id, run, "job")
@@ -56,7 +56,7 @@ def test_a_division_by_zero_fails_at_once(lab: Lab) -> None:
 
 
 def test_a_database_without_the_extension_is_named_and_not_retried(lab: Lab) -> None:
-    run = lab.start("no_extension", "no extension", "select 1")
+    run = lab.start("no_extension", "no-extension", "select 1")
 
     assert lab.processes.wait_for_run("no_extension", run) == "failed"
     assert lab.processes.task("no_extension", run, "job")["try_number"] == 1
@@ -68,7 +68,7 @@ def test_a_database_without_the_extension_is_named_and_not_retried(lab: Lab) -> 
 
 @pytest.mark.parametrize("dag_id", ["deferred_times_out", "here_times_out"])
 def test_execution_timeout_ends_the_sql(lab: Lab, dag_id: str) -> None:
-    run = lab.start(dag_id, f"timed out {dag_id}", f"{_insert(f'timed out {dag_id}')}; select pg_sleep(300)")
+    run = lab.start(dag_id, f"timed-out-{dag_id}", f"{_insert(f'timed-out-{dag_id}')}; select pg_sleep(300)")
     lab.wait_for_worker(run)
 
     assert lab.processes.wait_for_run(dag_id, run) == "failed"
@@ -77,11 +77,11 @@ def test_execution_timeout_ends_the_sql(lab: Lab, dag_id: str) -> None:
 
 
 def test_a_run_that_was_deleted_and_made_again_runs_its_sql_again(lab: Lab) -> None:
-    run = lab.start("deferred_retried", "made again", _insert("made again"))
+    run = lab.start("deferred_retried", "made-again", _insert("made-again"))
     assert lab.processes.wait_for_run("deferred_retried", run) == "success"
     lab.processes.call("DELETE", f"/dags/deferred_retried/dagRuns/{run}")
 
-    assert lab.start("deferred_retried", "made again", _insert("made again")) == run
+    assert lab.start("deferred_retried", "made-again", _insert("made-again")) == run
 
     assert lab.processes.wait_for_run("deferred_retried", run) == "success"
     assert lab.effects(run) == 2
@@ -92,8 +92,8 @@ def test_mapped_tasks_are_jobs_of_their_own(lab: Lab) -> None:
     run = lab.processes.trigger_dag("many", run_id="many")
 
     assert lab.processes.wait_for_run("many", run, 240) == "success"
-    found = lab.rows("select run, count(*) from effect where run like 'many %%' group by run")
-    assert sorted(found) == sorted((f"many {number}", 1) for number in range(24))
+    found = lab.rows("select run, count(*) from effect where run like 'many-%%' group by run")
+    assert sorted(found) == sorted((f"many-{number}", 1) for number in range(24))
 
 
 @pytest.mark.parametrize("dag_id", sorted(path.stem for path in EXAMPLES.glob("airflow_*.py")))
