@@ -14,7 +14,7 @@ import psycopg
 from psycopg import AsyncClientCursor, AsyncConnection, sql
 
 from . import pace, statements
-from .errors import InvalidJob
+from .errors import InvalidJob, NoPrivilege
 from .job import Job, Kind
 from .ledger import Key, Registration
 
@@ -139,7 +139,9 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
     Raises
     ------
     InvalidJob
-        Parameters and placeholders do not fit, or the role cannot be taken. Nothing has been launched.
+        Parameters and placeholders do not fit, or a role does not exist. Nothing has been launched.
+    NoPrivilege
+        The login is no member of the role or of the owner.
     """
     texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
     if job.parameters is not None:
@@ -189,7 +191,7 @@ async def _check_membership(job: Job, conn: AsyncConnection[Any], role: str, how
     except psycopg.errors.UndefinedObject as error:
         raise InvalidJob(f"there is no role {role!r}", sqlstate="42704", **named) from error
     if row != (True,):
-        raise InvalidJob(
+        raise NoPrivilege(
             f"the login cannot {what} the role {role!r}",
             sqlstate="42501",
             todo=f"GRANT {sql.Identifier(role).as_string(None)} TO the login.",

@@ -32,6 +32,7 @@ BOOKKEEPING = (
     ("idle_session_timeout", "0"),
     ("idle_in_transaction_session_timeout", "0"),
     ("search_path", "pg_catalog"),
+    ("datestyle", "ISO"),
 )
 
 

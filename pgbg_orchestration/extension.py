@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, LiteralString, NamedTuple
 
 from psycopg import AsyncConnection, errors, sql
@@ -111,8 +111,14 @@ class Extension:
         """Return what the session knows of its handles, in one query; None where a handle is not known any more."""
         wanted = list(handles)
         query = self.query(
-            "select h.pid, h.cookie, r.* from unnest(%s::int4[], %s::int8[]) as h (pid, cookie)"
-            " cross join lateral {f}(h.pid, h.cookie) as r",
+            "select h.pid, h.cookie, r.row_count, r.command_tag, r.completed, r.has_error"
+            " from unnest(%s::int4[], %s::int8[]) as h (pid, cookie) cross join lateral {f}(h.pid, h.cookie) as r"
+            if self.v2_names
+            # As numbers, which no DateStyle of the login's changes.
+            else "select h.pid, h.cookie, r.row_count, r.command_tag, r.completed, r.has_error,"
+            " extract(epoch from r.started_at)::float8 as started_at,"
+            " extract(epoch from r.finished_at)::float8 as finished_at"
+            " from unnest(%s::int4[], %s::int8[]) as h (pid, cookie) cross join lateral {f}(h.pid, h.cookie) as r",
             f="result_info",
         )
         try:
@@ -128,6 +134,10 @@ class Extension:
             for handle in wanted:
                 found.update(await self.result_infos(conn, [handle]))
             return found
+        for row in rows:
+            for name in ("started_at", "finished_at"):
+                if row.get(name) is not None:
+                    row[name] = datetime.fromtimestamp(row[name], UTC)
         return {Handle(row.pop("pid"), row.pop("cookie")): ResultInfo(**row) for row in rows}
 
     async def error_info(self, conn: AsyncConnection[Any], handle: Handle) -> ErrorFields | None:

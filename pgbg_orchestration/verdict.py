@@ -242,7 +242,7 @@ def _judge_without_receipt(seen: Evidence) -> Step:
         case Report.RUNNING:
             return Step.WAIT if wanted else Step.SIGNAL
         case Report.FAILED:
-            return Step.FAILED
+            return Step.CANCELLED if seen.sqlstate == CANCELED and not wanted else Step.FAILED
         case Report.ENDED:
             return Step.READ_RESULT
         case Report.NONE:

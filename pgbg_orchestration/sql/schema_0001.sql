@@ -113,6 +113,18 @@ begin
         hint = format('GRANT %I TO %I;', v_owner, session_user);
 end $$;
 
+-- Whether the login may see and prune what an owner left. What the owner itself left behind when it was dropped is the
+-- administrators'.
+create function @schema@.is_mine(p_owner text) returns boolean
+    language sql stable strict
+    set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce(
+        (select pg_has_role(session_user, r.oid, 'MEMBER') from pg_roles r where r.rolname = p_owner),
+        (select me.rolsuper from pg_roles me where me.rolname = session_user),
+        false)
+$$;
+
 create function @schema@.require_read_committed() returns void
     language plpgsql stable
     set search_path = pg_catalog, pg_temp
@@ -562,7 +574,7 @@ begin
     perform @schema@.require_read_committed();
     -- A job without a receipt may still be running or be retried; its newest launch says how old it is.
     delete from @schema@.job j
-        where pg_has_role(session_user, j.owner, 'MEMBER') and greatest(j.launched_at, j.ended_at) < v_before
+        where @schema@.is_mine(j.owner) and greatest(j.launched_at, j.ended_at) < v_before
           and not exists (
               select from pg_locks l
               where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
@@ -570,7 +582,7 @@ begin
           );
     get diagnostics jobs = row_count;
     delete from @schema@.receipt r
-        where pg_has_role(session_user, r.owner, 'MEMBER') and r.decided_at < v_before;
+        where @schema@.is_mine(r.owner) and r.decided_at < v_before;
     get diagnostics receipts = row_count;
 end $$;
 
@@ -625,7 +637,7 @@ begin
         left join pg_stat_activity m
             on r.status = 'launching' and m.application_name = @schema@.marker(r.owner, r.job_id)
         left join pg_stat_activity l on l.pid = j.launcher_pid and l.backend_start = j.launcher_start
-        where pg_has_role(session_user, coalesce(j.owner, r.owner), 'MEMBER')
+        where @schema@.is_mine(coalesce(j.owner, r.owner))
         order by coalesce(j.launched_at, r.decided_at) desc;
 end $$;
 

@@ -103,6 +103,8 @@ class _Connection:
                     # Without lingering, closing sends RST in place of FIN (socket(7), SO_LINGER).
                     stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
+        for gate in self.gates.values():
+            gate.set()  # a pump of a stalled connection would wait there for ever
 
 
 class Proxy:
