@@ -45,7 +45,8 @@ class Database:
         with self.server.connect() as connection:
             return connection.execute(
                 "select pid, application_name, state, wait_event, query from pg_stat_activity where datname = %s"
-                " and (backend_type = 'pg_background' or application_name like 'pg\\_background:%%')",
+                # A stand-in's worker is a client backend; 1.9 gives it no label, and the core's own marker may stand there.
+                " and (backend_type = 'pg_background' or application_name ~ '^(pg_background(:.*)?|pgbg:[0-9a-f]{32})$')",
                 (self.name,),
             ).fetchall()
 
