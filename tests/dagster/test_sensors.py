@@ -1,0 +1,254 @@
+"""Jobs that nobody waited for become materializations, each once; workers of runs that are gone are ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from dagster import (
+    AssetCheckEvaluation,
+    AssetKey,
+    AssetMaterialization,
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRun,
+    DagsterRunStatus,
+    EventRecordsFilter,
+    SensorDefinition,
+    SensorResult,
+    build_run_status_sensor_context,
+    build_sensor_context,
+)
+
+from dagster_resource import (
+    PgBackgroundResource,
+    build_pg_background_sensor,
+    build_pg_background_sweep_sensors,
+    elsewhere,
+)
+from dagster_resource.driving import Talk
+from pgbg_orchestration import Job, Launcher, errors, run
+from tests.conftest import Database
+from tests.dagster.processes import Dagster
+
+pytestmark = [pytest.mark.servers("real"), pytest.mark.filterwarnings("ignore:.*currently in (beta|preview).*")]
+
+PATIENCE = 180.0  # seconds
+
+
+def tick(
+    sensor: SensorDefinition, instance: DagsterInstance, pg: PgBackgroundResource, cursor: str | None, keep: bool = True
+) -> SensorResult:
+    """One tick as the daemon does it: the events are stored, and after them the cursor."""
+    with build_sensor_context(instance=instance, resources={"pg": pg}, cursor=cursor) as context:
+        result = sensor(context)
+    assert isinstance(result, SensorResult)
+    if keep:
+        for event in result.asset_events:
+            assert isinstance(event, (AssetMaterialization, AssetCheckEvaluation))
+            instance.report_runless_asset_event(event)
+    return result
+
+
+def made(result: SensorResult) -> list[tuple[str, str | None]]:
+    events = [event for event in result.asset_events if isinstance(event, AssetMaterialization)]
+    return sorted(((event.asset_key.to_user_string(), event.partition) for event in events), key=str)
+
+
+def checked(result: SensorResult) -> list[tuple[str, bool]]:
+    events = [event for event in result.asset_events if isinstance(event, AssetCheckEvaluation)]
+    return sorted((event.asset_key.to_user_string(), event.passed) for event in events)
+
+
+def settle(sql: psycopg.Connection[Any]) -> None:
+    """Wait until no job is at work any more."""
+    deadline = time.monotonic() + PATIENCE
+    while sql.execute("select 1 from pgbg.jobs where state in ('running', 'waiting')").fetchone():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_each_end_is_reported_once(
+    pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any]
+) -> None:
+    sensor = build_pg_background_sensor(["good", "bad", "good_and_more"])
+    pg.submit(None, "select 1", asset_key="good", key="1")
+    pg.submit(None, "select 1", asset_key="good", partition_key="2013-01-01", key="1")
+    pg.submit(None, "select 1", asset_key="of somebody else", key="1")
+    settle(sql)
+    first = tick(sensor, instance, pg, None)
+    assert made(first) == [("good", "2013-01-01"), ("good", None)]
+    assert checked(first) == [("good", True), ("good", True)]
+    second = tick(sensor, instance, pg, first.cursor)
+    assert second.asset_events == []
+
+    with pytest.raises(errors.WorkerError):
+        pg.submit(None, "select 1 / 0", asset_key="bad", key="1")
+    third = tick(sensor, instance, pg, second.cursor)
+    assert checked(third) == [("bad", False)]
+    assert made(third) == []
+
+    # The same job, once more: now it succeeds.
+    pg.submit(None, "select 1", asset_key="bad", key="1")
+    settle(sql)
+    assert made(tick(sensor, instance, pg, third.cursor)) == [("bad", None)]
+
+
+def test_a_job_that_takes_long_is_not_passed_over(
+    pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any]
+) -> None:
+    sensor = build_pg_background_sensor(["slow", "quick"])
+    pg.submit(None, "select pg_sleep(2)", asset_key="slow", key="1")
+    pg.submit(None, "select 1", asset_key="quick", key="1")
+    while sql.execute("select count(*) from pgbg.jobs where state = 'committed'").fetchone() != (1,):
+        time.sleep(0.02)
+    first = tick(sensor, instance, pg, None)
+    assert made(first) == [("quick", None)]
+    settle(sql)
+    assert made(tick(sensor, instance, pg, first.cursor)) == [("slow", None)]
+
+
+def test_a_tick_whose_cursor_was_lost_reports_nothing_twice(
+    pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any]
+) -> None:
+    sensor = build_pg_background_sensor(["once"])
+    pg.submit(None, "select 1", asset_key="once", key="1")
+    settle(sql)
+    assert made(tick(sensor, instance, pg, None)) == [("once", None)]
+    assert made(tick(sensor, instance, pg, None)) == []
+
+
+def test_a_tick_that_is_cut_off_leaves_the_rest_to_the_next(
+    pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any]
+) -> None:
+    sensor = build_pg_background_sensor(["many"], max_events=2)
+    for number in range(5):
+        pg.submit(None, "select 1", asset_key="many", partition_key=str(number), key="1")
+    settle(sql)
+    cursor: str | None = None
+    seen: list[tuple[str, str | None]] = []
+    for expected in (2, 2, 1, 0):
+        result = tick(sensor, instance, pg, cursor)
+        assert len(made(result)) == expected
+        seen += made(result)
+        cursor = result.cursor
+    assert sorted(seen) == [("many", str(number)) for number in range(5)]
+
+
+def test_jobs_of_another_orchestrator(pg: PgBackgroundResource, instance: DagsterInstance, database: Database) -> None:
+    run(database.conninfo, Job("create table t as select 1", series="airflow/load/2013-01-01", generation=1))
+    sensor = build_pg_background_sensor(
+        {"loaded": "airflow/load/*"}, partition_of=lambda entry: str(entry.series).rpartition("/")[2]
+    )
+    result = tick(sensor, instance, pg, None)
+    assert made(result) == [("loaded", "2013-01-01")]
+    (event, _) = result.asset_events
+    assert isinstance(event, AssetMaterialization)
+    assert event.metadata["pgbg/row_count"].value == 1
+
+
+class TestSweep:
+    def run_of(self, instance: DagsterInstance, status: DagsterRunStatus, **tags: str) -> DagsterRun:
+        run = DagsterRun(job_name="any", status=status, tags=tags)
+        return instance.add_run(run)
+
+    def sweep(
+        self, pg: PgBackgroundResource, instance: DagsterInstance, run: DagsterRun, status: DagsterRunStatus
+    ) -> None:
+        (sensor,) = [
+            one for one in build_pg_background_sweep_sensors() if one.name.endswith(f"_{status.value.lower()}")
+        ]
+        event = instance.report_engine_event("the end", run)
+        with build_run_status_sensor_context(
+            sensor_name=sensor.name, dagster_instance=instance, dagster_run=run, dagster_event=event
+        ) as context:
+            sensor(context, pg=pg)
+
+    def orphan(self, pg: PgBackgroundResource, run: DagsterRun, name: str = "orphan") -> str:
+        """A job as a step of the run would have launched it, whose process is gone."""
+        series = f"{pg.namespace}/{name}"
+        job = Job("select pg_sleep(300)", id=f"{series}#{run.run_id}", series=series)
+
+        async def launch() -> None:
+            async with Launcher(pg.conninfo) as launcher:
+                await elsewhere.submit(launcher, job, talk=Talk(), options={}, owner=None)
+
+        asyncio.run(launch())
+        return f"{series}#{run.run_id}"
+
+    @pytest.mark.parametrize(
+        ("status", "tags", "state"),
+        [
+            (DagsterRunStatus.CANCELED, {}, "cancelled"),
+            (DagsterRunStatus.CANCELING, {}, "cancelled"),
+            (DagsterRunStatus.FAILURE, {}, "cancelled"),
+            (DagsterRunStatus.FAILURE, {"dagster/will_retry": "true"}, "running"),
+        ],
+    )
+    def test_workers_of_a_run_that_is_gone(
+        self,
+        pg: PgBackgroundResource,
+        instance: DagsterInstance,
+        sql: psycopg.Connection[Any],
+        status: DagsterRunStatus,
+        tags: dict[str, str],
+        state: str,
+    ) -> None:
+        gone, alive = self.run_of(instance, status, **tags), self.run_of(instance, DagsterRunStatus.STARTED)
+        mine, other = self.orphan(pg, gone), self.orphan(pg, alive, "another")
+        pg.submit(None, "select pg_sleep(300)", asset_key="kept", key=gone.run_id)
+        self.sweep(pg, instance, gone, status)
+
+        states: dict[str, str] = dict(sql.execute("select job_id, state from pgbg.jobs").fetchall())
+        kept = states.pop(f"dagster/external/kept#{gone.run_id}")
+        assert states == {mine: state, other: "running"}
+        assert kept == "running"
+        sql.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'pg_background' and "
+            "datname = current_database()"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_hundred_jobs_with_the_daemon_killed_in_the_middle(
+    pg: PgBackgroundResource, database: Database, sql: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    from tests.dagster.external_definitions import ASSETS
+
+    dagster = Dagster(
+        tmp_path, Path(__file__).with_name("external_definitions.py"), {"PGBG_TEST_CONNINFO": database.conninfo}
+    )
+    try:
+        dagster.start()
+        with DagsterInstance.from_config(str(tmp_path)) as instance:
+            for number, name in enumerate(ASSETS):
+                pg.submit(None, f"select pg_sleep({(number % 7) / 2})", asset_key=name, key="1")
+            wait_for(instance, 40)
+            dagster.kill()
+            settle(sql)
+            before = reported(instance)
+            dagster.start()
+            wait_for(instance, len(ASSETS))
+            assert len(before) < len(ASSETS), "the daemon was not killed in the middle"
+            assert reported(instance) == Counter(dict.fromkeys(ASSETS, 1))
+    finally:
+        dagster.stop()
+
+
+def reported(instance: DagsterInstance) -> Counter[str]:
+    records = instance.get_event_records(EventRecordsFilter(DagsterEventType.ASSET_MATERIALIZATION), limit=10_000)
+    keys = [record.asset_key or AssetKey("") for record in records]
+    return Counter(key.to_user_string() for key in keys)
+
+
+def wait_for(instance: DagsterInstance, number: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while len(reported(instance)) < number:
+        assert time.monotonic() < deadline, f"{len(reported(instance))} of {number}"
+        time.sleep(0.2)
