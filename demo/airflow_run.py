@@ -1,4 +1,4 @@
-"""One run of the DAG ``flights_airflow`` in a real Airflow, watched from outside."""
+"""One run of the DAG ``flights`` in a real Airflow, watched from outside."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 
 import psycopg
 
+from pgbg_orchestration.embedded.server import EmbeddedServer
+
 from .airflow_processes import FINISHED, AirflowProcesses
+from .database import AIRFLOW, edition_of, set_edition
 from .jobs import JobRow, of_series
 from .state import ROOT, DemoError, State
 
-DAG_ID = "flights_airflow"
+DAG_ID = "flights"
 DAG_FILE = ROOT / "example_dags" / "flights_airflow.py"
 CONN_ID = "flights"
 RUN_SECONDS = 300.0
@@ -62,16 +66,25 @@ class AirflowRun:
     seconds: float = 0.0
 
 
-def processes(state: State, metadata_conninfo: str, conninfo: str) -> AirflowProcesses:
-    """Return an Airflow, not started yet, that has the demo's DAG file and no other, and the connection ``flights``."""
+@contextmanager
+def started(state: State, server: EmbeddedServer, conninfo: str) -> Iterator[AirflowProcesses]:
+    """Start an Airflow that has the demo's DAG file and no other, and the connection ``flights``; end it at the end."""
     folder = state.airflow / "dags"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.py"):
         old.unlink()
     (folder / DAG_FILE.name).symlink_to(DAG_FILE)
-    return AirflowProcesses(
-        state.airflow, folder, metadata_conninfo, connections={CONN_ID: conninfo}, settings=SETTINGS
-    )
+    version = metadata.version("apache-airflow")
+    with AirflowProcesses(
+        state.airflow,
+        folder,
+        server.conninfo(AIRFLOW),
+        connections={CONN_ID: conninfo},
+        settings=SETTINGS,
+        migrate=edition_of(server, AIRFLOW) != version,
+    ) as airflow:
+        set_edition(server, AIRFLOW, version)
+        yield airflow
 
 
 def run(airflow: AirflowProcesses, conninfo: str, watch: Callable[[AirflowRun], None]) -> AirflowRun:
@@ -94,27 +107,40 @@ def run(airflow: AirflowProcesses, conninfo: str, watch: Callable[[AirflowRun], 
     DemoError
         The run does not end in time.
     """
-    airflow.wait_for_dag(DAG_ID)
     _end_interrupted_runs(airflow)
+    airflow.wait_for_dag(DAG_ID)
     since = datetime.now(UTC)
-    until = time.monotonic() + RUN_SECONDS
-    with psycopg.connect(conninfo, autocommit=True) as ledger, locked(conninfo) as unlock:
-        run = AirflowRun(airflow.trigger_dag(DAG_ID, run_id=f"demo_{since:%Y%m%dT%H%M%S_%f}"), "queued")
-        began = time.monotonic()
-        while run.state not in FINISHED:
-            if time.monotonic() > until:
-                raise DemoError(
-                    f"the run {run.run_id} of {DAG_ID} did not end within {RUN_SECONDS:.0f} s: {run.tasks}\n"
-                    f"The logs are in {airflow.home}."
-                )
-            time.sleep(POLL_SECONDS)
-            run.state = airflow.run_state(DAG_ID, run.run_id)
-            _look(airflow, ledger, run, since)
-            run.seconds = time.monotonic() - began
-            if "check_airlines" in run.failed_tries:
-                unlock()
-            watch(run)
+    try:
+        with psycopg.connect(conninfo, autocommit=True) as ledger, locked(conninfo) as unlock:
+            run = AirflowRun(airflow.trigger_dag(DAG_ID, run_id=f"demo_{since:%Y%m%dT%H%M%S_%f}"), "queued")
+            _follow(airflow, run, lambda: _look(airflow, ledger, run, since), unlock, watch)
+    except BaseException:
+        _end_interrupted_runs(airflow)
+        raise
     return run
+
+
+def _follow(
+    airflow: AirflowProcesses,
+    run: AirflowRun,
+    look: Callable[[], None],
+    unlock: Callable[[], None],
+    watch: Callable[[AirflowRun], None],
+) -> None:
+    began = time.monotonic()
+    while run.state not in FINISHED:
+        if run.seconds > RUN_SECONDS:
+            raise DemoError(
+                f"the run {run.run_id} of {DAG_ID} did not end within {RUN_SECONDS:.0f} s: {run.tasks}\n"
+                f"The logs are in {airflow.home}."
+            )
+        time.sleep(POLL_SECONDS)
+        run.state = airflow.run_state(DAG_ID, run.run_id)
+        look()
+        run.seconds = time.monotonic() - began
+        if "check_airlines" in run.failed_tries:
+            unlock()
+        watch(run)
 
 
 @contextmanager
@@ -139,6 +165,8 @@ def _look(airflow: AirflowProcesses, ledger: psycopg.Connection, run: AirflowRun
 
 
 def _end_interrupted_runs(airflow: AirflowProcesses) -> None:
-    """Mark runs of a demo that was interrupted: Airflow would go on with them beside ours."""
-    for old in airflow.call("GET", f"/dags/{DAG_ID}/dagRuns?state=running&state=queued")["dag_runs"]:
-        airflow.mark_run(DAG_ID, old["dag_run_id"], "failed")
+    """Mark runs that no demo follows any more: the next Airflow would go on with them beside its own."""
+    known = airflow.call("GET", f"/dags?dag_id_pattern={DAG_ID}&limit=100")["dags"]
+    if any(dag["dag_id"] == DAG_ID for dag in known):
+        for old in airflow.call("GET", f"/dags/{DAG_ID}/dagRuns?state=running&state=queued")["dag_runs"]:
+            airflow.mark_run(DAG_ID, old["dag_run_id"], "failed")

@@ -1,4 +1,4 @@
-"""One run of the Dagster job ``flights_dagster``, by the command that users type, in processes of its own."""
+"""One run of the Dagster job ``flights``, by the command that users type, in processes of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psycopg
 from .jobs import JobRow, of_series
 from .state import ROOT, DemoError, State
 
-JOB = "flights_dagster"
+JOB = "flights"
 FILE = ROOT / "example_dags" / "flights_dagster.py"
 RUN_SECONDS = 300.0
 END_SECONDS = 10.0
@@ -59,7 +59,7 @@ def run(state: State, conninfo: str) -> DagsterRun:
     told = log.read_text(errors="replace")
     found = RUN_ID.search(told)
     if returncode != 0 or found is None:
-        raise DemoError(f"the Dagster job {JOB} failed ({log}):\n{told[-3000:]}")
+        raise DemoError(f"the Dagster job {JOB} failed ({log}):\n{told[-1500:]}")
     with psycopg.connect(conninfo, autocommit=True) as ledger:
         jobs = [job for job in of_series(ledger, "dagster/", since) if job.job_id.endswith(found[1])]
     return DagsterRun(found[1], "success", jobs, seconds)

@@ -76,31 +76,41 @@ def took(seconds: float | None) -> str:
 
 
 def airflow_tasks(run: AirflowRun) -> None:
-    """Print what each task of a DAG run did, every try of it that ended."""
-    table = _table("TASK")
+    """Print what each task of a DAG run did, every try of it that ended, and what the server said to failed ones."""
+    table, errors = _table("TASK"), _notes()
     for task_id, state in run.tasks.items():
         failed, job = run.failed_tries.get(task_id), run.jobs.get(task_id)
         if failed is not None and failed.attempt != (job.attempt if job else None):
-            _add(table, task_id, "retried", failed, _error(failed, "tried again"))
+            _add(table, task_id, "retried", failed, "tried again")
+            _note(errors, task_id, failed)
         if job is None:
             table.add_row(task_id, _state(state), "", "", "", "")
         elif state == "failed":
             tries = run.tries[task_id]
-            _add(table, task_id, state, job, _error(job, "not tried again" if tries == 1 else f"after {tries} tries"))
+            _add(table, task_id, state, job, "not retried" if tries == 1 else f"{tries} tries")
+            _note(errors, task_id, job)
         else:
-            _add(table, "" if failed else task_id, state, job, Text(job.command_tag or "", "dim"))
+            _add(table, "" if failed else task_id, state, job)
     console.print(table)
+    if errors.row_count:
+        console.print()
+        console.print(errors)
 
 
 def dagster_jobs(run: DagsterRun) -> None:
-    """Print what each job of a Dagster run did."""
-    table = _table("ASSET")
+    """Print what each job of a Dagster run did, and what the server said to a check that did not pass."""
+    table, errors = _table("ASSET"), _notes()
     for job in run.jobs:
         name = job.series.removeprefix("dagster/").replace("/", " · ")
-        failed = job.state == "failed"
-        what = _error(job, "a warning") if failed else Text(job.command_tag or "", "dim")
-        _add(table, name, "warned" if failed else job.state, job, what)
+        if job.state == "failed":
+            _add(table, name, "warning", job)
+            _note(errors, name, job)
+        else:
+            _add(table, name, "success", job)
     console.print(table)
+    if errors.row_count:
+        console.print()
+        console.print(errors)
 
 
 def _table(first: str) -> Table:
@@ -114,21 +124,30 @@ def _table(first: str) -> Table:
     return table
 
 
-def _add(table: Table, name: str, state: str, job: JobRow, what: Text) -> None:
-    rows = "" if job.row_count is None or job.state != "committed" else f"{job.row_count:,}"
+def _notes() -> Table:
+    notes = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    notes.add_column(no_wrap=True, style="bold")
+    notes.add_column(no_wrap=True, style="dim")
+    notes.add_column(ratio=1, overflow="fold", style="italic dim")
+    return notes
+
+
+def _note(notes: Table, name: str, job: JobRow) -> None:
+    notes.add_row(job.sqlstate or "", name, Text(job.message or ""))
+
+
+def _add(table: Table, name: str, state: str, job: JobRow, consequence: str = "") -> None:
+    done = job.state == "committed"
+    rows = f"{job.row_count:,}" if done and job.row_count else ""
+    what = Text(job.command_tag or "", "dim") if done else Text(f"{job.sqlstate} {consequence}".strip(), "yellow")
     table.add_row(name, _state(state), str(job.worker_pid or ""), rows, took(job.seconds), what)
-
-
-def _error(job: JobRow, consequence: str) -> Text:
-    return Text.assemble((job.sqlstate or "", "bold"), f" {job.message or ''}: ", (consequence, "italic"))
 
 
 _STATES = {
     "success": ("✓ success", "green"),
-    "committed": ("✓ committed", "green"),
     "failed": ("✗ failed", "red"),
-    "warned": ("! warned", "yellow"),
-    "retried": ("↻ failed", "yellow"),
+    "warning": ("! warning", "yellow"),
+    "retried": ("✗ failed", "yellow"),
     "skipped": ("- skipped", "dim"),
 }
 

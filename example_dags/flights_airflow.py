@@ -89,7 +89,7 @@ where not exists (select from nycflights13.planes p where p.tailnum = f.tailnum)
 """
 
 with DAG(
-    "flights_airflow",
+    "flights",
     description="Flight delays of New York, 2013",
     schedule=None,
     max_active_runs=1,

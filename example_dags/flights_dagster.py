@@ -87,7 +87,7 @@ def flight_delays(context: AssetExecutionContext, pg: PgBackgroundResource) -> M
 
 
 @asset_check(asset=flight_facts)
-def airports_are_known(context: AssetCheckExecutionContext, pg: PgBackgroundResource) -> AssetCheckResult:
+def airports_known(context: AssetCheckExecutionContext, pg: PgBackgroundResource) -> AssetCheckResult:
     """Every flight lands at an airport that we know. An unknown one is a warning, any other error is an error."""
     try:
         pg.run(context, CHECK)
@@ -102,7 +102,7 @@ def airports_are_known(context: AssetCheckExecutionContext, pg: PgBackgroundReso
 
 defs = Definitions(
     assets=[flight_facts, flight_delays],
-    asset_checks=[airports_are_known],
-    jobs=[define_asset_job("flights_dagster", executor_def=in_process_executor)],
+    asset_checks=[airports_known],
+    jobs=[define_asset_job("flights", executor_def=in_process_executor)],
     resources={"pg": PgBackgroundResource(conninfo=EnvVar("FLIGHTS_CONNINFO"))},
 )
