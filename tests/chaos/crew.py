@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from typing import Any, Self
 
 from pgbg_orchestration import faults
-from tests.core.kit import Child
+from tests.core.kit import ROOT, Child, within
 
 BOUND = 150.0
 """Seconds after which a call counts as endless. No fault of a run lasts longer than a few."""
@@ -18,8 +21,21 @@ KILLED = {"error": "ProcessKilled", "sqlstate": None, "message": "its launching 
 class Hand(Child):
     """A launching process that answers every order: when it dies, with ``ProcessKilled``."""
 
+    module = "tests.core.child"
     jobs: set[str]  # in flight
     way: str
+
+    @classmethod
+    async def start(cls, conninfo: str, fault: str | None = None) -> Self:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"PGBG_FAULT": fault} if fault else {})
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", cls.module, conninfo,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment,
+            limit=2**26,
+        )  # fmt: skip
+        hand = cls(process)
+        await within(hand._answer("ready"))
+        return hand
 
     async def _read(self) -> None:
         await super()._read()
@@ -54,9 +70,12 @@ class Crew:
         A connection string for each process: straight to the server, or through a proxy.
     chance:
         Decides which process gets a job, and at which point of the algorithm a new one is to die.
+    hand:
+        The class of its processes.
     """
 
-    def __init__(self, ways: list[str], chance: random.Random) -> None:
+    def __init__(self, ways: list[str], chance: random.Random, hand: type[Hand] = Hand) -> None:
+        self._hand = hand
         self._ways = ways
         self._chance = chance
         self._places: list[asyncio.Task[Hand]] = []
@@ -76,7 +95,7 @@ class Crew:
     async def _hire(self, way: str, fate: str | None) -> Hand:
         while True:
             try:
-                hand = await Hand.start(way, f"{fate}:kill" if fate else None)
+                hand = await self._hand.start(way, f"{fate}:kill" if fate else None)
             except TimeoutError:
                 continue  # a slow machine; the bound of a start is the kit's
             hand.jobs = set()

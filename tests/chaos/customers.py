@@ -13,6 +13,8 @@ from tests.chaos.stage import Stage
 from tests.core.kit import effect
 
 TRIES = 60
+ENDLESS = 40
+"""Seconds that a job sleeps which only a cancel is to end."""
 AGAIN = {"ProcessKilled", "ServerUnreachable", "WorkerLost", "LaunchFailed", "WorkerError", "StillRunning"}
 """Errors after which a job that is wanted is run again; of others the run makes a note."""
 NOTHING_COMMITTED = {"WorkerLost", "LaunchFailed", "WorkerError", "JobCancelled", "Superseded", "DeadlinePassed"}
@@ -25,6 +27,7 @@ class Plan:
 
     name: str
     sql: str
+    settings: dict[str, str] | None
     isolation: str | None
     contenders: int
     cancel_after: float | None  # seconds
@@ -38,26 +41,40 @@ class Plan:
         name = f"j{number}"
         sql = effect(name)
         if chance.random() < 0.1:
-            sql += "; select 1 / (nextval('flaky') % 2)"
+            sql += "; select 1 / (random() < 0.6)::int"
         if chance.random() < 0.6:
             sql += f"; select pg_sleep({chance.choice([0, 0.01, 0.05, 0.3, 1])})"
         fate = chance.random()
+        cancel = fate < 0.15
+        settings = None
+        if cancel and chance.random() < 0.4:
+            sql += f"; select pg_sleep({ENDLESS})"
+        elif fate > 0.8 and chance.random() < 0.5:
+            # Every other attempt ends by a FATAL error: "completed", no error, nothing done.
+            sql += "; select pg_sleep(2 * (random() < 0.4)::int)"
+            settings = {"transaction_timeout": "1000"}
         return cls(
             name=name,
             sql=sql,
+            settings=settings,
             isolation=chance.choice([None, None, "repeatable read", "serializable"]),
             contenders=chance.choice([1, 1, 1, 2, 3]),
-            cancel_after=chance.choice([0, 0.005, 0.02, 0.1, 0.3]) if fate < 0.15 else None,
+            cancel_after=chance.choice([0, 0.005, 0.02, 0.1, 0.3]) if cancel else None,
             cancel_by=chance.choice(["cancel", "cancel_task"]),
             wanted_again=chance.random() < 0.5,
             newer_after=chance.choice([0, 0.01, 0.05, 0.2]) if fate > 0.92 else None,
         )
 
     def job(self, generation: int | None = None) -> dict[str, Any]:
-        fields = {"sql": self.sql, "isolation": self.isolation}
+        fields = {"sql": self.sql, "isolation": self.isolation, "settings": self.settings}
         if generation is None:
             return {**fields, "id": self.name}
-        sql = self.sql if generation == 1 else effect(f"{self.name}#{generation}")
+        job_id = f"{self.name}#{generation}"
+        sql = ";".join((
+            f"insert into spans values ('{self.name}', '{job_id}', clock_timestamp())",
+            self.sql if generation == 1 else effect(job_id),
+            f"update spans set ended = clock_timestamp() where job = '{job_id}'",
+        ))  # fmt: skip
         return {**fields, "sql": sql, "series": self.name, "generation": generation}
 
 
@@ -148,8 +165,11 @@ class Customer:
         allowed = {"JobCancelled", "CancelledError", *AGAIN}
         if "error" in answer and answer["error"] not in allowed:
             self._report.surprises.append(f"{name}: {answer}")
+        if verdict == "committed" and f"pg_sleep({ENDLESS})" in self._plan.sql:
+            self._report.cancels_undone.append(f"{name}: its worker went on to its own end")
         if verdict == "cancelled" and self._plan.wanted_again:
-            await self._wanted(name, job, retry_cancelled=True)
+            sql = self._plan.sql.replace(f"pg_sleep({ENDLESS})", "1")
+            await self._wanted(name, {**job, "sql": sql}, retry_cancelled=True, accept_changed_sql=True)
         else:
             self._stage.expect(name, int(verdict == "committed"))
 

@@ -24,6 +24,7 @@ class Report:
     false_failures: list[str] = field(default_factory=list)
     without_receipt: list[str] = field(default_factory=list)
     cancels_undone: list[str] = field(default_factory=list)
+    overlaps: list[str] = field(default_factory=list)
     endless: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)
@@ -36,6 +37,7 @@ class Report:
         ("false failures (told that nothing is committed, with an effect)", "false_failures"),
         ("effect and receipt at odds", "without_receipt"),
         ("cancels that did not hold", "cancels_undone"),
+        ("two generations of a series at work at once", "overlaps"),
         ("calls without an end", "endless"),
         ("orphans (workers left at the end)", "orphans"),
         ("server processes that crashed by themselves", "crashes"),

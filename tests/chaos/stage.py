@@ -27,9 +27,9 @@ class Stage:
         self.db = db
         self._expected: dict[str, int] = {}
         self._either: dict[str, str] = {}
-        db.sql("create sequence flaky")
-        db.sql(f"grant usage on sequence flaky to {APP}")
         db.sql("create index on effects (job)")
+        db.sql("create table spans (series text, job text primary key, began timestamptz, ended timestamptz)")
+        db.sql(f"grant select, insert, update on spans to {APP}")
 
     async def steadily(self, ask: Callable[[], T]) -> T:
         """Ask the server again until it is there."""
@@ -74,4 +74,9 @@ class Stage:
             found = effects.pop(name, 0)
             if (found > 0) != (job_id in receipts):
                 report.without_receipt.append(f"{job_id}: {found} effects, receipt: {job_id in receipts}")
+        overlaps = (
+            "select a.job, b.job from spans a join spans b"
+            " on a.series = b.series and a.job < b.job and a.began < b.ended and b.began < a.ended"
+        )
+        report.overlaps += [str(row) for row in await self.steadily(lambda: self.db.sql(overlaps))]
         report.crashes += [line for line in self.db.server.log().splitlines() if any(o in line for o in OWN_CRASHES)]

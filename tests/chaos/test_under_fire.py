@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.chaos.breaker import Breaker
-from tests.chaos.crew import BOUND, Crew
+from tests.chaos.crew import BOUND, Crew, Hand
 from tests.chaos.customers import Customer, Plan
 from tests.chaos.report import Report
 from tests.chaos.stage import Stage
@@ -45,7 +45,7 @@ def stage(own_server: Callable[..., Server], fresh_database: Callable[..., Datab
     db.close()
 
 
-async def under_fire(stage: Stage, seconds: float, seed: int) -> Report:
+async def under_fire(stage: Stage, seconds: float, seed: int, hand: type[Hand] = Hand) -> Report:
     """Run jobs for so many seconds, and break things meanwhile."""
     report = Report(seed, f"{stage.db.server.name} ({stage.db.server.extension})")
     began = time.monotonic()
@@ -54,7 +54,7 @@ async def under_fire(stage: Stage, seconds: float, seed: int) -> Report:
     with Proxy.before(stage.db.server.conninfo()) as proxy:
         straight = stage.db.conninfo
         ways = [straight if number % 2 else proxy.through(straight) for number in range(PROCESSES)]
-        async with Crew(ways, random.Random(f"{seed}/crew")) as crew:
+        async with Crew(ways, random.Random(f"{seed}/crew"), hand) as crew:
 
             async def customers() -> None:
                 while time.monotonic() - began < seconds:
@@ -95,3 +95,37 @@ async def test_a_long_fire(stage: Stage) -> None:
     async with asyncio.timeout(seconds + 4 * BOUND):
         report = await under_fire(stage, seconds, chosen_seed())
     judged(report)
+
+
+# Broken on purpose --------------------------------------------------------------------------------------------------
+
+
+def without_receipt_check(db: Watched) -> None:
+    """A worker goes on though its job has a receipt."""
+    check = "exception when unique_violation then"
+    definition = db.value("select pg_get_functiondef('pgbg.begin_work'::regproc)")
+    assert check in definition
+    db.sql(definition.replace(check, f"{check} return;"))
+
+
+class TooHopeful(Hand):
+    """A launching process that takes "completed and no error" for success."""
+
+    module = "tests.chaos.hopeful_child"
+
+
+@pytest.mark.chaos
+@pytest.mark.servers("real")
+async def test_a_broken_ledger_is_noticed(stage: Stage) -> None:
+    without_receipt_check(stage.db)
+    report = await under_fire(stage, 20, chosen_seed())
+    print(f"\n{report}")
+    assert report.doubled
+
+
+@pytest.mark.chaos
+@pytest.mark.servers("real")
+async def test_a_broken_verdict_is_noticed(stage: Stage) -> None:
+    report = await under_fire(stage, 20, chosen_seed(), TooHopeful)
+    print(f"\n{report}")
+    assert report.false_successes

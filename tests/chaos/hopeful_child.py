@@ -1,0 +1,18 @@
+"""A launching process whose verdict is broken on purpose: "completed and no error" is a success to it."""
+
+from __future__ import annotations
+
+import runpy
+
+from pgbg_orchestration import runner
+from pgbg_orchestration.verdict import Evidence, Receipt, Report, Step, judge
+
+
+def hopeful(seen: Evidence) -> Step:
+    done = seen.report is Report.ENDED and seen.receipt is Receipt.NONE
+    return Step.COMMITTED if done else judge(seen)
+
+
+if __name__ == "__main__":
+    runner.judge = hopeful  # type: ignore[attr-defined]
+    runpy.run_module("tests.core.child", run_name="__main__")
