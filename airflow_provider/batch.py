@@ -285,6 +285,10 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
             error.add_note(f"Job {name!r}: {other.message}")
         raise error
 
+    def _statements(self) -> list[str]:
+        given = (job["sql"] if isinstance(job, Mapping) else job for job in self.jobs.values())
+        return [text for sql in given for text in ([sql] if isinstance(sql, str) else sql)]
+
     def _arguments_of(self, name: str, given: Any, identity: Identity) -> dict[str, Any]:
         own: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"sql": given}
         arguments = self._job_arguments(identity)

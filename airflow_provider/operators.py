@@ -231,6 +231,21 @@ class PgBackgroundOperator(BaseOperator):
         if self._waiting is not None and self.cancel_on_kill:
             self._waiting.kill()
 
+    # Lineage ----------------------------------------------------------------------------------------------------------
+
+    def get_openlineage_facets_on_start(self) -> Any:
+        """Return the tables that the SQL reads and writes, for OpenLineage's listener."""
+        from .lineage import facets_of
+
+        return facets_of(self._statements(), self.postgres_conn_id, self.database)
+
+    def get_openlineage_facets_on_complete(self, _task_instance: Any) -> Any:
+        """Return the same as at the start: what a worker did is not asked again."""
+        return self.get_openlineage_facets_on_start()
+
+    def _statements(self) -> list[str]:
+        return [self.sql] if isinstance(self.sql, str) else list(self.sql)
+
     # The job ----------------------------------------------------------------------------------------------------------
 
     def _job_arguments(self, identity: Identity) -> dict[str, Any]:

@@ -290,3 +290,33 @@ class TestRetryPolicyOfTheOperator:
             operator = PgBackgroundOperator(task_id="t", sql="select 1")
 
         assert operator.retry_policy is own
+
+
+class TestLineage:
+    def test_without_openlineage_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(name: str) -> Any:
+            raise ImportError(name)
+
+        monkeypatch.setattr("airflow_provider.lineage.import_module", missing)
+
+        assert PgBackgroundOperator(task_id="t", sql="select 1").get_openlineage_facets_on_start() is None
+
+    @pytest.mark.parametrize(
+        ("operator", "statements"),
+        [
+            (PgBackgroundOperator(task_id="a", sql="select 1"), ["select 1"]),
+            (PgBackgroundOperator(task_id="b", sql=["select 1", "select 2"]), ["select 1", "select 2"]),
+            (
+                PgBackgroundBatchOperator(task_id="c", jobs={"x": "select 1", "y": {"sql": ["select 2", "select 3"]}}),
+                ["select 1", "select 2", "select 3"],
+            ),
+        ],
+    )
+    def test_every_statement_is_told(
+        self, monkeypatch: pytest.MonkeyPatch, operator: PgBackgroundOperator, statements: list[str]
+    ) -> None:
+        told = MagicMock()
+        monkeypatch.setattr("airflow_provider.lineage.facets_of", told)
+
+        assert operator.get_openlineage_facets_on_complete(None) is told.return_value
+        told.assert_called_once_with(statements, "postgres_default", None)
