@@ -105,10 +105,21 @@ def launch_failed(work: Work, error: BaseException) -> PgbgError:
 
 def unknown(work: Work) -> PgbgError:
     """Nobody can tell how the job ended."""
+    supervised = work.kind is Kind.SUPERVISED
     return errors.OutcomeUnknown(
-        "the launching session was lost while it ran, and this kind of job leaves no receipt",
+        f"{'its supervisor' if supervised else 'the launching session'} was lost while it ran, "
+        "and this kind of job leaves no receipt",
         todo="Look whether its work is done; verify_sql lets the job find out by itself.",
         **_named(work),
+    )
+
+
+def untold(key: Key) -> PgbgError:
+    """A supervised job is to be cancelled, and nobody can tell how it ended."""
+    return errors.OutcomeUnknown(
+        "its supervisor is gone, nothing of the job is at work any more, and nobody can tell how it ended",
+        todo="Look whether its work is done. Run the same job with a verify_sql to have it settled.",
+        job_id=key.job_id,
     )
 
 

@@ -85,9 +85,9 @@ class Case:
     ----------
     registration, registered:
         The last registration, and whether the launch that comes next is registered.
-    launched, relaunches, rejections:
+    launched, relaunches, rejections, slot_misses:
         How many launches may have started a worker; how many of them came after one that was lost; how many workers
-        were turned away in a row while nobody was seen to hold the lock.
+        were turned away in a row while nobody was seen to hold the lock; how many supervisors found no second slot.
     paired:
         This job counts as one that needs two slots.
     stray, gave_up:
@@ -109,6 +109,7 @@ class Case:
     launched: int = 0
     relaunches: int = 0
     rejections: int = 0
+    slot_misses: int = 0
     slot_missing: bool = False
     paired: bool = False
     stray: bool = False

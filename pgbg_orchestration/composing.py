@@ -16,7 +16,7 @@ from psycopg import AsyncClientCursor, AsyncConnection, sql
 from . import pace, statements
 from .errors import InvalidJob, NoPrivilege
 from .job import Job, Kind
-from .ledger import Key, Registration
+from .ledger import SUPERVISES, Key, Registration
 
 # Sent before the user's own settings, which win.
 BASE_SETTINGS: Mapping[str, str] = {
@@ -27,8 +27,13 @@ BASE_SETTINGS: Mapping[str, str] = {
 }
 
 
-# A supervisor outlives its worker's statement_timeout, to tell of it.
-SUPERVISOR_SETTINGS: Mapping[str, str] = {"statement_timeout": "0", "default_transaction_isolation": "read committed"}
+# A supervisor outlives its worker's timeouts, to tell of them, and writes after a worker that may be read only.
+SUPERVISOR_SETTINGS: Mapping[str, str] = {
+    "statement_timeout": "0",
+    "pg_background.worker_timeout": "0",
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,7 @@ class Work:
         """Return the settings of a launch: those of the work, or of its supervisor."""
         if self.kind is not Kind.SUPERVISED:
             return self.settings(seconds_left)
-        return {**BASE_SETTINGS, **SUPERVISOR_SETTINGS}
+        return {**BASE_SETTINGS, **SUPERVISOR_SETTINGS, "application_name": f"{SUPERVISES}{self.label}"[:60]}
 
     def settings(self, seconds_left: float | None) -> dict[str, str]:
         """Return the settings of the work; ``seconds_left`` is the time until the job's deadline."""

@@ -10,7 +10,7 @@ from datetime import datetime
 from . import blame, markers, pace
 from .case import Case
 from .job import Kind
-from .ledger import BLOCKED, Ledger, Sighting
+from .ledger import BLOCKED, Key, Ledger, Sighting
 from .verdict import CANCELED, NO_SLOT_FOR_WORKER, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 
 logger = logging.getLogger("pgbg_orchestration")
@@ -56,7 +56,7 @@ async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]
 
 
 async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[Evidence, Sighting]:
-    seen = await ledger.look(case.work.key)
+    seen = await look(ledger, case.work.key)
     _check_digest(case, seen)
     holder = seen.holder(case.generation(seen))
     recorded = False
@@ -86,6 +86,25 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
         output_blocked=seen.wait_event in BLOCKED and evidence.report is Report.RUNNING,
         lift=case.options.retry_cancelled or seen.cause in ("deadline", "given up"),
     ), seen
+
+
+async def look(ledger: Ledger, key: Key) -> Sighting:
+    """Look at a job; a claimed receipt with nobody at work is believed only after a while.
+
+    A supervisor that starts between the look at its lock and the one at its claim looks the same for a moment, and
+    the worker of one that is gone shows its marker only once it has started.
+    """
+    seen = await ledger.look(key)
+    until = asyncio.get_running_loop().time() + pace.STARTING
+    while (
+        seen.receipt is Receipt.LAUNCHING
+        and seen.holder_pid is None
+        and seen.marked_pid is None
+        and asyncio.get_running_loop().time() < until
+    ):
+        await asyncio.sleep(pace.RETRY_SOONEST)
+        seen = await ledger.look(key)
+    return seen
 
 
 def _check_digest(case: Case, seen: Sighting) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any, LiteralString, TypeVar
@@ -47,6 +47,10 @@ class Key:
     def digests(self) -> tuple[bytes, bytes]:
         """SHA-256 of the job's id and of its series."""
         return hashlib.sha256(self.job_id.encode()).digest(), hashlib.sha256(self.series.encode()).digest()
+
+
+SUPERVISES = "pgbg supervises: "
+"""What the application_name of a supervisor begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +295,10 @@ class Ledger:
         return bool((await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id))))["lifted"])
 
     async def signal(self, key: Key, *, job_id: str | None = None) -> bool:
-        """Ask the worker that holds the job's lock to cancel its statement; returns whether a signal was accepted.
+        """Ask the job's worker to cancel its statement; returns whether a signal was accepted.
+
+        It is the one that holds the job's lock, or the one below it where that is a supervisor: the supervisor is
+        the one to tell how its worker ended.
 
         Raises
         ------
@@ -299,13 +306,26 @@ class Ledger:
             The worker runs as another login of the owner's, which this login may not signal.
         """
         query = self._query(
-            "select coalesce(bool_or(pg_catalog.pg_cancel_backend(l.pid)), false) as sent from pg_catalog.pg_locks as l"
-            " where l.locktype = 'advisory' and l.objsubid = 1 and l.granted and l.pid is not null"
-            " and l.database = (select d.oid from pg_catalog.pg_database as d"
-            "   where d.datname = pg_catalog.current_database())"
-            " and (l.classid::bigint << 32) | l.objid::bigint = {s}.lock_key('job', %s, {s}.digest(%s))"
+            "with job as materialized ("
+            "  select {s}.lock_key('job', %(o)s, {s}.digest(%(j)s)) as key, {s}.marker(%(o)s, %(j)s) as marker"
+            "), holder as materialized ("
+            "  select l.pid from job, pg_catalog.pg_locks as l"
+            "  where l.locktype = 'advisory' and l.objsubid = 1 and l.granted and l.pid is not null"
+            "  and l.database = (select d.oid from pg_catalog.pg_database as d"
+            "    where d.datname = pg_catalog.current_database())"
+            "  and (l.classid::bigint << 32) | l.objid::bigint = job.key"
+            "), target as materialized ("
+            "  select h.pid from job, holder as h left join pg_catalog.pg_stat_activity as a on a.pid = h.pid"
+            # A supervisor bears the marker itself while it launches.
+            "  where coalesce(a.application_name <> job.marker and not starts_with(a.application_name, %(s)s), true)"
+            "  union all"
+            "  select a.pid from job, pg_catalog.pg_stat_activity as a where a.application_name = job.marker"
+            "  and a.datname = pg_catalog.current_database()"
+            "  and not exists (select from holder as h where h.pid = a.pid)"
+            ") select coalesce(bool_or(pg_catalog.pg_cancel_backend(t.pid)), false) as sent from target as t"
         )
-        row = await self._writer.ask(lambda conn: _one(conn, query, (key.owner, job_id or key.job_id)))
+        arguments = {"o": key.owner, "j": job_id or key.job_id, "s": SUPERVISES}
+        row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
         return bool(row["sent"])
 
     async def settle(self, key: Key, attempt: int, *, committed: bool) -> None:
@@ -463,7 +483,9 @@ def _like(pattern: str | None) -> str | None:
     return escaped.replace("*", "%").replace("?", "_")
 
 
-async def _one(conn: AsyncConnection[Any], query: sql.Composed, arguments: tuple[Any, ...]) -> dict[str, Any]:
+async def _one(
+    conn: AsyncConnection[Any], query: sql.Composed, arguments: tuple[Any, ...] | Mapping[str, Any]
+) -> dict[str, Any]:
     cursor = await conn.cursor(row_factory=dict_row).execute(query, arguments)
     return await cursor.fetchone() or {}
 

@@ -16,11 +16,10 @@ from psycopg import AsyncConnection, sql
 
 from . import blame, describing, faults, markers, pace, statements
 from .case import Case, Launch, deadline_of
-from .composing import SUPERVISOR_SETTINGS
 from .concluding import conclude, record
 from .connecting import ConnectionLost
 from .errors import JobCancelled, PgbgError, ServerUnreachable
-from .gathering import RELAUNCHES, gather
+from .gathering import RELAUNCHES, gather, look
 from .job import Job, Kind
 from .launching import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
 from .ledger import Key, Ledger, Registration, Sighting
@@ -199,10 +198,12 @@ class Run:
         """Make room for another launch, and keep within the number of further ones."""
         case = self._case
         sqlstate = case.launch.error.sqlstate if case.launch.error else None
-        if sqlstate in (TURNED_AWAY, NO_SLOT_FOR_WORKER):
+        if sqlstate == NO_SLOT_FOR_WORKER:
+            case.slot_misses += 1
+            case.tell_once("waiting_for_slot", "waiting for a second worker slot, below the supervisor")
+            await asyncio.sleep(pace.backoff(case.slot_misses))
+        elif sqlstate == TURNED_AWAY:
             case.rejections += 1
-            if sqlstate == NO_SLOT_FOR_WORKER:
-                case.tell_once("waiting_for_slot", "waiting for a second worker slot, below the supervisor")
             await asyncio.sleep(pace.backoff(case.rejections))
         elif case.launched:
             case.relaunches += 1
@@ -326,10 +327,9 @@ class Run:
         case.tell_once("cancelling", "cancelling the worker", pid=seen.holder_pid if seen else None)
         if self._waited() > pace.CANCEL:
             raise blame.survivor(case.work.key, seen, "the worker")
-        if case.work.kind is Kind.RECEIPT:
+        if case.work.carries_receipt:
             await _signal_worker(self._ledger, case.work.key, _there(seen), case.work.key.job_id)
         else:
-            # Never a supervisor itself: it is the one to tell how its worker ended.
             await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker))
         supervised = case.work.kind is Kind.SUPERVISED
         if case.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST and not supervised:
@@ -357,8 +357,7 @@ class Run:
         case, work = self._case, self._case.work
         text, columns = await self._make_readable(await self._launcher.session())
         facts = await self._launcher.facts()
-        defaults = {name: getattr(facts, name) for name in SUPERVISOR_SETTINGS}
-        settings = {**defaults, **work.settings(case.seconds_left())}
+        settings = {**facts.defaults, **work.settings(case.seconds_left())}
         calls = facts.extension.supervision(columns)
         return work.supervisor(self._launcher.schema, registration, text, calls, settings)
 
@@ -436,17 +435,25 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
     ------
     StillRunning
         Its worker does not end within ``pace.CANCEL`` seconds, or this login may not signal it.
+    OutcomeUnknown
+        It was supervised, and its supervisor is gone without a word of how it ended.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
     while True:
-        seen = await ledger.look(key)
-        if seen.receipt is not Receipt.NONE:
+        seen = await look(ledger, key)
+        if seen.receipt in (Receipt.COMMITTED, Receipt.CANCELLED):
             return "committed" if seen.receipt is Receipt.COMMITTED else "cancelled"
+        if seen.receipt is Receipt.LAUNCHING and seen.holder_pid is None and seen.marked_pid is None:
+            raise blame.untold(key)
         if loop.time() - began > pace.CANCEL:
             raise blame.survivor(key, seen, "the worker")
         faults.point("before_cancel")
         await _signal_worker(ledger, key, seen, key.job_id)
+        if seen.receipt is Receipt.LAUNCHING:
+            # Its supervisor frees the receipt when it has told how its worker ended.
+            await asyncio.sleep(pace.poll(loop.time() - began))
+            continue
         faults.point("before_mark")
         await ledger.mark_cancelled(key, cause, reason)
         faults.point("after_mark")

@@ -27,6 +27,8 @@ select session_user::text as login,
        pg_catalog.current_database()::text as database,
        pg_catalog.pg_backend_pid() as backend_pid,
        pg_catalog.current_setting('statement_timeout') as statement_timeout,
+       -- What the login's sessions begin with; unset where no session has loaded the extension.
+       coalesce(pg_catalog.current_setting('pg_background.worker_timeout', true), '0') as worker_timeout,
        pg_catalog.current_setting('default_transaction_isolation') as default_transaction_isolation,
        pg_catalog.current_setting('max_worker_processes')::int as max_worker_processes,
        e.extversion as extension_version, n.nspname::text as extension_schema,
@@ -63,6 +65,7 @@ class ServerFacts:
     database: str
     backend_pid: int
     statement_timeout: str
+    worker_timeout: str
     default_transaction_isolation: str
     max_worker_processes: int
     extension_version: str | None
@@ -75,6 +78,16 @@ class ServerFacts:
     in_role: bool
     read_only: bool
     through_pooler: bool
+
+    @property
+    def defaults(self) -> dict[str, str]:
+        """What a worker of the login's has of its own, of the settings that its supervisor has otherwise."""
+        return {
+            "statement_timeout": self.statement_timeout,
+            "pg_background.worker_timeout": self.worker_timeout,
+            "default_transaction_isolation": self.default_transaction_isolation,
+            "default_transaction_read_only": "on" if self.read_only else "off",
+        }
 
     @property
     def extension(self) -> Extension:

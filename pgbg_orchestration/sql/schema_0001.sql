@@ -98,6 +98,15 @@ create function @schema@.marker(p_owner text, p_job_id text) returns text
     return 'pgbg:' || pg_catalog.left(pg_catalog.encode(
         pg_catalog.sha256(pg_catalog.convert_to(p_owner || ':' || p_job_id, 'UTF8')), 'hex'), 32);
 
+-- A backend of this database that bears a marker; the same job may be at work in another database too.
+create function @schema@.marked(p_marker text) returns int
+    language sql stable strict
+    set search_path = pg_catalog, pg_temp
+as $$
+    select a.pid from pg_stat_activity a
+    where a.application_name = p_marker and a.datname = current_database() limit 1
+$$;
+
 create function @schema@.owner_for(p_owner text) returns text
     language plpgsql stable
     set search_path = pg_catalog, pg_temp
@@ -205,7 +214,7 @@ begin
         raise exception using errcode = 'PB002', message = 'another worker holds the series of this job';
     end if;
     -- The worker of an earlier supervisor outlives it, and its lock.
-    if exists (select from pg_stat_activity a where a.application_name = @schema@.marker(v_owner, p_job_id)) then
+    if @schema@.marked(@schema@.marker(v_owner, p_job_id)) is not null then
         raise exception using errcode = 'PB002', message = 'an earlier worker of this job is at work';
     end if;
     if exists (
@@ -282,37 +291,52 @@ declare
     v_done    boolean := false;
     v_failed  boolean := false;
     v_read    boolean := false;
+    v_ready   boolean := false;
     v_error   text[];
     v_polls   bigint := 0;
+    v_name    text := pg_catalog.current_setting('application_name');
 begin
     perform @schema@.begin_supervision(
         p_owner, p_job_id, p_series, p_generation, p_label, p_attempt, p_sql_digest);
     commit;
     v_marker := @schema@.marker(coalesce(p_owner, session_user::text), p_job_id);
-    for i in 1 .. pg_catalog.cardinality(p_settings) / 2 loop
-        v_own[i] := pg_catalog.current_setting(p_settings[2 * i - 1], true);
-        perform pg_catalog.set_config(p_settings[2 * i - 1], p_settings[2 * i], false);
-    end loop;
-    perform pg_catalog.set_config('application_name', v_marker, false);
-    if p_role is not null then
-        perform pg_catalog.set_config('role', p_role, false);
-    end if;
+    -- Whatever fails in this block before the launch is taken back with it, and nothing has been launched.
     begin
+        for i in 1 .. pg_catalog.cardinality(p_settings) / 2 loop
+            v_own[i] := pg_catalog.current_setting(p_settings[2 * i - 1], true);
+            perform pg_catalog.set_config(p_settings[2 * i - 1], p_settings[2 * i], false);
+        end loop;
+        perform pg_catalog.set_config('application_name', v_marker, false);
+        if p_role is not null then
+            perform pg_catalog.set_config('role', p_role, false);
+        end if;
+        v_ready := true;
         execute p_calls[1] into v_pid, v_cookie using p_sql, p_queue_size, p_label;
-    exception when sqlstate '53000' or sqlstate '53400' or sqlstate '53100' then
-        v_pid := null;
+        if p_role is not null then
+            perform pg_catalog.set_config('role', 'none', false);
+        end if;
+        perform pg_catalog.set_config('application_name', v_name, false);
+        for i in 1 .. pg_catalog.cardinality(p_settings) / 2 loop
+            perform pg_catalog.set_config(p_settings[2 * i - 1], coalesce(v_own[i], ''), false);
+        end loop;
+    exception when others then
+        -- Any other error of the launch itself may have come after it: the claimed receipt then says so.
+        if v_ready and (v_pid is not null or sqlstate not in ('53000', '53400', '53100', '42501')) then
+            raise;
+        end if;
+        v_error := array[sqlstate, sqlerrm];
     end;
-    if p_role is not null then
-        perform pg_catalog.set_config('role', 'none', false);
-    end if;
-    perform pg_catalog.set_config('application_name', pg_catalog.left('pgbg supervises: ' || p_label, 60), false);
-    for i in 1 .. pg_catalog.cardinality(p_settings) / 2 loop
-        perform pg_catalog.set_config(p_settings[2 * i - 1], coalesce(v_own[i], ''), false);
-    end loop;
-    if v_pid is null then
-        perform @schema@.end_supervision(p_owner, p_job_id, p_attempt, 'unlaunched', null, null, null, null);
+    if v_error is not null then
+        perform @schema@.end_supervision(
+            p_owner, p_job_id, p_attempt, case when v_error[1] in ('53000', '53400', '53100') then 'unlaunched' else 'failed' end,
+            null, null, null, v_error);
         commit;
-        raise exception using errcode = 'PB004', message = 'no worker slot for the supervised worker';
+        -- Its report comes before its end: the next supervisor must not meet these locks.
+        perform pg_catalog.pg_advisory_unlock_all();
+        if v_error[1] in ('53000', '53400', '53100') then
+            raise exception using errcode = 'PB004', message = 'no worker slot for the supervised worker';
+        end if;
+        return;
     end if;
 
     while not v_done loop
@@ -323,7 +347,8 @@ begin
         -- Nobody reads its output, and it waits for that: read it now.
         exit when v_polls % 20 = 0 and exists (
             select from pg_catalog.pg_stat_activity a
-            where a.application_name = v_marker and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
+            where a.application_name = v_marker and a.datname = pg_catalog.current_database()
+              and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
     end loop;
     if v_failed then
         execute p_calls[3] into v_error using v_pid, v_cookie;
@@ -456,7 +481,8 @@ begin
         )
         select w.n, clock_timestamp(), h.pid, a.usename::text,
                coalesce(pg_has_role(a.usesysid, w.owner, 'MEMBER'), false),
-               other.job_id, other.generation, this.key is not null, marked.pid,
+               other.job_id, other.generation, this.key is not null,
+               case when r.status = 'launching' then @schema@.marked(@schema@.marker(r.owner, r.job_id)) end,
                r.status, r.attempt, r.worker_pid, r.started_at, r.cause, r.reason, r.decided_by,
                r.decided_at, s.newest, k.generation, k.attempt, coalesce(r.sql_digest, k.sql_digest), k.outcome, k.ended_at, k.row_count, k.command_tag,
                k.sqlstate, k.message, k.detail, k.hint, k.context, k.schema_name, k.table_name, k.column_name,
@@ -466,10 +492,6 @@ begin
         left join held this on this.pid = h.pid and this.key = @schema@.lock_key('job', w.owner, w.job)
         left join pg_stat_activity a on a.pid = h.pid
         left join @schema@.receipt r on r.owner = w.owner and r.job_digest = w.job
-        left join lateral (
-            select b.pid from pg_stat_activity b
-            where r.status = 'launching' and b.application_name = @schema@.marker(r.owner, r.job_id) limit 1
-        ) marked on true
         left join lateral (
             select j.job_id, j.generation
             from @schema@.job j
@@ -526,7 +548,8 @@ begin
         select a.application_name
         from @schema@.job j
         join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest and r.status = 'launching'
-        join pg_stat_activity a on a.application_name = @schema@.marker(j.owner, j.job_id)
+        join pg_stat_activity a
+            on a.application_name = @schema@.marker(j.owner, j.job_id) and a.datname = current_database()
         where j.owner = v_owner and j.series_digest = v_series and j.generation < p_generation);
 end $$;
 
@@ -582,7 +605,15 @@ begin
           );
     get diagnostics jobs = row_count;
     delete from @schema@.receipt r
-        where @schema@.is_mine(r.owner) and r.decided_at < v_before;
+        where @schema@.is_mine(r.owner) and r.decided_at < v_before
+          -- One that is at work claimed its receipt at its start, however long ago that was.
+          and not (r.status = 'launching' and (
+              @schema@.marked(@schema@.marker(r.owner, r.job_id)) is not null
+              or exists (
+                  select from pg_locks l
+                  where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
+                    and (l.classid::bigint << 32) | l.objid::bigint = @schema@.lock_key('job', r.owner, r.job_digest)
+              )));
     get diagnostics receipts = row_count;
 end $$;
 
@@ -634,8 +665,9 @@ begin
         from @schema@.job j
         full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
         left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
-        left join pg_stat_activity m
-            on r.status = 'launching' and m.application_name = @schema@.marker(r.owner, r.job_id)
+        left join lateral (
+            select @schema@.marked(@schema@.marker(r.owner, r.job_id)) as pid where r.status = 'launching'
+        ) m on true
         left join pg_stat_activity l on l.pid = j.launcher_pid and l.backend_start = j.launcher_start
         where @schema@.is_mine(coalesce(j.owner, r.owner))
         order by coalesce(j.launched_at, r.decided_at) desc;
