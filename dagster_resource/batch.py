@@ -90,14 +90,14 @@ class Batch:
             tasks = [asyncio.ensure_future(self._run_one(launcher, member, turns, talk)) for member in self.members]
             try:
                 await self._wait_for(tasks)
+                if any(not task.done() for task in tasks):
+                    await _stop(tasks)
+                    await self._cancel_workers(launcher, talk, FAILED_BESIDE)
             except asyncio.CancelledError:
                 await _stop(tasks)
                 if talk.cancel_workers:
                     await self._cancel_workers(launcher, talk, TERMINATED)
                 raise
-            if any(not task.done() for task in tasks):
-                await _stop(tasks)
-                await self._cancel_workers(launcher, talk, FAILED_BESIDE)
 
     async def _wait_for(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Wait until all have ended or, if one failure is to end all, until the first one has failed."""
@@ -156,4 +156,5 @@ async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:
     """Cancel tasks and wait for them."""
     for task in tasks:
         task.cancel()
-    await asyncio.wait(tasks)
+    if tasks:
+        await asyncio.wait(tasks)

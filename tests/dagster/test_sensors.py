@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,9 @@ from dagster import (
     AssetCheckEvaluation,
     AssetKey,
     AssetMaterialization,
-    DagsterEventType,
     DagsterInstance,
     DagsterRun,
     DagsterRunStatus,
-    EventRecordsFilter,
     SensorDefinition,
     SensorResult,
     build_run_status_sensor_context,
@@ -227,28 +226,32 @@ def test_two_hundred_jobs_with_the_daemon_killed_in_the_middle(
     try:
         dagster.start()
         with DagsterInstance.from_config(str(tmp_path)) as instance:
-            for number, name in enumerate(ASSETS):
-                pg.submit(None, f"select pg_sleep({(number % 7) / 2})", asset_key=name, key="1")
-            wait_for(instance, 40)
+
+            def submit(number: int) -> None:
+                pg.submit(None, f"select pg_sleep({(number % 7) / 2})", asset_key=ASSETS[number], key="1")
+
+            with ThreadPoolExecutor(4) as threads:
+                list(threads.map(submit, range(len(ASSETS))))
+            wait_for(instance, ASSETS, 20)
             dagster.kill()
             settle(sql)
-            before = reported(instance)
+            before = reported(instance, ASSETS)
             dagster.start()
-            wait_for(instance, len(ASSETS))
+            wait_for(instance, ASSETS, len(ASSETS))
             assert len(before) < len(ASSETS), "the daemon was not killed in the middle"
-            assert reported(instance) == Counter(dict.fromkeys(ASSETS, 1))
+            assert reported(instance, ASSETS) == Counter(dict.fromkeys(ASSETS, 1))
     finally:
         dagster.stop()
 
 
-def reported(instance: DagsterInstance) -> Counter[str]:
-    records = instance.get_event_records(EventRecordsFilter(DagsterEventType.ASSET_MATERIALIZATION), limit=10_000)
-    keys = [record.asset_key or AssetKey("") for record in records]
-    return Counter(key.to_user_string() for key in keys)
+def reported(instance: DagsterInstance, names: list[str]) -> Counter[str]:
+    """How often each asset was materialized."""
+    found = {name: instance.fetch_materializations(AssetKey(name), limit=10).records for name in names}
+    return Counter({name: len(records) for name, records in found.items() if records})
 
 
-def wait_for(instance: DagsterInstance, number: int) -> None:
+def wait_for(instance: DagsterInstance, names: list[str], number: int) -> None:
     deadline = time.monotonic() + PATIENCE
-    while len(reported(instance)) < number:
-        assert time.monotonic() < deadline, f"{len(reported(instance))} of {number}"
-        time.sleep(0.2)
+    while (so_far := len(reported(instance, names))) < number:
+        assert time.monotonic() < deadline, f"{so_far} of {number}"
+        time.sleep(0.5)

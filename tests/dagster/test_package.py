@@ -1,0 +1,62 @@
+"""The package as others see it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import dagster_resource
+
+NAMES = {
+    "JobOptions",
+    "PgBackgroundFailure",
+    "PgBackgroundOutcome",
+    "PgBackgroundResource",
+    "PgBackgroundSqlComponent",
+    "RetryRule",
+    "RunTerminated",
+    "Sql",
+    "build_pg_background_sensor",
+    "build_pg_background_sweep_sensors",
+    "partition_parameters",
+    "pg_background_asset",
+    "pg_background_asset_check",
+}
+IMPORT = """
+import sys
+import dagster
+before = set(sys.modules)
+import dagster_resource
+print(sorted(name for name in set(sys.modules) - before if not name.startswith(("dagster", "pgbg_orchestration"))))
+"""
+
+
+def test_public_names() -> None:
+    public = {
+        name
+        for name, value in vars(dagster_resource).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("dagster_resource")
+    }
+
+    assert public == NAMES
+
+
+def test_importing_it_brings_no_driver() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+
+    # What a Dagster process pays for: nothing but this package and small parts of the standard library.
+    brought = eval(done.stdout)
+    assert [name for name in brought if name.partition(".")[0] not in sys.stdlib_module_names] == []
+
+
+def test_dagsters_tools_find_the_component() -> None:
+    found = {entry.name: entry.load() for entry in entry_points(group="dagster_dg_cli.registry_modules")}
+
+    assert found["dagster_resource"].PgBackgroundSqlComponent is dagster_resource.PgBackgroundSqlComponent
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    from importlib.metadata import version
+
+    assert dagster_resource.__version__ == version("pg-background-orchestration")
