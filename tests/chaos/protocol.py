@@ -33,6 +33,7 @@ from pgbg_orchestration.verdict import (
 
 T = TypeVar("T")
 OWN_ERROR = "23505"
+GIVEN_UP = "given up"
 NOBODY = -1
 
 
@@ -98,6 +99,8 @@ class Launcher(NamedTuple):
     launches_left: int = 0
     rejections_left: int = 0
     attached: bool = False
+    stray: bool = False  # a handle was lost, so its worker may begin at any time
+    gave_up: bool = False  # so the job was marked
     heard: bool = False  # another launcher wrote down, since we attached, how its worker failed
 
 
@@ -312,7 +315,7 @@ class Scenario:
                 dead = Launcher(launcher.job, Phase.DEAD)
                 yield Move(f"{name} is killed", True, _with(after, number, dead))
         if launcher.report is Report.RUNNING and (paid := _pay(state, "lose_session")):
-            lost = launcher._replace(report=Report.GONE, worker=NOBODY)
+            lost = launcher._replace(report=Report.GONE, worker=NOBODY, stray=True)
             yield Move(f"{name} loses its session", True, _with(paid, number, lost))
         if launcher.intent is Intent.NONE and (paid := _pay(state, "ask")):
             for after in self._half_launched(paid, number, launcher):
@@ -377,13 +380,15 @@ class Scenario:
                 intent=launcher.intent,
                 launches_left=launcher.launches_left,
                 rejections_left=launcher.rejections_left,
-                lift=number in self.lifting,
+                lift=number in self.lifting or state.receipts[launcher.job] == GIVEN_UP,
+                stray=launcher.stray,
+                gave_up=launcher.gave_up,
             )
         )
         move = f"{move} -> {step.name}"
         if step in OUTCOMES:
             return self._conclude(state, number, launcher, step, move)
-        again = launcher._replace(looks=0, holder=Holder.NOBODY, held=NOBODY, receipt=Receipt.NONE, superseded=False)
+        again = launcher._replace(looks=0, holder=Holder.NOBODY, held=NOBODY, receipt=Receipt.NONE)
         if step in (Step.WAIT, Step.WAIT_FOR_SERIES) or (step is Step.CLEAR_OLDER and self.wait_for_older):
             return Move(move, False, _with(state, number, again))
         if step is Step.REGISTER and "older marked before registration" in self.broken:
@@ -400,6 +405,8 @@ class Scenario:
         wrong = None
         if (step is Step.COMMITTED) != committed:
             wrong = f"{step.name} is told of a job that is {'' if committed else 'not '}committed"
+        elif step is Step.FAILED and launcher.sqlstate in (ALREADY_COMMITTED, REFUSED):
+            wrong = f"our own refusal ({launcher.sqlstate}) is told as the job's failure"
         elif step is not Step.COMMITTED and at_work and "no receipt" not in self.broken:
             wrong = f"{step.name} is told while a worker is at work on the job"
         launchers = list(state.launchers)
@@ -448,13 +455,18 @@ class Scenario:
                 after = _signalled(state, lambda j: j < job)
                 return Move(f"{name} signals the older worker", False, _with(after, number, looking))
             case Step.MARK:
-                cause = "asked" if launcher.intent is not Intent.NONE else "superseded"
-                return Move(f"{name} marks", False, _with(self._mark(state, job, cause), number, looking))
+                cause = "superseded" if launcher.superseded else GIVEN_UP
+                if launcher.intent is not Intent.NONE:
+                    cause = "asked"
+                after = self._mark(state, job, cause)
+                cancelled = after.receipts[job] not in (None, "committed")
+                looking = looking._replace(superseded=False, gave_up=cause == GIVEN_UP and cancelled)
+                return Move(f"{name} marks: {cause}", False, _with(after, number, looking))
             case Step.LIFT:
                 lifted = state
                 if state.receipts[job] not in (None, "committed", "superseded"):
                     lifted = state._replace(receipts=_set(state.receipts, job, None))
-                    if number in self.lifting:  # by right
+                    if number in self.lifting or state.receipts[job] == GIVEN_UP:  # by right
                         lifted = lifted._replace(lifted=_set(state.lifted, job, True))
                 return Move(f"{name} lifts the mark", False, _with(lifted, number, looking))
             case _:
@@ -467,7 +479,7 @@ class Scenario:
         running = looking._replace(worker=worker, report=Report.RUNNING, registered=False)
         yield Move(f"{name} has launched worker {worker}", False, _with(started, number, running))
         if paid := _pay(state, "lose_launch"):
-            lost = looking._replace(report=Report.GONE)
+            lost = looking._replace(report=Report.GONE, registered=False, stray=True)
             yield Move(f"{name} loses the launch call; no worker", True, _with(paid, number, lost))
             started, worker = self._started(paid, number, launcher.job)
             yield Move(f"{name} loses the launch call; worker {worker} starts", True, _with(started, number, lost))
@@ -573,7 +585,7 @@ def _mark_older(state: State, job: int) -> State | None:
     """Mark every older registered job; None while a worker of one is at work."""
     receipts = state.receipts
     for older in range(job):
-        if not state.registered[older] or receipts[older] is not None:
+        if not state.registered[older] or receipts[older] == "committed":
             continue
         if any(w is not None and w.job == older and w.inserting for w in state.workers):
             return None

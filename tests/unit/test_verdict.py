@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import product
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from pgbg_orchestration.verdict import (
     ALREADY_COMMITTED,
     CANCELED,
+    NO_SLOT_FOR_WORKER,
     OUTCOMES,
     REFUSED,
     TURNED_AWAY,
@@ -78,6 +79,22 @@ RULES: list[tuple[str, Evidence, Step]] = [
     ("a lost handle, its worker at work", Evidence(report=Report.GONE, holder=Holder.THIS_JOB), Step.WAIT),
     ("lost too often", Evidence(report=Report.GONE, launches_left=0), Step.LOST),
     ("another process wrote down how its worker failed", Evidence(recorded_failure=True), Step.FAILED),
+    # A worker of this call may still begin: nothing is told before it cannot.
+    ("an error, and a stray: mark it first", failed(OWN_ERROR, stray=True), Step.MARK),
+    ("lost, and a stray: mark it first", Evidence(report=Report.ENDED, stray=True), Step.MARK),
+    ("lost too often: mark it first", Evidence(report=Report.GONE, launches_left=0, stray=True), Step.MARK),
+    ("marked by us: now the error is told", failed(OWN_ERROR, stray=True, gave_up=True, receipt=Receipt.CANCELLED), Step.FAILED),
+    ("marked by us: now it is lost", Evidence(report=Report.GONE, stray=True, gave_up=True, receipt=Receipt.CANCELLED), Step.LOST),
+    ("the stray was quicker", failed(OWN_ERROR, stray=True, receipt=Receipt.COMMITTED), Step.COMMITTED),
+    ("a stray at work is waited for", failed(OWN_ERROR, stray=True, holder=Holder.THIS_JOB), Step.WAIT),
+    # A supervised job: its receipt is claimed before the work, and says how it ended after it.
+    ("claimed: its supervisor is at work", Evidence(receipt=Receipt.LAUNCHING, holder=Holder.THIS_JOB), Step.WAIT),
+    ("claimed: only the worker is left", Evidence(receipt=Receipt.LAUNCHING, marked=True), Step.WAIT),
+    ("claimed: only the worker is left, and is not wanted", Evidence(receipt=Receipt.LAUNCHING, marked=True, intent=Intent.ASKED), Step.SIGNAL),
+    ("claimed: nobody is left, nobody knows", Evidence(receipt=Receipt.LAUNCHING), Step.UNKNOWN),
+    ("claimed: nobody is left, verify_sql", Evidence(receipt=Receipt.LAUNCHING, can_verify=True), Step.VERIFY),
+    ("claimed: verify_sql said so", Evidence(receipt=Receipt.LAUNCHING, can_verify=True, verified=False), Step.SETTLE),
+    ("no slot for the supervised worker: again", failed(NO_SLOT_FOR_WORKER), Step.REGISTER),
     # Full output.
     ("blocked output is let go", replace(LAUNCHED, holder=Holder.THIS_JOB, output_blocked=True), Step.UNBLOCK),
     # The end is wanted.
@@ -123,24 +140,63 @@ def test_the_table_knows_every_step() -> None:
 
 REPORTS: list[tuple[Report, str | None]] = [
     (report, None) for report in (Report.NONE, Report.RUNNING, Report.ENDED, Report.GONE)
-] + [(Report.FAILED, state) for state in (None, OWN_ERROR, CANCELED, ALREADY_COMMITTED, TURNED_AWAY, REFUSED)]
+] + [
+    (Report.FAILED, state)
+    for state in (None, OWN_ERROR, CANCELED, ALREADY_COMMITTED, TURNED_AWAY, REFUSED, NO_SLOT_FOR_WORKER)
+]
 VERIFICATIONS: list[tuple[bool, bool | None]] = [(False, None), (True, None), (True, True), (True, False)]
 YES_NO = (False, True)
+NO = (False,)
 
 
 def every_evidence() -> Iterator[Evidence]:
-    """All there is. Counters are 0 or not; a SQLSTATE is one of ours, a cancel's, another, or was not told."""
-    of_each: list[tuple[Any, ...]] = [
-        tuple(REPORTS), tuple(VERIFICATIONS), YES_NO, tuple(Receipt), tuple(Holder), YES_NO, YES_NO, YES_NO, YES_NO,
-        tuple(Intent), (0, 1), (0, 1), YES_NO,
-    ]  # fmt: skip
-    for values in product(*of_each):
-        (report, sqlstate), (can_verify, verified), carries, receipt, holder, superseded, registered, *rest = values
-        recorded, blocked, intent, launches, rejections, lift = rest
-        yield Evidence(
-            carries, receipt, holder, superseded, registered, report, sqlstate, recorded, blocked, intent, launches,
-            rejections, lift, can_verify, verified,
-        )  # fmt: skip
+    """All there is. Counters are 0 or not; a SQLSTATE is one of ours, a cancel's, another, or was not told.
+
+    What only some kinds of job can show is varied for those alone: verify_sql and a marker for a claimed receipt and
+    for jobs that carry none, strays for jobs that carry one.
+    """
+    decided = tuple(receipt for receipt in Receipt if receipt is not Receipt.LAUNCHING)
+    plain = VERIFICATIONS[:1]
+    yield from _all((True,), decided, tuple(Holder), YES_NO, NO, plain, YES_NO)
+    yield from _all((True,), (Receipt.LAUNCHING,), tuple(Holder), YES_NO, YES_NO, VERIFICATIONS, NO)
+    yield from _all((False,), (Receipt.NONE, Receipt.COMMITTED), WITHOUT_LOCK, NO, NO, VERIFICATIONS, YES_NO)
+
+
+WITHOUT_LOCK = (Holder.NOBODY, Holder.THIS_JOB)
+
+
+def _all(
+    carries: Sequence[bool],
+    receipts: Sequence[Receipt],
+    holders: Sequence[Holder],
+    ledger: Sequence[bool],
+    marks: Sequence[bool],
+    verifications: Sequence[tuple[bool, bool | None]],
+    strays: Sequence[bool],
+) -> Iterator[Evidence]:
+    values: dict[str, Sequence[Any]] = {
+        "carries_receipt": carries,
+        "receipt": receipts,
+        "holder": holders,
+        "marked": marks,
+        "superseded": ledger,
+        "registered": ledger,
+        "reported": REPORTS,
+        "recorded_failure": ledger,
+        "output_blocked": YES_NO,
+        "intent": tuple(Intent),
+        "launches_left": (0, 1),
+        "rejections_left": (0, 1),
+        "lift": ledger,
+        "verification": verifications,
+        "stray": strays,
+        "gave_up": strays,
+    }
+    for chosen in product(*values.values()):
+        fields_of = dict(zip(values, chosen, strict=True))
+        fields_of["report"], fields_of["sqlstate"] = fields_of.pop("reported")
+        fields_of["can_verify"], fields_of["verified"] = fields_of.pop("verification")
+        yield Evidence(**fields_of)
 
 
 def _asks(seen: Evidence) -> bool:
@@ -148,7 +204,7 @@ def _asks(seen: Evidence) -> bool:
 
 
 def _decided(seen: Evidence) -> bool:
-    return seen.receipt is not Receipt.NONE
+    return seen.receipt in (Receipt.COMMITTED, Receipt.CANCELLED)
 
 
 PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
@@ -173,7 +229,7 @@ PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
     "no launch beside our own worker, nor after one that is known to have ended": lambda e, s: (
         s is not Step.LAUNCH
         or e.report in (Report.NONE, Report.GONE)
-        or (e.report is Report.FAILED and e.sqlstate == TURNED_AWAY)
+        or (e.report is Report.FAILED and e.sqlstate in (TURNED_AWAY, NO_SLOT_FOR_WORKER))
     ),
     "no launch of a job with a receipt that is not registered": lambda e, s: (
         s is not Step.LAUNCH or not e.carries_receipt or e.registered
@@ -189,6 +245,7 @@ PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
         not _asks(e)
         or s in (Step.SIGNAL, Step.MARK, *OUTCOMES)
         or (not e.carries_receipt and s in (Step.READ_RESULT, Step.VERIFY))
+        or (e.receipt is Receipt.LAUNCHING and s in (Step.VERIFY, Step.SETTLE))
     ),
     "a job that can carry a receipt is cancelled by its mark only": lambda e, s: (
         s not in (Step.CANCELLED, Step.SUPERSEDED) or not e.carries_receipt or e.receipt is Receipt.CANCELLED
@@ -197,13 +254,25 @@ PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
     "a job is failed by its own error only": lambda e, s: (
         s is not Step.FAILED or e.report is Report.FAILED or e.recorded_failure
     ),
+    "a mark of ours is a failure's, unless others want it": lambda e, s: (
+        not (e.gave_up and e.receipt is Receipt.CANCELLED) or e.superseded or _asks(e) or s in (Step.FAILED, Step.LOST)
+    ),
     "a wanted end is no failure": lambda e, s: s is not Step.FAILED or not _asks(e) or not e.carries_receipt,
-    "a job with a receipt is never unknown": lambda e, s: s is not Step.UNKNOWN or not e.carries_receipt,
-    "unknown is said only of a lost handle that nothing verifies": lambda e, s: (
-        s is not Step.UNKNOWN or (e.report is Report.GONE and not e.can_verify)
+    "a job with a receipt is unknown only while it is claimed": lambda e, s: (
+        s is not Step.UNKNOWN or not e.carries_receipt or (e.receipt is Receipt.LAUNCHING and not e.marked)
+    ),
+    "unknown is said only where nothing verifies": lambda e, s: s is not Step.UNKNOWN or not e.can_verify,
+    "unknown is said of a job without a receipt only when its handle is lost": lambda e, s: (
+        s is not Step.UNKNOWN or e.carries_receipt or e.report is Report.GONE
+    ),
+    "no failure is told while a worker of this call may still begin": lambda e, s: (
+        s not in (Step.FAILED, Step.LOST) or not e.carries_receipt or not e.stray or _decided(e)
+    ),
+    "a claimed job is not launched beside its worker": lambda e, s: (
+        s not in (Step.LAUNCH, Step.REGISTER) or e.receipt is not Receipt.LAUNCHING
     ),
     "lost is said only of a worker that ended, or that cannot be launched again": lambda e, s: (
-        s is not Step.LOST or e.report is Report.ENDED or not e.launches_left
+        s is not Step.LOST or e.report is Report.ENDED or not e.launches_left or e.gave_up
     ),
     "an older worker is dealt with only by one that is registered": lambda e, s: (
         s is not Step.CLEAR_OLDER or (e.registered and e.holder is Holder.OLDER and not e.superseded)
@@ -212,7 +281,7 @@ PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
         s is not Step.UNBLOCK or (e.output_blocked and e.holder is Holder.THIS_JOB)
     ),
     "a result is proof only where no receipt can be": lambda e, s: (
-        s not in (Step.READ_RESULT, Step.VERIFY) or not e.carries_receipt
+        s not in (Step.READ_RESULT, Step.VERIFY) or not e.carries_receipt or e.receipt is Receipt.LAUNCHING
     ),
 }
 
@@ -238,7 +307,8 @@ def test_every_field_is_enumerated() -> None:
     """A new field of the evidence belongs into ``every_evidence``."""
     assert {field.name for field in fields(Evidence)} == {
         "carries_receipt", "receipt", "holder", "superseded", "registered", "report", "sqlstate", "recorded_failure",
-        "output_blocked", "intent", "launches_left", "rejections_left", "lift", "can_verify", "verified",
+        "output_blocked", "intent", "launches_left", "rejections_left", "lift", "can_verify", "verified", "marked",
+        "stray", "gave_up",
     }  # fmt: skip
 
 
