@@ -1,0 +1,152 @@
+"""A network that cuts, stalls, half-closes and refuses: the job is followed to its end, or the error says so."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
+from tests.core.kit import Watched, cancelled, count, effect, ended, eventually, seeded, slow, within
+from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
+
+pytestmark = pytest.mark.servers("real", "embedded", "standin19")
+LAUNCH = b"begin_work"
+
+
+@pytest.mark.parametrize("what", ["answer lost", "request lost", "stalled, then cut"])
+async def test_cut_between_the_sending_of_a_launch_and_its_answer(db: Watched, proxy: Proxy, what: str) -> None:
+    """The launch may be running: it is attached to, never run twice."""
+    if what == "request lost":
+        when = proxy.when(TO_SERVER, LAUNCH, cut=True)
+    else:
+        when = proxy.when(TO_SERVER, LAUNCH, stall=TO_CLIENT)
+    task = asyncio.create_task(arun(proxy.through(db.conninfo), Job(slow("j", 1), id="j")))
+    await asyncio.to_thread(when.wait)
+    if what != "request lost":
+        if what == "stalled, then cut":
+            await asyncio.sleep(1)
+        proxy.cut()
+    outcome = await within(task, 120)
+    assert db.effects("j") == 1
+    assert outcome.worker_pid == db.value("select pid from effects")
+
+
+async def test_a_launch_that_gets_no_answer_stops_no_other_job(
+    db: Watched, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "CALL", 3.0)
+    conninfo = proxy.through(db.conninfo)
+    async with Launcher(conninfo) as launcher:
+        await within(launcher.run(Job(effect("warm"), id="warm")))
+        other = asyncio.create_task(launcher.run(Job(slow("other", 1), id="other")))
+        await db.at_work("other")
+        when = proxy.when(TO_SERVER, LAUNCH, stall=(TO_CLIENT,))
+        stuck = asyncio.create_task(launcher.run(Job(effect("stuck"), id="stuck")))
+        await asyncio.to_thread(when.wait)
+        assert isinstance(await ended(other), Outcome)
+        outcome = await within(launcher.run(Job(effect("later"), id="later")), 120)
+        assert outcome.launched
+        assert isinstance(await within(ended(stuck), 150), Outcome)
+    assert db.effects_by_job() == {"warm": 1, "other": 1, "stuck": 1, "later": 1}
+
+
+@pytest.mark.parametrize("reset", [True, False], ids=["RST", "FIN"])
+async def test_all_connections_cut_while_at_work(db: Watched, proxy: Proxy, reset: bool) -> None:
+    task = asyncio.create_task(arun(proxy.through(db.conninfo), Job(slow("j", 2), id="j")))
+    pid = await db.at_work("j")
+    assert proxy.cut(reset=reset) >= 1
+    outcome = await within(task)
+    assert outcome.worker_pid == pid
+    assert db.effects("j") == 1
+
+
+async def test_connections_cut_at_random(db: Watched, proxy: Proxy) -> None:
+    chance = seeded("cuts")
+    jobs = count(12, 60)
+    stop = asyncio.Event()
+
+    async def cutter() -> None:
+        while not stop.is_set():
+            await asyncio.sleep(chance.uniform(0.05, 0.8))
+            proxy.cut(reset=chance.choice([True, False]))
+
+    cutting = asyncio.create_task(cutter())
+    async with Launcher(proxy.through(db.conninfo)) as launcher:
+        try:
+            ends = await within(
+                asyncio.gather(
+                    *(launcher.run(Job(slow(f"j{n}", chance.choice([0, 0.1, 0.6])), id=f"j{n}")) for n in range(jobs)),
+                    return_exceptions=True,
+                ),
+                150,
+            )
+        finally:
+            stop.set()
+            await cutting
+    assert all(isinstance(end, Outcome) for end in ends), [end for end in ends if not isinstance(end, Outcome)][:3]
+    assert db.effects_by_job() == {f"j{n}": 1 for n in range(jobs)}
+
+
+async def test_server_that_cannot_be_reached_for_a_while(db: Watched, proxy: Proxy) -> None:
+    task = asyncio.create_task(arun(proxy.through(db.conninfo), Job(slow("j", 1), id="j")))
+    pid = await db.at_work("j")
+    proxy.refuse()
+    proxy.cut()
+    await asyncio.sleep(3)
+    assert not task.done()
+    proxy.resume()
+    outcome = await within(task)
+    assert outcome.worker_pid == pid
+    assert db.effects("j") == 1
+
+
+@pytest.mark.servers("real", "embedded")
+async def test_half_open_connections(db: Watched, proxy: Proxy) -> None:
+    """Nothing comes any more and nobody says so: noticed by our own bound, named, and got over."""
+    task = asyncio.create_task(arun(proxy.through(db.conninfo), Job(slow("j", 1), id="j")))
+    await db.at_work("j")
+    proxy.stall(TO_CLIENT)
+    await asyncio.sleep(2)
+    before = proxy.accepted
+    await eventually(lambda: proxy.accepted > before or task.done(), "it tries a new connection", 150)
+    proxy.cut()
+    proxy.resume()
+    outcome = await within(task, 150)
+    assert outcome.job_id == "j"
+    assert db.effects("j") == 1
+
+
+@pytest.mark.servers("real", "embedded")
+async def test_half_closed_connections(db: Watched, proxy: Proxy) -> None:
+    task = asyncio.create_task(arun(proxy.through(db.conninfo), Job(slow("j", 1.5), id="j")))
+    pid = await db.at_work("j")
+    proxy.half_close(TO_CLIENT)
+    outcome = await within(task, 120)
+    assert outcome.worker_pid == pid
+    assert db.effects("j") == 1
+
+
+async def test_cancel_over_a_cut_connection(db: Watched, proxy: Proxy) -> None:
+    """The cancel is decided all the same: over a new connection, and before the call ends."""
+    task = asyncio.create_task(arun(proxy.through(db.conninfo), Job(slow("j", 30), id="j")))
+    await db.at_work("j")
+    proxy.cut()
+    assert isinstance(await cancelled(task), asyncio.CancelledError)
+    await eventually(lambda: not db.workers(), "the worker has ended")
+    assert db.effects() == 0
+    assert db.states() == {"j": "cancelled"}
+
+
+async def test_a_slow_network(db: Watched, proxy: Proxy) -> None:
+    proxy.delay(0.05)
+    calls = (arun(proxy.through(db.conninfo), Job(effect(f"j{n}"), id=f"j{n}")) for n in range(5))
+    assert all(outcome.launched for outcome in await within(asyncio.gather(*calls)))
+    assert db.effects_by_job() == {f"j{n}": 1 for n in range(5)}
+
+
+async def test_never_reachable(db: Watched, proxy: Proxy) -> None:
+    proxy.refuse()
+    with pytest.raises(errors.ServerUnreachable):
+        await within(arun(proxy.through(db.conninfo), Job(effect("j"), id="j")))
+    assert db.effects() == 0
