@@ -17,10 +17,16 @@ from tests.conftest import Database, Running
 from tests.dagster.processes import Dagster
 from tests.servers.kinds import Server
 
-pytestmark = [pytest.mark.real, pytest.mark.servers("real"), pytest.mark.processes, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.servers("real"),
+    pytest.mark.processes,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]
 
 JOBS = ["plain_in_process", "plain_multiprocess", "stubborn_in_process", "stubborn_multiprocess"]
-PATIENCE = 120.0  # seconds
+PATIENCE = 300.0  # seconds
 LONG = {"ops": {"plain": {"config": {"seconds": 300.0}}}}
 
 
