@@ -96,7 +96,7 @@ class Launcher:
         """
         facts = await self.facts()
         server.require(facts, self.schema, receipts=True)
-        return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series or job_id), "asked", reason)
+        return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series), "asked", reason)
 
     async def cancel_all(self) -> int:
         """Cancel all workers of this launcher at one blow, by the extension's own ``cancel_all``; returns how many.
@@ -110,7 +110,7 @@ class Launcher:
         """Look at a job once: its lock, its receipt, its history."""
         facts = await self.facts()
         server.require(facts, self.schema, receipts=True)
-        return await self.ledger.look(Key(owner or facts.login, job_id, series or job_id))
+        return await self.ledger.look(Key(owner or facts.login, job_id, series))
 
     # For the runner -----------------------------------------------------------------------------------------------
 

@@ -41,12 +41,13 @@ class Key:
 
     owner: str
     job_id: str
-    series: str
+    series: str | None = None  # None, for looking at it from outside: the one that it was registered with
 
     @property
-    def digests(self) -> tuple[bytes, bytes]:
+    def digests(self) -> tuple[bytes, bytes | None]:
         """SHA-256 of the job's id and of its series."""
-        return hashlib.sha256(self.job_id.encode()).digest(), hashlib.sha256(self.series.encode()).digest()
+        series = None if self.series is None else hashlib.sha256(self.series.encode()).digest()
+        return hashlib.sha256(self.job_id.encode()).digest(), series
 
 
 SUPERVISES = "pgbg supervises: "

@@ -43,10 +43,11 @@ class Database:
     def workers(self) -> list[tuple[object, ...]]:
         """The workers that run in this database: (pid, application_name, state, wait_event, query)."""
         with self.server.connect() as connection:
+            # A stand-in's worker is a client backend; 1.9 gives it no label, and the core's own marker may stand there.
             return connection.execute(
                 "select pid, application_name, state, wait_event, query from pg_stat_activity where datname = %s"
-                # A stand-in's worker is a client backend; 1.9 gives it no label, and the core's own marker may stand there.
-                " and (backend_type = 'pg_background' or application_name ~ '^(pg_background(:.*)?|pgbg:[0-9a-f]{32})$')",
+                " and (backend_type = 'pg_background'"
+                " or application_name ~ '^(pg_background(:.*)?|pgbg:[0-9a-f]{32})$')",
                 (self.name,),
             ).fetchall()
 

@@ -476,7 +476,7 @@ begin
         with held as materialized (
             select (e ->> 0)::bigint as key, (e ->> 1)::int as pid from jsonb_array_elements(v_locks) e
         ), wanted as (
-            select u.n::int as n, u.o as owner, u.j as job, u.s as series
+            select u.n::int as n, u.o as owner, u.j as job, u.s as given_series
             from unnest(v_owners, p_jobs, p_series) with ordinality as u (o, j, s, n)
         )
         select w.n, clock_timestamp(), h.pid, a.usename::text,
@@ -488,7 +488,10 @@ begin
                k.sqlstate, k.message, k.detail, k.hint, k.context, k.schema_name, k.table_name, k.column_name,
                k.constraint_name
         from wanted w
-        left join held h on h.key = @schema@.lock_key('series', w.owner, w.series)
+        left join @schema@.job k on k.owner = w.owner and k.job_digest = w.job
+        -- Without a series given, the one that the job was registered with.
+        cross join lateral (select coalesce(w.given_series, k.series_digest, w.job) as series) d
+        left join held h on h.key = @schema@.lock_key('series', w.owner, d.series)
         left join held this on this.pid = h.pid and this.key = @schema@.lock_key('job', w.owner, w.job)
         left join pg_stat_activity a on a.pid = h.pid
         left join @schema@.receipt r on r.owner = w.owner and r.job_digest = w.job
@@ -496,11 +499,10 @@ begin
             select j.job_id, j.generation
             from @schema@.job j
             join held o on o.pid = h.pid and o.key = @schema@.lock_key('job', j.owner, j.job_digest)
-            where j.owner = w.owner and j.series_digest = w.series and h.pid is not null and this.key is null
+            where j.owner = w.owner and j.series_digest = d.series and h.pid is not null and this.key is null
             limit 1
         ) other on true
-        left join @schema@.series s on s.owner = w.owner and s.series_digest = w.series
-        left join @schema@.job k on k.owner = w.owner and k.job_digest = w.job
+        left join @schema@.series s on s.owner = w.owner and s.series_digest = d.series
         order by w.n;
 end $$;
 
