@@ -1,0 +1,209 @@
+"""Every command and snippet of the README, run as a reader would run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import psycopg
+import pytest
+from packaging.requirements import Requirement
+from psycopg.conninfo import conninfo_to_dict
+
+from pgbg_orchestration.embedded.server import EmbeddedServer
+from pgbg_orchestration.install import install
+
+from . import snippets
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+SNIPPETS = snippets.of(README)
+DATABASE = "flights"
+DOCTOR_WARNS = 14
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as server:
+        yield server
+
+
+@pytest.fixture
+def environment(server: EmbeddedServer, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """What a reader has: a fresh database ``flights``, libpq's variables, and ``pgbg`` on the PATH."""
+    server.create_database(DATABASE)
+    given = conninfo_to_dict(server.conninfo(DATABASE))
+    yield {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PGHOST": str(given["host"]),
+        "PGPORT": str(given["port"]),
+        "PGUSER": str(given["user"]),
+        "PGDATABASE": DATABASE,
+        "FLIGHTS_CONNINFO": server.conninfo(DATABASE),
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    with server.connect() as connection:
+        connection.execute(f"drop database {DATABASE} with (force)")
+
+
+def block(language: str, beginning: str) -> snippets.Snippet:
+    """The only block of a language that has a text in it."""
+    (found,) = [s for s in SNIPPETS if s.language == language and beginning in s.text]
+    return found
+
+
+def shell(command: str, environment: dict[str, str], *, codes: tuple[int, ...] = (0,)) -> str:
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode in codes, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def python(text: str, environment: dict[str, str]) -> str:
+    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_block_is_run_here() -> None:
+    """A block that is added to the README needs a test."""
+    known = [
+        ("python", "from pgbg_orchestration import Job, run"),
+        ("sh", "make demo"),
+        ("sh", "pip install"),
+        ("sh", "pgbg doctor"),
+        ("sql", "grant pgbackground_role"),
+        ("sh", "first steps"),
+        ("sh", "pgbg server start"),
+        ("python", "PgBackgroundOperator"),
+        ("python", "PgBackgroundResource"),
+    ]
+
+    assert [block(language, beginning) for language, beginning in known] == SNIPPETS
+
+
+def test_the_first_snippet_twice(server: EmbeddedServer, environment: dict[str, str]) -> None:
+    install(server.conninfo(DATABASE))
+    text = block("python", "import Job, run").text
+
+    first, second = python(text, environment).split(), python(text, environment).split()
+
+    assert (first[0], first[2]) == ("1000", "True")
+    assert second[1:] == [first[1], "False"]
+
+
+def test_the_two_commands_of_make() -> None:
+    """``make demo`` is run whole by test_demo.py, and ``make test`` is what runs this: here, that they are these."""
+    commands = block("sh", "make demo").commands
+    assert commands == ["make demo", "make test"]
+    dry = [
+        subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for command in commands
+    ]
+    assert "-m demo" in dry[0]
+    assert "-m pytest" in dry[1]
+
+
+def test_what_is_installed_is_called_so() -> None:
+    (command,) = block("sh", "pip install").commands
+    requirement = Requirement(command.removeprefix("pip install ").strip('"'))
+    extras = metadata.metadata(requirement.name).get_all("Provides-Extra") or []
+
+    assert requirement.extras <= set(extras)
+    told = re.search(r"\(extras:(.*?)\)", README.read_text(), re.DOTALL)
+    assert told is not None
+    assert set(re.findall(r"`(\w+)`", told[1])) <= set(extras)
+
+
+def test_quick_start(server: EmbeddedServer, environment: dict[str, str]) -> None:
+    with server.connect() as connection:
+        connection.execute("drop role if exists etl")
+        connection.execute("create role etl login")
+    for command in block("sh", "pgbg doctor").commands:
+        shell(command, environment, codes=(0, DOCTOR_WARNS) if "doctor" in command else (0,))
+    with server.connect(DATABASE) as connection:
+        connection.execute(block("sql", "grant").text.encode())
+
+    # As that login: the grant is all that it needs. To create tables is for the database's owner to allow.
+    with server.connect(DATABASE) as connection:
+        connection.execute("grant create on schema public to etl")
+    printed = [shell(command, {**environment, "PGUSER": "etl"}) for command in block("sh", "first steps").commands]
+
+    assert "first steps" in printed[-1]
+    assert "committed" in printed[-1]
+    with psycopg.connect(server.conninfo(DATABASE)) as connection:
+        assert connection.execute("select count(*) from first_steps").fetchone() == (1,)
+
+
+def test_a_server_of_ones_own(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    # Root's server runs as another user, who cannot look into pytest's folders.
+    import shutil
+    import tempfile
+
+    parent = Path(tempfile.mkdtemp(prefix="pgbg-readme-"))
+    parent.chmod(0o755)
+    own = {name: value for name, value in environment.items() if not name.startswith("PG")}
+    own["PGBG_DATA_DIR"] = str(parent / "server")
+    try:
+        for command in block("sh", "pgbg server start").commands:
+            shell(command, own)
+    finally:
+        shell("pgbg server stop", own, codes=(0, 8))
+        shutil.rmtree(parent)
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_airflow(server: EmbeddedServer, environment: dict[str, str], tmp_path: Path) -> None:
+    """The DAG as it stands, run by Airflow's own ``dag.test()``; real processes are for tests/airflow."""
+    pytest.importorskip("airflow")
+    install(server.conninfo(DATABASE))
+    home = tmp_path / "airflow"
+    dags = home / "dags"
+    dags.mkdir(parents=True)
+    (dags / "delays.py").write_text(block("python", "PgBackgroundOperator").text)
+    given = conninfo_to_dict(server.conninfo(DATABASE))
+    connection = {"conn_type": "postgres", "host": given["host"], "login": given["user"], "schema": DATABASE}
+    import json
+
+    own = {
+        **{name: value for name, value in environment.items() if not name.startswith("AIRFLOW")},
+        "AIRFLOW_HOME": str(home),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW_CONN_POSTGRES_DEFAULT": json.dumps({**connection, "port": int(str(given["port"]))}),
+    }
+    shell("airflow db migrate", own)
+    shell("airflow dags test delays", own)
+
+    with psycopg.connect(server.conninfo(DATABASE), autocommit=True) as admin:
+        done = admin.execute("select label, state from pgbg.jobs order by label").fetchall()
+        assert done == [("delays.facts", "committed"), ("delays.index", "committed")]
+        assert admin.execute("select count(*) from facts").fetchone() == (1000,)
+
+
+@pytest.mark.dagster
+@pytest.mark.slow
+def test_dagster(server: EmbeddedServer, environment: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("dagster")
+    install(server.conninfo(DATABASE))
+    (tmp_path / "facts.py").write_text(block("python", "PgBackgroundResource").text)
+    own = {**environment, "DAGSTER_HOME": str(tmp_path)}
+    (tmp_path / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+
+    shell(f"dagster asset materialize --select '*' -f {tmp_path / 'facts.py'}", own)
+
+    with psycopg.connect(server.conninfo(DATABASE), autocommit=True) as admin:
+        assert admin.execute("select label, state from pgbg.jobs").fetchall() == [("facts", "committed")]
+        assert admin.execute("select count(*) from facts").fetchone() == (1000,)
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", README.read_text())
+
+    assert [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()] == []
