@@ -12,7 +12,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from . import events
 from .hook import PgBackgroundHook
 from .operators import PgBackgroundOperator
-from .triggering import GOES_ON, load_core, shared_conninfo, state_of, to_its_end
+from .triggering import GOES_ON, load_core, settle, shared_conninfo, state_of, to_its_end
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -88,6 +88,7 @@ class PgBackgroundBatchTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Launch the jobs or attach to them, wait for all outcomes, and fire one event."""
+        began = asyncio.get_running_loop().time()
         await load_core()
         from pgbg_orchestration.errors import PgbgError
         from pgbg_orchestration.running import shared_launcher
@@ -98,6 +99,7 @@ class PgBackgroundBatchTrigger(BaseTrigger):
                 ends = await self._run_jobs(launcher)
         except PgbgError as error:  # of the connection: the jobs' own are in their ends
             ends = dict.fromkeys(self.jobs, events.of_error(error))
+        await settle(began)
         yield TriggerEvent({"jobs": ends})  # type: ignore[no-untyped-call]
 
     async def _run_jobs(self, launcher: Launcher) -> dict[str, dict[str, Any]]:

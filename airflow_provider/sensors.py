@@ -13,7 +13,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from . import events
 from .hook import PgBackgroundHook
 from .retry_policy import SqlStateRetryPolicy
-from .triggering import load_core, shared_conninfo
+from .triggering import load_core, settle, shared_conninfo
 
 if TYPE_CHECKING:
     from airflow.sdk import Context, PokeReturnValue
@@ -81,6 +81,7 @@ class PgBackgroundSensorTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Look until it is as wanted, and fire one event."""
+        began = asyncio.get_running_loop().time()
         await load_core()
         from pgbg_orchestration.errors import PgbgError
         from pgbg_orchestration.running import shared_launcher
@@ -95,6 +96,7 @@ class PgBackgroundSensorTrigger(BaseTrigger):
                     await asyncio.sleep(self.poll_interval)
         except PgbgError as error:
             event = events.of_error(error)
+        await settle(began)
         yield TriggerEvent(event)  # type: ignore[no-untyped-call]
 
     async def look(self, launcher: Launcher) -> dict[str, Any] | None:

@@ -24,12 +24,25 @@ After a clear, and on a triggerer that was stalled and lost its triggers (airflo
 nobody killed anything, and finds one of these.
 """
 
+SETTLE_SECONDS = 3.0
+"""How long after its start a trigger may fire at the earliest.
+
+A scheduler with a LocalExecutor that has not yet read the end of the process that deferred takes it for the end of the
+one that resumed, and fails a task whose job is committed ("finished with state success, but the task instance's state
+attribute is running"; ``process_executor_events`` in ``scheduler_job_runner.py``). Jobs of milliseconds meet that.
+"""
+
 KILL_SECONDS = 25.0
 """How long ``on_kill`` is waited for; Airflow gives it 30 s (``[triggerer] on_kill_timeout``)."""
 
 _killing: set[asyncio.Task[None]] = set()
 
 _conninfos: dict[tuple[str, str | None, str | None], tuple[float, asyncio.Task[str]]] = {}
+
+
+async def settle(began: float) -> None:
+    """Wait until a trigger that began at this time of the loop's clock may fire."""
+    await asyncio.sleep(max(began + SETTLE_SECONDS - asyncio.get_running_loop().time(), 0))
 
 
 async def load_core() -> None:

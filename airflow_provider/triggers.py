@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from . import events
 from .hook import PgBackgroundHook
-from .triggering import GOES_ON, load_core, shared_conninfo, state_of, to_its_end
+from .triggering import GOES_ON, load_core, settle, shared_conninfo, state_of, to_its_end
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Job
@@ -81,6 +82,7 @@ class PgBackgroundTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Launch the job or attach to it, wait for its outcome, and fire one event."""
+        began = asyncio.get_running_loop().time()
         await load_core()
         from pgbg_orchestration.errors import PgbgError
 
@@ -89,6 +91,7 @@ class PgBackgroundTrigger(BaseTrigger):
         except PgbgError as error:
             self.log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would only hide it
             event = events.of_error(error)
+        await settle(began)
         yield TriggerEvent(event)  # type: ignore[no-untyped-call]
 
     async def _run_job(self) -> Any:

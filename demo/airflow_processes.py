@@ -336,11 +336,10 @@ class AirflowProcesses:
         return self.call("GET", f"{path}?{urlencode({'map_index': map_index, 'deserialize': 'true'})}")["value"]
 
     def task_log(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1, map_index: int = -1) -> str:
-        """Return the log of a try: its messages, one a line."""
+        """Return the log of a try: its messages, and the errors that it tells of."""
         path = f"/dags/{dag_id}/dagRuns/{quote(run_id, safe='')}/taskInstances/{task_id}/logs/{try_number}"
         answer = self.call("GET", f"{path}?{urlencode({'map_index': map_index, 'full_content': 'true'})}")
-        lines = answer["content"]
-        return "\n".join(line if isinstance(line, str) else str(line.get("event", line)) for line in lines)
+        return "\n".join(line if isinstance(line, str) else _text_of(line) for line in answer["content"])
 
     def _task_path(self, dag_id: str, run_id: str, task_id: str, map_index: int) -> str:
         path = f"/dags/{dag_id}/dagRuns/{quote(run_id, safe='')}/taskInstances/{task_id}"
@@ -368,6 +367,16 @@ class AirflowProcesses:
             if time.monotonic() > until:
                 raise RuntimeError(f"{what} after {seconds:.0f} s {found() if found else ''}".rstrip())
             time.sleep(0.2)
+
+
+def _text_of(line: Mapping[str, Any]) -> str:
+    """Return a line of a task's log with the errors that it tells of, and their notes."""
+    errors = line.get("error_detail") or []
+    told = [f"{error.get('exc_type')}: {error.get('exc_value')}" for error in errors]
+    notes = [note for error in errors for note in error.get("exc_notes") or []]
+    return "\n".join(
+        [str(line.get("event", line)), *told, *notes, *([str(line["reason"])] if "reason" in line else [])]
+    )
 
 
 def _free_port() -> int:
