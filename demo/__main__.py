@@ -12,11 +12,14 @@ from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 import psycopg
+from psycopg import sql
 
 from pgbg_orchestration.embedded.binaries import NoPostgresError
-from pgbg_orchestration.embedded.server import EmbeddedServer, EmbeddedServerError
+from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
+from pgbg_orchestration.embedded.server import EmbeddedServer, EmbeddedServerError, ExtensionChoice
 from pgbg_orchestration.embedded.standin import StandinUnavailableError
 from pgbg_orchestration.errors import PgbgError
 
@@ -42,7 +45,7 @@ def main() -> int:
             if options.fresh:
                 state.remove()
             try:
-                show(state, stay=options.stay)
+                show(state, stay=options.stay, extension=options.extension)
             except (PgbgError, psycopg.Error, RuntimeError, subprocess.CalledProcessError) as error:
                 raise DemoError(
                     f"{error}\nThe logs are in {state.home}. `make demo ARGS=--fresh` begins from the beginning."
@@ -50,7 +53,14 @@ def main() -> int:
     except KeyboardInterrupt:
         screen.say("Interrupted. Everything that was started has been stopped.")
         return 130
-    except (DemoError, DataMissing, NoPostgresError, EmbeddedServerError, StandinUnavailableError) as error:
+    except (
+        DemoError,
+        DataMissing,
+        NoPostgresError,
+        EmbeddedServerError,
+        StandinUnavailableError,
+        RealExtensionUnavailableError,
+    ) as error:
         screen.fail(str(error))
         return 1
     screen.say("")
@@ -58,7 +68,7 @@ def main() -> int:
     return 0
 
 
-def show(state: State, *, stay: bool) -> None:
+def show(state: State, *, stay: bool = False, extension: ExtensionChoice = "auto") -> None:
     """Run everything, one part after another, and print what happened.
 
     Parameters
@@ -67,11 +77,13 @@ def show(state: State, *, stay: bool) -> None:
         The demo's folders.
     stay:
         Keep Airflow and the server running at the end, until somebody presses Ctrl-C.
+    extension:
+        Which pg_background the server gets.
     """
     screen.headline("pg-background-orchestration", "SQL in PostgreSQL's background workers")
     with ExitStack() as stack:
         with screen.step("PostgreSQL") as step:
-            server = stack.enter_context(database.running(state))
+            server = stack.enter_context(database.running(state, extension))
             conninfo = database.prepare(server)
             step.done = f"PostgreSQL {server.binaries.version} on a socket of its own, with {_extension(server)}"
         with screen.step("The flights of 2013") as step:
@@ -94,7 +106,7 @@ def show(state: State, *, stay: bool) -> None:
         screen.airflow_tasks(flown)
         screen.headline(f"Dagster · {dagster_run.JOB}", f"run {materialized.run_id}: {materialized.state}")
         screen.dagster_jobs(materialized)
-        _expect(flown)
+        _expect(flown, _rows(conninfo))
         screen.headline("pgbg jobs")
         _print_jobs(conninfo, len(flown.jobs) + len(materialized.jobs))
         if stay:
@@ -117,7 +129,7 @@ def _extension(server: EmbeddedServer) -> str:
     return f"a stand-in for pg_background ({server.why_standin or 'as when it was made'})"
 
 
-def _expect(run: AirflowRun) -> None:
+def _expect(run: AirflowRun, rows: dict[str, int]) -> None:
     """Say how the run ended and why that is right.
 
     Raises
@@ -125,15 +137,16 @@ def _expect(run: AirflowRun) -> None:
     DemoError
         It ended otherwise.
     """
-    facts, aside = run.jobs.get("facts"), run.jobs.get("set_aside")
     as_it_should = {
         "the run is a success": run.state == "success",
-        f"facts has {FLIGHTS:,} rows": facts is not None and facts.row_count == FLIGHTS,
+        f"by_airflow.flight_facts has {FLIGHTS:,} rows": rows["by_airflow.flight_facts"] == FLIGHTS,
+        f"by_dagster.flight_facts has {FLIGHTS:,} rows": rows["by_dagster.flight_facts"] == FLIGHTS,
         "check_airlines was tried again, and passed": run.tries.get("check_airlines", 0) > 1
         and run.tasks["check_airlines"] == "success",
         "check_planes failed with 23503": run.tasks.get("check_planes") == "failed"
         and run.jobs["check_planes"].sqlstate == "23503",
-        f"set_aside has {WITHOUT_PLANE:,} rows": aside is not None and aside.row_count == WITHOUT_PLANE,
+        f"by_airflow.flights_set_aside has {WITHOUT_PLANE:,} rows": rows["by_airflow.flights_set_aside"]
+        == WITHOUT_PLANE,
     }
     if wrong := [what for what, is_so in as_it_should.items() if not is_so]:
         raise DemoError(f"the DAG run {run.run_id} did not go as it should; expected, and not so: {'; '.join(wrong)}")
@@ -143,6 +156,18 @@ def _expect(run: AirflowRun) -> None:
         "unknown planes: no retry can mend data, so it failed at once, and set_aside put those "
         f"{WITHOUT_PLANE:,} flights into by_airflow.flights_set_aside. With that the run is a success."
     )
+
+
+def _rows(conninfo: str) -> dict[str, int]:
+    """Count what the jobs wrote; a table that is not there has no rows."""
+    counts = {}
+    with psycopg.connect(conninfo) as conn:
+        for table in ("by_airflow.flight_facts", "by_airflow.flights_set_aside", "by_dagster.flight_facts"):
+            there = conn.execute("select to_regclass(%s)", (table,)).fetchone() != (None,)
+            query = sql.SQL("select count(*) from {}").format(sql.Identifier(*table.split(".")))
+            row = conn.execute(query).fetchone() if there else None
+            counts[table] = int(row[0]) if row else 0
+    return counts
 
 
 def _print_jobs(conninfo: str, number: int) -> None:
@@ -167,6 +192,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs left, and begin anew")
     parser.add_argument("--stay", action="store_true", help="keep Airflow's pages and the server up until Ctrl-C")
+    parser.add_argument(
+        "--extension",
+        choices=get_args(ExtensionChoice),
+        default="auto",
+        help="which pg_background to have: the real one where it can be had (auto), or one of the two; needs --fresh "
+        "when earlier runs had the other one",
+    )
     return parser.parse_args()
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from psycopg import sql
 
-from pgbg_orchestration.embedded.server import EmbeddedServer
+from pgbg_orchestration.embedded.server import EmbeddedServer, ExtensionChoice
 from pgbg_orchestration.install import install, plan
 
 from .state import State
@@ -19,9 +19,9 @@ AIRFLOW = "airflow"
 
 
 @contextmanager
-def running(state: State) -> Iterator[EmbeddedServer]:
+def running(state: State, extension: ExtensionChoice = "auto") -> Iterator[EmbeddedServer]:
     """Start the server, or take over the one that a killed demo left, and stop it at the end."""
-    server = EmbeddedServer(state.server)
+    server = EmbeddedServer(state.server, extension=extension)
     try:
         yield server.start()
     finally:
