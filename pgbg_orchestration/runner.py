@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import psycopg
 from psycopg import AsyncConnection, sql
 
-from . import blame, describing, faults, markers, pace, statements
+from . import blame, describing, faults, markers, pace, statements, verifying
 from .case import Case, Launch, deadline_of
 from .concluding import conclude, record
 from .connecting import ConnectionLost
@@ -25,7 +25,7 @@ from .launching import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsed
 from .ledger import Key, Ledger, Registration, Sighting
 from .options import Options
 from .outcome import Outcome
-from .verdict import NO_SLOT_FOR_WORKER, OUTCOMES, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
+from .verdict import NO_SLOT_FOR_WORKER, OUTCOMES, REFUSED, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
 
 if TYPE_CHECKING:
     from .launcher import Launcher
@@ -160,6 +160,8 @@ class Run:
         if registration is None:
             text = await self._prepare_session()
         elif work.kind is Kind.SUPERVISED:
+            if work.job.drop_invalid_index:
+                await self._drop_invalid_index()
             text = await self._compose_supervisor(registration)
         else:
             text = work.text(self._launcher.schema, registration)
@@ -202,7 +204,7 @@ class Run:
             case.slot_misses += 1
             case.tell_once("waiting_for_slot", "waiting for a second worker slot, below the supervisor")
             await asyncio.sleep(pace.backoff(case.slot_misses))
-        elif sqlstate == TURNED_AWAY:
+        elif sqlstate in (TURNED_AWAY, REFUSED):
             case.rejections += 1
             await asyncio.sleep(pace.backoff(case.rejections))
         elif case.launched:
@@ -210,7 +212,7 @@ class Run:
         if case.launch.worker is not None:
             case.launch.worker.release()
         case.launch = Launch()
-        case.attached_since = case.verified = None
+        case.attached_since = case.verified = case.launch_error = None
 
     async def _call_launch(self, text: str) -> None:
         case, work = self._case, self._case.work
@@ -376,6 +378,21 @@ class Run:
         # Behind a statement that gives no rows, the result is the statements' tags.
         return text + statements.SEPARATOR.rstrip(";"), None
 
+    async def _drop_invalid_index(self) -> None:
+        case, work = self._case, self._case.work
+        found = verifying.concurrent_index(work.statements)
+        if found is None:
+            return
+        try:
+            async with asyncio.timeout(case.seconds_left()):
+                dropped = await self._launcher.drop_invalid_index(found, work.job)
+        except TimeoutError:
+            return  # the next look sees that the deadline passed
+        except psycopg.Error as error:
+            raise blame.cannot_drop(work, error) from error
+        if dropped is not None:
+            case.tell("dropped_invalid_index", f"dropped {dropped}, which an earlier build left invalid")
+
     # Without a receipt --------------------------------------------------------------------------------------------
 
     async def _prepare_session(self) -> str:
@@ -406,7 +423,7 @@ class Run:
     async def _verify(self) -> None:
         work = self._case.work
         try:
-            self._case.verified = await self._launcher.verify(_there(work.job.verify_sql), work.job.role)
+            self._case.verified = await self._launcher.verify(_there(work.verify_sql), work.job.role)
         except (psycopg.Error, OSError, TimeoutError) as error:
             raise blame.unverified(work, error) from error
 

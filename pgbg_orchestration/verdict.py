@@ -192,7 +192,7 @@ def _judge(seen: Evidence) -> Step:
     if seen.report is Report.ENDED:
         return Step.FAILED if seen.recorded_failure else Step.LOST
     if seen.report is Report.FAILED and seen.sqlstate == ALREADY_COMMITTED:
-        return Step.FAILED  # the job's own SQL raised PB001 or PB003: there is no receipt behind it
+        return Step.FAILED  # the job's own SQL raised it: there is no receipt behind it
     # Refused for a mark that was lifted since, or by the job's own SQL, which raises the same again and again.
     turned_away = seen.report is Report.FAILED and seen.sqlstate in (TURNED_AWAY, REFUSED)
     if turned_away and seen.holder is Holder.NOBODY and not seen.rejections_left:
