@@ -201,24 +201,29 @@ async def test_cancel_after_the_commit_is_a_success(db: Watched) -> None:
     assert db.states() == {"j": "committed"}
 
 
+QUEUE = 4096
+
+
 @pytest.mark.servers("real", "embedded")
 async def test_worker_cancelled_after_its_commit_is_a_success(db: Watched) -> None:
-    """Its output fills the queue, so that it waits after its commit, and a cancel makes it report 57014."""
-    committed_with_error = 0
-    for length in range(count(4, 40)):
-        # Rows whose bytes sum up to about the queue's size, so that some run waits with everything but its end sent.
-        name = f"j{length}"
-        sql = f"{effect(name)}; select repeat('x', {100 + length}) from generate_series(1, 600)"
-        task = asyncio.create_task(arun(db.conninfo, Job(sql, id=name, queue_size=65536)))
+    """Its output fills the queue so exactly that only its last message waits, after the commit: a cancel then makes it
+    report 57014."""
+    signalled = 0
+    for size in range(QUEUE - 400, QUEUE, 8):
+        name = f"j{size}"
+        sql = f"{effect(name)}; select repeat('x', {size})"
+        task = asyncio.create_task(arun(db.conninfo, Job(sql, id=name, queue_size=QUEUE)))
         while not db.effects(name) and not task.done():
-            await asyncio.sleep(0.002)
-        for row in db.workers():
-            db.sql("select pg_cancel_backend(%s)", row[0])
-            committed_with_error += 1
+            await asyncio.sleep(0)
+        for (pid,) in db.sql("select pid from pg_stat_activity where wait_event = 'MessageQueuePutMessage'"):
+            signalled += db.value("select pg_cancel_backend(%s)", pid)
         outcome = await within(task)
         assert outcome.job_id == name
         assert db.effects(name) == 1
-    print(f"{committed_with_error} workers were signalled after their commit")
+        assert db.states()[name] == "committed"
+        if signalled == count(1, 5):
+            break
+    assert signalled, "no worker waited after its commit"
 
 
 @pytest.mark.parametrize("how", ["pg_cancel_backend", "pg_terminate_backend"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -186,9 +188,6 @@ async def test_server_stopped_after_the_commit(own_db: Callable[..., Watched]) -
 @pytest.mark.servers("real", "embedded")
 async def test_worker_killed_brings_the_server_down_and_back(own_db: Callable[..., Watched]) -> None:
     """SIGKILL of the worker: PostgreSQL restarts all its processes, and the job is launched again by itself."""
-    import os
-    import signal
-
     db = own_db()
     task = asyncio.create_task(arun(db.conninfo, Job(slow("j", 0.5), id="j")))
     pid = await db.at_work("j")
@@ -243,3 +242,19 @@ async def test_jobs_watched_by_another_process(db: Watched) -> None:
     assert set(db.states().values()) == {"committed"}
     assert db.effects_by_job() == {f"j{n}": 1 for n in range(jobs)}
     print(f"{looks} looks at {jobs} jobs")
+
+
+@pytest.mark.servers("real", "embedded", "standin19")
+async def test_a_job_that_waits_for_its_launch_is_waiting(db: Watched) -> None:
+    """However long it has waited for its turn: lost is only what nobody is there to launch any more."""
+    async with launching_process(db.conninfo, "before_launch:stop") as child:
+        child.run({"sql": effect("j"), "id": "j"})
+        await child.stopped()
+        db.sql("update pgbg.job set launched_at = launched_at - interval '1 hour'")
+        assert db.states() == {"j": "waiting"}
+        child.signal(signal.SIGKILL)
+        await child.killed()
+        await eventually(lambda: not db.sessions("pgbg:%"), "its sessions have ended")
+        assert db.states() == {"j": "lost"}
+    assert (await within(arun(db.conninfo, Job(effect("j"), id="j")))).launched
+    assert db.effects("j") == 1
