@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TypedDict
 
@@ -35,8 +36,8 @@ def _ended(work: Work) -> _Ended:
     return {**_named(work), "data_state": None if work.kind is Kind.RECEIPT else errors.PARTLY}
 
 
-def failed(work: Work, fields: ErrorFields) -> PgbgError:
-    """The SQL failed."""
+def failed(work: Work, fields: ErrorFields, invalid_indexes: Sequence[str] = ()) -> PgbgError:
+    """The SQL failed; ``invalid_indexes`` are what a failed build has left."""
     todo = None
     if fields.sqlstate == CANCELED:
         todo = (
@@ -45,8 +46,12 @@ def failed(work: Work, fields: ErrorFields) -> PgbgError:
         )
     elif fields.sqlstate in ("2D000", "25001"):
         todo = "SQL that commits by itself or cannot run in a transaction block runs alone, as kind='supervised'."
-    elif work.statements[0].keywords[:1] == ("CREATE",) and "CONCURRENTLY" in work.statements[0].keywords:
-        todo = "A CREATE INDEX CONCURRENTLY that fails leaves an invalid index: drop it before the next try."
+    elif invalid_indexes:
+        drops = " ".join(f"DROP INDEX CONCURRENTLY {name};" for name in invalid_indexes)
+        todo = (
+            f"An invalid index is left, which slows down writes and is never read: {drops} "
+            "With drop_invalid_index=True the next try of a named index drops it first."
+        )
     return errors.WorkerError("the SQL failed in its worker", fields=fields, todo=todo, **_ended(work))
 
 
@@ -110,6 +115,16 @@ def unknown(work: Work) -> PgbgError:
         f"{'its supervisor' if supervised else 'the launching session'} was lost while it ran, "
         "and this kind of job leaves no receipt",
         todo="Look whether its work is done; verify_sql lets the job find out by itself.",
+        **_named(work),
+    )
+
+
+def cannot_drop(work: Work, error: psycopg.Error) -> PgbgError:
+    """The invalid index that an earlier build left cannot be dropped."""
+    return errors.InvalidJob(
+        f"the invalid index of an earlier build could not be dropped: {error.diag.message_primary or error}",
+        sqlstate=error.sqlstate,
+        todo="Nothing was launched. Drop it as the owner of its table.",
         **_named(work),
     )
 

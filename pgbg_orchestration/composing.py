@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 from psycopg import AsyncClientCursor, AsyncConnection, sql
 
-from . import pace, statements
+from . import pace, statements, verifying
 from .errors import InvalidJob, NoPrivilege
 from .job import Job, Kind
 from .ledger import SUPERVISES, Key, Registration
@@ -51,6 +51,11 @@ class Work:
     def carries_receipt(self) -> bool:
         """Whether there is a receipt to look for: of the worker, or of its supervisor."""
         return self.kind is not Kind.SESSION
+
+    @property
+    def verify_sql(self) -> str | None:
+        """What tells whether the work is done: the job's own query, or one of the catalog."""
+        return self.job.verify_sql or verifying.verify_sql(self.statements, tuple(self.job.settings or ()))
 
     @property
     def marker(self) -> str:

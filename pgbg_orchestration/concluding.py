@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import psycopg
 
-from . import blame, faults, pace
+from . import blame, faults, pace, verifying
 from .case import Case
 from .errors import PgbgError
 from .job import Kind
@@ -46,7 +46,8 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
             fields = seen.error  # as the launching side of another process wrote it down
         if case.launched:
             await record(case, ledger, HISTORY[step], error=fields)
-        raise _error(case, step, seen, fields)
+        left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
+        raise _error(case, step, seen, fields, left)
     finally:
         if case.launch.worker is not None:
             case.launch.worker.release()
@@ -115,11 +116,25 @@ def _without_receipt(case: Case) -> Outcome:
     )
 
 
-def _error(case: Case, step: Step, seen: Sighting | None, fields: ErrorFields | None) -> PgbgError:
+async def _invalid_indexes(case: Case, ledger: Ledger) -> list[str]:
+    """Return what a failed build of an index has left, as far as it can be told."""
+    found = verifying.concurrent_index(case.work.statements)
+    if found is None:
+        return []
+    try:
+        return await ledger.run(lambda conn: verifying.invalid_indexes(conn, found))
+    except (psycopg.Error, PgbgError) as failure:
+        logger.warning("job %s: whether an invalid index is left is not known: %s", case.work.label, failure)
+        return []
+
+
+def _error(
+    case: Case, step: Step, seen: Sighting | None, fields: ErrorFields | None, invalid_indexes: list[str]
+) -> PgbgError:
     work, ours = case.work, case.intent is Intent.DEADLINE
     match step:
         case Step.FAILED:
-            return blame.failed(work, fields or ErrorFields())
+            return blame.failed(work, fields or ErrorFields(), invalid_indexes)
         case Step.SUPERSEDED:
             return blame.superseded(work, seen)
         case Step.CANCELLED if ours and case.slot_missing and not case.launched:

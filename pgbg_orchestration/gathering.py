@@ -45,7 +45,7 @@ async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]
         intent=case.intent,
         launches_left=RELAUNCHES - case.relaunches,
         rejections_left=REJECTIONS - case.rejections,
-        can_verify=case.work.job.verify_sql is not None,
+        can_verify=case.work.verify_sql is not None,
         verified=case.verified,
         stray=case.stray,
         gave_up=case.gave_up,
@@ -71,11 +71,12 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
         recorded = _failed_since(seen, case.attached_since)
         if not recorded:
             case.attached_since = None
-    if evidence.sqlstate == CANCELED and holder is Holder.NOBODY and seen.receipt is Receipt.NONE:
-        # Whoever cancels a job signals its worker first and marks it then: the mark may be on its way.
-        seen = await _await_mark(case, ledger, seen)
     if case.work.kind is Kind.SUPERVISED and evidence.report is Report.ENDED:
         recorded = seen.outcome == "failed" and seen.attempt == case.attempt  # its supervisor wrote that down
+    sqlstate = seen.error.sqlstate if recorded else evidence.sqlstate
+    if sqlstate == CANCELED and holder is Holder.NOBODY and seen.receipt is Receipt.NONE:
+        # Whoever cancels a job signals its worker first and marks it then: the mark may be on its way.
+        seen = await _await_mark(case, ledger, seen)
     return replace(
         evidence,
         receipt=seen.receipt,
@@ -131,7 +132,9 @@ async def _await_history(case: Case, ledger: Ledger, seen: Sighting) -> Sighting
 
 
 async def _await_mark(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
-    until = asyncio.get_running_loop().time() + pace.COUNTS
+    # A supervisor has to end before its job can be marked.
+    patience = pace.GRACE if case.work.kind is Kind.SUPERVISED else pace.COUNTS
+    until = asyncio.get_running_loop().time() + patience
     while seen.receipt is Receipt.NONE and seen.holder_pid is None and case.may_wait_for_history(until):
         await asyncio.sleep(pace.RETRY_SOONEST)
         seen = await ledger.look(case.work.key)

@@ -66,7 +66,11 @@ class Job:
     queue_size:
         Bytes of the worker's output queue, 4 KiB to 256 MiB. Default: the extension's own (64 KiB).
     verify_sql:
-        A query that returns true when the work is done. It decides where an outcome would stay unknown.
+        A query that returns true when the work is done. It decides where an outcome would stay unknown. Default:
+        for a single CREATE or DROP INDEX CONCURRENTLY of a named index, one that asks the catalog.
+    drop_invalid_index:
+        Before a CREATE INDEX CONCURRENTLY, drop the invalid index of that name and table that an earlier build left.
+        A build that is still at work is waited for, and a valid index is never dropped.
     series:
         What excludes one another: jobs of one series never run at the same time. Default: the id.
     generation:
@@ -96,6 +100,7 @@ class Job:
     series: str | None = None
     generation: int | None = None
     owner: str | None = None
+    drop_invalid_index: bool = False
 
     def __post_init__(self) -> None:
         for name in ("id", "label", "role", "verify_sql", "series", "owner"):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import psycopg
 from psycopg import AsyncConnection
 
-from . import connecting, describing, pace, server
+from . import connecting, describing, pace, server, verifying
 from .composing import Work, bind
 from .errors import PoolerInTransactionMode
 from .job import Job, Kind
@@ -208,6 +208,23 @@ class Launcher:
             if role is not None:
                 await conn.execute("select pg_catalog.set_config('role', %s, false)", (role,))
             return await describing.verify(conn, query)
+        finally:
+            await connecting.close(conn)
+
+    async def drop_invalid_index(self, found: verifying.ConcurrentIndex, job: Job) -> str | None:
+        """Drop the invalid index that an earlier build left, as the job's role; returns its name, if there was one.
+
+        Raises
+        ------
+        psycopg.Error, OSError
+            The server refuses, or cannot be reached.
+        """
+        conn = await connecting.connect(self.conninfo, "pgbg: dropping an invalid index")
+        try:
+            settings = {**(job.settings or {}), **({"role": job.role} if job.role else {})}
+            if settings:
+                await connecting.settle(conn, tuple(settings.items()))
+            return await verifying.drop_invalid_index(conn, found)
         finally:
             await connecting.close(conn)
 

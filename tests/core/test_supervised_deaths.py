@@ -1,0 +1,252 @@
+"""Supervised jobs that are hit in the middle: whatever is told of them is what happened."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator
+
+import psycopg
+import pytest
+
+from pgbg_orchestration import Job, Launcher, Outcome, arun, errors
+from tests.core.kit import APP, Recorder, Watched, count, ended, eventually, launching_process, within
+from tests.core.test_supervised import PROCEDURE, call
+
+WORKS = {
+    "vacuum": "vacuum (analyze) own",
+    "index": "create unique index concurrently ux on own (n)",
+    "call": "call steps('j', 10, 6, 0.2)",
+}
+FAILURES = {"index": "23505", "call": "22012"}
+EFFECTS = {"vacuum": 0, "index": 0, "call": 5}
+
+
+def prepare(db: Watched) -> Watched:
+    """A procedure that commits at each step, and a table with duplicates that the login owns."""
+    db.sql(PROCEDURE)
+    db.sql("create table own (n int)")
+    db.sql("insert into own select 1 from generate_series(1, 100)")
+    db.sql(f"alter table own owner to {APP}")
+    db.sql(f"grant create on schema public to {APP}")
+    return db
+
+
+@pytest.fixture
+def prepared(db: Watched) -> Watched:
+    return prepare(db)
+
+
+@contextlib.contextmanager
+def held(db: Watched) -> Iterator[Callable[[], None]]:
+    """Keep VACUUM and CREATE INDEX CONCURRENTLY waiting in their middle, until what is yielded is called."""
+    with contextlib.closing(db.database.connect()) as holder:
+        holder.execute("begin")
+        holder.execute("lock table own in row exclusive mode")
+        holder.execute("savepoint s")
+        holder.execute("lock table own in share update exclusive mode")
+
+        def index_may_begin() -> None:
+            with contextlib.suppress(psycopg.OperationalError):  # the server may be gone
+                holder.execute("rollback")
+
+        yield index_may_begin
+
+
+async def in_the_middle(db: Watched, work: str) -> int:
+    """Wait until the job's supervisor has a worker at work that is in its middle; returns the worker's pid."""
+
+    def look() -> int | None:
+        if work == "call" and db.effects() < 2:
+            return None
+        wanted = "" if work == "call" else " and a.wait_event_type = 'Lock'"
+        rows = db.sql(
+            "select a.pid from pg_stat_activity a join pgbg.receipt r on a.application_name ="
+            f" pgbg.marker(r.owner, r.job_id) where r.status = 'launching' and a.datname = current_database(){wanted}"
+            " and not exists (select from pg_locks l where l.pid = a.pid and l.locktype = 'advisory')"
+        )
+        return int(rows[0][0]) if rows else None
+
+    pid = await eventually(look, "a supervised worker in its middle")
+    assert pid is not None
+    return pid
+
+
+def assert_told(db: Watched, work: str, end: object) -> None:
+    """The end is the one that happened."""
+    if work in FAILURES:
+        assert isinstance(end, errors.WorkerError), end
+        assert end.sqlstate == FAILURES[work]
+    else:
+        assert isinstance(end, Outcome), end
+        assert end.command_tag == "VACUUM"
+    assert db.effects() == EFFECTS[work]
+    assert db.states() == {"j": "failed" if work in FAILURES else "committed"}
+
+
+@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("point", ["after_launch", "while_running"])
+async def test_launching_process_killed(prepared: Watched, work: str, point: str) -> None:
+    """The supervisor goes on alone and tells the end to whoever comes."""
+    job = {"sql": WORKS[work], "id": "j"}
+    with held(prepared) as release:
+        async with launching_process(prepared.conninfo, f"{point}:kill") as child:
+            child.run(job)
+            await child.killed()
+        await in_the_middle(prepared, work)
+        seen = Recorder()
+        second = asyncio.create_task(arun(prepared.conninfo, Job(WORKS[work], id="j"), observer=seen))
+        await eventually(lambda: "attached" in seen.kinds(), "the second process has attached")
+        release()
+        end = await ended(second)
+    assert_told(prepared, work, end)
+    if isinstance(end, Outcome):
+        assert end.launched is False
+
+
+@pytest.mark.parametrize("work", WORKS)
+async def test_launching_process_killed_before_the_launch(prepared: Watched, work: str) -> None:
+    job = {"sql": WORKS[work], "id": "j"}
+    async with launching_process(prepared.conninfo, "before_launch:kill") as child:
+        child.run(job)
+        await child.killed()
+    assert_told(prepared, work, await ended(asyncio.create_task(arun(prepared.conninfo, Job(WORKS[work], id="j")))))
+
+
+@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("who", ["caller", "another process"])
+async def test_cancelled(prepared: Watched, work: str, who: str) -> None:
+    with held(prepared) as release:
+        running = asyncio.create_task(arun(prepared.conninfo, Job(WORKS[work], id="j")))
+        await in_the_middle(prepared, work)
+        done = prepared.effects()
+        if who == "caller":
+            running.cancel()
+        else:
+            async with Launcher(prepared.conninfo) as other:
+                assert await within(other.cancel("j")) == "cancelled"
+            release()
+        end = await ended(running)
+    expected = asyncio.CancelledError if who == "caller" else errors.JobCancelled
+    assert isinstance(end, expected), end
+    assert prepared.states() == {"j": "cancelled"}
+    assert prepared.effects() - done in (0, 1)
+    await eventually(lambda: not prepared.workers(), "no worker is left")
+    assert prepared.value("select count(*) from pg_index where indisvalid and indrelid = 'own'::regclass") == 0
+    with pytest.raises(errors.JobCancelled):
+        await within(arun(prepared.conninfo, Job(WORKS[work], id="j")))
+
+
+@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("verified", [False, True])
+async def test_server_restarted(own_db: Callable[..., Watched], work: str, verified: bool) -> None:
+    """An immediate restart leaves no worker, no supervisor and no word: only a verify_sql can tell."""
+    db = prepare(own_db())
+    verify = {"vacuum": "select true", "index": None, "call": "select true"}[work] if verified else None
+    job = Job(WORKS[work], id="j", verify_sql=verify)
+    with held(db):
+        running = asyncio.create_task(arun(db.conninfo, job))
+        await in_the_middle(db, work)
+        db.close()
+        await asyncio.to_thread(db.server.restart, "immediate")
+    end = await ended(running)
+    done = db.effects()
+    assert done <= 5
+    if work == "index":
+        # The catalog tells that it was not built, so it is launched again, and meets what the first build left.
+        assert isinstance(end, errors.WorkerError), end
+        assert end.sqlstate in ("42P07", "23505")
+        assert "DROP INDEX CONCURRENTLY public.ux;" in str(end)
+    elif verified:
+        assert isinstance(end, Outcome), end
+        assert end.proof == "verify_sql"
+    else:
+        assert isinstance(end, errors.OutcomeUnknown), end
+        assert db.states() == {"j": "unknown"}
+        assert isinstance(await ended(asyncio.create_task(arun(db.conninfo, job))), errors.OutcomeUnknown)
+    assert db.effects() == done, "nothing is launched again that cannot be told"
+
+
+async def test_cancel_of_a_job_whose_supervisor_is_gone_says_that_nobody_knows(prepared: Watched) -> None:
+    running = asyncio.create_task(arun(prepared.conninfo, Job(WORKS["call"], id="j")))
+    await in_the_middle(prepared, "call")
+    prepared.sql(
+        "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgbg supervises%'"
+    )
+    async with Launcher(prepared.conninfo) as other:
+        with pytest.raises(errors.OutcomeUnknown):
+            await within(other.cancel("j"))
+    assert isinstance(await ended(running), errors.OutcomeUnknown)
+    await eventually(lambda: not prepared.workers(), "no worker is left")
+    assert prepared.effects() < 5
+
+
+async def test_newer_generation_ends_an_older_one_that_is_told_of(prepared: Watched) -> None:
+    """The older worker is signalled, not its supervisor: so the older job is known to be cancelled."""
+    older = asyncio.create_task(
+        arun(prepared.conninfo, Job("call steps('old', 1000, 0)", id="s#0", series="s", generation=0))
+    )
+    await eventually(prepared.effects, "the older one is at work")
+    await within(arun(prepared.conninfo, Job("vacuum own", id="s#1", series="s", generation=1)))
+    assert isinstance(await ended(older), errors.Superseded)
+    assert prepared.states() == {"s#0": "cancelled", "s#1": "committed"}
+    assert prepared.effects() < 1000
+
+
+async def test_setting_that_the_server_refuses_leaves_no_claim(prepared: Watched) -> None:
+    with pytest.raises(errors.WorkerError) as caught:
+        await within(arun(prepared.conninfo, Job("vacuum own", id="j", settings={"work_mem": "lots"})))
+    assert caught.value.sqlstate == "22023"
+    assert prepared.states() == {"j": "failed"}
+    assert (await within(arun(prepared.conninfo, Job("vacuum own", id="j"), accept_changed_sql=True))).launched
+
+
+async def test_invalid_index_is_named_and_dropped_when_asked(prepared: Watched) -> None:
+    job = Job("create unique index concurrently ux on own (n)", id="j", drop_invalid_index=True)
+    with pytest.raises(errors.WorkerError) as caught:
+        await within(arun(prepared.conninfo, job))
+    assert caught.value.sqlstate == "23505"
+    assert "DROP INDEX CONCURRENTLY public.ux;" in str(caught.value)
+    prepared.sql("truncate own")
+    prepared.sql("insert into own values (1), (2)")
+    seen = Recorder()
+    assert (await within(arun(prepared.conninfo, job, observer=seen))).launched
+    assert "dropped_invalid_index" in seen.kinds()
+    assert prepared.value("select indisvalid from pg_index where indexrelid = 'ux'::regclass") is True
+
+
+async def test_valid_index_is_never_dropped(prepared: Watched) -> None:
+    prepared.sql("create index ux on own (n)")
+    before = prepared.value("select 'ux'::regclass::oid")
+    with pytest.raises(errors.WorkerError) as caught:
+        await within(arun(prepared.conninfo, Job("create index concurrently ux on own (n)", drop_invalid_index=True)))
+    assert caught.value.sqlstate == "42P07"
+    assert prepared.value("select 'ux'::regclass::oid") == before
+
+
+@pytest.mark.real
+async def test_four_slots_twenty_jobs_four_processes(own_db: Callable[..., Watched]) -> None:
+    """Processes that know nothing of one another: no supervisor keeps a slot that its own worker waits for."""
+    db = own_db(max_worker_processes=4)
+    db.sql(PROCEDURE)
+    number = count(5, 25)
+    async with contextlib.AsyncExitStack() as stack:
+        children = [await stack.enter_async_context(launching_process(db.conninfo)) for _ in range(4)]
+        ids = [[uuid.uuid4().hex for _ in range(number)] for _ in children]
+        answers = [
+            child.run({"sql": f"call steps('{name}', 2, 0)", "id": name})
+            for child, names in zip(children, ids, strict=True)
+            for name in names
+        ]
+        told = await within(asyncio.gather(*answers), 240)
+    assert [answer.get("error") for answer in told] == [None] * len(told)
+    assert db.effects_by_job() == {name: 2 for names in ids for name in names}
+
+
+@pytest.mark.parametrize("timeout", [0.8])
+async def test_deadline(prepared: Watched, timeout: float) -> None:
+    with pytest.raises(errors.DeadlinePassed):
+        await within(arun(prepared.conninfo, call(1000, id="j", timeout=timeout)))
+    await eventually(lambda: not prepared.workers(), "no worker is left")
+    assert prepared.states() == {"j": "cancelled"}
