@@ -230,7 +230,7 @@ PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
     "no launch beside our own worker, nor after one that is known to have ended": lambda e, s: (
         s is not Step.LAUNCH
         or e.report in (Report.NONE, Report.GONE)
-        or (e.report is Report.FAILED and e.sqlstate in (TURNED_AWAY, NO_SLOT_FOR_WORKER))
+        or (e.report is Report.FAILED and e.sqlstate in (TURNED_AWAY, REFUSED, NO_SLOT_FOR_WORKER))
     ),
     "no launch of a job with a receipt that is not registered": lambda e, s: (
         s is not Step.LAUNCH or not e.carries_receipt or e.registered
