@@ -122,6 +122,11 @@ class Work:
             return self.settings(seconds_left)
         return {**BASE_SETTINGS, **SUPERVISOR_SETTINGS, "application_name": f"{SUPERVISES}{self.label}"[:60]}
 
+    def meaning(self) -> dict[str, str]:
+        """Return the settings that the meaning of the statements' text may depend on, the role included."""
+        role = {"role": self.job.role} if self.job.role else {}
+        return {**BASE_SETTINGS, **(self.job.settings or {}), **role}
+
     def settings(self, seconds_left: float | None) -> dict[str, str]:
         """Return the settings of the work; ``seconds_left`` is the time until the job's deadline."""
         settings = dict(BASE_SETTINGS)

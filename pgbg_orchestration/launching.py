@@ -283,8 +283,15 @@ class LaunchingSession:
         """Return what the worker's SQL last reported, or None."""
         return await self._ask(lambda: self.extension.progress(self._conn, worker.handle)) if not self.lost else None
 
-    async def describe(self, text: str, role: str | None) -> sql.Composable | None:
+    async def describe(self, text: str, settings: Mapping[str, str]) -> sql.Composable | None:
         """Return the column definition list of a statement's result, None without one; nothing is run.
+
+        Parameters
+        ----------
+        text:
+            One statement.
+        settings:
+            What its worker has: names mean other things in another search_path.
 
         Raises
         ------
@@ -294,10 +301,11 @@ class LaunchingSession:
             It gives a column that no column definition list can name.
         """
         async with self._turn, self._conn.transaction(force_rollback=True):
-            if role is not None:
-                await self._conn.execute("select pg_catalog.set_config('role', %s, true)", (role,))
+            await connecting.settle(self._conn, tuple(settings.items()), local=True)
             # psycopg has no describe without a run; libpq's blocks, so it gets a thread.
             columns = await asyncio.to_thread(describing.columns_of, self._conn.pgconn, text)
+            # So that types are qualified: whoever reads the result may have another search_path.
+            await connecting.settle(self._conn, (("search_path", "pg_catalog"),), local=True)
             return await describing.column_list(self._conn, columns)
 
     async def drain(self, worker: Worker, columns: sql.Composable | None) -> tuple[int | None, str | None]:

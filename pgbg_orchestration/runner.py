@@ -368,7 +368,7 @@ class Run:
         work = self._case.work
         text = statements.join(work.statements)
         try:
-            return text, await session.describe(work.statements[-1].text, work.job.role)
+            return text, await session.describe(work.statements[-1].text, work.meaning())
         except describing.UnreadableResult:
             pass
         except psycopg.Error as error:

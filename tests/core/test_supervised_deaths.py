@@ -195,11 +195,42 @@ async def test_newer_generation_ends_an_older_one_that_is_told_of(prepared: Watc
 
 
 async def test_setting_that_the_server_refuses_leaves_no_claim(prepared: Watched) -> None:
-    with pytest.raises(errors.WorkerError) as caught:
+    with pytest.raises(errors.InvalidJob) as caught:
         await within(arun(prepared.conninfo, Job("vacuum own", id="j", settings={"work_mem": "lots"})))
     assert caught.value.sqlstate == "22023"
-    assert prepared.states() == {"j": "failed"}
-    assert (await within(arun(prepared.conninfo, Job("vacuum own", id="j"), accept_changed_sql=True))).launched
+    assert (await within(arun(prepared.conninfo, Job("vacuum own", id="j")))).launched
+
+
+async def test_role_that_may_not_launch_leaves_no_claim(prepared: Watched) -> None:
+    """Its worker starts as the role, which needs the extension's functions; one that has them runs it."""
+    prepared.role("pgbg_plain", "nologin", [])
+    prepared.sql(f"grant pgbg_plain to {APP}")
+    prepared.sql("alter table own owner to pgbg_plain")
+    try:
+        with pytest.raises(errors.WorkerError) as caught:
+            await within(arun(prepared.conninfo, Job("vacuum own", id="j", role="pgbg_plain")))
+        assert caught.value.sqlstate == "42501"
+        assert prepared.states() == {"j": "failed"}
+        prepared.sql("grant pgbackground_role to pgbg_plain")
+        assert (await within(arun(prepared.conninfo, Job("vacuum own", id="j", role="pgbg_plain")))).launched
+    finally:
+        prepared.sql("drop table own")
+        prepared.sql("drop owned by pgbg_plain")
+        prepared.sql("drop role pgbg_plain")
+
+
+async def test_search_path_of_the_job(prepared: Watched) -> None:
+    """The statement is read as its worker reads it, and a result with a type of that schema is read to its end."""
+    prepared.sql("create schema app")
+    prepared.sql(f"grant usage on schema app to {APP}")
+    prepared.sql("create type app.mood as enum ('fine')")
+    prepared.sql("create function app.f() returns app.mood language sql as $$ select 'fine'::app.mood $$")
+    prepared.sql("create procedure app.p() language plpgsql as $$ begin commit; end $$")
+    app = {"search_path": "app"}
+    assert (await within(arun(prepared.conninfo, Job("call p()", settings=app)))).launched
+    for kind in ("supervised", "session"):
+        outcome = await within(arun(prepared.conninfo, Job("select f()", settings=app, kind=kind)))
+        assert outcome.row_count == 1
 
 
 async def test_invalid_index_is_named_and_dropped_when_asked(prepared: Watched) -> None:
