@@ -53,6 +53,10 @@ class PgBackgroundOperator(BaseOperator):
         cancelled. ``execution_timeout`` bounds it in the same way, in deferred tasks too.
     deferrable:
         Wait in the triggerer, without a worker slot. Default: ``[operators] default_deferrable``.
+    end_from_trigger:
+        Let the trigger of a deferred task end it when its job is committed: it then needs no worker a second time, and
+        a LocalExecutor cannot mistake its processes. Listeners (OpenLineage) and ``post_execute`` are not called; a
+        task with outlets is resumed all the same, since its asset events come from a worker.
     durable:
         Whether automatic retries share a job, so that one whose SQL did commit succeeds without running it again.
         Otherwise each try runs the SQL anew.
@@ -114,6 +118,7 @@ class PgBackgroundOperator(BaseOperator):
         kind: str | None = None,
         timeout: float | timedelta | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        end_from_trigger: bool = False,
         durable: bool = True,
         cancel_on_kill: bool = True,
         on_superseded: Literal["cancel", "wait"] = "cancel",
@@ -142,6 +147,7 @@ class PgBackgroundOperator(BaseOperator):
         self.kind = kind
         self.timeout = timeout
         self.deferrable = deferrable
+        self.end_from_trigger = end_from_trigger
         self.durable = durable
         self.cancel_on_kill = cancel_on_kill
         self.on_superseded = on_superseded
@@ -170,7 +176,10 @@ class PgBackgroundOperator(BaseOperator):
         if self.deferrable:
             from .triggers import PgBackgroundTrigger
 
-            self._defer_to(PgBackgroundTrigger(job=job, **self._trigger_arguments(deadline)), deadline)
+            end_task = self.end_from_trigger and self.do_xcom_push and not self.outlets
+            self._defer_to(
+                PgBackgroundTrigger(job=job, end_task=end_task, **self._trigger_arguments(deadline)), deadline
+            )
         (end,) = self._run_here([checked], deadline)
         if isinstance(end, BaseException):
             raise events.advised(end) if isinstance(end, PgbgError) else end

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from airflow.triggers.base import BaseTrigger, TriggerEvent
+from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from . import events
 from .hook import PgBackgroundHook
@@ -38,6 +38,8 @@ class PgBackgroundTrigger(BaseTrigger):
         Whether the worker is cancelled when a user marks the task or deletes its run.
     schema:
         Name of the package's schema.
+    end_task:
+        Whether a commit ends the task here, with its outcome as XCom, and no worker resumes it.
     unknown:
         Arguments of a newer release, which a row in Airflow's database may hold: ignored.
     """
@@ -54,6 +56,7 @@ class PgBackgroundTrigger(BaseTrigger):
         slot_timeout: float | None = None,
         cancel_on_kill: bool = True,
         schema: str = "pgbg",
+        end_task: bool = False,
         **unknown: Any,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -66,13 +69,14 @@ class PgBackgroundTrigger(BaseTrigger):
         self.slot_timeout = slot_timeout
         self.cancel_on_kill = cancel_on_kill
         self.schema = schema
+        self.end_task = end_task
         self._unknown = unknown
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the trigger's class path and arguments."""
         names = (
             "job", "postgres_conn_id", "database", "endpoint", "deadline", "on_superseded", "slot_timeout",
-            "cancel_on_kill", "schema",
+            "cancel_on_kill", "schema", "end_task",
         )  # fmt: skip
         return f"{__name__}.{type(self).__name__}", {name: getattr(self, name) for name in names}
 
@@ -92,6 +96,9 @@ class PgBackgroundTrigger(BaseTrigger):
             self.log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would only hide it
             event = events.of_error(error)
         await settle(began)
+        if self.end_task and event["status"] == events.COMMITTED:
+            yield TaskSuccessEvent(xcoms={"return_value": events.result_of(event)})
+            return
         yield TriggerEvent(event)  # type: ignore[no-untyped-call]
 
     async def _run_job(self) -> Any:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from airflow.triggers.base import TaskSuccessEvent
 
 from airflow_provider import triggering
 from airflow_provider.batch import PgBackgroundBatchTrigger
@@ -69,6 +70,18 @@ class TestOneJob:
         assert event["status"] == "committed"
         assert event["row_count"] == 1
         assert _rows(database, "select count(*) from effect") == [(1,)]
+
+    async def test_a_task_can_be_ended_here(self) -> None:
+        (event,) = [event async for event in PgBackgroundTrigger(job=_job(), end_task=True).run()]
+
+        assert isinstance(event, TaskSuccessEvent)
+        assert event.xcoms is not None
+        assert event.xcoms["return_value"]["row_count"] == 1  # type: ignore[index,call-overload]
+
+    async def test_an_error_resumes_the_task_all_the_same(self) -> None:
+        event = await _event(PgBackgroundTrigger(job=_job(sql="select 1/0"), end_task=True))
+
+        assert event["error"] == "WorkerError"
 
     async def test_an_error(self) -> None:
         event = await _event(PgBackgroundTrigger(job=_job(sql="select 1/0")))
