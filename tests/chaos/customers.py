@@ -12,7 +12,7 @@ from tests.chaos.report import Report
 from tests.chaos.stage import Stage
 from tests.core.kit import effect
 
-TRIES = 60
+TRIES = 150
 ENDLESS = 40
 """Seconds that a job sleeps which only a cancel is to end."""
 AGAIN = {"ProcessKilled", "ServerUnreachable", "WorkerLost", "LaunchFailed", "WorkerError", "StillRunning"}
@@ -51,7 +51,7 @@ class Plan:
             sql += f"; select pg_sleep({ENDLESS})"
         elif fate > 0.8 and chance.random() < 0.5:
             # Every other attempt ends by a FATAL error: "completed", no error, nothing done.
-            sql += "; select pg_sleep(2 * (random() < 0.4)::int)"
+            sql = f"{effect(name)}; select pg_sleep(2 * (random() < 0.4)::int)"
             settings = {"transaction_timeout": "1000"}
         return cls(
             name=name,

@@ -285,10 +285,11 @@ class Scenario:
             if launcher.phase is not Phase.DONE or launcher.job != job:
                 continue
             if launcher.step in (Step.CANCELLED, Step.SUPERSEDED) and not state.lifted[job]:
-                wrong = wrong or f"a job is committed after it was told to be {launcher.step.name}"
+                wrong = wrong or "a job is committed after it was told to be cancelled"
         told = state.launchers[worker.by]
-        if told.phase is Phase.DONE and told.job == job and told.step in (Step.FAILED, Step.LOST):
-            wrong = wrong or f"a worker commits whose own launcher has told that its job is {told.step.name}"
+        failed = told.phase is Phase.DONE and told.job == job and told.step in (Step.FAILED, Step.LOST)
+        if failed and not state.lifted[job]:
+            wrong = wrong or "a worker commits whose own launcher has told that its job is failed or lost"
         if not state.lifted[job] and any(
             canceller.job == job and canceller.told is Receipt.CANCELLED for canceller in state.cancellers
         ):
@@ -405,7 +406,7 @@ class Scenario:
         wrong = None
         if (step is Step.COMMITTED) != committed:
             wrong = f"{step.name} is told of a job that is {'' if committed else 'not '}committed"
-        elif step is Step.FAILED and launcher.sqlstate in (ALREADY_COMMITTED, REFUSED):
+        elif step is Step.FAILED and launcher.sqlstate in (ALREADY_COMMITTED, REFUSED) and launcher.rejections_left:
             wrong = f"our own refusal ({launcher.sqlstate}) is told as the job's failure"
         elif step is not Step.COMMITTED and at_work and "no receipt" not in self.broken:
             wrong = f"{step.name} is told while a worker is at work on the job"
@@ -441,7 +442,7 @@ class Scenario:
                 if marked is None:
                     return Move(f"{name} cannot mark older generations yet", False, _with(state, number, looking))
                 launching = looking._replace(phase=Phase.LAUNCH)
-                if launcher.sqlstate == TURNED_AWAY:
+                if launcher.sqlstate in (TURNED_AWAY, REFUSED):
                     launching = launching._replace(rejections_left=launcher.rejections_left - 1)
                 elif launcher.launched:
                     launching = launching._replace(launches_left=launcher.launches_left - 1)

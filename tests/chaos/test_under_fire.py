@@ -63,9 +63,12 @@ async def under_fire(stage: Stage, seconds: float, seed: int, hand: type[Hand] =
 
             breaker = Breaker(stage, crew, proxy, report, random.Random(f"{seed}/breaker"), PAUSE)
             breaking = asyncio.create_task(breaker.break_until(over))
-            await asyncio.gather(*(customers() for _ in range(SIDE_BY_SIDE)))
+            wanted = asyncio.gather(*(customers() for _ in range(SIDE_BY_SIDE)))
+            await asyncio.wait({wanted}, timeout=seconds)
+            # No fault for the last ones: few jobs would get them all, and never come to an end.
             over.set()
             await breaking
+            await wanted
             for fate, deaths in crew.deaths.items():
                 report.faults[f"launching process killed at {fate}"] += deaths
     await stage.count(report)
