@@ -36,11 +36,9 @@ SOUND = [
     Scenario("a cancel that is lifted", (0,), (0,), lifting=(0,), crash=1),
     Scenario("a cancel that is lifted, a newer generation", OLD_AND_NEW, (0,), lifting=(0,)),
     Scenario("the same, repeatable read", OLD_AND_NEW, (0,), lifting=(0,), repeatable_read=True),
-    Scenario(
-        "a lost session, the next worker is killed, two launchers", SAME, lose_session=1, kill_worker=1, rejections=2
-    ),
     # Workers whose handles were lost, and which may start at any later moment.
     Scenario("a lost session, and the next worker fails", (0,), lose_session=1, sql_error=1),
+    Scenario("a lost session, and the next worker is killed", (0,), lose_session=1, kill_worker=1),
     Scenario("a lost session, and the next worker is cancelled", (0,), (0,), lose_session=1),
     Scenario("launches lost as often as may be", (0,), (0,), lose_session=1, lose_launch=1),
     Scenario("a lost session, a newer generation", OLD_AND_NEW, lose_session=1),
@@ -52,6 +50,21 @@ def test_nothing_is_wrong(scenario: Scenario) -> None:
     found = search(scenario)
     print(found)
     assert found.wrong is None, str(found)
+
+
+LARGE = [
+    Scenario(
+        "a lost session, the next worker is killed, two launchers", SAME, lose_session=1, kill_worker=1, rejections=2
+    ),
+    Scenario("a lift, a newer generation, repeatable read", OLD_AND_NEW, (0,), lifting=(0,), repeatable_read=True),
+]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("scenario", LARGE, ids=lambda scenario: scenario.name)
+def test_nothing_is_wrong_in_large(scenario: Scenario) -> None:
+    """Hundreds of thousands of states each."""
+    test_nothing_is_wrong(scenario)
 
 
 # Broken on purpose --------------------------------------------------------------------------------------------------
