@@ -108,6 +108,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RUNNING] = Running()
     config.addinivalue_line("markers", "servers(*kinds): run on these kinds of server only")
+    config.addinivalue_line("markers", "majors: run on an older major version of PostgreSQL too")
     unknown = set(_named(config)) - KINDS.keys()
     if unknown:
         raise pytest.UsageError(f"--servers: unknown {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
@@ -135,7 +136,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for a server once for each kind of server that it is meant for."""
     if "server_kind" not in metafunc.fixturenames:
         return
-    kinds = _named(metafunc.config) or list(KINDS)
+    majors = metafunc.definition.get_closest_marker("majors") is not None
+    kinds = _named(metafunc.config) or [kind for kind in KINDS if KINDS[kind].everywhere or majors]
     if marker := metafunc.definition.get_closest_marker("servers"):
         unknown = set(marker.args) - KINDS.keys()
         if unknown:

@@ -17,6 +17,7 @@ from tests.conftest import Database, FreshDatabases
 from tests.core.kit import Watched, effect, within
 from tests.servers.kinds import Server
 
+pytestmark = pytest.mark.majors
 ODD = "pgbg \"odd\" 'näme' \\ %s"
 
 
@@ -53,6 +54,7 @@ def odd_role(server: Server, fresh_database: FreshDatabases) -> Iterator[str]:
         conn.execute(sql.SQL("drop role {}").format(name))
 
 
+@pytest.mark.servers("real", "embedded")  # a stand-in connects back by names, and cannot by all of these
 async def test_names_that_need_quoting(server: Server, fresh_database: Callable[..., Database], odd_role: str) -> None:
     """Database, login, owner of the job, role of the SQL, and the package's schema."""
     database = fresh_database(server, "extension", name=f"pgbg \"Odd\" 'db' {os.urandom(3).hex()}")
@@ -112,7 +114,7 @@ async def test_database_that_is_not_utf8(
         name = sql.Identifier(database.name)
         conn.execute(sql.SQL("drop database {}").format(name))
         conn.execute(
-            sql.SQL("create database {} template template0 encoding {} lc_collate 'C' lc_ctype 'C'").format(
+            sql.SQL("create database {} template template0 encoding {} locale_provider libc locale 'C'").format(
                 name, sql.Literal(encoding)
             )
         )

@@ -10,6 +10,7 @@ import pytest
 from pgbg_orchestration import Job, Kind, Launcher, arun, errors
 from tests.core.kit import APP, Watched, eventually, within
 
+pytestmark = pytest.mark.majors
 PROCEDURE = """
 create procedure steps(job text, n int, fails_at int, naps float default 0.05) language plpgsql as $$
 begin

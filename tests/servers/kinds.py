@@ -10,8 +10,10 @@ import psycopg
 
 from pgbg_orchestration.embedded.binaries import NoPostgresError, find_binaries
 from pgbg_orchestration.embedded.status import StopMode
+from tests.servers import older
 from tests.servers.debian import DebianTree
 from tests.servers.embedded import EmbeddedUnderTest
+from tests.servers.older import OlderUnderTest
 from tests.servers.real import RealServer
 
 
@@ -19,7 +21,7 @@ class Server(Protocol):
     """What a test may ask of any server. ``conninfo`` stays good over stop, start, restart and crash."""
 
     name: str
-    """Its kind: ``real``, ``embedded``, ``standin20`` or ``standin19``."""
+    """Its kind: ``real``, ``embedded``, ``standin20``, ``standin19`` or ``standin15`` (PostgreSQL 15)."""
 
     @property
     def surface(self) -> str:
@@ -80,6 +82,8 @@ class Kind:
 
     make: MakeServer
     why_not: Callable[[], str | None]
+    everywhere: bool = True
+    """False: only tests marked ``majors`` run on it, unless ``--servers`` names it."""
 
 
 def _embedded(max_worker_processes: int = 64, settings: Mapping[str, str | int] | None = None) -> Server:
@@ -92,6 +96,10 @@ def _standin20(max_worker_processes: int = 64, settings: Mapping[str, str | int]
 
 def _standin19(max_worker_processes: int = 64, settings: Mapping[str, str | int] | None = None) -> Server:
     return EmbeddedUnderTest("standin19", max_worker_processes, settings, extension="stand-in", surface="1.9")
+
+
+def _standin15(max_worker_processes: int = 64, settings: Mapping[str, str | int] | None = None) -> Server:
+    return OlderUnderTest("standin15", max_worker_processes, settings)
 
 
 def _why_no_real() -> str | None:
@@ -111,4 +119,5 @@ KINDS: Mapping[str, Kind] = {
     "embedded": Kind(_embedded, _why_no_embedded),
     "standin20": Kind(_standin20, _why_no_embedded),
     "standin19": Kind(_standin19, _why_no_embedded),
+    "standin15": Kind(_standin15, older.why_not, everywhere=False),
 }
