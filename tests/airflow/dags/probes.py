@@ -18,7 +18,7 @@ PROBES: dict[str, dict[str, Any]] = {
     "here": {"deferrable": False},
     "here_retried": {"deferrable": False, "retries": 3, "retry_delay": timedelta(seconds=1)},
     "here_times_out": {"deferrable": False, "execution_timeout": timedelta(seconds=5)},
-    "no_extension": {"deferrable": True, "retries": 3, "database": "template1"},
+    "no_extension": {"deferrable": True, "retries": 3, "retry_delay": timedelta(seconds=1), "database": "template1"},
     "to_delete": {"deferrable": True},
 }
 
