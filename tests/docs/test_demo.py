@@ -154,6 +154,7 @@ def test_dagster_ran_each_time(server: EmbeddedServer) -> None:
         " count(*) filter (where state = 'failed' and sqlstate = '23503'), count(*)"
         " from pgbg.jobs where series like 'dagster/%' group by 1",
     )
+    print(ask(server, FLIGHTS, "select * from pgbg.jobs where series like 'dagster/%' and state <> 'committed'"))
     assert [counts for _, *counts in jobs] == [[4, 1, 5], [4, 1, 5]]
 
 
@@ -177,19 +178,19 @@ def test_what_is_printed(ran: Ran, server: EmbeddedServer) -> None:
 
 @pytest.mark.timeout(2 * FIRST_SECONDS + INTERRUPTED_SECONDS)
 def test_ctrl_c_stops_everything(ran: Ran) -> None:
-    process = demo(ran.state)
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if "… Airflow: four processes" in line:
-                break
-        while not any("airflow" in command for command in leftovers(ran.state)):
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)
-        rest = process.stdout.read()
-        returncode = process.wait(INTERRUPTED_SECONDS)
-    finally:
-        process.kill()
+    with demo(ran.state) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if "… Airflow: four processes" in line:
+                    break
+            while not any("airflow" in command for command in leftovers(ran.state)):
+                time.sleep(0.2)
+            os.killpg(process.pid, signal.SIGINT)
+            rest = process.stdout.read()
+            returncode = process.wait(INTERRUPTED_SECONDS)
+        finally:
+            process.kill()
     assert returncode == 130, rest
     assert "Interrupted." in rest
     assert leftovers(ran.state) == []
