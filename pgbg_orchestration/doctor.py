@@ -23,6 +23,7 @@ from .launcher import Launcher
 from .server import ServerFacts
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (looked at, not written to)
+OLDEST_SERVER = 140000
 FEW_SLOTS = 8  # PostgreSQL's default of max_worker_processes
 LITTLE_SHARED_MEMORY = 32 * 1024 * 1024  # bytes
 NEEDED_FUNCTIONS = ("launch", "result_info", "error_info", "result", "get_progress", "detach")
@@ -264,6 +265,22 @@ async def _library(patient: _Patient) -> list[Finding]:
     return [Finding("extension", "library", Status.OK, text)]
 
 
+async def _supported(patient: _Patient) -> list[Finding]:
+    """Say what this server or its extension has not, of what others have (docs/servers.md)."""
+    version, extension = patient.facts.version, patient.extension
+    if version < OLDEST_SERVER:
+        text = f"PostgreSQL {patient.facts.version_text} is older than {OLDEST_SERVER // 10000}, the oldest supported."
+        return [Finding("server", "version", Status.FAILS, text, "Upgrade the server.")]
+    found = [Finding("server", "version", Status.OK, "A supported version of PostgreSQL.")]
+    if extension is not None and extension.numbers < (2, 0):
+        text = (
+            f"pg_background {extension.version} does not tell when a worker started and finished, nor the schema, "
+            "table, column and constraint of an error: outcomes have these from the receipt, or not at all."
+        )
+        found.append(Finding("extension", "not offered", Status.OK, text, "pg_background 2.0 has them."))
+    return found
+
+
 async def _known_faults(patient: _Patient) -> list[Finding]:
     extension = patient.extension
     if extension is None or patient.standin:
@@ -499,6 +516,7 @@ def _sentence(text: str) -> str:
 
 _CHECKS: tuple[tuple[str, Callable[[_Patient], Awaitable[list[Finding]]]], ...] = (
     ("server", _standby),
+    ("server", _supported),
     ("extension", _extension),
     ("extension", _privilege),
     ("extension", _library),
