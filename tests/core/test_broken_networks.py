@@ -102,8 +102,9 @@ async def test_server_that_cannot_be_reached_for_a_while(db: Watched, proxy: Pro
 
 
 @pytest.mark.servers("real", "embedded")
-async def test_half_open_connections(db: Watched, proxy: Proxy) -> None:
+async def test_half_open_connections(db: Watched, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing comes any more and nobody says so: noticed by our own bound, named, and got over."""
+    monkeypatch.setattr(pace, "CALL", 3.0)
     task = asyncio.create_task(arun(proxy.through(db.conninfo), Job(slow("j", 1), id="j")))
     await db.at_work("j")
     proxy.stall(TO_CLIENT)

@@ -66,8 +66,9 @@ async def test_unlock_all_keeps_the_series(db: Watched) -> None:
 
 
 @pytest.mark.parametrize("sqlstate", ["PB001", "PB002", "PB003", "57014", "53000", "08006", "42704", "55000"])
-async def test_sql_that_raises_our_own_codes(db: Watched, sqlstate: str) -> None:
+async def test_sql_that_raises_our_own_codes(db: Watched, sqlstate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an error of the job's like any other: no success, no endless attaching, no effect."""
+    monkeypatch.setattr(pace, "RETRY_LATEST", 0.3)
     raising = f"do $$ begin raise exception using errcode = '{sqlstate}', message = 'made up'; end $$"
     with pytest.raises(errors.WorkerError) as caught:
         await within(arun(db.conninfo, Job(f"{effect('j')}; {raising}", id="j")))
