@@ -336,12 +336,17 @@ class Ledger:
         await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id, attempt, outcome)))
 
     async def at_work(self, pids: Sequence[int]) -> bool:
-        """Tell whether each of these processes holds an advisory lock, as a worker does from its first statement on."""
+        """Tell whether each of these processes holds an advisory lock, as a worker does from its first statement on.
+
+        A supervisor is never said to be at work: it is not to be cancelled, but the worker below it.
+        """
         query = self._query(
             "select count(distinct l.pid) as holders from pg_catalog.pg_locks as l"
-            " where l.locktype = 'advisory' and l.granted and l.pid = any(%s)"
+            " where l.locktype = 'advisory' and l.granted and l.pid = any(%s) and not exists ("
+            "   select from pg_catalog.pg_stat_activity as a"
+            "   where a.pid = l.pid and (starts_with(a.application_name, %s) or a.application_name like 'pgbg:%%'))"
         )
-        row = await self._reader.ask(lambda conn: _one(conn, query, (list(pids),)))
+        row = await self._reader.ask(lambda conn: _one(conn, query, (list(pids), SUPERVISES)))
         return bool(row["holders"] == len(set(pids)))
 
     async def record(

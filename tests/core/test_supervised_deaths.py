@@ -278,6 +278,17 @@ async def test_four_slots_twenty_jobs_four_processes(own_db: Callable[..., Watch
     assert db.effects_by_job() == {name: 2 for names in ids for name in names}
 
 
+async def test_cancel_all_spares_supervisors(prepared: Watched) -> None:
+    """The extension's cancel_all would hit the supervisor, and nobody could tell how its worker ended."""
+    async with Launcher(prepared.conninfo) as launcher:
+        running = asyncio.create_task(launcher.run(Job(WORKS["call"], id="j")))
+        await in_the_middle(prepared, "call")
+        assert await within(launcher.cancel_all()) == 0
+        running.cancel()
+        assert isinstance(await ended(running), asyncio.CancelledError)
+    assert prepared.states() == {"j": "cancelled"}
+
+
 @pytest.mark.parametrize("timeout", [0.8])
 async def test_deadline(prepared: Watched, timeout: float) -> None:
     with pytest.raises(errors.DeadlinePassed):
