@@ -31,7 +31,7 @@ demo: $(STAMP) ## run real Airflow and Dagster jobs on an embedded PostgreSQL
 	@$(PY) -m demo $(ARGS)
 
 test: $(STAMP) ## run the whole test suite (ARGS="tests/unit -k retry" for less)
-	@$(PY) -m pytest -m "not chaos" -n $(JOBS) --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -m "not chaos and not processes" -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, imports
 	@$(VENV)/bin/ruff check .
