@@ -78,14 +78,24 @@ def small(own_db: Callable[..., Watched]) -> Watched:
 async def test_50_jobs_with_8_worker_processes(small: Watched) -> None:
     """All succeed in their first attempt; a launch that finds no slot is no attempt."""
     seen = Recorder()
-    ends = await within(
-        asyncio.gather(*(arun(small.conninfo, Job(slow(f"j{n}", 0.1), id=f"j{n}"), observer=seen) for n in range(50))),
-        180,
+    # The first jobs keep their slots until another one has found none.
+    small.sql("select pg_advisory_lock(7)")
+    calls = asyncio.gather(
+        *(
+            arun(
+                small.conninfo,
+                Job(f"{effect(f'j{n}')}; select pg_advisory_xact_lock_shared(7)", id=f"j{n}"),
+                observer=seen,
+            )
+            for n in range(50)
+        )
     )
+    await eventually(lambda: "waiting_for_slot" in seen.kinds(), "no slot is left")
+    small.sql("select pg_advisory_unlock(7)")
+    ends = await within(calls, 180)
     assert small.effects_by_job() == {f"j{n}": 1 for n in range(50)}
     assert {end.attempt for end in ends} == {1}
     assert all(end.launched for end in ends)
-    assert "waiting_for_slot" in seen.kinds()
 
 
 @pytest.mark.servers("real", "embedded")
