@@ -54,9 +54,22 @@ async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:
     """
     given = libpq.conninfo_to_dict(conninfo)
     options = {**KEEPALIVE, "application_name": application_name, **given, "client_encoding": "utf8"}
-    async with asyncio.timeout(pace.CALL):
-        # No prepared statements of our own: a pooler in session mode may not keep them, and DISCARD drops them.
-        return await AsyncConnection.connect(libpq.make_conninfo(**options), autocommit=True, prepare_threshold=None)
+    # No prepared statements of our own: a pooler in session mode may not keep them, and DISCARD drops them.
+    opening = asyncio.create_task(
+        AsyncConnection.connect(libpq.make_conninfo(**options), autocommit=True, prepare_threshold=None)
+    )
+    try:
+        async with asyncio.timeout(pace.CALL):
+            return await asyncio.shield(opening)
+    except (asyncio.CancelledError, TimeoutError):
+        # Cancelled half way, it would stay open until it is collected.
+        opening.add_done_callback(_finish)
+        raise
+
+
+def _finish(opening: asyncio.Task[AsyncConnection[Any]]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().pgconn.finish()
 
 
 async def settle(conn: AsyncConnection[Any], settings: tuple[tuple[str, str], ...], *, local: bool = False) -> None:

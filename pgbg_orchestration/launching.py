@@ -116,17 +116,21 @@ class LaunchingSession:
             The server cannot be reached.
         """
         conn = await connecting.connect(conninfo, "pgbg: launching")
-        await conn.set_isolation_level(IsolationLevel.READ_COMMITTED)
-        session = cls(conn, extension)
-        # What is set here is inherited by workers: nothing but what cannot matter to a job's SQL.
-        await connecting.settle(
-            conn,
-            (
-                (TOKEN, session._token),
-                ("pg_background.max_workers", str(MAX_TRACKED)),
-                ("idle_session_timeout", "0"),
-            ),
-        )
+        try:
+            await conn.set_isolation_level(IsolationLevel.READ_COMMITTED)
+            session = cls(conn, extension)
+            # What is set here is inherited by workers: nothing but what cannot matter to a job's SQL.
+            await connecting.settle(
+                conn,
+                (
+                    (TOKEN, session._token),
+                    ("pg_background.max_workers", str(MAX_TRACKED)),
+                    ("idle_session_timeout", "0"),
+                ),
+            )
+        except BaseException:
+            await connecting.close(conn)  # whoever wanted it may have gone away meanwhile
+            raise
         return session
 
     async def close(self) -> None:

@@ -54,7 +54,6 @@ create table @schema@.job (
     attempt         int not null,
     launched_by     text not null,
     launcher_pid    int not null,
-    launcher_start  timestamptz,
     registered_at   timestamptz not null default clock_timestamp(),
     launched_at     timestamptz not null default clock_timestamp(),
     ended_at        timestamptz,
@@ -430,15 +429,15 @@ begin
         where s.owner = v_owner and s.series_digest = v_series and s.newest < generation;
     insert into @schema@.job as j
         (owner, job_digest, job_id, series_digest, series, generation, label, kind, sql_digest, attempt,
-         launched_by, launcher_pid, launcher_start)
+         launched_by, launcher_pid)
     values
         (v_owner, v_job, p_job_id, v_series, p_series, generation, p_label, p_kind, p_sql_digest, attempt, p_launched_by,
-         pg_backend_pid(), (select a.backend_start from pg_stat_activity a where a.pid = pg_backend_pid()))
+         pg_backend_pid())
     on conflict (owner, job_digest) do update set
         series_digest = excluded.series_digest, series = excluded.series, generation = excluded.generation,
         label = excluded.label, kind = excluded.kind, sql_digest = excluded.sql_digest, attempt = excluded.attempt,
         launched_by = excluded.launched_by, launcher_pid = excluded.launcher_pid,
-        launcher_start = excluded.launcher_start, launched_at = clock_timestamp(), ended_at = null, outcome = null,
+        launched_at = clock_timestamp(), ended_at = null, outcome = null,
         worker_pid = null, started_at = null, row_count = null, command_tag = null, sqlstate = null, message = null,
         detail = null, hint = null, context = null, schema_name = null, table_name = null, column_name = null,
         constraint_name = null;
@@ -670,7 +669,9 @@ begin
         left join lateral (
             select @schema@.marked(@schema@.marker(r.owner, r.job_id)) as pid where r.status = 'launching'
         ) m on true
-        left join pg_stat_activity l on l.pid = j.launcher_pid and l.backend_start = j.launcher_start
+        -- Not by its start too, which the owner of this schema may not see.
+        left join pg_stat_activity l on l.pid = j.launcher_pid
+            and l.datid = (select d.oid from pg_database d where d.datname = current_database())
         where @schema@.is_mine(coalesce(j.owner, r.owner))
         order by coalesce(j.launched_at, r.decided_at) desc;
 end $$;

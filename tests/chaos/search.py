@@ -6,7 +6,8 @@ import gc
 from dataclasses import dataclass
 from functools import cache
 
-from tests.chaos.protocol import Scenario, State, is_done
+from tests.chaos.protocol import Scenario, is_done
+from tests.chaos.states import State
 
 
 @dataclass(frozen=True)

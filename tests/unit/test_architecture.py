@@ -277,7 +277,7 @@ class TestNothingOfAMachineIsInTheProject:
     HOSTS = re.compile(
         r"(?:[\w-]+\.)*(?:apache\.org|choosealicense\.com|dagster\.io|debian\.org|github\.com|keepachangelog\.com"
         r"|postgresql\.org|psycopg\.org|python\.org|pytest\.org|pypi\.org|semver\.org|astral\.sh"
-        r"|example(?:\.(?:com|org|net|test))?|localhost)"
+        r"|example(?:\.(?:com|org|net|test))?|localhost|[a-z.-]+\.invalid)"
     )
 
     def test_no_address_of_a_private_host(self, texts: dict[str, str]) -> None:
