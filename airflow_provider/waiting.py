@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 KILL_SECONDS = 4.0
 """How long ``on_kill`` waits for the cancel to be decided: Airflow sends SIGKILL 5 s after SIGTERM."""
 
+BLOW_SECONDS = 0.5
+"""How long the extension's own ``cancel_all`` is waited for before the jobs are cancelled one by one."""
+
 
 class TaskKilled(AirflowException):
     """The task's process was asked to end, and its jobs were cancelled. Another try runs them."""
@@ -130,10 +133,12 @@ class Waiting:
                 when = asyncio.FIRST_EXCEPTION if fail_fast else asyncio.ALL_COMPLETED
                 await asyncio.wait(tasks, return_when=when)
             finally:
-                for task in tasks:
-                    task.cancel()
                 # One blow for all; what it does not reach is cancelled job by job, and every cancel made final.
                 blow = asyncio.create_task(launcher.cancel_all()) if self.killed else None
+                if blow is not None:
+                    await asyncio.wait({blow}, timeout=BLOW_SECONDS)
+                for task in tasks:
+                    task.cancel()
                 outcomes = await asyncio.gather(*tasks, return_exceptions=True)
                 if blow is not None:
                     await blow

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
-from . import faults
+from . import describing, faults
 from .composing import Work
+from .connecting import ConnectionLost
 from .extension import ResultInfo
 from .launching import LaunchingSession, MayBeLaunched, Worker
 from .ledger import Registration, Sighting
@@ -32,6 +34,8 @@ class Launch:
     info: ResultInfo | None = None
     error: ErrorFields | None = None
     detached: bool = False  # on purpose, since its output was blocked
+    reading: asyncio.Task[tuple[int | None, str | None]] | None = None  # of the result, to its end
+    result: tuple[int | None, str | None] | None = None  # row count and command tag: read to its end
 
     @property
     def report(self) -> Report:
@@ -42,19 +46,42 @@ class Launch:
             return Report.NONE
         if self.error is not None:
             return Report.FAILED
-        if self.info is not None or self.detached:
+        if self.info is not None or self.detached or self.result is not None:
             return Report.ENDED
         return Report.RUNNING
 
     async def read(self) -> None:
         """Read the handle's report, when the worker has ended since the last time."""
-        if self.report is not Report.RUNNING or self.worker is None or not self.worker.ended.done():
+        if self.reading is not None and self.reading.done():
+            self._take_over_reading(self.reading)
+        if self.reading is not None or self.report is not Report.RUNNING or self.worker is None or not self.worker.ended.done():
             return
         self.info = self.worker.ended.result()
         faults.point("after_end")
         if self.info is not None and self.info.has_error:
             self.error = await self.worker.error()
         self.lost = self.info is None or (self.info.has_error and self.error is None)
+
+    def _take_over_reading(self, reading: asyncio.Task[tuple[int | None, str | None]]) -> None:
+        self.reading = None
+        try:
+            self.result = reading.result()
+        except (ConnectionLost, asyncio.CancelledError):
+            self.lost = True
+        except psycopg.Error as error:
+            # 08006 is said of the worker's connection to this session. Class 42 is about our own call: thrown away
+            # before its end, the result proves nothing.
+            if error.sqlstate == "08006" or (error.sqlstate or "").startswith("42"):
+                self.lost = True
+            else:
+                self.error = describing.error_fields(error)
+
+    async def stop_reading(self) -> None:
+        """Break the reading of the result off; the worker goes on without its handle."""
+        if self.reading is not None:
+            self.reading.cancel()
+            await asyncio.wait({self.reading})
+            self._take_over_reading(self.reading)
 
     async def end_call(self, *, patient: bool) -> asyncio.Task[Worker] | None:
         """Take over what came of a launch call; returns the call when it is still on its way and nobody waits.
@@ -94,9 +121,9 @@ class Case:
         A handle was lost or let go, so its worker may begin at any time; the job was marked, so that it cannot.
     attached_since:
         Since when a worker of this job was seen that somebody else launched, on the server's clock.
-    session, columns, result, verified:
-        Of the kinds without a receipt: the session of its own, the columns of the statement's result, what was read
-        to its end, what verify_sql said.
+    session, columns, verified:
+        Of the kinds without a receipt: the session of its own, the columns of the statement's result, what verify_sql
+        said.
     """
 
     work: Work
@@ -118,7 +145,6 @@ class Case:
     attached_since: datetime | None = None
     session: LaunchingSession | None = None
     columns: sql.Composable | None = None
-    result: tuple[int | None, str | None] | None = None
     verified: bool | None = None
     told: set[str] = field(default_factory=set)
 

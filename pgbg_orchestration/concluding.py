@@ -100,7 +100,7 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
 
 
 def _without_receipt(case: Case) -> Outcome:
-    row_count, tag = case.result or (None, None)
+    row_count, tag = case.launch.result or (None, None)
     info, worker = case.launch.info, case.launch.worker
     return Outcome(
         job_id=case.work.key.job_id,
@@ -112,7 +112,7 @@ def _without_receipt(case: Case) -> Outcome:
         command_tag=(tag if info is None else info.command_tag) or None,
         started_at=info.started_at if info else None,
         finished_at=info.finished_at if info else None,
-        proof="result" if case.result else "verify_sql",
+        proof="result" if case.launch.result else "verify_sql",
     )
 
 

@@ -65,7 +65,7 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
     somebody_elses = evidence.report in (Report.NONE, Report.GONE) or evidence.sqlstate == TURNED_AWAY
     if holder is Holder.THIS_JOB and somebody_elses:
         case.attached_since = case.attached_since or seen.looked_at
-    elif case.attached_since and holder is Holder.NOBODY and seen.receipt is Receipt.NONE:
+    elif case.attached_since and holder is not Holder.THIS_JOB and seen.receipt is Receipt.NONE:
         seen = await _await_history(case, ledger, seen)
         holder = seen.holder(case.generation(seen))
         recorded = _failed_since(seen, case.attached_since)
@@ -90,19 +90,17 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
 
 
 async def look(ledger: Ledger, key: Key) -> Sighting:
-    """Look at a job; a claimed receipt with nobody at work is believed only after a while.
+    """Look at a job; what may be half of a sign is believed only after a while.
 
-    A supervisor that starts between the look at its lock and the one at its claim looks the same for a moment, and
-    the worker of one that is gone shows its marker only once it has started.
+    - A claimed receipt with nobody at work: a supervisor that starts between the look at its lock and the one at its
+      claim looks the same, and the worker of one that is gone shows its marker only once it has started.
+    - The lock of the series held by no job that is known: a worker takes the locks of series and job one after the
+      other, and the server frees them so, in either order.
     """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     seen = await ledger.look(key)
-    until = asyncio.get_running_loop().time() + pace.STARTING
-    while (
-        seen.receipt is Receipt.LAUNCHING
-        and seen.holder_pid is None
-        and seen.marked_pid is None
-        and asyncio.get_running_loop().time() < until
-    ):
+    while loop.time() - began < (pace.STARTING if seen.is_unsupervised else pace.COUNTS if seen.is_between_locks else 0):
         await asyncio.sleep(pace.RETRY_SOONEST)
         seen = await ledger.look(key)
     return seen
@@ -122,7 +120,7 @@ async def _await_history(case: Case, ledger: Ledger, seen: Sighting) -> Sighting
     until = asyncio.get_running_loop().time() + pace.GRACE
     while (
         seen.outcome is None
-        and seen.holder_pid is None
+        and not seen.holds_this_job
         and seen.receipt is Receipt.NONE
         and case.may_wait_for_history(until)
     ):
@@ -150,7 +148,7 @@ async def _from_marker(case: Case, ledger: Ledger, evidence: Evidence) -> Eviden
     blocked = marked is not None and marked.wait_event in BLOCKED
     return replace(
         evidence,
-        receipt=Receipt.COMMITTED if case.result else Receipt.NONE,
+        receipt=Receipt.COMMITTED if case.launch.result else Receipt.NONE,
         holder=Holder.THIS_JOB if marked and evidence.report is not Report.NONE else Holder.NOBODY,
         output_blocked=blocked and evidence.report is Report.RUNNING,
     )

@@ -315,7 +315,8 @@ class LaunchingSession:
     async def drain(self, worker: Worker, columns: sql.Composable | None) -> tuple[int | None, str | None]:
         """Read the worker's result to its end, which proves its commit; returns row count and command tag.
 
-        This session does nothing else meanwhile.
+        This session does nothing else meanwhile. However it ends, the server has forgotten the handle then; a worker
+        whose result was not read to its end goes on.
 
         Raises
         ------
@@ -335,6 +336,9 @@ class LaunchingSession:
                     self._give_up()
                     raise ConnectionLost(str(error)) from error
                 raise
+            finally:
+                if not worker.ended.done():
+                    worker.ended.set_result(None)
 
     async def detach(self, worker: Worker) -> None:
         """Forget a handle, and end the wait for it: the worker goes on, its output is dropped."""

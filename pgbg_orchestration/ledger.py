@@ -90,6 +90,16 @@ class Sighting:
         """What the receipt says."""
         return RECEIPTS[self.status]
 
+    @property
+    def is_unsupervised(self) -> bool:
+        """Whether the receipt is claimed, and nobody of the job is seen at work."""
+        return self.receipt is Receipt.LAUNCHING and self.holder_pid is None and self.marked_pid is None
+
+    @property
+    def is_between_locks(self) -> bool:
+        """Whether a session holds the lock of the series, and none of a job that is known."""
+        return self.holder_pid is not None and not self.holds_this_job and self.holder_job is None
+
     def holder(self, generation: int | None) -> Holder:
         """Return who holds the series, as a job of that generation sees it."""
         if self.holder_pid is None:
@@ -99,7 +109,6 @@ class Sighting:
         if self.holds_this_job:
             return Holder.THIS_JOB
         if self.holder_generation is None or generation is None:
-            # A worker between its two locks looks like this for a moment.
             return Holder.STRANGER if self.holder_generation is None else Holder.SIBLING
         if self.holder_generation == generation:
             return Holder.SIBLING

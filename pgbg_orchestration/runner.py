@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -57,13 +58,18 @@ class Run:
         try:
             return await asyncio.shield(following)
         except asyncio.CancelledError:
-            await self._let_go(following)
+            # It is bounded (pace.CANCEL): a second cancel does not make it quicker.
+            await _to_its_end(self._let_go(following))
             raise
         finally:
-            if self._case.paired:
-                self._launcher.pairs.release()
-            if self._case.session is not None:
-                await self._case.session.close()
+            await _to_its_end(self._close())
+
+    async def _close(self) -> None:
+        await self._case.launch.stop_reading()
+        if self._case.paired:
+            self._launcher.pairs.release()
+        if self._case.session is not None:
+            await self._case.session.close()
 
     async def _let_go(self, following: asyncio.Task[Outcome]) -> None:
         following.cancel()
@@ -72,24 +78,21 @@ class Run:
             await self._leave()
             return
         self._case.intent = Intent.ASKED
-        deciding = self._loop.create_task(self._follow())
-        while not deciding.done():
-            try:
-                await asyncio.shield(deciding)
-            except asyncio.CancelledError:
-                continue  # it is bounded (pace.CANCEL): a second cancel does not make it quicker
-            except JobCancelled as error:
-                logger.info("the job was let go: %s", error)
-            except PgbgError as error:
-                logger.error("the job was let go: %s", error)  # noqa: TRY400  (its text says it all)
-            else:
-                logger.warning("the cancel came too late: job %s is committed", self._case.work.label)
+        try:
+            await self._follow()
+        except JobCancelled as error:
+            logger.info("the job was let go: %s", error)
+        except PgbgError as error:
+            logger.error("the job was let go: %s", error)  # noqa: TRY400  (its text says it all)
+        else:
+            logger.warning("the cancel came too late: job %s is committed", self._case.work.label)
 
     async def _leave(self) -> None:
         launch = self._case.launch
         if launch.call is not None:
             await asyncio.wait({launch.call}, timeout=pace.CALL)
         await self._take_over_call()
+        await launch.stop_reading()
         if launch.worker is not None:
             await launch.worker.detach()
 
@@ -270,6 +273,9 @@ class Run:
 
     async def _wait(self, seen: Sighting | None) -> None:
         worker = self._case.launch.worker
+        if self._case.launch.reading is not None:
+            await self._read_result()
+            return
         if worker is not None and not worker.ended.done():
             age = self._loop.time() - worker.launched_at
             await self._look_at_progress(worker, age)
@@ -406,19 +412,13 @@ class Run:
         return text
 
     async def _read_result(self) -> None:
-        case = self._case
-        worker = _there(case.launch.worker)
-        try:
-            case.result = await worker.session.drain(worker, case.columns)
-        except ConnectionLost:
-            case.launch.lost = True
-        except psycopg.Error as error:
-            # 08006 is said of the worker's connection to this session. Class 42 is about our own call: thrown away
-            # before its end, the result proves nothing.
-            if error.sqlstate == "08006" or (error.sqlstate or "").startswith("42"):
-                case.launch.lost = True
-            else:
-                case.launch.error = describing.error_fields(error)
+        """Read the result to its end; the worker is cancelled and the deadline is kept meanwhile."""
+        case, launch = self._case, self._case.launch
+        if launch.reading is None:
+            worker = _there(launch.worker)
+            launch.reading = self._loop.create_task(worker.session.drain(worker, case.columns))
+        patience = pace.LOOK_LATEST if case.intent is Intent.NONE else pace.LOOK_SOONEST  # then it is signalled again
+        await asyncio.wait({launch.reading}, timeout=case.bounded(patience))
 
     async def _verify(self) -> None:
         work = self._case.work
@@ -461,7 +461,7 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
         seen = await look(ledger, key)
         if seen.receipt in (Receipt.COMMITTED, Receipt.CANCELLED):
             return "committed" if seen.receipt is Receipt.COMMITTED else "cancelled"
-        if seen.receipt is Receipt.LAUNCHING and seen.holder_pid is None and seen.marked_pid is None:
+        if seen.is_unsupervised:
             raise blame.untold(key)
         if loop.time() - began > pace.CANCEL:
             raise blame.survivor(key, seen, "the worker")
@@ -485,6 +485,17 @@ async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str |
         await ledger.signal(key, job_id=job_id)
     except psycopg.errors.InsufficientPrivilege as error:
         raise blame.may_not_cancel(key, seen) from error
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await ``work``, however often the caller is cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            continue
+    task.result()
 
 
 def _there(value: T | None) -> T:

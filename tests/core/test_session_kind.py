@@ -166,3 +166,38 @@ async def test_session_job_with_much_output(db: Watched) -> None:
     job = Job("select repeat('x', 100) from generate_series(1, 20000)", id="j", kind="session")
     outcome = await within(arun(db.conninfo, job))
     assert outcome.launched
+
+
+# More than its queue holds, row by row: its result is being read when the job is cancelled.
+SLOW_OUTPUT = "select repeat('x', 1000), pg_sleep(0.002)::text from generate_series(1, 15000)"
+
+
+async def _reading(db: Watched) -> None:
+    reader = "pg_stat_activity where state = 'active' and query ~ 'pg_background_result' and pid <> pg_backend_pid()"
+    await eventually(lambda: db.value(f"select count(*) from {reader}"), "the result is being read")
+
+
+async def test_cancel_while_its_output_is_read(db: Watched) -> None:
+    task = asyncio.create_task(arun(db.conninfo, Job(SLOW_OUTPUT, id="j", kind="session", queue_size=65536)))
+    await _reading(db)
+    await cancelled(task)
+    assert not db.workers()
+
+
+async def test_deadline_while_its_output_is_read(db: Watched) -> None:
+    job = Job(SLOW_OUTPUT, id="j", kind="session", queue_size=65536, timeout=4)
+    task = asyncio.create_task(arun(db.conninfo, job))
+    await _reading(db)
+    assert isinstance(await ended(task), errors.DeadlinePassed)
+    assert not db.workers()
+
+
+@pytest.mark.real  # the stand-in's workers do not outlive their launching session with much output left to send
+async def test_leaving_while_its_output_is_read(db: Watched) -> None:
+    task = asyncio.create_task(
+        arun(db.conninfo, Job(SLOW_OUTPUT, id="j", kind="session", queue_size=65536), on_cancel="leave")
+    )
+    await _reading(db)
+    await cancelled(task)
+    assert db.workers(), "it was to go on"
+    db.terminate([row[0] for row in db.workers()])
