@@ -54,7 +54,9 @@ class Launch:
         """Read the handle's report, when the worker has ended since the last time."""
         if self.reading is not None and self.reading.done():
             self._take_over_reading(self.reading)
-        if self.reading is not None or self.report is not Report.RUNNING or self.worker is None or not self.worker.ended.done():
+        if self.reading is not None or self.report is not Report.RUNNING:
+            return
+        if self.worker is None or not self.worker.ended.done():
             return
         self.info = self.worker.ended.result()
         faults.point("after_end")

@@ -100,7 +100,9 @@ async def look(ledger: Ledger, key: Key) -> Sighting:
     loop = asyncio.get_running_loop()
     began = loop.time()
     seen = await ledger.look(key)
-    while loop.time() - began < (pace.STARTING if seen.is_unsupervised else pace.COUNTS if seen.is_between_locks else 0):
+    while (seen.is_unsupervised and loop.time() < began + pace.STARTING) or (
+        seen.is_between_locks and loop.time() < began + pace.COUNTS
+    ):
         await asyncio.sleep(pace.RETRY_SOONEST)
         seen = await ledger.look(key)
     return seen
