@@ -15,7 +15,7 @@ ARGS      ?=
 JOBS      ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-processes check format chaos bench lock clean
+.PHONY: help venv demo test check format chaos bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,11 +30,8 @@ $(STAMP): pyproject.toml constraints.txt scripts/venv.sh
 demo: $(STAMP) ## run real Airflow and Dagster jobs on an embedded PostgreSQL
 	@$(PY) -m demo $(ARGS)
 
-test: $(STAMP) ## run the test suite but for test-processes and chaos (ARGS="tests/unit -k retry" for less)
-	@$(PY) -m pytest -m "not chaos and not processes" -n $(JOBS) --dist loadfile $(ARGS)
-
-test-processes: $(STAMP) ## run the tests that start Airflow's and Dagster's own processes, and the demo
-	@$(PY) -m pytest -m "processes and not chaos" $(ARGS)
+test: $(STAMP) ## run the test suite but for chaos (ARGS="tests/unit -k retry" for less)
+	@PY=$(PY) JOBS=$(JOBS) sh scripts/test.sh $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, imports
 	@$(VENV)/bin/ruff check .

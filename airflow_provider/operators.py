@@ -55,8 +55,10 @@ class PgBackgroundOperator(BaseOperator):
         Wait in the triggerer, without a worker slot. Default: ``[operators] default_deferrable``.
     end_from_trigger:
         Let the trigger of a deferred task end it when its job is committed: it then needs no worker a second time, and
-        a LocalExecutor cannot mistake its processes. Listeners (OpenLineage) and ``post_execute`` are not called; a
-        task with outlets is resumed all the same, since its asset events come from a worker.
+        ends at once. Default: where nothing is left to be done in a worker, so with ``do_xcom_push=False`` and without
+        outlets, listeners (OpenLineage), ``post_execute`` and a subclass's ``execute_complete``. True leaves listeners
+        and ``post_execute`` out, and the XCom is JSON text instead of a dict (Airflow 3.3 encodes what a trigger pushes
+        twice); a task with outlets is resumed all the same, since its asset events come from a worker.
     durable:
         Whether automatic retries share a job, so that one whose SQL did commit succeeds without running it again.
         Otherwise each try runs the SQL anew.
@@ -118,7 +120,7 @@ class PgBackgroundOperator(BaseOperator):
         kind: str | None = None,
         timeout: float | timedelta | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
-        end_from_trigger: bool = False,
+        end_from_trigger: bool | None = None,
         durable: bool = True,
         cancel_on_kill: bool = True,
         on_superseded: Literal["cancel", "wait"] = "cancel",
@@ -176,10 +178,13 @@ class PgBackgroundOperator(BaseOperator):
         if self.deferrable:
             from .triggers import PgBackgroundTrigger
 
-            end_task = self.end_from_trigger and self.do_xcom_push and not self.outlets
-            self._defer_to(
-                PgBackgroundTrigger(job=job, end_task=end_task, **self._trigger_arguments(deadline)), deadline
+            trigger = PgBackgroundTrigger(
+                job=job,
+                end_task=self._ends_in_trigger(),
+                do_xcom_push=bool(self.do_xcom_push),
+                **self._trigger_arguments(deadline),
             )
+            self._defer_to(trigger, deadline)
         (end,) = self._run_here([checked], deadline)
         if isinstance(end, BaseException):
             raise events.advised(end) if isinstance(end, PgbgError) else end
@@ -199,6 +204,21 @@ class PgBackgroundOperator(BaseOperator):
             "" if result["launched"] else " (launched by an earlier try or somebody else)",
         )
         return result
+
+    def _ends_in_trigger(self) -> bool:
+        """Say whether nothing of the task is left to be done in a worker once its job is committed."""
+        if self.end_from_trigger is False or self.outlets:
+            return False
+        if self.end_from_trigger:
+            return True
+        from airflow.sdk.listener import get_listener_manager
+
+        extended = (
+            self._post_execute_hook is not None
+            or type(self).post_execute is not BaseOperator.post_execute
+            or type(self).execute_complete is not PgBackgroundOperator.execute_complete
+        )
+        return not self.do_xcom_push and not extended and not get_listener_manager().has_listeners
 
     def _trigger_arguments(self, deadline: datetime | None) -> dict[str, Any]:
         return {

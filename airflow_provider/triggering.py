@@ -24,12 +24,14 @@ After a clear, and on a triggerer that was stalled and lost its triggers (airflo
 nobody killed anything, and finds one of these.
 """
 
-SETTLE_SECONDS = 3.0
-"""How long after its start a trigger may fire at the earliest.
+SETTLE_SECONDS = 6.5
+"""How long after its start a trigger may resume its task at the earliest.
 
-A scheduler with a LocalExecutor that has not yet read the end of the process that deferred takes it for the end of the
-one that resumed, and fails a task whose job is committed ("finished with state success, but the task instance's state
-attribute is running"; ``process_executor_events`` in ``scheduler_job_runner.py``). Jobs of milliseconds meet that.
+The end of a process that deferred is noticed up to 5 s late (``MIN_HEARTBEAT_INTERVAL`` in ``supervisor.py``: it waits
+for pipes that are closed already). A scheduler that reads of it after the task was queued again takes it for the end of
+the process that resumed, and fails a task whose job is committed ("finished with state success, but the task
+instance's state attribute is queued"; ``process_executor_events`` in ``scheduler_job_runner.py``). Only jobs of a few
+seconds meet that, and none that the trigger ends itself.
 """
 
 KILL_SECONDS = 25.0

@@ -39,7 +39,9 @@ class PgBackgroundTrigger(BaseTrigger):
     schema:
         Name of the package's schema.
     end_task:
-        Whether a commit ends the task here, with its outcome as XCom, and no worker resumes it.
+        Whether a commit ends the task here, and no worker resumes it.
+    do_xcom_push:
+        Whether a task that is ended here gets its outcome as XCom.
     unknown:
         Arguments of a newer release, which a row in Airflow's database may hold: ignored.
     """
@@ -57,6 +59,7 @@ class PgBackgroundTrigger(BaseTrigger):
         cancel_on_kill: bool = True,
         schema: str = "pgbg",
         end_task: bool = False,
+        do_xcom_push: bool = True,
         **unknown: Any,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -70,13 +73,14 @@ class PgBackgroundTrigger(BaseTrigger):
         self.cancel_on_kill = cancel_on_kill
         self.schema = schema
         self.end_task = end_task
+        self.do_xcom_push = do_xcom_push
         self._unknown = unknown
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the trigger's class path and arguments."""
         names = (
             "job", "postgres_conn_id", "database", "endpoint", "deadline", "on_superseded", "slot_timeout",
-            "cancel_on_kill", "schema", "end_task",
+            "cancel_on_kill", "schema", "end_task", "do_xcom_push",
         )  # fmt: skip
         return f"{__name__}.{type(self).__name__}", {name: getattr(self, name) for name in names}
 
@@ -95,10 +99,10 @@ class PgBackgroundTrigger(BaseTrigger):
         except PgbgError as error:
             self.log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would only hide it
             event = events.of_error(error)
-        await settle(began)
         if self.end_task and event["status"] == events.COMMITTED:
-            yield TaskSuccessEvent(xcoms={"return_value": events.result_of(event)})
+            yield TaskSuccessEvent(xcoms={"return_value": events.result_of(event)} if self.do_xcom_push else None)
             return
+        await settle(began)
         yield TriggerEvent(event)  # type: ignore[no-untyped-call]
 
     async def _run_job(self) -> Any:

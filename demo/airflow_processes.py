@@ -29,6 +29,7 @@ SETTINGS: Mapping[str, str] = {
     "AIRFLOW__API_AUTH__JWT_SECRET": "a secret of nobody, for an Airflow that only this machine reaches",
     "AIRFLOW__API__WORKERS": "1",
     "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+    "AIRFLOW__CORE__DEFAULT_TASK_RETRY_DELAY": "5",
     "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
     "AIRFLOW__CORE__FERNET_KEY": "cGctYmFja2dyb3VuZC1vcmNoZXN0cmF0aW9uLWRlbW8=",
     "AIRFLOW__CORE__LOAD_EXAMPLES": "False",

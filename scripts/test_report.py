@@ -1,4 +1,4 @@
-"""Print where the tests ran and what was skipped, from pytest's JUnit report: python scripts/test_report.py FILE.
+"""Print where the tests ran and what was skipped, from pytest's JUnit reports: python scripts/test_report.py FILE...
 
 A test that is run on several servers carries the server's name in its id, in square brackets, as in
 ``test_launch[real]`` or ``test_launch[standin19-vacuum]``.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from xml.etree import ElementTree as ET
 
 SERVERS = {"real", "embedded", "standin20", "standin19", "standin15"}
@@ -23,16 +25,20 @@ def server_of(name: str) -> str:
     return "no server named"
 
 
-def main(path: str) -> None:
-    """Read the report at ``path`` and print it by server, then the skips by reason."""
-    counts: Counter[tuple[str, str]] = Counter()
-    skips: Counter[str] = Counter()
+def cases_of(path: str) -> Iterator[ET.Element]:
+    """Return the test cases of a report."""
     try:
         # The file was written by the pytest that ran a moment ago.
-        report = ET.parse(path)  # noqa: S314
-    except ET.ParseError:
+        return ET.parse(path).iter("testcase")  # noqa: S314
+    except (OSError, ET.ParseError):
         sys.exit(f"{path} is no report: pytest ended before it ran a test")
-    for case in report.iter("testcase"):
+
+
+def main(paths: Sequence[str]) -> None:
+    """Read the reports and print them by server, then the skips by reason."""
+    counts: Counter[tuple[str, str]] = Counter()
+    skips: Counter[str] = Counter()
+    for case in chain.from_iterable(map(cases_of, paths)):
         ended = next((child for child in case if child.tag in {"skipped", "failure", "error"}), None)
         kind = "passed" if ended is None else {"skipped": "skipped"}.get(ended.tag, "failed")
         counts[server_of(case.get("name", "")), kind] += 1
@@ -48,4 +54,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -132,14 +132,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"servers that the tests ran on: {', '.join(used)}")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that share a real Airflow in one process, and every other one free to run beside them."""
-    for item in items:
-        if item.get_closest_marker("airflow") and item.get_closest_marker("processes"):
-            item.add_marker(pytest.mark.xdist_group("airflow"))
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for a server once for each kind of server that it is meant for."""
     if "server_kind" not in metafunc.fixturenames:

@@ -10,7 +10,7 @@ import pytest
 
 from .conftest import Lab
 
-pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, pytest.mark.xdist_group("airflow")]
 
 
 def _long(run_id: str, seconds: int = 300) -> str:

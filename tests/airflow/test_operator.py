@@ -10,7 +10,9 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from airflow.sdk import Asset
 from airflow.sdk.exceptions import TaskDeferred
+from pytest_mock import MockerFixture
 
 from airflow_provider import PgBackgroundBatchOperator, PgBackgroundOperator, PgBackgroundTrigger, SqlStateRetryPolicy
 from airflow_provider import events as event_of
@@ -136,6 +138,33 @@ class TestDeferring:
             "isolation": "serializable",
         }
         assert trigger.job["series"] == "airflow:books/q1/close/-1"
+
+    @pytest.mark.parametrize(
+        ("options", "ends"),
+        [
+            ({}, False),
+            ({"do_xcom_push": False}, True),
+            ({"do_xcom_push": False, "end_from_trigger": False}, False),
+            ({"do_xcom_push": False, "outlets": [Asset("books")]}, False),
+            ({"do_xcom_push": False, "post_execute": lambda context, result: None}, False),
+            ({"end_from_trigger": True}, True),
+            ({"end_from_trigger": True, "outlets": [Asset("books")]}, False),
+        ],
+    )
+    def test_the_trigger_ends_a_task_that_has_nothing_left_to_do(
+        self, mocker: MockerFixture, options: dict[str, Any], ends: bool
+    ) -> None:
+        mocker.patch("airflow.sdk.listener.get_listener_manager").return_value.has_listeners = False
+        trigger = deferred(PgBackgroundOperator(task_id="t", sql="select 1", deferrable=True, **options)).trigger
+
+        assert isinstance(trigger, PgBackgroundTrigger)
+        assert trigger.end_task is ends
+
+    def test_with_a_listener_a_worker_ends_the_task(self, mocker: MockerFixture) -> None:
+        mocker.patch("airflow.sdk.listener.get_listener_manager").return_value.has_listeners = True
+        operator = PgBackgroundOperator(task_id="t", sql="select 1", deferrable=True, do_xcom_push=False)
+
+        assert deferred(operator).trigger.end_task is False
 
     def test_another_copy_of_the_trigger_does_the_same(self) -> None:
         trigger = deferred(PgBackgroundOperator(task_id="t", sql="select 1", timeout=60, deferrable=True)).trigger

@@ -78,6 +78,13 @@ class TestOneJob:
         assert event.xcoms is not None
         assert event.xcoms["return_value"]["row_count"] == 1  # type: ignore[index,call-overload]
 
+    async def test_a_task_without_xcom_is_ended_without(self) -> None:
+        trigger = PgBackgroundTrigger(job=_job(), end_task=True, do_xcom_push=False)
+        (event,) = [event async for event in trigger.run()]
+
+        assert isinstance(event, TaskSuccessEvent)
+        assert event.xcoms is None
+
     async def test_an_error_resumes_the_task_all_the_same(self) -> None:
         event = await _event(PgBackgroundTrigger(job=_job(sql="select 1/0"), end_task=True))
 

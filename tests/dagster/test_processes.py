@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.processes,
     pytest.mark.slow,
     pytest.mark.timeout(900),
+    pytest.mark.xdist_group("dagster"),
 ]
 
 JOBS = ["plain_in_process", "plain_multiprocess", "stubborn_in_process", "stubborn_multiprocess"]

@@ -21,7 +21,13 @@ from demo.state import ROOT, STATE_VARIABLE, State
 from pgbg_orchestration.embedded.server import EmbeddedServer
 from pgbg_orchestration.embedded.status import status
 
-pytestmark = [pytest.mark.airflow, pytest.mark.dagster, pytest.mark.processes, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.airflow,
+    pytest.mark.dagster,
+    pytest.mark.processes,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("demo"),
+]
 
 FIRST_SECONDS = 600
 INTERRUPTED_SECONDS = 120

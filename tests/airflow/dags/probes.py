@@ -30,5 +30,5 @@ for name, options in PROBES.items():
 
 with DAG(dag_id="many", schedule=None, params={"sql": ["select 1"]}) as dag_many:
     PgBackgroundOperator.partial(
-        task_id="job", deferrable=True, end_from_trigger=True, retries=3, retry_delay=timedelta(seconds=1)
+        task_id="job", deferrable=True, do_xcom_push=False, retries=3, retry_delay=timedelta(seconds=1)
     ).expand(sql=[f"insert into effect (run) values ('many-{number}')" for number in range(24)])
