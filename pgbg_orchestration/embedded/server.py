@@ -366,8 +366,7 @@ class EmbeddedServer:
         """Choose the extension, have the server find it, and create it in the database ``postgres``."""
         if self._choice != "stand-in":
             try:
-                self._extension = self._load_real()
-                self._surface = "2.0"
+                self._extension, self._surface = self._load_real()
             except RealExtensionUnavailableError as error:
                 if self._choice == "real":
                     raise
@@ -393,12 +392,14 @@ class EmbeddedServer:
         self._stop("fast")
         self._launch()
 
-    def _load_real(self) -> str:
+    def _load_real(self) -> tuple[str, Surface]:
         with self.connect() as connection:
             installed = connection.execute(
                 "select default_version from pg_available_extensions where name = 'pg_background'"
             ).fetchone()
+        # A PostgreSQL of the system's may bring one of its own.
         name = f"real {installed[0]}" if installed else ""
+        surface: Surface = "1.9" if name.startswith("real 1.") else "2.0"
         if not installed:
             files = real_extension(self.binaries.major)
             if self._user and not can_read(files.directory / "manifest.json", self._user):
@@ -409,11 +410,11 @@ class EmbeddedServer:
         try:
             with self.connect() as connection:
                 connection.execute("create extension if not exists pg_background")
-                _try_one_job(connection)
+                _try_one_job(connection, suffix="_v2" if surface == "1.9" else "")
         except psycopg.Error as error:
             self._drop_broken_extension()
             raise RealExtensionUnavailableError(f"{name} does not work in {self.binaries.source}: {error}") from error
-        return name
+        return name, surface
 
     def _drop_broken_extension(self) -> None:
         self._extension_settings = {}
@@ -470,12 +471,12 @@ class EmbeddedServer:
             return subprocess.CompletedProcess(result.args, result.returncode, output.read(), "")
 
 
-def _try_one_job(connection: psycopg.Connection) -> None:
+def _try_one_job(connection: psycopg.Connection, suffix: Literal["", "_v2"]) -> None:
     """Run one worker to its end: a library that loads can still fail in the worker."""
-    launched = connection.execute("select pid, cookie from pg_background_launch('select 1')").fetchone()
+    launched = connection.execute(f"select pid, cookie from pg_background_launch{suffix}('select 1')").fetchone()
     if launched is None:
         raise psycopg.InternalError("pg_background_launch returned no handle")
-    connection.execute("select * from pg_background_result(%s, %s) as (one int)", launched).fetchall()
+    connection.execute(f"select * from pg_background_result{suffix}(%s, %s) as (one int)", launched).fetchall()
 
 
 def _lock_file(data_dir: Path) -> Path:
