@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, Self, get_args
 
 import psycopg
 from psycopg import sql
+from psycopg import sql
 
 from pgbg_orchestration.embedded.binaries import Binaries, can_read, find_binaries, reachable_copy, unprivileged_user
 from pgbg_orchestration.embedded.cache import cache_directory
@@ -473,10 +474,11 @@ class EmbeddedServer:
 
 def _try_one_job(connection: psycopg.Connection, suffix: Literal["", "_v2"]) -> None:
     """Run one worker to its end: a library that loads can still fail in the worker."""
-    launched = connection.execute(f"select pid, cookie from pg_background_launch{suffix}('select 1')").fetchone()
+    launch, result = (sql.Identifier(f"pg_background_{name}{suffix}") for name in ("launch", "result"))
+    launched = connection.execute(sql.SQL("select pid, cookie from {}('select 1')").format(launch)).fetchone()
     if launched is None:
         raise psycopg.InternalError("pg_background_launch returned no handle")
-    connection.execute(f"select * from pg_background_result{suffix}(%s, %s) as (one int)", launched).fetchall()
+    connection.execute(sql.SQL("select * from {}(%s, %s) as (one int)").format(result), launched).fetchall()
 
 
 def _lock_file(data_dir: Path) -> Path:
