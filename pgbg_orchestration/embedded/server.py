@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Literal, Self, get_args
 
 import psycopg
 from psycopg import sql
-from psycopg import sql
 
 from pgbg_orchestration.embedded.binaries import Binaries, can_read, find_binaries, reachable_copy, unprivileged_user
 from pgbg_orchestration.embedded.cache import cache_directory
