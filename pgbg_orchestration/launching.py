@@ -361,7 +361,7 @@ class LaunchingSession:
         ----------
         at_work:
             Tells whether all workers with these process ids are seen at work. Where one is not, nothing is cancelled:
-            one that is starting can take the whole server down (docs/ground-truth.md, Cancel).
+            one that is starting can take the whole server down (pg_background before 2.0.2).
         """
 
         async def cancel() -> int:
