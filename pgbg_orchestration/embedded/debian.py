@@ -1,6 +1,6 @@
 """Fetch one Debian package, verified, without installing it.
 
-Debian testing is where the real pg_background can be had as a binary (docs/ground-truth.md). Its files are
+Debian testing is where the real pg_background can be had as a binary. Its files are
 loaded into a server as native code, so nothing is unpacked unless its SHA-256 is known from a trusted place:
 either a checksum that stands in this file, or a package index whose release file carries Debian's signature.
 """

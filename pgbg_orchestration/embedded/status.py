@@ -23,7 +23,7 @@ STATE_FILE = "pgbg.json"
 StopMode = Literal["smart", "fast", "immediate"]
 """As for ``pg_ctl stop``."""
 Surface = Literal["2.0", "1.9"]
-"""The extension's two sets of names (docs/ground-truth.md)."""
+"""The extension's two sets of names."""
 
 
 @dataclass(frozen=True)

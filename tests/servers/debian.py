@@ -1,7 +1,7 @@
 """The Debian testing tree that the real server lives in, built once and shared by every run on this machine.
 
 PostgreSQL 18 and pg_background 2.0.3 from Debian testing need a newer C library than many hosts have, so they run
-in a chroot (docs/ground-truth.md). As a script: ``python -m tests.servers.debian`` builds the tree and prints its path.
+in a chroot. As a script: ``python -m tests.servers.debian`` builds the tree and prints its path.
 """
 
 from __future__ import annotations
