@@ -21,7 +21,7 @@ class Server(Protocol):
     """What a test may ask of any server. ``conninfo`` stays good over stop, start, restart and crash."""
 
     name: str
-    """Its kind: ``real``, ``embedded``, ``standin20``, ``standin19``, or ``standin14`` to ``standin17`` of that major version."""
+    """Its kind: ``real``, ``embedded``, ``standin20``, ``standin19``, or ``standin14`` to ``standin17``."""
 
     @property
     def surface(self) -> str:
@@ -115,7 +115,5 @@ KINDS: Mapping[str, Kind] = {
     "embedded": Kind(_embedded, _why_no_embedded),
     "standin20": Kind(_standin20, _why_no_embedded),
     "standin19": Kind(_standin19, _why_no_embedded),
-    **{
-        name: Kind(partial(OlderUnderTest, name), major.why_not, everywhere=False) for name, major in MAJORS.items()
-    },
+    **{name: Kind(partial(OlderUnderTest, name), major.why_not, everywhere=False) for name, major in MAJORS.items()},
 }
