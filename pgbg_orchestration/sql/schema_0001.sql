@@ -682,7 +682,10 @@ begin
         )
         select coalesce(j.owner, r.owner), coalesce(j.job_id, r.job_id), coalesce(j.label, r.label), j.series,
                j.generation, j.kind,
-               case when r.status in ('committed', 'cancelled') then r.status
+               case -- The mark of a newer generation comes after how it ended.
+                    when r.status = 'cancelled' and r.cause = 'superseded' and j.outcome in ('failed', 'lost', 'unknown')
+                        then j.outcome
+                    when r.status in ('committed', 'cancelled') then r.status
                     when h.pid is not null or m.pid is not null then 'running'
                     when r.status = 'launching' then 'unknown'
                     when j.outcome in ('failed', 'cancelled', 'lost', 'unknown', 'committed')
