@@ -190,28 +190,34 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
 
 async def _check_role(job: Job, conn: AsyncConnection[Any]) -> None:
     # A worker of another kind starts as the role, and the login has to be allowed to read and detach it.
-    how = ("SET" if conn.info.server_version >= 160000 else "MEMBER") if job.kind is Kind.RECEIPT else "USAGE"
+    inherits = () if job.kind is Kind.RECEIPT else ("USAGE",)
+    # Since 16 a grant says for itself whether it lets the member inherit and SET ROLE.
+    how = (*inherits, "SET" if conn.info.server_version >= 160000 else "MEMBER")
     await _check_membership(job, conn, job.role or "", how, "become")
 
 
 async def _check_owner(job: Job, conn: AsyncConnection[Any]) -> None:
-    await _check_membership(job, conn, job.owner or "", "MEMBER", "own a job as")
+    await _check_membership(job, conn, job.owner or "", ("MEMBER",), "own a job as")
 
 
-async def _check_membership(job: Job, conn: AsyncConnection[Any], role: str, how: str, what: str) -> None:
+async def _check_membership(job: Job, conn: AsyncConnection[Any], role: str, how: Sequence[str], what: str) -> None:
     named = {"job_id": job.id, "label": job.label}
+    query = (
+        "select pg_catalog.bool_and(pg_catalog.pg_has_role(session_user, %s, h)), pg_catalog.quote_ident(session_user)"
+        " from pg_catalog.unnest(%s::text[]) as h"
+    )
     try:
-        cursor = await conn.execute("select pg_catalog.pg_has_role(session_user, %s, %s)", (role, how))
-        row = await cursor.fetchone()
+        has, login = await (await conn.execute(query, (role, [*how]))).fetchone() or (False, "")
     except psycopg.errors.UndefinedObject as error:
         raise InvalidJob(f"there is no role {role!r}", sqlstate="42704", **named) from error
-    if row != (True,):
-        raise NoPrivilege(
-            f"the login cannot {what} the role {role!r}",
-            sqlstate="42501",
-            todo=f"GRANT {sql.Identifier(role).as_string(None)} TO the login.",
-            **named,
-        )
+    if not has:
+        options = [name for need, name in (("USAGE", "INHERIT TRUE"), ("SET", "SET TRUE")) if need in how]
+        todo = f"GRANT {sql.Identifier(role).as_string(None)} TO {login}"
+        if "SET" in how:
+            todo += f" WITH {', '.join(options)}"
+        elif options:
+            todo += f"; ALTER ROLE {login} INHERIT"
+        raise NoPrivilege(f"the login cannot {what} the role {role!r}", sqlstate="42501", todo=f"{todo};", **named)
 
 
 def _literal(value: object) -> sql.Composable:

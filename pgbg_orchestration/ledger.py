@@ -93,7 +93,7 @@ class Sighting:
     @property
     def is_unsupervised(self) -> bool:
         """Whether the receipt is claimed, and nobody of the job is seen at work."""
-        return self.receipt is Receipt.LAUNCHING and self.holder_pid is None and self.marked_pid is None
+        return self.receipt is Receipt.LAUNCHING and not self.holds_this_job and self.marked_pid is None
 
     @property
     def is_between_locks(self) -> bool:
@@ -285,13 +285,13 @@ class Ledger:
     async def mark_older(self, key: Key, generation: int) -> Sequence[str] | None:
         """Cancel every older generation for good; returns None while a worker of one is at work.
 
-        Returned are the markers of older workers whose supervisors are gone: they are at work without a lock.
+        Returned are the ids of older jobs whose supervisors are gone: their workers are at work without a lock.
         """
         query = self._query(
             "select {s}.mark_older(%s, %s, %s) as status from pg_catalog.set_config('lock_timeout', %s, true)"
         )
-        marked: list[str] | None = await self._patiently(query, (key.owner, key.series, generation, MARK_PATIENCE))
-        return marked
+        at_work: list[str] | None = await self._patiently(query, (key.owner, key.series, generation, MARK_PATIENCE))
+        return at_work
 
     async def _patiently(self, query: sql.Composed, arguments: tuple[Any, ...]) -> Any:
         try:
@@ -329,9 +329,8 @@ class Ledger:
             # A supervisor bears the marker itself while it launches.
             "  where coalesce(a.application_name <> job.marker and not starts_with(a.application_name, %(s)s), true)"
             "  union all"
-            "  select a.pid from job, pg_catalog.pg_stat_activity as a where a.application_name = job.marker"
-            "  and a.datname = pg_catalog.current_database()"
-            "  and not exists (select from holder as h where h.pid = a.pid)"
+            "  select w.pid from {s}.supervised(%(o)s, %(j)s) as w (pid)"
+            "  where not exists (select from holder as h where h.pid = w.pid)"
             ") select coalesce(bool_or(pg_catalog.pg_cancel_backend(t.pid)), false) as sent from target as t"
         )
         arguments = {"o": key.owner, "j": job_id or key.job_id, "s": SUPERVISES}

@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, sql
+from psycopg import sql
 
 from . import blame, describing, faults, markers, pace, statements, verifying
 from .case import Case, Launch, deadline_of
@@ -190,12 +189,13 @@ class Run:
 
     async def _mark_older(self, registration: Registration) -> bool:
         """Make sure that no older generation starts or is at work; returns False when one was."""
-        marked = await self._ledger.mark_older(self._case.work.key, registration.generation)
-        if marked is not None and not marked:
+        key = self._case.work.key
+        at_work = await self._ledger.mark_older(key, registration.generation)
+        if at_work is not None and not at_work:
             return True
-        if marked and self._case.options.on_superseded == "cancel":
-            for marker in marked:
-                await self._ledger.run(partial(_signal_marked, marker))
+        if at_work and self._case.options.on_superseded == "cancel":
+            for job_id in at_work:
+                await self._ledger.signal(key, job_id=job_id)
         await self._sleep()
         return False
 
@@ -474,10 +474,6 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
         faults.point("before_mark")
         await ledger.mark_cancelled(key, cause, reason)
         faults.point("after_mark")
-
-
-async def _signal_marked(marker: str, conn: AsyncConnection[Any]) -> bool:
-    return await markers.signal(conn, marker)
 
 
 async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str | None) -> None:

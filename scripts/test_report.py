@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from xml.etree import ElementTree as ET
 
-SERVERS = {"real", "embedded", "standin20", "standin19", "standin15"}
+SERVERS = {"real", "embedded", "standin20", "standin19", "standin14", "standin15", "standin16", "standin17"}
 
 
 def server_of(name: str) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgbg_orchestration import server
+from pgbg_orchestration.job import Kind
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.ledger import STATES, JobEntry
 
@@ -178,7 +179,8 @@ def cancel(
         if json:
             print_json({"job_id": job_id, "owner": entry.owner, "label": entry.label, "decided": decided})
         elif decided == "cancelled":
-            text = "nothing of it is committed; it runs again with run --retry-cancelled only"
+            of_it = "nothing of it" if entry.kind == Kind.RECEIPT else "nothing but what it committed by itself"
+            text = f"{of_it} is committed; it runs again with run --retry-cancelled only"
             out.print(Text.assemble(("⊘ cancelled  ", "yellow"), (plain(entry.label or job_id), "bold"), f"\n  {text}"))
         else:
             out.print(Text.assemble(("✓ too late, committed  ", "yellow"), (plain(entry.label or job_id), "bold")))

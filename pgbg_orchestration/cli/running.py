@@ -93,6 +93,14 @@ def run(
         str | None,
         typer.Option(metavar="QUERY", help="True when the work is done; decides unknown ends.", rich_help_panel=_HOW),
     ] = None,
+    drop_invalid_index: Annotated[
+        bool,
+        typer.Option(
+            "--drop-invalid-index",
+            help="First drop the invalid index that an earlier CREATE INDEX CONCURRENTLY left.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
     queue_size: Annotated[
         int | None, typer.Option(metavar="BYTES", help="The worker's output queue.", rich_help_panel=_HOW)
     ] = None,
@@ -142,6 +150,7 @@ def run(
             isolation=isolation.replace("-", " ") if isolation else None,
             kind=kind,
             verify_sql=verify_sql,
+            drop_invalid_index=drop_invalid_index,
             queue_size=queue_size,
             timeout=timeout,
         )

@@ -97,13 +97,20 @@ create function @schema@.marker(p_owner text, p_job_id text) returns text
     return 'pgbg:' || pg_catalog.left(pg_catalog.encode(
         pg_catalog.sha256(pg_catalog.convert_to(p_owner || ':' || p_job_id, 'UTF8')), 'hex'), 32);
 
--- A backend of this database that bears a marker; the same job may be at work in another database too.
-create function @schema@.marked(p_marker text) returns int
-    language sql stable strict
+-- A backend of this database that bears a marker, or else the process that a claimed receipt names, as long as it runs
+-- something as the login that claimed it: SQL can set its own application_name and take the marker off, and the pid of
+-- a worker that ended may be another's by now. The same job may be at work in another database too.
+create function @schema@.marked(p_marker text, p_pid int default null, p_login text default null) returns int
+    language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
     select a.pid from pg_stat_activity a
-    where a.application_name = p_marker and a.datname = current_database() limit 1
+    where a.datname = current_database() and (
+        a.application_name = p_marker
+        or a.pid = p_pid and a.usename = p_login and exists (
+            -- "state" is not for every role to see; who runs a statement holds this lock, and all may see that.
+            select from pg_locks l where l.pid = a.pid and l.locktype = 'virtualxid'))
+    order by a.application_name = p_marker desc limit 1
 $$;
 
 create function @schema@.owner_for(p_owner text) returns text
@@ -226,8 +233,7 @@ begin
         insert into @schema@.receipt
             (owner, job_digest, status, job_id, label, attempt, worker_pid, sql_digest, started_at)
         values
-            (v_owner, v_job, 'launching', p_job_id, p_label, p_attempt, pg_backend_pid(), p_sql_digest,
-             clock_timestamp());
+            (v_owner, v_job, 'launching', p_job_id, p_label, p_attempt, null, p_sql_digest, clock_timestamp());
     exception when unique_violation then
         select r.status into v_status from @schema@.receipt r where r.owner = v_owner and r.job_digest = v_job;
         raise exception using
@@ -235,6 +241,27 @@ begin
             message = format('this job has a receipt: %s', v_status);
     end;
 end $$;
+
+-- In the supervisor, once its worker was seen at work: names it in the claimed receipt. Not before that, since the pid
+-- of a handle can be another's where the worker ended before its launcher woke.
+create function @schema@.follow(p_owner text, p_job_id text, p_attempt int, p_worker_pid int) returns void
+    language sql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+    update @schema@.receipt r set worker_pid = p_worker_pid
+        where r.owner = @schema@.owner_for(p_owner) and r.job_digest = @schema@.digest(p_job_id)
+          and r.attempt = p_attempt and r.status = 'launching'
+$$;
+
+-- The worker of a claimed job that is at work, for whoever wants to cancel it; null where none is seen.
+create function @schema@.supervised(p_owner text, p_job_id text) returns int
+    language sql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+    select @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) from @schema@.receipt r
+        where r.owner = @schema@.owner_for(p_owner) and r.job_digest = @schema@.digest(p_job_id)
+          and r.status = 'launching'
+$$;
 
 -- Says how a supervised job ended, in the supervisor or by whoever found it out: 'committed', or 'failed' and
 -- 'unlaunched', which free the receipt for another attempt. Returns whether there was anything to settle.
@@ -291,6 +318,7 @@ declare
     v_failed  boolean := false;
     v_read    boolean := false;
     v_ready   boolean := false;
+    v_named   boolean := false;
     v_error   text[];
     v_polls   bigint := 0;
     v_name    text := pg_catalog.current_setting('application_name');
@@ -343,10 +371,14 @@ begin
         perform pg_catalog.pg_sleep(0.05);
         execute p_calls[2] into v_rows, v_tag, v_done, v_failed using v_pid, v_cookie;
         v_polls := v_polls + 1;
+        if not v_done and not v_named then
+            perform @schema@.follow(p_owner, p_job_id, p_attempt, v_pid);
+            v_named := true;
+        end if;
         -- Nobody reads its output, and it waits for that: read it now.
         exit when v_polls % 20 = 0 and exists (
             select from pg_catalog.pg_stat_activity a
-            where a.application_name = v_marker and a.datname = pg_catalog.current_database()
+            where (a.application_name = v_marker or a.pid = v_pid) and a.datname = pg_catalog.current_database()
               and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
     end loop;
     if v_failed then
@@ -479,9 +511,11 @@ begin
             from unnest(v_owners, p_jobs, p_series) with ordinality as u (o, j, s, n)
         )
         select w.n, clock_timestamp(), h.pid, a.usename::text,
-               coalesce(pg_has_role(a.usesysid, w.owner, 'MEMBER'), false),
+               -- Its backend may have ended since its lock was seen: that is no stranger, and the receipts are of before.
+               a.pid is null or coalesce(pg_has_role(a.usesysid, w.owner, 'MEMBER'), false),
                other.job_id, other.generation, this.key is not null,
-               case when r.status = 'launching' then @schema@.marked(@schema@.marker(r.owner, r.job_id)) end,
+               case when r.status = 'launching' then
+                   @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) end,
                r.status, r.attempt, r.worker_pid, r.started_at, r.cause, r.reason, r.decided_by,
                r.decided_at, s.newest, k.generation, k.attempt, coalesce(r.sql_digest, k.sql_digest), k.outcome, k.ended_at, k.row_count, k.command_tag,
                k.sqlstate, k.message, k.detail, k.hint, k.context, k.schema_name, k.table_name, k.column_name,
@@ -522,8 +556,8 @@ begin
     return (select r.status from @schema@.receipt r where r.owner = v_owner and r.job_digest = v_job);
 end $$;
 
--- Makes sure that no older generation of the series starts any more. Waits like mark_cancelled. Returns the markers of
--- older workers that are at work and hold no lock, since their supervisors are gone.
+-- Makes sure that no older generation of the series starts any more. Waits like mark_cancelled. Returns the ids of
+-- older jobs that are at work without a lock, since their supervisors are gone.
 create function @schema@.mark_older(p_owner text, p_series text, p_generation bigint) returns text[]
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -546,12 +580,11 @@ begin
         on conflict (owner, job_digest) do update set cause = excluded.cause, reason = excluded.reason
             where receipt.status = 'cancelled';
     return array(
-        select a.application_name
+        select j.job_id
         from @schema@.job j
         join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest and r.status = 'launching'
-        join pg_stat_activity a
-            on a.application_name = @schema@.marker(j.owner, j.job_id) and a.datname = current_database()
-        where j.owner = v_owner and j.series_digest = v_series and j.generation < p_generation);
+        where j.owner = v_owner and j.series_digest = v_series and j.generation < p_generation
+          and @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) is not null);
 end $$;
 
 -- Takes a cancel back, for a retry of the same job; a superseded job stays cancelled.
@@ -611,6 +644,8 @@ begin
           and not (r.status = 'launching' and (
               @schema@.marked(@schema@.marker(r.owner, r.job_id)) is not null
               or exists (
+                  select from pg_stat_activity a where a.pid = r.worker_pid and a.datname = current_database())
+              or exists (
                   select from pg_locks l
                   where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
                     and (l.classid::bigint << 32) | l.objid::bigint = @schema@.lock_key('job', r.owner, r.job_digest)
@@ -647,7 +682,10 @@ begin
         )
         select coalesce(j.owner, r.owner), coalesce(j.job_id, r.job_id), coalesce(j.label, r.label), j.series,
                j.generation, j.kind,
-               case when r.status in ('committed', 'cancelled') then r.status
+               case -- The mark of a newer generation comes after how it ended.
+                    when r.status = 'cancelled' and r.cause = 'superseded' and j.outcome in ('failed', 'lost', 'unknown')
+                        then j.outcome
+                    when r.status in ('committed', 'cancelled') then r.status
                     when h.pid is not null or m.pid is not null then 'running'
                     when r.status = 'launching' then 'unknown'
                     when j.outcome in ('failed', 'cancelled', 'lost', 'unknown', 'committed')
@@ -667,7 +705,8 @@ begin
         full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
         left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
         left join lateral (
-            select @schema@.marked(@schema@.marker(r.owner, r.job_id)) as pid where r.status = 'launching'
+            select @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) as pid
+            where r.status = 'launching'
         ) m on true
         -- Not by its start too, which the owner of this schema may not see.
         left join pg_stat_activity l on l.pid = j.launcher_pid

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import Database
 from tests.core.kit import LONG, Watched
 from tests.servers.kinds import KINDS, Server
+from tests.servers.older import MAJORS
 
 HERE = Path(__file__).parent
 
@@ -60,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kind = callspec.params.get("server_kind") if callspec and HERE in item.path.parents else None
         marker = item.get_closest_marker("servers")
         other_surface = "standin20" if marker and "standin19" not in marker.args else "standin19"
-        majors = {"standin15"} if item.get_closest_marker("majors") else set()
+        majors = set(MAJORS) if item.get_closest_marker("majors") else set()
         (keep if kind is None or kind in {*chosen, other_surface, *majors} else drop).append(item)
     if drop:
         config.hook.pytest_deselected(items=drop)

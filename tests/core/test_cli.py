@@ -18,7 +18,7 @@ from pgbg_orchestration import install
 from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import ExitCode
 from tests.conftest import Database
-from tests.core.kit import ROOT, Watched, effect, eventually, slow, within
+from tests.core.kit import APP, ROOT, Watched, effect, eventually, slow, within
 
 Pgbg = Callable[..., Result]
 
@@ -123,6 +123,20 @@ class TestRun:
         assert (of_its_own_accord["command_tag"], in_a_session["command_tag"]) == ("VACUUM", "VACUUM")
         assert in_a_session["proof"] == "result"
 
+    def test_an_invalid_index_is_dropped_on_demand(self, db: Watched, pgbg: Pgbg) -> None:
+        db.sql("insert into effects values ('same'), ('same')")
+        db.sql(f"alter table effects owner to {APP}")
+        db.sql(f"grant create on schema public to {APP}")
+        build = "create unique index concurrently only_one on effects (job)"
+        assert pgbg("run", build).exit_code == ExitCode.FAILED
+        db.sql("delete from effects")
+
+        again = pgbg("run", build)
+        with_the_option = pgbg("run", build, "--drop-invalid-index")
+
+        assert (again.exit_code, with_the_option.exit_code) == (ExitCode.FAILED, ExitCode.OK)
+        assert db.value("select indisvalid from pg_index where indexrelid = 'only_one'::regclass") is True
+
     def test_without_the_privilege(self, db: Watched) -> None:
         db.role("pgbg_nobody", "login", ())
 
@@ -156,6 +170,16 @@ class TestJobs:
         assert ids("--limit", "1") == ["c"]
         assert ids("--id", "a") == ["a"]
         assert ids("--state", "lost") == []
+
+    def test_a_newer_generation_hides_no_failure(self, db: Watched, pgbg: Pgbg) -> None:
+        for sql, generation in (("select 1/0", "1"), ("select 1", "2")):
+            pgbg("run", sql, "--series", "s", "--generation", generation, "--label", generation)
+
+        listed = {entry["label"]: entry for entry in told(pgbg("jobs", "--json"))}
+
+        assert {label: entry["state"] for label, entry in listed.items()} == {"1": "failed", "2": "committed"}
+        assert listed["1"]["sqlstate"] == "22012"
+        assert "generation 2" in listed["1"]["reason"], "and it never starts again"
 
     def test_the_table(self, db: Watched, pgbg: Pgbg) -> None:
         assert pgbg("jobs").output == "no jobs\n"

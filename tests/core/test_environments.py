@@ -114,9 +114,7 @@ async def test_database_that_is_not_utf8(
         name = sql.Identifier(database.name)
         conn.execute(sql.SQL("drop database {}").format(name))
         conn.execute(
-            sql.SQL("create database {} template template0 encoding {} locale_provider libc locale 'C'").format(
-                name, sql.Literal(encoding)
-            )
+            sql.SQL("create database {} template template0 encoding {} locale 'C'").format(name, sql.Literal(encoding))
         )
     server.create_extension(database.name)
     install(database.conninfo)

@@ -137,6 +137,57 @@ async def test_killed_supervisor_leaves_what_can_be_told(steps: Watched, verify_
     assert steps.states()[str(job.id)] == "committed"
 
 
+RENAMED = """
+create procedure renamed(job text, n int) language plpgsql as $$
+begin
+    perform set_config('application_name', 'a name of my own', false);
+    call steps(job, n, 0);
+end $$
+"""
+
+
+async def followed(db: Watched) -> int:
+    """The pid of the worker that a supervisor has named in the claimed receipt."""
+
+    def look() -> int | None:
+        found = db.sql("select worker_pid from pgbg.receipt where status = 'launching' and worker_pid is not null")
+        return int(found[0][0]) if found and db.effects() else None
+
+    pid = await eventually(look, "a worker that its supervisor has named")
+    assert pid is not None
+    return pid
+
+
+@pytest.mark.parametrize("verify_sql", [None, "select false"])
+async def test_sql_that_takes_its_marker_off_is_found_by_its_process(steps: Watched, verify_sql: str | None) -> None:
+    """Its supervisor's death leaves it running: it is waited for, and nothing is launched beside it."""
+    steps.sql(RENAMED)
+    running = asyncio.create_task(arun(steps.conninfo, Job("call renamed('j', 80)", id="j", verify_sql=verify_sql)))
+    await followed(steps)
+    steps.sql("select pg_terminate_backend(%s)", await supervisor(steps))
+    await within(asyncio.wait({running}))
+    if verify_sql is None:
+        assert isinstance(running.exception(), errors.OutcomeUnknown)
+        assert steps.effects() == 80
+    else:
+        assert running.result().launched
+        in_order = [pid for (pid,) in steps.sql("select pid from effects order by ctid")]
+        assert len(in_order) == 160
+        assert len(set(in_order[:80])) == len(set(in_order[80:])) == 1, "one after the other"
+
+
+async def test_cancel_reaches_sql_that_took_its_marker_off(steps: Watched) -> None:
+    steps.sql(RENAMED)
+    running = asyncio.create_task(arun(steps.conninfo, Job("call renamed('j', 1000)", id="j")))
+    pid = await followed(steps)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await within(running)
+    assert steps.states() == {"j": "cancelled"}
+    assert steps.value("select count(*) from pg_stat_activity where pid = %s and state = 'active'", pid) == 0
+    assert steps.effects() < 1000
+
+
 async def test_several_statements_in_one_transaction(steps: Watched) -> None:
     job = Job("create table later (a int); insert into later values (1); select a from later", kind="supervised")
     assert (await within(arun(steps.conninfo, job))).launched

@@ -19,8 +19,23 @@ from tests.servers.kinds import Server
 WORKS = {
     "vacuum": "vacuum (analyze) own",
     "index": "create unique index concurrently ux on own (n)",
-    "call": "call steps('j', 10, 6, 0.2)",
+    "call": "call middle('j')",
 }
+# Commits five times, fails at the sixth, and has its middle before the third.
+MIDDLE = """
+create procedure middle(job text) language plpgsql as $$
+begin
+    for i in 1 .. 10 loop
+        if i = 3 then
+            lock table own in share update exclusive mode;
+        elsif i = 6 then
+            raise exception 'step % fails', i using errcode = '22012';
+        end if;
+        insert into effects (job, n) values (job, i);
+        commit;
+    end loop;
+end $$
+"""
 FAILURES = {"index": "23505", "call": "22012"}
 EFFECTS = {"vacuum": 0, "index": 0, "call": 5}
 
@@ -28,6 +43,7 @@ EFFECTS = {"vacuum": 0, "index": 0, "call": 5}
 def prepare(db: Watched) -> Watched:
     """A procedure that commits at each step, and a table with duplicates that the login owns."""
     db.sql(PROCEDURE)
+    db.sql(MIDDLE)
     db.sql("create table own (n int)")
     db.sql("insert into own select 1 from generate_series(1, 100)")
     db.sql(f"alter table own owner to {APP}")
@@ -42,30 +58,28 @@ def prepared(db: Watched) -> Watched:
 
 @contextlib.contextmanager
 def held(db: Watched) -> Iterator[Callable[[], None]]:
-    """Keep VACUUM and CREATE INDEX CONCURRENTLY waiting in their middle, until what is yielded is called."""
+    """Keep the works waiting in their middle, until what is yielded is called."""
     with contextlib.closing(db.database.connect()) as holder:
         holder.execute("begin")
         holder.execute("lock table own in row exclusive mode")
         holder.execute("savepoint s")
         holder.execute("lock table own in share update exclusive mode")
 
-        def index_may_begin() -> None:
+        def let_go() -> None:
             with contextlib.suppress(psycopg.OperationalError):  # the server may be gone
                 holder.execute("rollback")
 
-        yield index_may_begin
+        yield let_go
 
 
-async def in_the_middle(db: Watched, work: str) -> int:
-    """Wait until the job's supervisor has a worker at work that is in its middle; returns the worker's pid."""
+async def in_the_middle(db: Watched) -> int:
+    """Wait until the job's supervisor has a worker at work that waits in its middle; returns the worker's pid."""
 
     def look() -> int | None:
-        if work == "call" and db.effects() < 2:
-            return None
-        wanted = "" if work == "call" else " and a.wait_event_type = 'Lock'"
         rows = db.sql(
             "select a.pid from pg_stat_activity a join pgbg.receipt r on a.application_name ="
-            f" pgbg.marker(r.owner, r.job_id) where r.status = 'launching' and a.datname = current_database(){wanted}"
+            " pgbg.marker(r.owner, r.job_id) where r.status = 'launching' and a.datname = current_database()"
+            " and a.wait_event_type = 'Lock'"
             " and not exists (select from pg_locks l where l.pid = a.pid and l.locktype = 'advisory')"
         )
         return int(rows[0][0]) if rows else None
@@ -96,7 +110,7 @@ async def test_launching_process_killed(prepared: Watched, work: str, point: str
         async with launching_process(prepared.conninfo, f"{point}:kill") as child:
             child.run(job)
             await child.killed()
-        await in_the_middle(prepared, work)
+        await in_the_middle(prepared)
         seen = Recorder()
         second = asyncio.create_task(arun(prepared.conninfo, Job(WORKS[work], id="j"), observer=seen))
         await eventually(lambda: "attached" in seen.kinds(), "the second process has attached")
@@ -121,8 +135,7 @@ async def test_launching_process_killed_before_the_launch(prepared: Watched, wor
 async def test_cancelled(prepared: Watched, work: str, who: str) -> None:
     with held(prepared) as release:
         running = asyncio.create_task(arun(prepared.conninfo, Job(WORKS[work], id="j")))
-        await in_the_middle(prepared, work)
-        done = prepared.effects()
+        await in_the_middle(prepared)
         if who == "caller":
             running.cancel()
         else:
@@ -133,7 +146,7 @@ async def test_cancelled(prepared: Watched, work: str, who: str) -> None:
     expected = asyncio.CancelledError if who == "caller" else errors.JobCancelled
     assert isinstance(end, expected), end
     assert prepared.states() == {"j": "cancelled"}
-    assert prepared.effects() - done in (0, 1)
+    assert prepared.effects() == (2 if work == "call" else 0)
     await eventually(lambda: not prepared.workers(), "no worker is left")
     assert prepared.value("select count(*) from pg_index where indisvalid and indrelid = 'own'::regclass") == 0
     with pytest.raises(errors.JobCancelled):
@@ -149,12 +162,12 @@ async def test_server_restarted(own_db: Callable[..., Watched], work: str, verif
     job = Job(WORKS[work], id="j", verify_sql=verify)
     with held(db):
         running = asyncio.create_task(arun(db.conninfo, job))
-        await in_the_middle(db, work)
+        await in_the_middle(db)
         db.close()
         await asyncio.to_thread(db.server.restart, "immediate")
     end = await ended(running)
-    done = db.effects()
-    assert done <= 5
+    done = 2 if work == "call" else 0
+    assert db.effects() == done
     if work == "index":
         # The catalog tells that it was not built, so it is launched again, and meets what the first build left.
         assert isinstance(end, errors.WorkerError), end
@@ -171,17 +184,18 @@ async def test_server_restarted(own_db: Callable[..., Watched], work: str, verif
 
 
 async def test_cancel_of_a_job_whose_supervisor_is_gone_says_that_nobody_knows(prepared: Watched) -> None:
-    running = asyncio.create_task(arun(prepared.conninfo, Job(WORKS["call"], id="j")))
-    await in_the_middle(prepared, "call")
-    prepared.sql(
-        "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgbg supervises%'"
-    )
-    async with Launcher(prepared.conninfo) as other:
-        with pytest.raises(errors.OutcomeUnknown):
-            await within(other.cancel("j"))
+    with held(prepared):
+        running = asyncio.create_task(arun(prepared.conninfo, Job(WORKS["call"], id="j")))
+        await in_the_middle(prepared)
+        prepared.sql(
+            "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgbg supervises%'"
+        )
+        async with Launcher(prepared.conninfo) as other:
+            with pytest.raises(errors.OutcomeUnknown):
+                await within(other.cancel("j"))
     assert isinstance(await ended(running), errors.OutcomeUnknown)
     await eventually(lambda: not prepared.workers(), "no worker is left")
-    assert prepared.effects() < 5
+    assert prepared.effects() == 2
 
 
 async def test_newer_generation_ends_an_older_one_that_is_told_of(prepared: Watched) -> None:
@@ -281,12 +295,13 @@ async def test_four_slots_twenty_jobs_four_processes(own_db: Callable[..., Watch
 async def test_cancel_all_spares_supervisors(prepared: Watched) -> None:
     """The extension's cancel_all would hit the supervisor, and nobody could tell how its worker ended."""
     async with Launcher(prepared.conninfo) as launcher:
-        running = asyncio.create_task(launcher.run(Job(WORKS["call"], id="j")))
-        await in_the_middle(prepared, "call")
+        running = asyncio.create_task(launcher.run(Job("call steps('j', 1000, 0)", id="j")))
+        await eventually(prepared.effects, "the job is at work")
         assert await within(launcher.cancel_all()) == 0
         running.cancel()
         assert isinstance(await ended(running), asyncio.CancelledError)
     assert prepared.states() == {"j": "cancelled"}
+    assert prepared.effects() < 1000
 
 
 @pytest.mark.parametrize("timeout", [0.8])
@@ -307,11 +322,12 @@ async def test_if_not_exists_does_not_pass_an_invalid_index_off_as_built(prepare
 
 
 async def test_prune_leaves_the_claim_of_a_job_at_work(prepared: Watched) -> None:
-    running = asyncio.create_task(arun(prepared.conninfo, call(8, id="j")))
-    await in_the_middle(prepared, "call")
-    prepared.sql("select pgbg.prune('0 s')")
-    assert (await within(running)).launched
-    assert prepared.effects() == 8
+    with held(prepared) as release:
+        running = asyncio.create_task(arun(prepared.conninfo, Job("vacuum own", id="j")))
+        await in_the_middle(prepared)
+        prepared.sql("select pgbg.prune('0 s')")
+        release()
+        assert (await within(running)).launched
     assert prepared.states() == {"j": "committed"}
 
 
@@ -325,7 +341,7 @@ async def test_same_id_in_two_databases(
         conn.execute(f"alter table own owner to {APP}")
         with held(prepared) as release:
             first = asyncio.create_task(arun(prepared.conninfo, Job("vacuum own", id="j")))
-            await in_the_middle(prepared, "vacuum")
+            await in_the_middle(prepared)
             assert (await within(arun(other.conninfo_as(APP), Job("vacuum own", id="j")))).launched
             release()
             assert (await within(first)).launched

@@ -61,6 +61,30 @@ async def test_least_privilege_is_enough_and_less_is_told(db: Watched) -> None:
         db.sql(f"drop role {login}")
 
 
+@pytest.mark.majors
+@pytest.mark.parametrize("kind", ["receipt", "supervised"])
+async def test_role_that_the_login_may_not_become(db: Watched, kind: str) -> None:
+    """No member, or since PostgreSQL 16 one by a grant without its options: the line that is told helps."""
+    login, role = "pgbg_member", "pgbg_work"
+    db.role(login)
+    db.role(role, "nologin")
+    db.sql(f"grant insert on effects to {role}")
+    if int(db.value("show server_version_num")) >= 160000:
+        db.sql(f"grant {role} to {login} with inherit false, set false")
+    job = Job(effect("j"), id="j", kind=kind, role=role)
+    try:
+        with pytest.raises(errors.NoPrivilege) as caught:
+            await within(arun(db.database.conninfo_as(login), job))
+        todo = caught.value.todo or ""
+        assert f'GRANT "{role}" TO {login}' in todo
+        db.sql(todo)
+        assert (await within(arun(db.database.conninfo_as(login), job))).launched
+        assert db.effects() == 1
+    finally:
+        db.sql(f"drop owned by {login}, {role}")
+        db.sql(f"drop role {login}, {role}")
+
+
 async def test_a_table_that_the_login_may_not_touch(db: Watched) -> None:
     db.sql("create table secret (i int)")
     with pytest.raises(errors.WorkerError) as caught:

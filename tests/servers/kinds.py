@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, Self
 
 import psycopg
 
 from pgbg_orchestration.embedded.binaries import NoPostgresError, find_binaries
 from pgbg_orchestration.embedded.status import StopMode
-from tests.servers import older
 from tests.servers.debian import DebianTree
 from tests.servers.embedded import EmbeddedUnderTest
-from tests.servers.older import OlderUnderTest
+from tests.servers.older import MAJORS, OlderUnderTest
 from tests.servers.real import RealServer
 
 
@@ -21,7 +21,7 @@ class Server(Protocol):
     """What a test may ask of any server. ``conninfo`` stays good over stop, start, restart and crash."""
 
     name: str
-    """Its kind: ``real``, ``embedded``, ``standin20``, ``standin19`` or ``standin15`` (PostgreSQL 15)."""
+    """Its kind: ``real``, ``embedded``, ``standin20``, ``standin19``, or ``standin14`` to ``standin17``."""
 
     @property
     def surface(self) -> str:
@@ -98,10 +98,6 @@ def _standin19(max_worker_processes: int = 64, settings: Mapping[str, str | int]
     return EmbeddedUnderTest("standin19", max_worker_processes, settings, extension="stand-in", surface="1.9")
 
 
-def _standin15(max_worker_processes: int = 64, settings: Mapping[str, str | int] | None = None) -> Server:
-    return OlderUnderTest("standin15", max_worker_processes, settings)
-
-
 def _why_no_real() -> str | None:
     return DebianTree().why_not()
 
@@ -119,5 +115,5 @@ KINDS: Mapping[str, Kind] = {
     "embedded": Kind(_embedded, _why_no_embedded),
     "standin20": Kind(_standin20, _why_no_embedded),
     "standin19": Kind(_standin19, _why_no_embedded),
-    "standin15": Kind(_standin15, older.why_not, everywhere=False),
+    **{name: Kind(partial(OlderUnderTest, name), major.why_not, everywhere=False) for name, major in MAJORS.items()},
 }
