@@ -93,6 +93,9 @@ def run(
         str | None,
         typer.Option(metavar="QUERY", help="True when the work is done; decides unknown ends.", rich_help_panel=_HOW),
     ] = None,
+    redact_details: Annotated[
+        bool, typer.Option("--redact-details", help="Keep no text of the server's errors.", rich_help_panel=_HOW)
+    ] = False,
     queue_size: Annotated[
         int | None, typer.Option(metavar="BYTES", help="The worker's output queue.", rich_help_panel=_HOW)
     ] = None,
@@ -142,6 +145,7 @@ def run(
             isolation=isolation.replace("-", " ") if isolation else None,
             kind=kind,
             verify_sql=verify_sql,
+            redact_details=redact_details,
             queue_size=queue_size,
             timeout=timeout,
         )
