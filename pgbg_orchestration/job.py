@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -78,6 +78,9 @@ class Job:
         order in which the ids of the series were registered.
     owner:
         The role that owns the job's receipt; the login must be a member of it. Default: the login.
+    redact_details:
+        Of the server's errors keep the SQLSTATE and the names of schema, table, column and constraint only. Message,
+        detail, hint and context, which may quote data, are neither raised, logged nor written to the history.
 
     Raises
     ------
@@ -89,7 +92,7 @@ class Job:
     _: KW_ONLY
     id: str | None = None
     label: str | None = None
-    parameters: Sequence[Any] | Mapping[str, Any] | None = None
+    parameters: Sequence[Any] | Mapping[str, Any] | None = field(default=None, repr=False)  # they may be secrets
     settings: Mapping[str, str] | None = None
     role: str | None = None
     isolation: str | None = None
@@ -101,6 +104,7 @@ class Job:
     generation: int | None = None
     owner: str | None = None
     drop_invalid_index: bool = False
+    redact_details: bool = False
 
     def __post_init__(self) -> None:
         for name in ("id", "label", "role", "verify_sql", "series", "owner"):
