@@ -49,6 +49,11 @@ class Lab:
         )
         return [pid for (pid,) in found]
 
+    def triggerer_of(self, run_id: str) -> str:
+        """Which component launched the run's worker."""
+        pid = int(self.rows("select launched_by from pgbg.jobs where label = %s", run_id)[0][0].rpartition("/")[2])
+        return next(name for name in self.processes.components if pid in self.processes.pids(name))
+
     def effects(self, run_id: str) -> int:
         """How many times the run's work was committed."""
         return int(self.rows("select count(*) from effect where run = %s", run_id)[0][0])
@@ -102,7 +107,7 @@ def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempP
     dags = home / "dags"
     dags.mkdir()
     for source in (HERE / "dags").iterdir():
-        if source.suffix == ".py":
+        if source.suffix in (".py", ".sql"):
             (dags / source.name).symlink_to(source)
     for source in EXAMPLES.glob("airflow_*.py"):
         (dags / source.name).symlink_to(source)

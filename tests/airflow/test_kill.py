@@ -80,7 +80,7 @@ def test_a_clear_while_running_never_has_two_workers(lab: Lab, dag_id: str) -> N
 def test_a_triggerer_that_was_stalled_cancels_nothing(lab: Lab) -> None:
     run = lab.start("deferred", "stalled", _long("stalled", 45))
     worker = lab.wait_for_worker(run)
-    busy = _triggerer_of(lab, run)
+    busy = lab.triggerer_of(run)
 
     lab.processes.signal(busy, signal.SIGSTOP)
     time.sleep(25)  # longer than the health check's threshold, so that the other triggerer takes over
@@ -94,7 +94,7 @@ def test_a_triggerer_that_was_stalled_cancels_nothing(lab: Lab) -> None:
 def test_a_killed_triggerer_is_replaced(lab: Lab) -> None:
     run = lab.start("deferred", "triggerer-killed", _long("triggerer-killed", 20))
     worker = lab.wait_for_worker(run)
-    busy = _triggerer_of(lab, run)
+    busy = lab.triggerer_of(run)
 
     lab.processes.kill(busy)
     try:
@@ -113,9 +113,3 @@ def test_marked_while_it_waits_in_its_own_process(lab: Lab) -> None:
     lab.wait_for_no_worker(run)
     lab.wait_for_states(run, ["cancelled"])
     assert lab.effects(run) == 0
-
-
-def _triggerer_of(lab: Lab, run_id: str) -> str:
-    """Which component launched the run's worker."""
-    pid = int(lab.rows("select launched_by from pgbg.jobs where label = %s", run_id)[0][0].rpartition("/")[2])
-    return next(name for name in lab.processes.components if pid in lab.processes.pids(name))
