@@ -73,7 +73,10 @@ def check_mapped(kwargs: Mapping[str, Any]) -> None:
     ValueError
         With what to do.
     """
-    if kwargs.get("start_from_trigger"):
+    # Airflow looks for the defaults of a mapped task's own arguments on a worker only.
+    defaults = [getattr(kwargs.get(owner), "default_args", None) or {} for owner in ("dag", "task_group")]
+    given = {name: value for layer in (*defaults, kwargs) for name, value in layer.items()}
+    if given.get("start_from_trigger"):
         raise ValueError(
             f"the mapped task {kwargs.get('task_id')!r} cannot have start_from_trigger=True: Airflow starts no mapped "
             f"task in a triggerer. {_WITHOUT}"

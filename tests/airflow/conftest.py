@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,27 @@ class Lab:
     def states(self, run_id: str) -> list[str]:
         """States of the run's jobs, oldest generation first."""
         return [s for (s,) in self.rows("select state from pgbg.jobs where label = %s order by generation", run_id)]
+
+    @contextmanager
+    def slots_used_up(self, spare: int = 0) -> Iterator[Callable[[], None]]:
+        """Take all of the server's worker slots but ``spare``; gives what frees them again."""
+        with psycopg.connect(self.conninfo, autocommit=True) as session:
+            session.execute("set pg_background.max_workers = 1000")
+            taken: list[int] = []
+            with suppress(psycopg.errors.InsufficientResources):
+                while True:
+                    row = session.execute("select (pg_background_launch('select pg_sleep(900)')).pid").fetchone()
+                    assert row is not None
+                    taken.append(int(row[0]))
+
+            def free(pids: list[int]) -> None:
+                self.rows("select pg_cancel_backend(pid) from unnest(%s::int[]) pid", pids)
+
+            free(taken[:spare])
+            try:
+                yield lambda: free(taken[spare:])
+            finally:
+                free(taken)
 
     def wait(self, there: Callable[[], object], what: str, seconds: float = 60.0) -> None:
         """Wait until something is true."""
