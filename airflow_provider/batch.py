@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow.triggers.base import BaseTrigger, TriggerEvent
-
 from . import events
-from .hook import PgBackgroundHook
+from .identity import job_arguments, label_of
 from .operators import PgBackgroundOperator
-from .triggering import GOES_ON, load_core, settle, shared_conninfo, state_of, to_its_end
+from .trigger_base import JobTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from pgbg_orchestration import Launcher, Outcome
+    from pgbg_orchestration import Launcher
+    from pgbg_orchestration.errors import PgbgError
 
     from .identity import Identity
 
@@ -25,7 +23,7 @@ STOPPED = "another job of the batch failed"
 """Why a job of a batch was cancelled; a later try of the task takes that back."""
 
 
-class PgBackgroundBatchTrigger(BaseTrigger):
+class PgBackgroundBatchTrigger(JobTrigger):
     """Runs the jobs of a batch and fires one event with the end of each.
 
     Parameters
@@ -38,9 +36,11 @@ class PgBackgroundBatchTrigger(BaseTrigger):
         Whether the rest is cancelled when one fails.
     try_number:
         The try that this trigger works for: what an earlier one stopped is run.
-    unknown:
-        Arguments of a newer release, which a row in Airflow's database may hold: ignored.
+    kwargs:
+        As :class:`~airflow_provider.trigger_base.JobTrigger` takes them.
     """
+
+    arguments = ("jobs", "at_once", "fail_fast", "try_number", *JobTrigger.arguments)
 
     def __init__(
         self,
@@ -49,60 +49,24 @@ class PgBackgroundBatchTrigger(BaseTrigger):
         at_once: int | None = None,
         fail_fast: bool = False,
         try_number: int = 1,
-        postgres_conn_id: str = PgBackgroundHook.default_conn_name,
-        database: str | None = None,
-        endpoint: str | None = None,
-        deadline: datetime | None = None,
-        on_superseded: str = "cancel",
-        slot_timeout: float | None = None,
-        cancel_on_kill: bool = True,
-        schema: str = "pgbg",
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(**kwargs)
         self.jobs = jobs
         self.at_once = at_once
         self.fail_fast = fail_fast
         self.try_number = try_number
-        self.postgres_conn_id = postgres_conn_id
-        self.database = database
-        self.endpoint = endpoint
-        self.deadline = deadline
-        self.on_superseded = on_superseded
-        self.slot_timeout = slot_timeout
-        self.cancel_on_kill = cancel_on_kill
-        self.schema = schema
-        self._unknown = unknown
 
-    def serialize(self) -> tuple[str, dict[str, Any]]:
-        """Return the trigger's class path and arguments."""
-        names = (
-            "jobs", "at_once", "fail_fast", "try_number", "postgres_conn_id", "database", "endpoint", "deadline",
-            "on_superseded", "slot_timeout", "cancel_on_kill", "schema",
-        )  # fmt: skip
-        return f"{__name__}.{type(self).__name__}", {name: getattr(self, name) for name in names}
+    def identities(self) -> list[Mapping[str, Any]]:
+        """Return ``id``, ``series`` and ``owner`` of each job."""
+        return list(self.jobs.values())
 
-    def __repr__(self) -> str:
-        # The base class shows all arguments, the SQL among them.
-        return f"<{type(self).__name__} jobs={[job.get('id') for job in self.jobs.values()]!r}>"
+    def failed(self, error: PgbgError) -> dict[str, Any]:
+        """Return the event of an error that is all jobs': the jobs' own are in their ends."""
+        return {"jobs": dict.fromkeys(self.jobs, events.of_error(error))}
 
-    async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Launch the jobs or attach to them, wait for all outcomes, and fire one event."""
-        began = asyncio.get_running_loop().time()
-        await load_core()
-        from pgbg_orchestration.errors import PgbgError
-        from pgbg_orchestration.running import shared_launcher
-
-        try:
-            conninfo = await shared_conninfo(self.postgres_conn_id, self.database, self.endpoint)
-            async with shared_launcher(conninfo, schema=self.schema) as launcher:
-                ends = await self._run_jobs(launcher)
-        except PgbgError as error:  # of the connection: the jobs' own are in their ends
-            ends = dict.fromkeys(self.jobs, events.of_error(error))
-        await settle(began)
-        yield TriggerEvent({"jobs": ends})  # type: ignore[no-untyped-call]
-
-    async def _run_jobs(self, launcher: Launcher) -> dict[str, dict[str, Any]]:
+    async def work(self, launcher: Launcher) -> dict[str, Any]:
+        """Launch the jobs or attach to them, and wait for all outcomes."""
         turns = asyncio.Semaphore(self.at_once or len(self.jobs))
         failed = asyncio.Event()
 
@@ -113,7 +77,8 @@ class PgBackgroundBatchTrigger(BaseTrigger):
                 try:
                     if self.fail_fast and failed.is_set():
                         raise JobCancelled(STOPPED, job_id=arguments["id"], label=arguments["label"])
-                    return events.of_outcome(await self._run_one(launcher, arguments))
+                    stopped = await self._was_stopped(launcher, arguments)
+                    return events.of_outcome(await self.run_job(launcher, arguments, retry_cancelled=stopped))
                 except PgbgError as error:
                     self.log.error("%s", error)  # noqa: TRY400 - the error says all
                     failed.set()
@@ -127,26 +92,12 @@ class PgBackgroundBatchTrigger(BaseTrigger):
             for task in (stopping, *tasks.values()):
                 task.cancel()
             await asyncio.gather(stopping, *tasks.values(), return_exceptions=True)
-        return {name: task.result() for name, task in tasks.items()}
+        return {"jobs": {name: task.result() for name, task in tasks.items()}}
 
-    async def _run_one(self, launcher: Launcher, arguments: dict[str, Any]) -> Outcome:
-        from pgbg_orchestration import Job
-
+    async def _was_stopped(self, launcher: Launcher, arguments: dict[str, Any]) -> bool:
+        """Say whether an earlier try stopped this job because of another one."""
         seen = await launcher.look(arguments["id"], owner=arguments.get("owner"), series=arguments["series"])
-        stopped_before = bool(
-            seen.reason and seen.reason.startswith(STOPPED) and seen.reason != self._reason_of(self.try_number)
-        )
-        return await launcher.run(
-            Job(**arguments),
-            # A triggerer that ends hands its triggers to another, which attaches to the workers.
-            on_cancel="leave",
-            on_superseded=self.on_superseded,
-            retry_cancelled=stopped_before,
-            accept_changed_sql=True,
-            slot_timeout=self.slot_timeout,
-            deadline=self.deadline,
-            observer=events.watch,
-        )
+        return bool(seen.reason and seen.reason.startswith(STOPPED) and seen.reason != self._reason_of(self.try_number))
 
     async def _stop_rest(
         self, launcher: Launcher, failed: asyncio.Event, tasks: Mapping[str, asyncio.Task[dict[str, Any]]]
@@ -156,43 +107,11 @@ class PgBackgroundBatchTrigger(BaseTrigger):
         await failed.wait()
         rest = [name for name, task in tasks.items() if not task.done()]
         self.log.info("A job failed: cancelling %s.", ", ".join(rest) or "none, all others have ended")
-        await self._cancel(launcher, rest, self._reason_of(self.try_number))
-
-    async def _cancel(self, launcher: Launcher, names: Sequence[str], reason: str) -> None:
-        ends = await asyncio.gather(
-            *(
-                launcher.cancel(
-                    self.jobs[name]["id"],
-                    owner=self.jobs[name].get("owner"),
-                    series=self.jobs[name]["series"],
-                    reason=reason,
-                )
-                for name in names
-            ),
-            return_exceptions=True,
-        )
-        for name, end in zip(names, ends, strict=True):
-            self.log.log(30 if isinstance(end, BaseException) else 20, "Job %s: %s", name, end)
+        await self.cancel(launcher, [self.jobs[name] for name in rest], self._reason_of(self.try_number))
 
     @staticmethod
     def _reason_of(try_number: int) -> str:
         return f"{STOPPED} (try {try_number})"
-
-    async def on_kill(self) -> None:
-        """Cancel the workers of a task that a user ended, as :meth:`PgBackgroundTrigger.on_kill` does."""
-        if self.cancel_on_kill:
-            await to_its_end(self._cancel_if_ended())
-
-    async def _cancel_if_ended(self) -> None:
-        from pgbg_orchestration.running import shared_launcher
-
-        state = await state_of(self.task_instance)
-        if state in GOES_ON:
-            self.log.info("The task goes on (%s): its jobs are left alone.", state)
-            return
-        conninfo = await shared_conninfo(self.postgres_conn_id, self.database, self.endpoint)
-        async with shared_launcher(conninfo, schema=self.schema) as launcher:
-            await self._cancel(launcher, list(self.jobs), f"the Airflow task is {state or 'gone'}")
 
 
 class PgBackgroundBatchOperator(PgBackgroundOperator):
@@ -205,7 +124,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
     ----------
     jobs:
         The jobs by name: SQL (one text or a list of statements), or a dict of ``sql`` and any of ``parameters``,
-        ``label``, ``settings``, ``role``, ``isolation``, ``kind``, ``queue_size``, ``verify_sql``
+        ``label``, ``settings``, ``role``, ``isolation``, ``kind``, ``queue_size``, ``verify_sql``, ``drop_invalid_index``
         and ``redact_details``.
     at_once:
         How many run at once. Default: all.
@@ -228,6 +147,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
     template_fields: Sequence[str] = (
         "jobs", *(name for name in PgBackgroundOperator.template_fields if name != "sql"),
     )  # fmt: skip
+    can_start_from_trigger = False
     template_fields_renderers: ClassVar[dict[str, str]] = {"jobs": "json", "parameters": "json", "settings": "json"}
 
     def __init__(
@@ -263,7 +183,8 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
                 at_once=self.at_once,
                 fail_fast=self.fail_fast,
                 try_number=context["ti"].try_number,
-                **self._trigger_arguments(deadline),
+                deadline=deadline,
+                **self.trigger_arguments(),
             )
             self._defer_to(trigger, deadline)
         ends = self._run_here(list(checked.values()), deadline, at_once=self.at_once, fail_fast=self.fail_fast)
@@ -294,14 +215,14 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
 
     def _arguments_of(self, name: str, given: Any, identity: Identity) -> dict[str, Any]:
         own: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"sql": given}
-        arguments = self._job_arguments(identity)
-        known = {*arguments, "redact_details"} - {"id", "series", "generation"}
+        arguments = job_arguments(self, identity, self)
+        known = set(arguments) - {"id", "series", "generation"}
         if strange := set(own) - known:
             raise ValueError(f"the job {name!r} of the batch has {sorted(strange)}; a job takes {sorted(known)}")
         if not isinstance(own["sql"], str):
             own["sql"] = list(own["sql"])
         # Without a label of its own a job shows the task's, with its name.
-        label = own.get("label") or self._label(f".{name}")
+        label = own.get("label") or label_of(self.dag_id, self.task_id, f".{name}")
         return {
             **arguments,
             **own,

@@ -36,6 +36,7 @@ class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
         **DecoratedOperator.template_fields_renderers,
         **PgBackgroundOperator.template_fields_renderers,
     }
+    can_start_from_trigger = False
     custom_operator_name = "@task.pg_background"
 
     def __init__(

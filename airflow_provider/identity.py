@@ -1,13 +1,11 @@
-"""Which job a task instance stands for, in every try, on every machine, after every restart."""
+"""Which job a task instance stands for, in every try, on every machine, after every restart, and its arguments."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any
 
 FIRST_RUN = "pgbg_first_run"
 """Key in the task state store: the second in which this task instance's first try began."""
@@ -72,3 +70,61 @@ def identify(context: Mapping[str, Any], *, durable: bool = True) -> Identity:
     number = ti.max_tries if durable else ti.try_number
     name = f"{first}.{number}" if durable else f"{first}.try{number}"
     return Identity(series, first * _CLEARS + number, f"{series}#{name}")
+
+
+def identify_try(ti: Any) -> Identity:
+    """Return the identity of a try that began in the triggerer: each try is a job of its own.
+
+    There nothing tells an automatic retry from a clear: the task instance has no ``max_tries`` of its own
+    (``create_runtime_ti`` in ``triggerer_job_runner.py`` fills ``retries`` in), and the store cannot be asked. Its id
+    is new for each try and begins with the time (UUID version 7), so it is later than that of any try before, in a run
+    that was made again as well.
+
+    Parameters
+    ----------
+    ti:
+        The trigger's task instance.
+    """
+    series = series_of(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
+    milliseconds = ti.id.int >> 80
+    return Identity(series, milliseconds * _CLEARS // 1000 + ti.try_number, f"{series}#{ti.id}")
+
+
+def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
+    """Return the arguments of a task's job, in a form that Airflow can store.
+
+    Parameters
+    ----------
+    given:
+        The operator or trigger whose attributes say what is to be run.
+    identity:
+        Which job it is.
+    ti:
+        What has ``dag_id`` and ``task_id``, for a label where none is given.
+    """
+    return {
+        "sql": given.sql if isinstance(given.sql, str) else list(given.sql),
+        "parameters": dict(given.parameters) if isinstance(given.parameters, Mapping) else given.parameters,
+        "id": identity.job_id,
+        "series": identity.series,
+        "generation": identity.generation,
+        "label": given.worker_label or label_of(ti.dag_id, ti.task_id),
+        "settings": dict(given.settings) if given.settings else None,
+        "role": given.role,
+        "isolation": given.isolation,
+        "kind": given.kind,
+        "queue_size": given.queue_size,
+        "verify_sql": given.verify_sql,
+        "drop_invalid_index": given.drop_invalid_index,
+        "redact_details": given.redact_details,
+    }
+
+
+def label_of(dag_id: str, task_id: str, name: str = "") -> str:
+    """Return the DAG's and the task's id, shortened at its start: the end tells tasks of one DAG apart."""
+    from pgbg_orchestration.job import LABEL_BYTES
+
+    full = f"{dag_id}.{task_id}{name}".encode()
+    if len(full) <= LABEL_BYTES:
+        return full.decode()
+    return f"…{full[-(LABEL_BYTES - 3) :].decode(errors='ignore')}"

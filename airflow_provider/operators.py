@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 from airflow.sdk import BaseOperator, conf
 
+from . import starting
 from .retry_policy import SqlStateRetryPolicy
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
+    from airflow.sdk.definitions.mappedoperator import OperatorPartial
     from airflow.triggers.base import BaseTrigger
 
     from pgbg_orchestration import Job, Outcome
 
-    from .identity import Identity
     from .waiting import Waiting
 
 MARGIN = timedelta(minutes=10)
@@ -59,6 +60,10 @@ class PgBackgroundOperator(BaseOperator):
         outlets, listeners (OpenLineage), ``post_execute`` and a subclass's ``execute_complete``. True leaves listeners
         and ``post_execute`` out, and the XCom is JSON text instead of a dict (Airflow 3.3 encodes what a trigger pushes
         twice); a task with outlets is resumed all the same, since its asset events come from a worker.
+    start_from_trigger:
+        Begin in the triggerer: the task needs no worker before its job is done, and none at all with
+        ``end_from_trigger``. Implies ``deferrable``. Only without automatic retries, or with ``durable=False``: in a
+        triggerer nothing tells a retry from a clear. Pools do not bound it, mapped tasks cannot have it.
     durable:
         Whether automatic retries share a job, so that one whose SQL did commit succeeds without running it again.
         Otherwise each try runs the SQL anew.
@@ -68,12 +73,16 @@ class PgBackgroundOperator(BaseOperator):
         What a cleared task does with a worker of the run before: ``cancel`` it, or ``wait`` for it.
     slot_timeout:
         Seconds to wait for a worker slot at most. Default: as long as the job may take.
+    poll_interval:
+        Seconds between two looks at the job at most, as :func:`pgbg_orchestration.arun` takes them.
     queue_size:
         Bytes of the worker's output queue.
     verify_sql:
         A query that returns true when the work is done; decides where an outcome would stay unknown.
     redact_details:
         Keep of the server's errors no text that may quote data (see docs/security.md).
+    drop_invalid_index:
+        Before a ``CREATE INDEX CONCURRENTLY``, drop the invalid index of that name that an earlier build left.
     endpoint:
         ``host`` or ``host:port`` of the server itself, where the connection leads to a pooler in transaction mode.
     schema:
@@ -123,12 +132,15 @@ class PgBackgroundOperator(BaseOperator):
         timeout: float | timedelta | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         end_from_trigger: bool | None = None,
+        start_from_trigger: bool = False,
         durable: bool = True,
         cancel_on_kill: bool = True,
         on_superseded: Literal["cancel", "wait"] = "cancel",
         slot_timeout: float | None = None,
+        poll_interval: float | None = None,
         queue_size: int | None = None,
         verify_sql: str | None = None,
+        drop_invalid_index: bool = False,
         redact_details: bool = False,
         endpoint: str | None = None,
         schema: str = "pgbg",
@@ -157,14 +169,43 @@ class PgBackgroundOperator(BaseOperator):
         self.cancel_on_kill = cancel_on_kill
         self.on_superseded = on_superseded
         self.slot_timeout = slot_timeout
+        self.poll_interval = poll_interval
         self.queue_size = queue_size
         self.verify_sql = verify_sql
+        self.drop_invalid_index = drop_invalid_index
         self.redact_details = redact_details
         self.endpoint = endpoint
         self.schema = schema
         self._waiting: Waiting | None = None
         if self.retry_policy is None:
             self.retry_policy = SqlStateRetryPolicy()
+        if start_from_trigger:
+            starting.check(self)
+            self.deferrable = self.start_from_trigger = True
+            self.start_trigger_args = starting.arguments_of(self)
+
+    # Beginning in the triggerer --------------------------------------------------------------------------------------
+
+    can_start_from_trigger: ClassVar[bool] = True
+
+    @classmethod
+    def partial(cls, **kwargs: Any) -> OperatorPartial:
+        """Return what ``expand`` makes mapped tasks of.
+
+        Raises
+        ------
+        ValueError
+            They are to begin in the triggerer.
+        """
+        mapped: OperatorPartial = super().partial(**kwargs)
+        starting.check_mapped(mapped.kwargs)
+        return mapped
+
+    def resolve_template_files(self) -> None:
+        """Read template files; a triggerer that renders what was in them cannot find them itself."""
+        super().resolve_template_files()
+        if self.start_from_trigger:
+            self.start_trigger_args = starting.arguments_of(self)
 
     # The two ways of waiting ----------------------------------------------------------------------------------------
 
@@ -173,9 +214,9 @@ class PgBackgroundOperator(BaseOperator):
         from pgbg_orchestration.errors import PgbgError
 
         from . import events
-        from .identity import identify
+        from .identity import identify, job_arguments
 
-        job = self._job_arguments(identify(context, durable=self.durable))
+        job = job_arguments(self, identify(context, durable=self.durable), self)
         checked = self._check(job)
         self.log.info("Job %s, label %r.", checked.id, checked.label)
         deadline = self._deadline(context)
@@ -184,9 +225,10 @@ class PgBackgroundOperator(BaseOperator):
 
             trigger = PgBackgroundTrigger(
                 job=job,
-                end_task=self._ends_in_trigger(),
+                end_task=self.ends_in_trigger,
                 do_xcom_push=bool(self.do_xcom_push),
-                **self._trigger_arguments(deadline),
+                deadline=deadline,
+                **self.trigger_arguments(),
             )
             self._defer_to(trigger, deadline)
         (end,) = self._run_here([checked], deadline)
@@ -209,9 +251,10 @@ class PgBackgroundOperator(BaseOperator):
         )
         return result
 
-    def _ends_in_trigger(self) -> bool:
-        """Say whether nothing of the task is left to be done in a worker once its job is committed."""
-        if self.end_from_trigger is False or self.outlets:
+    @property
+    def ends_in_trigger(self) -> bool:
+        """Whether nothing of the task is left to be done in a worker once its job is committed."""
+        if self.end_from_trigger is False or self.outlets:  # asset events come from a worker
             return False
         if self.end_from_trigger:
             return True
@@ -224,14 +267,15 @@ class PgBackgroundOperator(BaseOperator):
         )
         return not self.do_xcom_push and not extended and not get_listener_manager().has_listeners
 
-    def _trigger_arguments(self, deadline: datetime | None) -> dict[str, Any]:
+    def trigger_arguments(self) -> dict[str, Any]:
+        """Return what every trigger of this operator is given besides its jobs and its deadline."""
         return {
             "postgres_conn_id": self.postgres_conn_id,
             "database": self.database,
             "endpoint": self.endpoint,
-            "deadline": deadline,
             "on_superseded": self.on_superseded,
             "slot_timeout": self.slot_timeout,
+            "poll_interval": self.poll_interval,
             "cancel_on_kill": self.cancel_on_kill,
             "schema": self.schema,
         }
@@ -255,6 +299,7 @@ class PgBackgroundOperator(BaseOperator):
             # A try that was asked to end (an evicted pod) cancelled the job; this try was started to run it.
             retry_cancelled=True,
             slot_timeout=self.slot_timeout,
+            poll_interval=self.poll_interval,
             deadline=deadline,
             **batch,
         )
@@ -281,34 +326,6 @@ class PgBackgroundOperator(BaseOperator):
 
     # The job ----------------------------------------------------------------------------------------------------------
 
-    def _job_arguments(self, identity: Identity) -> dict[str, Any]:
-        """Return the arguments of the job, in a form that Airflow can store."""
-        return {
-            "sql": self.sql if isinstance(self.sql, str) else list(self.sql),
-            "parameters": dict(self.parameters) if isinstance(self.parameters, Mapping) else self.parameters,
-            "id": identity.job_id,
-            "series": identity.series,
-            "generation": identity.generation,
-            "label": self.worker_label or self._label(),
-            "settings": dict(self.settings) if self.settings else None,
-            "role": self.role,
-            "isolation": self.isolation,
-            "kind": self.kind,
-            "queue_size": self.queue_size,
-            "verify_sql": self.verify_sql,
-            # Said only where it is wanted: a triggerer of an older version knows no such field.
-            **({"redact_details": True} if self.redact_details else {}),
-        }
-
-    def _label(self, name: str = "") -> str:
-        """Return the DAG's and the task's id, shortened at its start: the end tells tasks of one DAG apart."""
-        from pgbg_orchestration.job import LABEL_BYTES
-
-        full = f"{self.dag_id}.{self.task_id}{name}".encode()
-        if len(full) <= LABEL_BYTES:
-            return full.decode()
-        return f"…{full[-(LABEL_BYTES - 3) :].decode(errors='ignore')}"
-
     def _check(self, arguments: dict[str, Any]) -> Job:
         """Refuse what no worker can run, and what no trigger can carry, before the task defers.
 
@@ -321,7 +338,7 @@ class PgBackgroundOperator(BaseOperator):
         from pgbg_orchestration.errors import InvalidJob
 
         job = Job(**arguments)
-        if self.deferrable and (strange := _not_storable(arguments["parameters"])):
+        if self.deferrable and (strange := starting.not_storable(arguments["parameters"])):
             raise InvalidJob(
                 f"a parameter is of type {strange}, which Airflow cannot store for a trigger",
                 job_id=job.id,
@@ -341,16 +358,3 @@ class PgBackgroundOperator(BaseOperator):
         if self.execution_timeout is not None:
             bounds.append(context["ti"].start_date + self.execution_timeout)
         return min(bounds, default=None)
-
-
-_STORABLE = ("str", "int", "float", "bool", "NoneType", "datetime", "date", "timedelta", "Decimal", "UUID")
-
-
-def _not_storable(value: object) -> str | None:
-    """Return the name of a type in ``value`` that Airflow's trigger arguments cannot hold, or None."""
-    if isinstance(value, Mapping):
-        return next((found for item in value.values() if (found := _not_storable(item))), None)
-    if isinstance(value, list | tuple | set):
-        return next((found for item in value if (found := _not_storable(item))), None)
-    name = type(value).__name__
-    return None if name in _STORABLE else name

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import BaseSensorOperator, conf
-from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from . import events
 from .hook import PgBackgroundHook
 from .retry_policy import SqlStateRetryPolicy
-from .triggering import load_core, settle, shared_conninfo
+from .trigger_base import ServerTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context, PokeReturnValue
@@ -24,9 +23,11 @@ if TYPE_CHECKING:
 COMMITTED = ("committed",)
 ENDED_BADLY = ("cancelled", "failed", "lost", "unknown")
 TIMED_OUT = "timed_out"
+POLL_INTERVAL = 5.0
+"""Seconds between two looks of a deferred sensor where none is given."""
 
 
-class PgBackgroundSensorTrigger(BaseTrigger):
+class PgBackgroundSensorTrigger(ServerTrigger):
     """Looks at jobs or at a worker until they are as wanted, and fires one event.
 
     Parameters
@@ -34,12 +35,16 @@ class PgBackgroundSensorTrigger(BaseTrigger):
     job_id, label, worker_pid, states, fail_on:
         As :class:`PgBackgroundSensor` takes them.
     poll_interval:
-        Seconds between two looks.
+        Seconds between two looks; None for ``POLL_INTERVAL``.
     deadline:
         The moment until which to wait, with time zone.
-    unknown:
-        Arguments of a newer release, which a row in Airflow's database may hold: ignored.
+    kwargs:
+        As :class:`~airflow_provider.trigger_base.ServerTrigger` takes them.
     """
+
+    arguments = (
+        "job_id", "label", "worker_pid", "states", "fail_on", "poll_interval", "deadline", *ServerTrigger.arguments,
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -49,15 +54,11 @@ class PgBackgroundSensorTrigger(BaseTrigger):
         worker_pid: int | None = None,
         states: Collection[str] = COMMITTED,
         fail_on: Collection[str] = ENDED_BADLY,
-        poll_interval: float = 5.0,
+        poll_interval: float | None = None,
         deadline: datetime | None = None,
-        postgres_conn_id: str = PgBackgroundHook.default_conn_name,
-        database: str | None = None,
-        endpoint: str | None = None,
-        schema: str = "pgbg",
-        **unknown: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(**kwargs)
         self.job_id = job_id
         self.label = label
         self.worker_pid = worker_pid
@@ -65,39 +66,14 @@ class PgBackgroundSensorTrigger(BaseTrigger):
         self.fail_on = list(fail_on)
         self.poll_interval = poll_interval
         self.deadline = deadline
-        self.postgres_conn_id = postgres_conn_id
-        self.database = database
-        self.endpoint = endpoint
-        self.schema = schema
-        self._unknown = unknown
 
-    def serialize(self) -> tuple[str, dict[str, Any]]:
-        """Return the trigger's class path and arguments."""
-        names = (
-            "job_id", "label", "worker_pid", "states", "fail_on", "poll_interval", "deadline", "postgres_conn_id",
-            "database", "endpoint", "schema",
-        )  # fmt: skip
-        return f"{__name__}.{type(self).__name__}", {name: getattr(self, name) for name in names}
-
-    async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Look until it is as wanted, and fire one event."""
-        began = asyncio.get_running_loop().time()
-        await load_core()
-        from pgbg_orchestration.errors import PgbgError
-        from pgbg_orchestration.running import shared_launcher
-
-        try:
-            conninfo = await shared_conninfo(self.postgres_conn_id, self.database, self.endpoint)
-            async with shared_launcher(conninfo, schema=self.schema) as launcher:
-                while (event := await self.look(launcher)) is None:
-                    if self.deadline is not None and datetime.now(UTC) >= self.deadline:
-                        event = {"status": TIMED_OUT}
-                        break
-                    await asyncio.sleep(self.poll_interval)
-        except PgbgError as error:
-            event = events.of_error(error)
-        await settle(began)
-        yield TriggerEvent(event)  # type: ignore[no-untyped-call]
+    async def work(self, launcher: Launcher) -> dict[str, Any]:
+        """Look until it is as wanted, or the deadline has passed."""
+        while (event := await self.look(launcher)) is None:
+            if self.deadline is not None and datetime.now(UTC) >= self.deadline:
+                return {"status": TIMED_OUT}
+            await asyncio.sleep(self.poll_interval or POLL_INTERVAL)
+        return event
 
     async def look(self, launcher: Launcher) -> dict[str, Any] | None:
         """Look once; returns the event, or None while it is not as wanted.
@@ -149,7 +125,7 @@ class PgBackgroundSensor(BaseSensorOperator):
     postgres_conn_id, database, endpoint, schema:
         As :class:`~airflow_provider.operators.PgBackgroundOperator` takes them.
     poll_interval:
-        Seconds between two looks of a deferred sensor; one that is not looks each ``poke_interval``.
+        Seconds between two looks, deferred or not. Default: 5 of a deferred sensor, ``poke_interval`` of another.
     deferrable:
         Wait in the triggerer. Default: ``[operators] default_deferrable``.
 
@@ -183,10 +159,16 @@ class PgBackgroundSensor(BaseSensorOperator):
         database: str | None = None,
         endpoint: str | None = None,
         schema: str = "pgbg",
-        poll_interval: float = 5.0,
+        poll_interval: float | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         **kwargs: Any,
     ) -> None:
+        if poll_interval is not None:
+            if "poke_interval" in kwargs:
+                raise ValueError("poll_interval and poke_interval are one thing here: give one of them")
+            if not poll_interval > 0:
+                raise ValueError(f"poll_interval must be a number of seconds above 0, not {poll_interval!r}")
+            kwargs["poke_interval"] = poll_interval
         super().__init__(**kwargs)
         if sum(value is not None for value in (job_id, label, worker_pid)) != 1:
             raise ValueError("a sensor waits for one thing: give job_id, label or worker_pid")

@@ -1,23 +1,23 @@
-"""The trigger that runs a job: it launches or attaches, so any copy of it, in any triggerer, resumes rightly."""
+"""The triggers that run a job: they launch or attach, so any copy of one, in any triggerer, resumes rightly."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
+from airflow.triggers.base import TaskSuccessEvent, TriggerEvent
 
 from . import events
-from .hook import PgBackgroundHook
-from .triggering import GOES_ON, load_core, settle, shared_conninfo, state_of, to_its_end
+from .identity import identify_try, job_arguments
+from .starting import JOB_FIELDS, LEAD
+from .trigger_base import JobTrigger
 
 if TYPE_CHECKING:
-    from pgbg_orchestration import Job
+    from pgbg_orchestration import Launcher
 
 
-class PgBackgroundTrigger(BaseTrigger):
+class PgBackgroundTrigger(JobTrigger):
     """Runs one job and fires one event: its outcome, or the fields of its error.
 
     What it carries is stored by Airflow in clear text, the SQL and its parameters included.
@@ -26,131 +26,96 @@ class PgBackgroundTrigger(BaseTrigger):
     ----------
     job:
         The arguments of :class:`pgbg_orchestration.Job`.
-    postgres_conn_id, database, endpoint:
-        As :class:`~airflow_provider.hook.PgBackgroundHook` takes them.
-    deadline:
-        The moment until which the job has time, with time zone; None for none.
-    on_superseded:
-        What to do with a worker of an older generation: ``cancel`` it or ``wait`` for it.
-    slot_timeout:
-        Seconds to wait for a worker slot at most.
-    cancel_on_kill:
-        Whether the worker is cancelled when a user marks the task or deletes its run.
-    schema:
-        Name of the package's schema.
     end_task:
         Whether a commit ends the task here, and no worker resumes it.
     do_xcom_push:
         Whether a task that is ended here gets its outcome as XCom.
-    unknown:
-        Arguments of a newer release, which a row in Airflow's database may hold: ignored.
+    kwargs:
+        As :class:`~airflow_provider.trigger_base.JobTrigger` takes them.
     """
+
+    arguments = ("job", "end_task", "do_xcom_push", *JobTrigger.arguments)
+
+    def __init__(
+        self, *, job: dict[str, Any], end_task: bool = False, do_xcom_push: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.job = job
+        self.end_task = end_task
+        self.do_xcom_push = do_xcom_push
+
+    def identities(self) -> list[Mapping[str, Any]]:
+        """Return the job's ``id``, ``series`` and ``owner``."""
+        return [self.job]
+
+    async def work(self, launcher: Launcher) -> dict[str, Any]:
+        """Launch the job or attach to it, and wait for its outcome."""
+        return events.of_outcome(await self.run_job(launcher, self.job))
+
+    def event_of(self, payload: dict[str, Any]) -> TriggerEvent:
+        """Return the event; of a commit, where that is wanted, the one that ends the task."""
+        if self.end_task and payload["status"] == events.COMMITTED:
+            return TaskSuccessEvent(xcoms={"return_value": events.result_of(payload)} if self.do_xcom_push else None)
+        return super().event_of(payload)
+
+
+class PgBackgroundStartTrigger(PgBackgroundTrigger):
+    """Runs the job of a task that never was on a worker (``start_from_trigger``).
+
+    Airflow renders those attributes that bear the name of a template field of the operator. The job is made here, from
+    the id of the try, which stays when the trigger moves to another triggerer.
+
+    Parameters
+    ----------
+    sql, parameters, worker_label, settings, role, isolation, kind, queue_size, verify_sql, drop_invalid_index, \
+redact_details:
+        The attributes of :class:`~airflow_provider.operators.PgBackgroundOperator` of these names.
+    kwargs:
+        As :class:`PgBackgroundTrigger` takes them, without ``job``.
+    """
+
+    arguments = (*JOB_FIELDS, *(name for name in PgBackgroundTrigger.arguments if name != "job"))
+    follows_process = False
 
     def __init__(
         self,
         *,
-        job: dict[str, Any],
-        postgres_conn_id: str = PgBackgroundHook.default_conn_name,
-        database: str | None = None,
-        endpoint: str | None = None,
-        deadline: datetime | None = None,
-        on_superseded: str = "cancel",
-        slot_timeout: float | None = None,
-        cancel_on_kill: bool = True,
-        schema: str = "pgbg",
-        end_task: bool = False,
-        do_xcom_push: bool = True,
-        **unknown: Any,
+        sql: str | list[str],
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+        worker_label: str | None = None,
+        settings: Mapping[str, str] | None = None,
+        role: str | None = None,
+        isolation: str | None = None,
+        kind: str | None = None,
+        queue_size: int | None = None,
+        verify_sql: str | None = None,
+        drop_invalid_index: bool = False,
+        redact_details: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.job = job
-        self.postgres_conn_id = postgres_conn_id
-        self.database = database
-        self.endpoint = endpoint
-        self.deadline = deadline
-        self.on_superseded = on_superseded
-        self.slot_timeout = slot_timeout
-        self.cancel_on_kill = cancel_on_kill
-        self.schema = schema
-        self.end_task = end_task
-        self.do_xcom_push = do_xcom_push
-        self._unknown = unknown
+        super().__init__(job={}, **kwargs)
+        self.sql = sql
+        self.parameters = parameters
+        self.worker_label = worker_label
+        self.settings = settings
+        self.role = role
+        self.isolation = isolation
+        self.kind = kind
+        self.queue_size = queue_size
+        self.verify_sql = verify_sql
+        self.drop_invalid_index = drop_invalid_index
+        self.redact_details = redact_details
+        self.timeout_after: datetime | None = None  # the triggerer sets it
 
-    def serialize(self) -> tuple[str, dict[str, Any]]:
-        """Return the trigger's class path and arguments."""
-        names = (
-            "job", "postgres_conn_id", "database", "endpoint", "deadline", "on_superseded", "slot_timeout",
-            "cancel_on_kill", "schema", "end_task", "do_xcom_push",
-        )  # fmt: skip
-        return f"{__name__}.{type(self).__name__}", {name: getattr(self, name) for name in names}
+    def identities(self) -> list[Mapping[str, Any]]:
+        """Return the ``id`` and ``series`` of the job of this try."""
+        identity = identify_try(self.task_instance)
+        return [{"id": identity.job_id, "series": identity.series}]
 
-    def __repr__(self) -> str:
-        # The base class shows all arguments, the SQL among them.
-        return f"<{type(self).__name__} job_id={self.job.get('id')!r}>"
-
-    async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Launch the job or attach to it, wait for its outcome, and fire one event."""
-        began = asyncio.get_running_loop().time()
-        await load_core()
-        from pgbg_orchestration.errors import PgbgError
-
-        try:
-            event = events.of_outcome(await self._run_job())
-        except PgbgError as error:
-            self.log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would only hide it
-            event = events.of_error(error)
-        if self.end_task and event["status"] == events.COMMITTED:
-            yield TaskSuccessEvent(xcoms={"return_value": events.result_of(event)} if self.do_xcom_push else None)
-            return
-        await settle(began)
-        yield TriggerEvent(event)  # type: ignore[no-untyped-call]
-
-    async def _run_job(self) -> Any:
-        from pgbg_orchestration.running import shared_launcher
-
-        conninfo = await shared_conninfo(self.postgres_conn_id, self.database, self.endpoint)
-        async with shared_launcher(conninfo, schema=self.schema) as launcher:
-            return await launcher.run(
-                self._job(),
-                # A triggerer that ends hands its triggers to another, which attaches to the worker.
-                on_cancel="leave",
-                on_superseded=self.on_superseded,
-                accept_changed_sql=True,
-                slot_timeout=self.slot_timeout,
-                deadline=self.deadline,
-                observer=events.watch,
-            )
-
-    def _job(self) -> Job:
-        from pgbg_orchestration import Job
-
-        return Job(**self.job)
-
-    async def on_kill(self) -> None:
-        """Cancel the worker of a task that a user ended; leave it at work when the task still waits for it.
-
-        Airflow calls this after a clear too, when the next try has been deferred already, and on a triggerer that was
-        stalled and lost its triggers (airflow PR #73454): in both the task is deferred. The next try deals with the
-        worker of an older generation itself.
-        """
-        if self.cancel_on_kill:
-            await to_its_end(self._cancel_if_ended())
-
-    async def _cancel_if_ended(self) -> None:
-        state = await state_of(self.task_instance)
-        if state in GOES_ON:
-            self.log.info("The task goes on (%s): job %s is left alone.", state, self.job["id"])
-            return
-        from pgbg_orchestration.running import shared_launcher
-
-        self.log.info("The task is %s: cancelling job %s.", state or "gone", self.job["id"])
-        async with shared_launcher(
-            await shared_conninfo(self.postgres_conn_id, self.database, self.endpoint), schema=self.schema
-        ) as launcher:
-            ended = await launcher.cancel(
-                self.job["id"],
-                owner=self.job.get("owner"),
-                series=self.job.get("series"),
-                reason=f"the Airflow task is {state or 'gone'}",
-            )
-        self.log.info("Job %s is %s.", self.job["id"], ended)
+    async def work(self, launcher: Launcher) -> dict[str, Any]:
+        """Make the job, launch it or attach to it, and wait for its outcome."""
+        self.job = job_arguments(self, identify_try(self.task_instance), self.task_instance)
+        if self.timeout_after is not None:
+            self.deadline = self.timeout_after - LEAD
+        self.log.info("Job %s, label %r.", self.job["id"], self.job["label"])
+        return await super().work(launcher)

@@ -19,6 +19,10 @@ def airflow_notifications() -> None:
     deliver = PgBackgroundOperator(
         task_id="deliver",
         label="deliver orders",
+        # Begins and ends in the triggerer, so it never needs a worker of Airflow's; that goes without retries only.
+        start_from_trigger=True,
+        end_from_trigger=True,
+        retries=0,
         sql="""
             with sent as (
                 update outbox set sent_at = now() where sent_at is null returning payload

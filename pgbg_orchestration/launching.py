@@ -62,6 +62,7 @@ class Worker:
     handle: Handle
     launched_at: float  # seconds of the event loop's clock
     ended: asyncio.Future[ResultInfo | None]
+    poll_interval: float | None = None  # the longest time between two polls; None for the usual one
     progress: Progress | None = None
 
     @property
@@ -143,8 +144,12 @@ class LaunchingSession:
 
     @property
     def stalled(self) -> bool:
-        """Whether the session has workers and has not answered for a while."""
-        return bool(self.workers) and asyncio.get_running_loop().time() - self._answered > pace.STALLED
+        """Whether the session has workers, is asked something, and has not answered for a while."""
+        return (
+            bool(self.workers)
+            and self._turn.locked()
+            and asyncio.get_running_loop().time() - self._answered > pace.STALLED
+        )
 
     @property
     def worn(self) -> bool:
@@ -159,7 +164,14 @@ class LaunchingSession:
     # Launching ----------------------------------------------------------------------------------------------------
 
     def launch(
-        self, text: str, *, label: str, queue_size: int | None, settings: Mapping[str, str], role: str | None = None
+        self,
+        text: str,
+        *,
+        label: str,
+        queue_size: int | None,
+        settings: Mapping[str, str],
+        role: str | None = None,
+        poll_interval: float | None = None,
     ) -> asyncio.Task[Worker]:
         """Begin to launch a worker, with settings that hold for it and not for this session.
 
@@ -177,10 +189,16 @@ class LaunchingSession:
         MayBeLaunched
             The connection or the call was lost on its way.
         """
-        return asyncio.create_task(self._launch(text, label, queue_size, settings, role))
+        return asyncio.create_task(self._launch(text, label, queue_size, settings, role, poll_interval))
 
     async def _launch(
-        self, text: str, label: str, queue_size: int | None, settings: Mapping[str, str], role: str | None
+        self,
+        text: str,
+        label: str,
+        queue_size: int | None,
+        settings: Mapping[str, str],
+        role: str | None,
+        poll_interval: float | None,
     ) -> Worker:
         async with self._turn:
             called = False
@@ -211,7 +229,7 @@ class LaunchingSession:
             known = self.workers.pop(handle, None)
             if known is not None and not known.ended.done():
                 known.ended.set_result(None)  # a pid and cookie given twice: trust neither
-            worker = self.workers[handle] = Worker(self, handle, loop.time(), loop.create_future())
+            worker = self.workers[handle] = Worker(self, handle, loop.time(), loop.create_future(), poll_interval)
         self._wake.set()
         if self._poller is None or self._poller.done():
             self._poller = asyncio.create_task(self._poll_while_workers_run())
@@ -221,11 +239,12 @@ class LaunchingSession:
 
     async def _poll_while_workers_run(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self.lost and any(not worker.ended.done() for worker in self.workers.values()):
-            youngest = max(worker.launched_at for worker in self.workers.values() if not worker.ended.done())
+        while not self.lost and (waiting := [w for w in self.workers.values() if not w.ended.done()]):
+            # One query polls all: the one that is due first sets the pace.
+            pause = min(pace.poll(loop.time() - worker.launched_at, worker.poll_interval) for worker in waiting)
             self._wake.clear()
             try:
-                async with asyncio.timeout(pace.poll(loop.time() - youngest)):
+                async with asyncio.timeout(pause):
                     await self._wake.wait()  # a new worker sets the pace anew
             except TimeoutError:
                 await self._poll()

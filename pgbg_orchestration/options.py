@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from . import pace
 from .errors import InvalidJob
 from .outcome import Event
 
@@ -20,6 +21,7 @@ class Options:
     retry_cancelled: bool = False
     accept_changed_sql: bool = False
     slot_timeout: float | None = None
+    poll_interval: float | None = None
     deadline: datetime | None = None
     observer: Callable[[Event], None] | None = None
 
@@ -30,5 +32,9 @@ class Options:
             raise InvalidJob(f"on_superseded must be 'cancel' or 'wait', not {self.on_superseded!r}")
         if self.slot_timeout is not None and not self.slot_timeout > 0:
             raise InvalidJob(f"slot_timeout must be a number of seconds above 0, not {self.slot_timeout!r}")
+        if self.poll_interval is not None and not pace.SOONEST <= self.poll_interval < float("inf"):
+            raise InvalidJob(
+                f"poll_interval must be a number of seconds from {pace.SOONEST}, not {self.poll_interval!r}"
+            )
         if self.deadline is not None and self.deadline.tzinfo is None:
             raise InvalidJob("the deadline needs a time zone")

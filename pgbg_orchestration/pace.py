@@ -1,7 +1,8 @@
 """The pace of polling: the one place that says how often anything is looked at.
 
 A wait adds at most ``SHARE`` of the time that a job has run already, so a short job is seen to end within
-milliseconds and an hour-long one costs a query every few seconds. All times are in seconds.
+milliseconds and an hour-long one costs a query every few seconds. A caller's ``poll_interval`` takes the place of the
+longest wait, and leaves the rest as it is. All times are in seconds.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ STARTING = 3.0  # for a worker to show itself whose supervisor ended just after 
 COUNTS = 0.3  # the same for the counts of a job that committed
 
 
-def poll(age: float) -> float:
-    """Return how long to wait before the next poll of a job that has run for ``age``."""
-    return min(max(SOONEST, SHARE * age), LATEST)
+def poll(age: float, poll_interval: float | None = None) -> float:
+    """Return how long to wait before the next poll of a job that has run for ``age``: at most ``poll_interval``."""
+    return min(max(SOONEST, SHARE * age), poll_interval or LATEST)
 
 
-def look(age: float) -> float:
+def look(age: float, poll_interval: float | None = None) -> float:
     """Return how long to wait before the next look at a job whose handle is polled besides."""
-    return min(max(LOOK_SOONEST, 2 * SHARE * age), LOOK_LATEST)
+    return min(max(LOOK_SOONEST, 2 * SHARE * age), max(poll_interval or LOOK_LATEST, LOOK_SOONEST))
 
 
 def backoff(attempt: int, chance: random.Random | None = None) -> float:

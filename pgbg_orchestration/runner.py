@@ -232,6 +232,7 @@ class Run:
                 queue_size=work.job.queue_size,
                 settings=work.launch_settings(case.seconds_left()),
                 role=work.job.role if work.kind is Kind.SESSION else None,
+                poll_interval=case.options.poll_interval,
             )
             try:
                 await asyncio.shield(case.launch.call)
@@ -284,7 +285,8 @@ class Run:
         if worker is not None and not worker.ended.done():
             age = self._loop.time() - worker.launched_at
             await self._look_at_progress(worker, age)
-            await asyncio.wait({worker.ended}, timeout=self._case.bounded(pace.look(age)))
+            pause = pace.look(age, self._case.options.poll_interval)
+            await asyncio.wait({worker.ended}, timeout=self._case.bounded(pause))
             return
         if seen is not None and self._case.attached_since is not None:
             message = "attached to the worker that already runs this job"
@@ -447,7 +449,8 @@ class Run:
         return self._loop.time() - self._step[1]
 
     async def _sleep(self) -> None:
-        await asyncio.sleep(self._case.bounded(pace.poll(self._waited())))
+        pause = pace.poll(self._waited(), self._case.options.poll_interval)
+        await asyncio.sleep(self._case.bounded(pause))
 
 
 async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Literal["cancelled", "committed"]:

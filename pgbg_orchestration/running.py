@@ -52,6 +52,7 @@ async def arun(
     retry_cancelled: bool = False,
     accept_changed_sql: bool = False,
     slot_timeout: float | None = None,
+    poll_interval: float | None = None,
     deadline: datetime | None = None,
     schema: str = "pgbg",
     observer: Callable[[Event], None] | None = None,
@@ -75,6 +76,10 @@ async def arun(
         Let an id that stands for other SQL pass, with a warning.
     slot_timeout:
         Seconds to wait for a worker slot at most. Default: as long as the job may take.
+    poll_interval:
+        The longest time between two looks at the job, in seconds, from 0.01. Looks come at a pace of their own (a look
+        comes late by at most 4 % of the time that the job has run), and this is where the pauses stop growing. Default:
+        5, and 15 for progress and blocked output, which are looked at once a second at most.
     deadline:
         The moment until which the job has time, with time zone; like ``Job.timeout``, but absolute.
     schema:
@@ -111,6 +116,7 @@ async def arun(
             retry_cancelled=retry_cancelled,
             accept_changed_sql=accept_changed_sql,
             slot_timeout=slot_timeout,
+            poll_interval=poll_interval,
             deadline=deadline,
             observer=observer,
         )
@@ -125,6 +131,7 @@ def run(
     retry_cancelled: bool = False,
     accept_changed_sql: bool = False,
     slot_timeout: float | None = None,
+    poll_interval: float | None = None,
     deadline: datetime | None = None,
     schema: str = "pgbg",
     observer: Callable[[Event], None] | None = None,
@@ -153,6 +160,7 @@ def run(
             retry_cancelled=retry_cancelled,
             accept_changed_sql=accept_changed_sql,
             slot_timeout=slot_timeout,
+            poll_interval=poll_interval,
             deadline=deadline,
             schema=schema,
             observer=observer,

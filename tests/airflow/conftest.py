@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class Lab:
         )
         return [pid for (pid,) in found]
 
+    def triggerer_of(self, run_id: str) -> str:
+        """Which component launched the run's worker."""
+        pid = int(self.rows("select launched_by from pgbg.jobs where label = %s", run_id)[0][0].rpartition("/")[2])
+        return next(name for name in self.processes.components if pid in self.processes.pids(name))
+
     def effects(self, run_id: str) -> int:
         """How many times the run's work was committed."""
         return int(self.rows("select count(*) from effect where run = %s", run_id)[0][0])
@@ -56,6 +62,27 @@ class Lab:
     def states(self, run_id: str) -> list[str]:
         """States of the run's jobs, oldest generation first."""
         return [s for (s,) in self.rows("select state from pgbg.jobs where label = %s order by generation", run_id)]
+
+    @contextmanager
+    def slots_used_up(self, spare: int = 0) -> Iterator[Callable[[], None]]:
+        """Take all of the server's worker slots but ``spare``; gives what frees them again."""
+        with psycopg.connect(self.conninfo, autocommit=True) as session:
+            session.execute("set pg_background.max_workers = 1000")
+            taken: list[int] = []
+            with suppress(psycopg.errors.InsufficientResources):
+                while True:
+                    row = session.execute("select (pg_background_launch('select pg_sleep(900)')).pid").fetchone()
+                    assert row is not None
+                    taken.append(int(row[0]))
+
+            def free(pids: list[int]) -> None:
+                self.rows("select pg_cancel_backend(pid) from unnest(%s::int[]) pid", pids)
+
+            free(taken[:spare])
+            try:
+                yield lambda: free(taken[spare:])
+            finally:
+                free(taken)
 
     def wait(self, there: Callable[[], object], what: str, seconds: float = 60.0) -> None:
         """Wait until something is true."""
@@ -102,7 +129,7 @@ def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempP
     dags = home / "dags"
     dags.mkdir()
     for source in (HERE / "dags").iterdir():
-        if source.suffix == ".py":
+        if source.suffix in (".py", ".sql"):
             (dags / source.name).symlink_to(source)
     for source in EXAMPLES.glob("airflow_*.py"):
         (dags / source.name).symlink_to(source)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from collections.abc import Callable
 
 import pytest
+
+from pgbg_orchestration import Launcher
+from tests.core.kit import LONG, count
 
 from .conftest import Lab
 
@@ -78,12 +82,12 @@ def test_a_clear_while_running_never_has_two_workers(lab: Lab, dag_id: str) -> N
 
 
 def test_a_triggerer_that_was_stalled_cancels_nothing(lab: Lab) -> None:
-    run = lab.start("deferred", "stalled", _long("stalled", 45))
+    run = lab.start("deferred", "stalled", _long("stalled", count(45, 60)))
     worker = lab.wait_for_worker(run)
-    busy = _triggerer_of(lab, run)
+    busy = lab.triggerer_of(run)
 
     lab.processes.signal(busy, signal.SIGSTOP)
-    time.sleep(25)  # longer than the health check's threshold, so that the other triggerer takes over
+    time.sleep(count(25, 40))  # longer than the health check's threshold, so that the other triggerer takes over
     lab.processes.signal(busy, signal.SIGCONT)
 
     assert lab.processes.wait_for_run("deferred", run) == "success"
@@ -94,7 +98,7 @@ def test_a_triggerer_that_was_stalled_cancels_nothing(lab: Lab) -> None:
 def test_a_killed_triggerer_is_replaced(lab: Lab) -> None:
     run = lab.start("deferred", "triggerer-killed", _long("triggerer-killed", 20))
     worker = lab.wait_for_worker(run)
-    busy = _triggerer_of(lab, run)
+    busy = lab.triggerer_of(run)
 
     lab.processes.kill(busy)
     try:
@@ -115,7 +119,90 @@ def test_marked_while_it_waits_in_its_own_process(lab: Lab) -> None:
     assert lab.effects(run) == 0
 
 
-def _triggerer_of(lab: Lab, run_id: str) -> str:
-    """Which component launched the run's worker."""
-    pid = int(lab.rows("select launched_by from pgbg.jobs where label = %s", run_id)[0][0].rpartition("/")[2])
-    return next(name for name in lab.processes.components if pid in lab.processes.pids(name))
+def test_a_run_that_times_out_takes_its_worker_along(lab: Lab) -> None:
+    run = lab.start("run_times_out", "run-late", _long("run-late"))
+    lab.wait_for_worker(run)
+
+    assert lab.processes.wait_for_run("run_times_out", run) == "failed"
+    lab.wait_for_no_worker(run)
+    lab.wait_for_states(run, ["cancelled"])
+
+
+@pytest.mark.parametrize("how", ["by the package", "by somebody"])
+def test_a_job_that_somebody_cancels_is_not_tried_again(lab: Lab, how: str) -> None:
+    run = lab.start("deferred_retried", f"cancelled-{how}".replace(" ", "-"), _long("cancelled"))
+    worker = lab.wait_for_worker(run)
+
+    if how == "by somebody":
+        lab.rows("select pg_cancel_backend(%s)", worker)
+    else:
+        asyncio.run(_cancel(lab, run))
+
+    assert lab.processes.wait_for_run("deferred_retried", run) == "failed"
+    assert lab.processes.task("deferred_retried", run, "job")["try_number"] < 4, "retries were left"
+    log = lab.processes.task_log("deferred_retried", run, "job", 1)
+    assert ("57014" if how == "by somebody" else "JobCancelled") in log
+    assert lab.workers(run) == []
+
+
+async def _cancel(lab: Lab, run: str) -> None:
+    ((job_id, series),) = lab.rows("select job_id, series from pgbg.jobs where label = %s", run)
+    async with Launcher(lab.conninfo) as launcher:
+        assert await launcher.cancel(job_id, series=series) == "cancelled"
+
+
+def test_a_fault_in_every_try_but_the_last(lab: Lab) -> None:
+    run = lab.start("deferred_retried", "unlucky", _long("unlucky", 10))
+    killed: set[int] = set()
+    for number in range(3):
+        lab.wait(lambda: set(lab.workers(run)) - killed, f"the worker of try {number + 1}", 120)
+        (worker,) = set(lab.workers(run)) - killed
+        killed.add(worker)
+        # The session that launched it goes first in every other try: then nobody can report how the worker ended.
+        if number % 2:
+            lab.rows(
+                "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'pgbg: launching'"
+            )
+        lab.rows("select pg_terminate_backend(%s)", worker)
+
+    assert lab.processes.wait_for_run("deferred_retried", run, 240) == "success"
+    assert lab.effects(run) == 1
+    assert lab.states(run) == ["committed"]
+    assert not {pid for (pid,) in lab.rows("select pid from effect where run = %s", run)} & killed
+
+
+def test_a_killed_scheduler_loses_nothing(lab: Lab) -> None:
+    run = lab.start("deferred", "scheduler-killed", _long("scheduler-killed", 10))
+    worker = lab.wait_for_worker(run)
+
+    lab.processes.kill("scheduler")
+    try:
+        lab.wait_for_states(run, ["committed"])  # while there is none
+    finally:
+        lab.processes.start_component("scheduler")
+
+    assert lab.processes.wait_for_run("deferred", run) == "success"
+    assert lab.rows("select pid from effect where run = %s", run) == [(worker,)]
+
+
+@pytest.mark.skipif(not LONG, reason="takes some ten minutes: PGBG_LONG=1")
+def test_three_hundred_deferred_tasks_share_twenty_slots(lab: Lab) -> None:
+    lab.processes.wait_for_dag("crowd")
+    most = 0
+    deferred = 0
+    with lab.slots_used_up(spare=20) as free:
+        run = lab.processes.trigger_dag("crowd", run_id="crowd")
+        began = time.monotonic()
+        while lab.processes.run_state("crowd", run) not in ("success", "failed"):
+            assert time.monotonic() < began + 3600
+            held = lab.rows("select count(*) from pg_stat_activity where application_name like 'pgbg:%%'")[0][0]
+            most = max(most, held)
+            deferred = max(deferred, list(lab.processes.task_states("crowd", run).values()).count("deferred"))
+            time.sleep(2)
+        print(f"{time.monotonic() - began:.0f} s, at most {deferred} deferred at once, {most} connections at most")
+        free()
+
+    assert set(lab.processes.task_states("crowd", run).values()) == {"success"}
+    found = lab.rows("select run, count(*) from effect where run like 'crowd-%%' group by run")
+    assert sorted(found) == sorted((f"crowd-{number}", 1) for number in range(300))
+    assert 0 < most <= 20, "of two triggerers"

@@ -31,13 +31,16 @@ def test_the_outcome_is_xcom(lab: Lab, dag_id: str) -> None:
     }  # fmt: skip
 
 
-def test_a_serialization_failure_is_retried_and_commits_once(lab: Lab) -> None:
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
+def test_a_conflict_is_retried_and_commits_once(lab: Lab, sqlstate: str) -> None:
     # A sequence is not rolled back, so it counts the tries.
+    lab.rows("select setval('tries', 1, false)")
+    name = f"retried-{sqlstate}"
     sql = (
-        f"{_insert('retried')}; do $$ begin if nextval('tries') < 3 then"
-        " raise exception 'could not serialize' using errcode = '40001'; end if; end $$"
+        f"{_insert(name)}; do $$ begin if nextval('tries') < 3 then"
+        f" raise exception 'could not serialize' using errcode = '{sqlstate}'; end if; end $$"
     )
-    run = lab.start("deferred_retried", "retried", sql)
+    run = lab.start("deferred_retried", name, sql)
 
     assert lab.processes.wait_for_run("deferred_retried", run) == "success"
     assert lab.processes.task("deferred_retried", run, "job")["try_number"] == 3
@@ -101,6 +104,64 @@ def test_mapped_tasks_are_jobs_of_their_own(lab: Lab) -> None:
     assert "worker pid" not in log
     found = lab.rows("select run, count(*) from effect where run like 'many-%%' group by run")
     assert sorted(found) == sorted((f"many-{number}", 1) for number in range(24))
+
+
+def test_a_batch_commits_each_job_and_retries_those_that_did_not(lab: Lab) -> None:
+    lab.processes.wait_for_dag("batch")
+    lab.rows("select setval('tries', 1, false)")
+    two = (
+        f"{_insert('batch-two')}; do $$ begin if nextval('tries') < 2 then"
+        " raise exception 'could not serialize' using errcode = '40001'; end if; end $$"
+    )
+    run = lab.processes.trigger_dag("batch", run_id="batch", conf={"one": _insert("batch-one"), "two": two})
+
+    assert lab.processes.wait_for_run("batch", run) == "success"
+    ends = lab.processes.xcom("batch", run, "job")
+    assert {name: end["row_count"] for name, end in ends.items()} == {"one": 1, "two": None}
+    assert ends["two"]["label"] == f"two {run}"
+    assert ends["one"]["launched"] is False, "it had committed in the first try"
+    assert (lab.effects("batch-one"), lab.effects("batch-two")) == (1, 1)
+
+
+def test_a_sensor_waits_for_a_job_that_is_not_there_yet(lab: Lab) -> None:
+    lab.processes.wait_for_dag("sensor")
+    waiting = lab.processes.trigger_dag("sensor", run_id="sensing", conf={"label": "waited-for"})
+    lab.processes.wait_for_task("sensor", waiting, "job", ["deferred"])
+
+    lab.start("deferred", "waited-for", f"{_insert('waited-for')}; select pg_sleep(2)")
+
+    assert lab.processes.wait_for_run("sensor", waiting) == "success"
+    (job,) = lab.processes.xcom("sensor", waiting, "job")
+    assert (job["label"], job["state"]) == ("waited-for", "committed")
+
+
+def test_a_sensor_fails_with_the_error_of_the_job(lab: Lab) -> None:
+    lab.processes.wait_for_dag("sensor")
+    run = lab.start("deferred", "waited-for-in-vain", "select 1/0")
+    assert lab.processes.wait_for_run("deferred", run) == "failed"
+
+    waiting = lab.processes.trigger_dag("sensor", run_id="sensing-in-vain", conf={"label": run})
+
+    assert lab.processes.wait_for_run("sensor", waiting) == "failed"
+    assert lab.processes.task("sensor", waiting, "job")["try_number"] < 3, "retries were left"
+    assert "SQLSTATE 22012: division by zero" in lab.processes.task_log("sensor", waiting, "job", 1)
+
+
+def test_used_up_worker_slots_are_waited_for_without_a_try(lab: Lab) -> None:
+    lab.processes.wait_for_dag("deferred_retried")
+    with lab.slots_used_up() as free:
+        run = lab.start("deferred_retried", "no-slot", _insert("no-slot"))
+        lab.processes.wait_for_task("deferred_retried", run, "job", ["deferred"])
+        lab.wait(
+            lambda: "waiting for a worker slot" in lab.processes.task_log("deferred_retried", run, "job", 1),
+            "the log to say what is waited for",
+        )
+        assert lab.effects(run) == 0
+        free()
+
+    assert lab.processes.wait_for_run("deferred_retried", run) == "success"
+    assert lab.processes.task("deferred_retried", run, "job")["try_number"] == 1
+    assert lab.effects(run) == 1
 
 
 @pytest.mark.parametrize("dag_id", sorted(path.stem for path in EXAMPLES.glob("airflow_*.py")))

@@ -59,8 +59,7 @@ def _state(monkeypatch: pytest.MonkeyPatch, state: str | None) -> None:
     async def answer(_ti: Any) -> str | None:
         return state
 
-    monkeypatch.setattr("airflow_provider.triggers.state_of", answer)
-    monkeypatch.setattr("airflow_provider.batch.state_of", answer)
+    monkeypatch.setattr("airflow_provider.trigger_base.state_of", answer)
 
 
 class TestOneJob:
@@ -175,7 +174,7 @@ class TestOnKill:
             await asyncio.sleep(1)
             return "failed"
 
-        monkeypatch.setattr("airflow_provider.triggers.state_of", answer_late)
+        monkeypatch.setattr("airflow_provider.trigger_base.state_of", answer_late)
         trigger = PgBackgroundTrigger(job=_job(sql="select pg_sleep(60)"))
         running = asyncio.create_task(_event(trigger))
         await _until(database.workers)

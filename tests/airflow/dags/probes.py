@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from airflow.sdk import DAG
 
+from airflow_provider.batch import PgBackgroundBatchOperator
 from airflow_provider.operators import PgBackgroundOperator
+from airflow_provider.sensors import PgBackgroundSensor
 
 PROBES: dict[str, dict[str, Any]] = {
     "deferred": {"deferrable": True},
@@ -20,7 +24,13 @@ PROBES: dict[str, dict[str, Any]] = {
     "here_times_out": {"deferrable": False, "execution_timeout": timedelta(seconds=5)},
     "no_extension": {"deferrable": True, "retries": 3, "retry_delay": timedelta(seconds=1), "database": "template1"},
     "to_delete": {"deferrable": True},
-}
+    "started": {"start_from_trigger": True},
+    "started_ends": {"start_from_trigger": True, "end_from_trigger": True},
+    "started_retried": {
+        "start_from_trigger": True, "durable": False, "retries": 2, "retry_delay": timedelta(seconds=1),
+    },
+    "started_times_out": {"start_from_trigger": True, "execution_timeout": timedelta(seconds=15)},
+}  # fmt: skip
 
 for name, options in PROBES.items():
     with DAG(dag_id=name, schedule=None, params={"sql": "select 1"}) as dag:
@@ -32,3 +42,46 @@ with DAG(dag_id="many", schedule=None, params={"sql": ["select 1"]}) as dag_many
     PgBackgroundOperator.partial(
         task_id="job", deferrable=True, do_xcom_push=False, retries=3, retry_delay=timedelta(seconds=1)
     ).expand(sql=[f"insert into effect (run) values ('many-{number}')" for number in range(24)])
+
+with DAG(
+    dag_id="run_times_out", schedule=None, params={"sql": "select 1"}, dagrun_timeout=timedelta(seconds=15)
+) as dag_run_times_out:
+    PgBackgroundOperator(task_id="job", sql="{{ params.sql }}", label="{{ run_id }}", deferrable=True)
+
+with DAG(dag_id="started_from_file", schedule=None, template_searchpath=str(Path(__file__).parent)) as dag_started_file:
+    PgBackgroundOperator(
+        task_id="job",
+        sql="probe.sql",
+        parameters={"run": "{{ run_id }}", "deep": ["{{ task.task_id }}"]},
+        label="{{ run_id }}",
+        settings={"work_mem": "{{ 4 }}MB"},
+        start_from_trigger=True,
+        end_from_trigger=True,
+    )
+
+with DAG(dag_id="batch", schedule=None, params={"one": "select 1", "two": "select 2"}) as dag_batch:
+    PgBackgroundBatchOperator(
+        task_id="job",
+        jobs={"one": "{{ params.one }}", "two": {"sql": "{{ params.two }}", "label": "two {{ run_id }}"}},
+        poll_interval=1,
+        deferrable=True,
+        retries=3,
+        retry_delay=timedelta(seconds=1),
+    )
+
+with DAG(dag_id="sensor", schedule=None, params={"label": "nobody"}) as dag_sensor:
+    PgBackgroundSensor(
+        task_id="job", label="{{ params.label }}", poll_interval=0.5, timeout=120, deferrable=True, retries=2
+    )
+
+# The long form of the tests only: a lab that does not run it need not parse it.
+if os.environ.get("PGBG_LONG") == "1":
+    with DAG(dag_id="crowd", schedule=None, max_active_tasks=300) as dag_crowd:
+        PgBackgroundOperator.partial(
+            task_id="job",
+            deferrable=True,
+            end_from_trigger=True,
+            retries=3,
+            retry_delay=timedelta(seconds=1),
+            max_active_tis_per_dag=300,
+        ).expand(sql=[f"insert into effect (run) values ('crowd-{n}'); select pg_sleep(10)" for n in range(300)])

@@ -1,0 +1,214 @@
+"""What the triggers share: their connection, their one event, and how they run and cancel jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TriggerEvent
+
+from . import events
+from .hook import PgBackgroundHook
+from .triggering import GOES_ON, load_core, settle, shared_conninfo, state_of, to_its_end
+
+if TYPE_CHECKING:
+    from pgbg_orchestration import Launcher, Outcome
+    from pgbg_orchestration.errors import PgbgError
+
+
+class ServerTrigger(BaseTrigger):
+    """Does its work over the connections that all triggers of its process share, and fires one event.
+
+    Parameters
+    ----------
+    postgres_conn_id, database, endpoint:
+        As :class:`~airflow_provider.hook.PgBackgroundHook` takes them.
+    schema:
+        Name of the package's schema.
+    unknown:
+        Arguments of a newer release, which a row in Airflow's database may hold: ignored.
+    """
+
+    arguments: ClassVar[tuple[str, ...]] = ("postgres_conn_id", "database", "endpoint", "schema")
+    """What Airflow stores of the trigger; a subclass adds its own."""
+
+    follows_process: ClassVar[bool] = True
+    """Whether a process of the task's ended when this began, whose end Airflow may notice late."""
+
+    def __init__(
+        self,
+        *,
+        postgres_conn_id: str = PgBackgroundHook.default_conn_name,
+        database: str | None = None,
+        endpoint: str | None = None,
+        schema: str = "pgbg",
+        **unknown: Any,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.postgres_conn_id = postgres_conn_id
+        self.database = database
+        self.endpoint = endpoint
+        self.schema = schema
+        self._unknown = unknown
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return the trigger's class path and arguments."""
+        return f"{type(self).__module__}.{type(self).__name__}", {name: getattr(self, name) for name in self.arguments}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Do the work, and fire one event."""
+        began = asyncio.get_running_loop().time()
+        await load_core()
+        from pgbg_orchestration.errors import PgbgError
+
+        try:
+            async with self.launcher() as launcher:
+                payload = await self.work(launcher)
+        except PgbgError as error:
+            self.log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would only hide it
+            payload = self.failed(error)
+        event = self.event_of(payload)
+        if self.follows_process and not isinstance(event, BaseTaskEndEvent):
+            await settle(began)
+        yield event
+
+    @abstractmethod
+    async def work(self, launcher: Launcher) -> dict[str, Any]:
+        """Do what this trigger is for, and return what its event tells.
+
+        Raises
+        ------
+        PgbgError
+            It failed.
+        """
+
+    def failed(self, error: PgbgError) -> dict[str, Any]:
+        """Return what the event tells of an error."""
+        return events.of_error(error)
+
+    def event_of(self, payload: dict[str, Any]) -> TriggerEvent:
+        """Return the event that tells ``payload``."""
+        return TriggerEvent(payload)  # type: ignore[no-untyped-call]
+
+    @asynccontextmanager
+    async def launcher(self) -> AsyncIterator[Launcher]:
+        """Lend the launcher that the triggers of this process share for one connection."""
+        from pgbg_orchestration.running import shared_launcher
+
+        conninfo = await shared_conninfo(self.postgres_conn_id, self.database, self.endpoint)
+        async with shared_launcher(conninfo, schema=self.schema) as launcher:
+            yield launcher
+
+
+class JobTrigger(ServerTrigger):
+    """Runs jobs, and cancels them when a user ends their task.
+
+    Parameters
+    ----------
+    deadline:
+        The moment until which the jobs have time, with time zone; None for none.
+    on_superseded:
+        What to do with a worker of an older generation: ``cancel`` it or ``wait`` for it.
+    slot_timeout:
+        Seconds to wait for a worker slot at most.
+    poll_interval:
+        Seconds between two looks at a job at most.
+    cancel_on_kill:
+        Whether the workers are cancelled when a user marks the task or deletes its run.
+    kwargs:
+        As :class:`ServerTrigger` takes them.
+    """
+
+    arguments = (
+        *ServerTrigger.arguments, "deadline", "on_superseded", "slot_timeout", "poll_interval", "cancel_on_kill",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        deadline: datetime | None = None,
+        on_superseded: str = "cancel",
+        slot_timeout: float | None = None,
+        poll_interval: float | None = None,
+        cancel_on_kill: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.deadline = deadline
+        self.on_superseded = on_superseded
+        self.slot_timeout = slot_timeout
+        self.poll_interval = poll_interval
+        self.cancel_on_kill = cancel_on_kill
+
+    @abstractmethod
+    def identities(self) -> Iterable[Mapping[str, Any]]:
+        """Return ``id``, ``series`` and ``owner`` of each of the trigger's jobs."""
+
+    def __repr__(self) -> str:
+        # The base class shows all arguments, the SQL among them.
+        return f"<{type(self).__name__} {self.trigger_id}>"
+
+    async def run_job(self, launcher: Launcher, arguments: dict[str, Any], **options: Any) -> Outcome:
+        """Launch a job or attach to it, and wait for its outcome.
+
+        Parameters
+        ----------
+        launcher:
+            Over which.
+        arguments:
+            Those of :class:`pgbg_orchestration.Job`.
+        options:
+            Further ones of :func:`pgbg_orchestration.arun`, whose errors it raises.
+        """
+        from pgbg_orchestration import Job
+
+        return await launcher.run(
+            Job(**arguments),
+            # A triggerer that ends hands its triggers to another, which attaches to the worker.
+            on_cancel="leave",
+            on_superseded=self.on_superseded,
+            accept_changed_sql=True,
+            slot_timeout=self.slot_timeout,
+            poll_interval=self.poll_interval,
+            deadline=self.deadline,
+            observer=events.watch,
+            **options,
+        )
+
+    async def on_kill(self) -> None:
+        """Cancel the workers of a task that a user ended; leave them at work when the task still waits for them.
+
+        Airflow calls this after a clear too, when the next try has been deferred already, and on a triggerer that was
+        stalled and lost its triggers (airflow PR #73454): in both the task is deferred. The next try deals with the
+        worker of an older generation itself.
+        """
+        if self.cancel_on_kill:
+            await to_its_end(self._cancel_if_ended())
+
+    async def _cancel_if_ended(self) -> None:
+        state = await state_of(self.task_instance)
+        if state in GOES_ON:
+            self.log.info("The task goes on (%s): its jobs are left alone.", state)
+            return
+        self.log.info("The task is %s: cancelling its jobs.", state or "gone")
+        async with self.launcher() as launcher:
+            await self.cancel(launcher, self.identities(), f"the Airflow task is {state or 'gone'}")
+
+    async def cancel(self, launcher: Launcher, jobs: Iterable[Mapping[str, Any]], reason: str) -> None:
+        """Cancel jobs side by side, and write to the log how each ended."""
+        jobs = list(jobs)
+        ends = await asyncio.gather(
+            *(
+                launcher.cancel(job["id"], owner=job.get("owner"), series=job.get("series"), reason=reason)
+                for job in jobs
+            ),
+            return_exceptions=True,
+        )
+        for job, end in zip(jobs, ends, strict=True):
+            level = logging.WARNING if isinstance(end, BaseException) else logging.INFO
+            self.log.log(level, "Job %s: %s", job["id"], end)
