@@ -124,8 +124,8 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
     ----------
     jobs:
         The jobs by name: SQL (one text or a list of statements), or a dict of ``sql`` and any of ``parameters``,
-        ``label``, ``settings``, ``role``, ``isolation``, ``kind``, ``queue_size``, ``verify_sql``, ``drop_invalid_index``
-        and ``redact_details``.
+        ``label``, ``settings``, ``role``, ``isolation``, ``kind``, ``queue_size``, ``verify_sql``,
+        ``drop_invalid_index`` and ``redact_details``.
     at_once:
         How many run at once. Default: all.
     fail_fast:

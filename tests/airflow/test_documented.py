@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_the_page_has_every_option_and_no_other(heading: str) -> None:
 
 @pytest.mark.parametrize("heading", OPERATORS)
 def test_the_page_has_the_default_and_says_what_is_templated(heading: str) -> None:
-    kind = OPERATORS[heading]
+    kind: Any = OPERATORS[heading]
     renamed = {"worker_label": "label", "job_label": "label"}
     templated = {renamed.get(name, name) for name in kind.template_fields}
     for name, (more, default) in _table(heading).items():

@@ -36,7 +36,7 @@ class Plan:
     newer_after: float | None  # seconds until a newer generation is wanted
 
     @classmethod
-    def make(cls, seed: int, number: int) -> Plan:
+    def make(cls, seed: int, number: int, *, fatal: bool = True) -> Plan:
         chance = random.Random(f"{seed}/{number}")
         name = f"j{number}"
         sql = effect(name)
@@ -52,7 +52,7 @@ class Plan:
         elif fate > 0.8 and chance.random() < 0.5:
             # Every other attempt ends by a FATAL error: "completed", no error, nothing done.
             sql = f"{effect(name)}; select pg_sleep(2 * (random() < 0.4)::int)"
-            settings = {"transaction_timeout": "1000"}
+            settings = {"transaction_timeout": "1000"} if fatal else None
         return cls(
             name=name,
             sql=sql,

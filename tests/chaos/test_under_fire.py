@@ -51,6 +51,7 @@ async def under_fire(stage: Stage, seconds: float, seed: int, hand: type[Hand] =
     began = time.monotonic()
     over = asyncio.Event()
     numbers = iter(range(10**9))
+    fatal = int(stage.db.value("show server_version_num")) >= 170000  # transaction_timeout is there
     with Proxy.before(stage.db.server.conninfo()) as proxy:
         straight = stage.db.conninfo
         ways = [straight if number % 2 else proxy.through(straight) for number in range(PROCESSES)]
@@ -58,7 +59,7 @@ async def under_fire(stage: Stage, seconds: float, seed: int, hand: type[Hand] =
 
             async def customers() -> None:
                 while time.monotonic() - began < seconds:
-                    plan = Plan.make(seed, next(numbers))
+                    plan = Plan.make(seed, next(numbers), fatal=fatal)
                     await Customer(plan, crew, stage, report).follow()
 
             breaker = Breaker(stage, crew, proxy, report, random.Random(f"{seed}/breaker"), PAUSE)
