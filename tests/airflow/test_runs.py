@@ -117,7 +117,7 @@ def test_a_batch_commits_each_job_and_retries_those_that_did_not(lab: Lab) -> No
 
     assert lab.processes.wait_for_run("batch", run) == "success"
     ends = lab.processes.xcom("batch", run, "job")
-    assert {name: end["row_count"] for name, end in ends.items()} == {"one": 1, "two": None}
+    assert {name: end["row_count"] for name, end in ends.items()} == {"one": 1, "two": 0}
     assert ends["two"]["label"] == f"two {run}"
     assert ends["one"]["launched"] is False, "it had committed in the first try"
     assert (lab.effects("batch-one"), lab.effects("batch-two")) == (1, 1)
@@ -159,8 +159,9 @@ def test_used_up_worker_slots_are_waited_for_without_a_try(lab: Lab) -> None:
         assert lab.effects(run) == 0
         free()
 
+    # Not "in the first try": a busy Airflow may lose one by itself (docs/airflow.md, Sizing).
     assert lab.processes.wait_for_run("deferred_retried", run) == "success"
-    assert lab.processes.task("deferred_retried", run, "job")["try_number"] == 1
+    assert lab.processes.xcom("deferred_retried", run, "job")["attempt"] == 1
     assert lab.effects(run) == 1
 
 
