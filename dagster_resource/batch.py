@@ -98,6 +98,9 @@ class Batch:
                 if talk.cancel_workers:
                     await self._cancel_workers(launcher, talk, TERMINATED)
                 raise
+            except Exception:
+                await _stop(tasks)  # before the connections are closed under them
+                raise
 
     async def _wait_for(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Wait until all have ended or, if one failure is to end all, until the first one has failed."""

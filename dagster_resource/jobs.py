@@ -24,6 +24,7 @@ class JobOptions(TypedDict, total=False):
     timeout: float | None
     queue_size: int | None
     verify_sql: str | None
+    drop_invalid_index: bool
 
 
 @dataclass(frozen=True)
