@@ -76,7 +76,7 @@ def many(context: AssetExecutionContext, config: Who, few_slots: PgBackgroundRes
     backfill_policy=BackfillPolicy.single_run(),
 )
 def days(context: AssetExecutionContext) -> tuple[str, Any]:
-    return "insert into done (who) select unnest(%(partition_keys)s)", partition_parameters(context)
+    return "insert into done (who) select unnest(%(partition_keys)s::text[])", partition_parameters(context)
 
 
 WORKING = [plain, stubborn]
