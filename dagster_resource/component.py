@@ -92,7 +92,23 @@ class PgBackgroundSqlComponent(Component, Resolvable, Model):
     resource_key: str = Field(default="pg", description="Key of the PgBackgroundResource.")
 
     def build_defs(self, context: ComponentLoadContext) -> Definitions:
-        """Return the assets and their checks."""
+        """Make the assets and their checks.
+
+        Parameters
+        ----------
+        context:
+            Of the component: says in which folder the SQL files are.
+
+        Returns
+        -------
+        Definitions
+            The assets and their checks; the resource is the project's own.
+
+        Raises
+        ------
+        ValueError
+            An entry has both ``sql`` and ``sql_file``, or neither.
+        """
         assets = [self._asset(entry, context.path) for entry in self.assets]
         checks = [self._check(entry.key, check, context.path) for entry in self.assets for check in entry.checks]
         return Definitions(assets=assets, asset_checks=checks)

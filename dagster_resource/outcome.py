@@ -40,7 +40,22 @@ class PgBackgroundOutcome(Outcome):
 
     @classmethod
     def of(cls, outcome: Outcome, sql: str, identity: Identity | None) -> PgBackgroundOutcome:
-        """Add to the core's outcome what Dagster knows of the job."""
+        """Add to the core's outcome what Dagster knows of the job.
+
+        Parameters
+        ----------
+        outcome:
+            The core's.
+        sql:
+            The job's SQL as it was given.
+        identity:
+            The step that it belongs to; None for a job of somebody else's.
+
+        Returns
+        -------
+        PgBackgroundOutcome
+            Both together.
+        """
         known = {field.name: getattr(outcome, field.name) for field in fields(Outcome)}
         partition = identity.partition if identity else None
         return cls(**known, sql=sql, partition=partition, is_range=bool(identity and identity.is_range))

@@ -64,13 +64,18 @@ def interrupt(instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def run_asset(
-    pg: PgBackgroundResource, instance: DagsterInstance, text: str, policy: RetryPolicy | None = None
+    pg: PgBackgroundResource,
+    instance: DagsterInstance,
+    text: str,
+    *,
+    kind: str = "receipt",
+    policy: RetryPolicy | None = None,
 ) -> DagsterRunStatus:
     """Materialize an asset of this SQL; how its run ended."""
 
     @asset(retry_policy=policy)
     def interrupted(context: AssetExecutionContext, pg: PgBackgroundResource) -> None:
-        pg.run(context, text)
+        pg.run(context, text, kind=kind)
 
     materialize([interrupted], resources={"pg": pg}, instance=instance, raise_on_error=False)
     (run,) = instance.get_runs()
@@ -89,15 +94,17 @@ def launches(sql: psycopg.Connection[Any]) -> int:
 
 @pytest.mark.parametrize("policy", [None, RetryPolicy(max_retries=3)], ids=["plain", "retry_policy"])
 @pytest.mark.parametrize(
-    ("point", "text", "committed"),
+    ("point", "text", "committed", "kind"),
     [
-        pytest.param("before_register", LONG, 0, id="before_register"),
-        pytest.param("after_register", LONG, 0, id="after_register"),
-        pytest.param("before_launch", LONG, 0, id="before_launch"),
-        pytest.param("after_launch", LONG, 0, id="after_launch"),
-        pytest.param("while_running", LONG, 0, id="while_running"),
-        pytest.param("while_running", FETCHED, 0, id="while_its_rows_are_fetched"),
-        pytest.param("before_record", EFFECT, 1, id="before_record"),
+        pytest.param("before_register", LONG, 0, "receipt", id="before_register"),
+        pytest.param("after_register", LONG, 0, "receipt", id="after_register"),
+        pytest.param("before_launch", LONG, 0, "receipt", id="before_launch"),
+        pytest.param("after_launch", LONG, 0, "receipt", id="after_launch"),
+        pytest.param("while_running", LONG, 0, "receipt", id="while_running"),
+        pytest.param("while_running", FETCHED, 0, "receipt", id="while_its_rows_are_fetched"),
+        pytest.param("after_launch", LONG, 0, "supervised", id="after_launch_supervised"),
+        pytest.param("while_running", LONG, 0, "supervised", id="while_running_supervised"),
+        pytest.param("before_record", EFFECT, 1, "receipt", id="before_record"),
     ],
 )
 def test_terminated_by_a_user(
@@ -109,15 +116,17 @@ def test_terminated_by_a_user(
     point: str,
     text: str,
     committed: int,
+    kind: str,
 ) -> None:
     sql.execute("create table effect (n int)")
     interrupt(point, asked_for=True)
 
-    assert run_asset(pg, instance, text, policy) is DagsterRunStatus.CANCELED
+    assert run_asset(pg, instance, text, kind=kind, policy=policy) is DagsterRunStatus.CANCELED
     assert effects(sql) == committed
     assert launches(sql) <= 1
 
 
+@pytest.mark.parametrize("kind", ["receipt", "supervised"])
 @pytest.mark.parametrize("point", ["after_launch", "while_running"])
 def test_interrupted_though_nobody_asked_for_it(
     pg: PgBackgroundResource,
@@ -126,13 +135,14 @@ def test_interrupted_though_nobody_asked_for_it(
     database: Database,
     interrupt: Any,
     point: str,
+    kind: str,
 ) -> None:
     sql.execute("create table effect (n int)")
     interrupt(point, asked_for=False)
 
     with database.connect() as holder:
         holder.execute("select pg_advisory_lock(1)")
-        assert run_asset(pg, instance, UNTIL_RELEASED) is DagsterRunStatus.FAILURE
+        assert run_asset(pg, instance, UNTIL_RELEASED, kind=kind) is DagsterRunStatus.FAILURE
         # A worker that was launched lives on, though the session that launched it is gone.
         assert (launches(sql), effects(sql)) == (1, 0)
     deadline = time.monotonic() + PATIENCE
