@@ -16,7 +16,7 @@ from .outcome import PgBackgroundOutcome as PgBackgroundOutcome
 from .resource import PgBackgroundResource as PgBackgroundResource
 from .resource import RetryRule as RetryRule
 from .sensors import build_pg_background_sensor as build_pg_background_sensor
-from .sensors import build_pg_background_sweep_sensors as build_pg_background_sweep_sensors
+from .sweeping import build_pg_background_sweep_sensors as build_pg_background_sweep_sensors
 
 __version__ = "0.1.0"
 

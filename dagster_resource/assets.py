@@ -55,13 +55,25 @@ def pg_background_asset(
 
     Parameters
     ----------
+    fn:
+        The function, where the decorator stands without parentheses.
     resource_key:
         Key of the :class:`PgBackgroundResource`.
     job:
-        Options of the job: ``label``, ``timeout`` (seconds), ``role``, ``settings``, …
+        Options of the job, as :class:`JobOptions` names them: ``label``, ``timeout`` (seconds), ``role``, …
     options:
         Further arguments of :func:`dagster.asset`. Leave out ``retry_policy``: errors that are worth another try are
         retried without one.
+
+    Returns
+    -------
+    AssetsDefinition
+        The asset; with parentheses, the decorator that makes it.
+
+    Raises
+    ------
+    TypeError
+        The function is asynchronous or a generator.
 
     Examples
     --------
@@ -73,7 +85,7 @@ def pg_background_asset(
     def decorate(function: SqlFunction) -> AssetsDefinition:
         def execute(context: AssetExecutionContext, given: SqlLike) -> MaterializeResult[Any]:
             pg: PgBackgroundResource = getattr(context.resources, resource_key)
-            return pg.run(context, _with_options(given, job)).to_materialize_result()
+            return pg.run(context, Sql.of(given, job)).to_materialize_result()
 
         wrapped = _wrap(function, execute, AssetExecutionContext, MaterializeResult)
         required = {resource_key, *options.pop("required_resource_keys", ())}
@@ -109,6 +121,16 @@ def pg_background_asset_check(
     options:
         Further arguments of :func:`dagster.asset_check`, such as ``blocking=True``.
 
+    Returns
+    -------
+    Callable
+        The decorator that makes an :class:`dagster.AssetChecksDefinition`.
+
+    Raises
+    ------
+    TypeError
+        The function is asynchronous or a generator.
+
     Examples
     --------
     >>> @pg_background_asset_check(asset="flights")  # doctest: +SKIP
@@ -120,7 +142,7 @@ def pg_background_asset_check(
         def execute(context: AssetCheckExecutionContext, given: SqlLike) -> AssetCheckResult:
             # AssetCheckExecutionContext hands out no resources of its own.
             pg: PgBackgroundResource = getattr(context.op_execution_context.resources, resource_key)
-            return pg.check(context, _with_options(given, job), expect=expect, severity=severity)
+            return pg.check(context, Sql.of(given, job), expect=expect, severity=severity)
 
         wrapped = _wrap(function, execute, AssetCheckExecutionContext, AssetCheckResult)
         required = {resource_key, *options.pop("required_resource_keys", ())}
@@ -158,10 +180,6 @@ def partition_parameters(context: AssetExecutionContext) -> Mapping[str, Any]:
         window = context.partition_time_window
         values |= {"partition_start": window.start, "partition_end": window.end}
     return values
-
-
-def _with_options(given: SqlLike, job: JobOptions | None) -> Sql:
-    return Sql.of(given, job)
 
 
 def _wrap(function: SqlFunction, execute: Callable[..., Any], context_type: type, returns: type) -> Callable[..., Any]:

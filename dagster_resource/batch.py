@@ -98,6 +98,9 @@ class Batch:
                 if talk.cancel_workers:
                     await self._cancel_workers(launcher, talk, TERMINATED)
                 raise
+            except Exception:
+                await _stop(tasks)  # before the connections are closed under them
+                raise
 
     async def _wait_for(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Wait until all have ended or, if one failure is to end all, until the first one has failed."""
@@ -114,9 +117,8 @@ class Batch:
                 self._under_way[member.name] = job
                 self.outcomes[member.name] = await launcher.run(
                     job,
-                    # A worker is left here and cancelled afterwards, when it is known what the interruption was. One
-                    # that leaves no receipt cannot be found again.
-                    on_cancel="leave" if job.kind is Kind.RECEIPT or self.keep_on_interrupt else "cancel",
+                    # A worker is left here and cancelled afterwards, when it is known what the interruption was.
+                    on_cancel="leave" if _can_be_found(job) or self.keep_on_interrupt else "cancel",
                     retry_cancelled=lift,
                     observer=talk.event,
                     **self.options,
@@ -127,7 +129,7 @@ class Batch:
 
     async def _choose(self, launcher: Launcher, member: Member) -> tuple[Job, bool]:
         """Return the job to run, and whether to run it though it was cancelled before."""
-        if member.job.kind is not Kind.RECEIPT:
+        if not _can_be_found(member.job):
             return member.job, False
         seen = await launcher.look(member.job_id, owner=self.owner, series=member.job.series)
         if member.anew is not None:
@@ -138,7 +140,7 @@ class Batch:
 
     async def _cancel_workers(self, launcher: Launcher, talk: Talk, reason: str) -> None:
         """Cancel, for good, what was under way and can be found by its receipt."""
-        jobs = [job for job in self._under_way.values() if job.kind is Kind.RECEIPT]
+        jobs = [job for job in self._under_way.values() if _can_be_found(job)]
         ends = await asyncio.gather(
             *(launcher.cancel(job.id or "", owner=self.owner, series=job.series, reason=reason) for job in jobs),
             return_exceptions=True,
@@ -150,6 +152,11 @@ class Batch:
                 talk.note(logging.WARNING, f"{job.label}: the cancel came too late, it is committed")
             else:
                 talk.note(logging.ERROR, f"{job.label}: could not be cancelled: {end}")
+
+
+def _can_be_found(job: Job) -> bool:
+    """Tell whether a later call finds the job's worker: one of kind ``session`` leaves no receipt."""
+    return job.kind is not Kind.SESSION
 
 
 async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -55,8 +55,15 @@ class SqlJob(Model, Resolvable):
     timeout: float | None = Field(default=None, description="Seconds until the worker is cancelled.")
     role: str | None = Field(default=None, description="Role that the SQL runs as.")
     settings: dict[str, str] | None = Field(default=None, description="Server settings, such as work_mem.")
-    isolation: str | None = None
+    isolation: str | None = Field(
+        default=None, description="read committed, repeatable read or serializable. Default: what the login has."
+    )
+    queue_size: int | None = Field(default=None, description="Bytes of the worker's output queue.")
     verify_sql: str | None = Field(default=None, description="A query that returns true when the work is done.")
+    drop_invalid_index: bool | None = Field(
+        default=None,
+        description="Before CREATE INDEX CONCURRENTLY, drop the invalid index that an earlier build left.",
+    )
 
 
 @record(checked=False)  # its checks would look for the names of the inherited annotations in this module
@@ -85,7 +92,23 @@ class PgBackgroundSqlComponent(Component, Resolvable, Model):
     resource_key: str = Field(default="pg", description="Key of the PgBackgroundResource.")
 
     def build_defs(self, context: ComponentLoadContext) -> Definitions:
-        """Return the assets and their checks."""
+        """Make the assets and their checks.
+
+        Parameters
+        ----------
+        context:
+            Of the component: says in which folder the SQL files are.
+
+        Returns
+        -------
+        Definitions
+            The assets and their checks; the resource is the project's own.
+
+        Raises
+        ------
+        ValueError
+            An entry has both ``sql`` and ``sql_file``, or neither.
+        """
         assets = [self._asset(entry, context.path) for entry in self.assets]
         checks = [self._check(entry.key, check, context.path) for entry in self.assets for check in entry.checks]
         return Definitions(assets=assets, asset_checks=checks)

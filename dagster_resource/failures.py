@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from dagster import Failure, MetadataValue, RetryRequested
+from dagster import Failure, MetadataValue, RetryRequested, TableRecord
 
 from pgbg_orchestration.errors import PgbgError, WorkerError
 from pgbg_orchestration.outcome import NO_FIELDS, ErrorFields
@@ -28,18 +28,27 @@ class PgBackgroundFailure(Failure):
         table, column and constraint concerned; each None where it is not known.
     job_id, label:
         The job, and what a person saw on its worker.
+    errors:
+        The errors of all jobs of the step that did not commit, ``error`` among them.
     """
 
     def __init__(
-        self, error: PgbgError, *, sql: str | None = None, reason: str | None = None, allow_retries: bool = True
+        self,
+        error: PgbgError,
+        *,
+        errors: Sequence[PgbgError] = (),
+        sql: str | None = None,
+        reason: str | None = None,
+        allow_retries: bool = True,
     ) -> None:
         self.error = error
+        self.errors = tuple(errors) or (error,)
         self.fields = error.fields if isinstance(error, WorkerError) else ErrorFields(sqlstate=error.sqlstate)
         self.job_id = error.job_id
         self.label = error.label
         super().__init__(
             description=f"{error}\n{reason}" if reason else str(error),
-            metadata=_metadata(error, self.fields, sql),
+            metadata=_metadata(error, self.fields, sql) | _table(self.errors),
             allow_retries=allow_retries,
         )
 
@@ -51,7 +60,7 @@ class PgBackgroundFailure(Failure):
     @property
     def message(self) -> str:
         """The server's message; for an error that the server did not raise, the core's."""
-        return self.fields.message or self.error.message
+        return _message(self.error)
 
     @property
     def detail(self) -> str | None:
@@ -106,6 +115,7 @@ def raise_for(
         reason = f"{reason}\n{len(errors)} jobs of this step did not commit: {labels}"
     failure = PgBackgroundFailure(
         error,
+        errors=errors,
         sql=sql.get(error.job_id or ""),
         reason=reason,
         allow_retries=decision.action is DEFAULT,
@@ -136,7 +146,7 @@ def _metadata(error: PgbgError, fields: ErrorFields, sql: str | None) -> dict[st
         "pgbg/label": error.label,
         "pgbg/error": type(error).__name__,
         "pgbg/data_state": error.data_state,
-        "pgbg/message": fields.message or error.message,
+        "pgbg/message": _message(error),
         "pgbg/todo": error.todo,
         **{f"pgbg/{name}": getattr(fields, name) for name in NO_FIELDS.__slots__ if name != "message"},
     }
@@ -144,3 +154,26 @@ def _metadata(error: PgbgError, fields: ErrorFields, sql: str | None) -> dict[st
     if sql:
         metadata["pgbg/sql"] = sql_block(sql)
     return metadata
+
+
+def _table(errors: Sequence[PgbgError]) -> dict[str, Any]:
+    """Show every job of a step that did not commit, where there are several."""
+    if len(errors) < 2:
+        return {}
+    records = [
+        TableRecord(
+            {
+                "label": str(error.label or ""),
+                "sqlstate": error.sqlstate or "",
+                "message": _message(error),
+                "data_state": error.data_state,
+                "job_id": str(error.job_id or ""),
+            }
+        )
+        for error in errors
+    ]
+    return {"pgbg/failed_jobs": MetadataValue.table(records)}
+
+
+def _message(error: PgbgError) -> str:
+    return (error.fields.message if isinstance(error, WorkerError) else None) or error.message

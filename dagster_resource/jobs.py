@@ -25,6 +25,7 @@ class JobOptions(TypedDict, total=False):
     queue_size: int | None
     verify_sql: str | None
     redact_details: bool
+    drop_invalid_index: bool
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,19 @@ class Sql:
 
     @classmethod
     def of(cls, given: SqlLike, options: JobOptions | None = None) -> Sql:
-        """Return what a user gave (SQL, or SQL and parameters) as one thing; its own options win over ``options``.
+        """Return what a user gave as one thing.
+
+        Parameters
+        ----------
+        given:
+            SQL as text, a list of statements, a tuple of either and its parameters, or an ``Sql``.
+        options:
+            Options of the job; those that an ``Sql`` brings along win.
+
+        Returns
+        -------
+        Sql
+            The SQL with all of its options.
 
         Raises
         ------
@@ -75,7 +88,21 @@ class Sql:
         return self.text if isinstance(self.text, str) else ";\n".join(self.text)
 
     def job(self, *, job_id: str, series: str, label: str, owner: str | None) -> Job:
-        """Return the core's job.
+        """Make the core's job of it.
+
+        Parameters
+        ----------
+        job_id, series:
+            Which work this is, and what it excludes.
+        label:
+            What a person is to see, where the options have no label; cut to fit.
+        owner:
+            Role that owns the receipt; None for the login.
+
+        Returns
+        -------
+        Job
+            The job, checked and not yet bound.
 
         Raises
         ------

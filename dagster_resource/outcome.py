@@ -10,11 +10,14 @@ from dagster import AssetKey, MaterializeResult
 
 from pgbg_orchestration.outcome import Outcome
 
-from . import metadata as standard
 from .identity import Identity
+from .metadata import sql_block
 
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
+
+# Command tags whose count is that of the rows put into a table. UPDATE and DELETE say nothing of its size.
+FILLING = ("INSERT", "CREATE TABLE AS", "COPY", "MERGE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,22 @@ class PgBackgroundOutcome(Outcome):
 
     @classmethod
     def of(cls, outcome: Outcome, sql: str, identity: Identity | None) -> PgBackgroundOutcome:
-        """Add to the core's outcome what Dagster knows of the job."""
+        """Add to the core's outcome what Dagster knows of the job.
+
+        Parameters
+        ----------
+        outcome:
+            The core's.
+        sql:
+            The job's SQL as it was given.
+        identity:
+            The step that it belongs to; None for a job of somebody else's.
+
+        Returns
+        -------
+        PgBackgroundOutcome
+            Both together.
+        """
         known = {field.name: getattr(outcome, field.name) for field in fields(Outcome)}
         partition = identity.partition if identity else None
         return cls(**known, sql=sql, partition=partition, is_range=bool(identity and identity.is_range))
@@ -50,8 +68,36 @@ class PgBackgroundOutcome(Outcome):
         return max((self.finished_at - self.started_at).total_seconds(), 0.0)
 
     def metadata(self) -> dict[str, Any]:
-        """Return the standard metadata: row count, SQL, label, job id, worker pid, duration."""
-        return standard.of_outcome(self)
+        """Return the standard metadata of a materialization; what is not known is left out.
+
+        Returns
+        -------
+        dict[str, Any]
+            ``pgbg/job_id``, ``pgbg/label``, ``pgbg/sql``, ``pgbg/launched``, ``pgbg/proof``, ``pgbg/row_count``,
+            ``pgbg/command_tag``, ``pgbg/worker_pid``, ``pgbg/attempt`` and ``pgbg/duration_seconds``; and
+            ``dagster/row_count`` or ``dagster/partition_row_count`` where the last statement filled a table.
+        """
+        metadata: dict[str, Any] = {
+            "pgbg/job_id": self.job_id,
+            "pgbg/label": self.label,
+            "pgbg/sql": sql_block(self.sql),
+            "pgbg/launched": self.launched,
+            "pgbg/proof": self.proof,
+        }
+        known = {
+            "pgbg/row_count": self.row_count,
+            "pgbg/command_tag": self.command_tag,
+            "pgbg/worker_pid": self.worker_pid,
+            "pgbg/attempt": self.attempt,
+            "pgbg/duration_seconds": self.duration,
+        }
+        metadata |= {name: value for name, value in known.items() if value is not None}
+        if self.row_count is not None and (self.command_tag or "").startswith(FILLING):
+            if self.partition is None:
+                metadata["dagster/row_count"] = self.row_count
+            elif not self.is_range:  # a range's materializations would each show the count of all
+                metadata["dagster/partition_row_count"] = self.row_count
+        return metadata
 
     def to_materialize_result(
         self,
@@ -70,6 +116,11 @@ class PgBackgroundOutcome(Outcome):
             Further metadata; it wins over the standard one.
         options:
             Further arguments of :class:`dagster.MaterializeResult`: ``check_results``, ``data_version``, ``tags``.
+
+        Returns
+        -------
+        MaterializeResult
+            With the standard metadata.
         """
         return MaterializeResult(
             asset_key=None if asset_key is None else AssetKey.from_coercible(asset_key),

@@ -364,6 +364,11 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         timeout:
             Seconds to wait at most.
 
+        Returns
+        -------
+        PgBackgroundOutcome
+            What the list of jobs knows of it; ``sql`` is empty.
+
         Raises
         ------
         PgBackgroundFailure

@@ -1,4 +1,4 @@
-"""Sensors: report jobs that nobody waited for, and end the workers of runs that are gone."""
+"""The sensor that reports external assets when jobs have committed that nobody waited for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import inspect
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,10 @@ from dagster import (
     AssetKey,
     AssetMaterialization,
     AssetRecordsFilter,
-    DagsterRunStatus,
     DefaultSensorStatus,
-    RunStatusSensorContext,
     SensorDefinition,
     SensorEvaluationContext,
     SensorResult,
-    run_status_sensor,
     sensor,
 )
 
@@ -104,14 +100,18 @@ def build_pg_background_sensor(
     default_status:
         Whether the sensor runs from the start.
     max_events:
-        How many jobs one tick reports at most.
+        How many jobs one tick reports at most. The daemon stores some ten of them a second.
+
+    Returns
+    -------
+    SensorDefinition
+        The sensor; it takes the resource by its key.
     """
 
     def report(context: SensorEvaluationContext, **resources: PgBackgroundResource) -> SensorResult:
         pg = resources[resource_key]
         cursor = Cursor.read(context.cursor)
-        found = asyncio.run(_list_jobs(pg, assets))
-        wanted = [pair for pair in found if cursor.since is None or _launched(pair[0]) >= cursor.since]
+        wanted = asyncio.run(_list_jobs(pg, assets, cursor.since))
         events: list[AssetMaterialization | AssetCheckEvaluation] = []
         reported: set[str] = set()
         unfinished: list[JobEntry] = []
@@ -139,64 +139,10 @@ def build_pg_background_sensor(
         minimum_interval_seconds=minimum_interval_seconds,
         default_status=default_status,
         description="Reports external assets as materialized when their jobs have committed.",
-    )(_asking_for(resource_key, report))
+    )(asking_for(resource_key, report))
 
 
-def build_pg_background_sweep_sensors(
-    *,
-    name: str = "pg_background_sweep",
-    resource_key: str = "pg",
-    failed_runs: bool = True,
-    default_status: DefaultSensorStatus = DefaultSensorStatus.RUNNING,
-    minimum_interval_seconds: int = 15,
-) -> list[SensorDefinition]:
-    """Make sensors that end the workers of runs that are gone: a step that was killed could not end them itself.
-
-    Parameters
-    ----------
-    name:
-        The sensors' common name; each has the status that it watches behind it.
-    resource_key:
-        Key of the :class:`PgBackgroundResource`.
-    failed_runs:
-        Also those of runs that failed and that Dagster is not going to retry. Without this they go on, and can be
-        attached to by a re-execution by hand.
-    default_status:
-        Whether the sensors run from the start.
-    minimum_interval_seconds:
-        Seconds between two ticks.
-    """
-    statuses = [DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED]
-    if failed_runs:
-        statuses.append(DagsterRunStatus.FAILURE)
-
-    def make(status: DagsterRunStatus) -> SensorDefinition:
-        def sweep(context: RunStatusSensorContext, **resources: PgBackgroundResource) -> None:
-            pg = resources[resource_key]
-            # The event may be old by now, or come twice: what counts is how things are.
-            group = _relatives(context)
-            if any(not run.is_finished and run.status is not DagsterRunStatus.CANCELING for run in group):
-                context.log.info("another run of the same group is under way: its workers are left alone")
-                return
-            if any(run.status is DagsterRunStatus.FAILURE and _will_retry(run.tags) for run in group[:1]):
-                context.log.info("the run is going to be retried: its workers are left to be attached to")
-                return
-            ended = asyncio.run(_sweep(pg, {run.run_id for run in group}))
-            for line in ended:
-                context.log.info(line)
-
-        return run_status_sensor(
-            run_status=status,
-            name=f"{name}_{status.value.lower()}",
-            default_status=default_status,
-            minimum_interval_seconds=minimum_interval_seconds,
-            description=f"Ends the workers of runs that are {status.value}.",
-        )(_asking_for(resource_key, sweep))
-
-    return [make(status) for status in statuses]
-
-
-def _asking_for(resource_key: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def asking_for(resource_key: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with a parameter of that name: a sensor finds its resources by the signature alone."""
     from .resource import PgBackgroundResource as Resource
 
@@ -211,9 +157,9 @@ def _asking_for(resource_key: str, function: Callable[..., Any]) -> Callable[...
 
 
 async def _list_jobs(
-    pg: PgBackgroundResource, assets: Sequence[CoercibleToAssetKey] | Mapping[str, str]
+    pg: PgBackgroundResource, assets: Sequence[CoercibleToAssetKey] | Mapping[str, str], since: datetime | None
 ) -> list[tuple[JobEntry, AssetKey]]:
-    """Return the jobs that the assets come from, each with its asset, in the order of their launches."""
+    """Return the jobs launched since then, each with the asset that it makes, in the order of their launches."""
     from pgbg_orchestration import Launcher
 
     async with Launcher(pg.conninfo, schema=pg.pgbg_schema) as launcher:
@@ -222,14 +168,14 @@ async def _list_jobs(
             found = [
                 (entry, AssetKey.from_user_string(key))
                 for key, pattern in assets.items()
-                for entry in await launcher.ledger.jobs(series=pattern)
+                for entry in await launcher.ledger.jobs(series=pattern, since=since)
             ]
         else:
             keys = [AssetKey.from_coercible(key) for key in assets]
             by_series = {identity.external_series(pg.namespace, key, None): key for key in keys}
             found = [
                 (entry, by_series[_unpartitioned(entry)])
-                for entry in await launcher.ledger.jobs(series=f"{pg.namespace}/external/*")
+                for entry in await launcher.ledger.jobs(series=f"{pg.namespace}/external/*", since=since)
                 if _unpartitioned(entry) in by_series
             ]
     return sorted(found, key=lambda pair: _launched(pair[0]))
@@ -327,50 +273,3 @@ def _advance(cursor: Cursor, wanted: Sequence[JobEntry], unfinished: Sequence[Jo
     since = max(filter(None, (oldest - OVERLAP, cursor.since)))
     kept = {_mark(entry) for entry in wanted if _launched(entry) >= since}
     return Cursor(since, frozenset(reported & kept))
-
-
-# Sweeping -----------------------------------------------------------------------------------------------------------
-
-
-def _relatives(context: RunStatusSensorContext) -> list[Any]:
-    """Return the run as it is now, and the runs that it re-executes or that re-execute it."""
-    run = context.instance.get_run_by_id(context.dagster_run.run_id) or context.dagster_run
-    group = context.instance.get_run_group(run.run_id)
-    others = list(group[1]) if group else []
-    return [run, *(other for other in others if other.run_id != run.run_id)]
-
-
-def _will_retry(tags: Mapping[str, str]) -> bool:
-    return tags.get("dagster/will_retry", "false").lower() == "true"
-
-
-async def _sweep(pg: PgBackgroundResource, run_ids: set[str]) -> list[str]:
-    """Cancel what still runs for these runs; returns what was done, in sentences."""
-    from pgbg_orchestration import Launcher
-
-    async with Launcher(pg.conninfo, schema=pg.pgbg_schema) as launcher:
-        await launcher.facts()
-        entries = await launcher.ledger.jobs(states=["running", "waiting"], series=f"{pg.namespace}/*")
-        mine = [entry for entry in entries if _run_of(entry) in run_ids and not _is_external(entry, pg.namespace)]
-        ends = await asyncio.gather(
-            *(
-                launcher.cancel(entry.job_id, owner=entry.owner, series=entry.series, reason="dagster: its run is gone")
-                for entry in mine
-            ),
-            return_exceptions=True,
-        )
-    lines = []
-    for entry, end in zip(mine, ends, strict=True):
-        if isinstance(end, BaseException):
-            logging.getLogger("dagster_resource").error("job %s could not be cancelled: %s", entry.job_id, end)
-        lines.append(f"job {entry.job_id}: {end}")
-    return lines
-
-
-def _run_of(entry: JobEntry) -> str:
-    return entry.job_id.rpartition("#")[2].partition("/")[0]
-
-
-def _is_external(entry: JobEntry, namespace: str) -> bool:
-    """Tell whether nobody is to wait for the job, so that the end of its run means nothing for it."""
-    return (entry.series or "").startswith((f"{namespace}/external/", f"{namespace}/submitted"))

@@ -391,6 +391,7 @@ class Ledger:
         label: str | None = None,
         series: str | None = None,
         job_id: str | None = None,
+        since: datetime | None = None,
         limit: int | None = None,
     ) -> list[JobEntry]:
         """Return every job that the login may see, with its true state, newest launch first.
@@ -403,6 +404,8 @@ class Ledger:
             Only those that fit; ``*`` and ``?`` stand for any characters, and for one.
         job_id:
             Only this one (of each owner).
+        since:
+            Only those launched at this moment (with time zone) or later; of one never launched, its end counts.
         limit:
             At most so many.
         """
@@ -412,6 +415,7 @@ class Ledger:
             " and (%(label)s::text is null or j.label like %(label)s)"
             " and (%(series)s::text is null or j.series like %(series)s)"
             " and (%(job_id)s::text is null or j.job_id = %(job_id)s)"
+            " and (%(since)s::timestamptz is null or coalesce(j.launched_at, j.ended_at) >= %(since)s)"
             " order by coalesce(j.launched_at, j.ended_at) desc, j.job_id limit %(limit)s"
         ).format(columns=columns, view=sql.Identifier(self.schema, "jobs"))
         arguments = {
@@ -419,6 +423,7 @@ class Ledger:
             "label": _like(label),
             "series": _like(series),
             "job_id": job_id,
+            "since": since,
             "limit": limit,
         }
 

@@ -1,8 +1,15 @@
-"""The code location that the tests' Dagster processes load. Its database is named by an environment variable."""
+"""The code location that the tests' Dagster processes load. Its databases are named by environment variables."""
+
+import os
+from typing import Any
 
 from dagster import (
     AssetExecutionContext,
+    AssetSpec,
+    BackfillPolicy,
     Config,
+    DailyPartitionsDefinition,
+    DefaultSensorStatus,
     Definitions,
     EnvVar,
     MaterializeResult,
@@ -13,41 +20,85 @@ from dagster import (
     multiprocess_executor,
 )
 
-from dagster_resource import PgBackgroundResource
+from dagster_resource import (
+    PgBackgroundResource,
+    build_pg_background_sensor,
+    partition_parameters,
+    pg_background_asset,
+)
 
-WORK = "insert into done (who) values ('{who}'); select pg_sleep({seconds})"
+# Leaves one effect and works until the test opens the gate.
+GATED = """
+    insert into done (who) values (%(who)s);
+    do $$
+    begin
+        for i in 1..12000 loop
+            if exists (select from gate where who = current_setting('test.who')) then
+                return;
+            end if;
+            perform pg_sleep(0.05);
+        end loop;
+        raise 'the gate was never opened';
+    end $$
+"""
+EXTERNALS = [f"external_{number}" for number in range(int(os.environ.get("PGBG_TEST_EXTERNALS", "1")))]
 
 
-class Seconds(Config):
-    seconds: float = 60.0
+class Who(Config):
+    who: str = "nobody"
+
+
+def work(context: AssetExecutionContext, who: str, pg: PgBackgroundResource) -> MaterializeResult[None]:
+    # The name makes it a series of its own: runs of one asset would wait for one another.
+    done = pg.run(context, GATED, parameters={"who": who}, settings={"test.who": who}, name=who)
+    return done.to_materialize_result()
 
 
 @asset
-def plain(context: AssetExecutionContext, config: Seconds, pg: PgBackgroundResource) -> MaterializeResult[None]:
-    return pg.run(context, WORK.format(who="plain", seconds=config.seconds)).to_materialize_result()
+def plain(context: AssetExecutionContext, config: Who, pg: PgBackgroundResource) -> MaterializeResult[None]:
+    return work(context, config.who, pg)
 
 
 @asset(retry_policy=RetryPolicy(max_retries=3, delay=0.2))
-def stubborn(context: AssetExecutionContext, config: Seconds, pg: PgBackgroundResource) -> MaterializeResult[None]:
-    return pg.run(context, WORK.format(who="stubborn", seconds=config.seconds)).to_materialize_result()
+def stubborn(context: AssetExecutionContext, config: Who, pg: PgBackgroundResource) -> MaterializeResult[None]:
+    return work(context, config.who, pg)
 
 
 @asset
-def many(context: AssetExecutionContext, config: Seconds, pg: PgBackgroundResource) -> MaterializeResult[None]:
-    jobs = {f"part_{number}": WORK.format(who="many", seconds=config.seconds) for number in range(30)}
-    pg.run_many(context, jobs, max_running=8)
+def many(context: AssetExecutionContext, config: Who, few_slots: PgBackgroundResource) -> MaterializeResult[None]:
+    sql = "insert into done (who) values (%(who)s); select pg_sleep(0.1)"
+    few_slots.run_many(context, {f"part_{number}": (sql, {"who": config.who}) for number in range(30)})
     return MaterializeResult()
 
 
-ASSETS = [plain, stubborn, many]
+@pg_background_asset(
+    partitions_def=DailyPartitionsDefinition("2013-01-01", end_date="2013-02-01"),
+    backfill_policy=BackfillPolicy.single_run(),
+)
+def days(context: AssetExecutionContext) -> tuple[str, Any]:
+    return "insert into done (who) select unnest(%(partition_keys)s::text[])", partition_parameters(context)
+
+
+WORKING = [plain, stubborn]
 EXECUTORS = {"in_process": in_process_executor, "multiprocess": multiprocess_executor}
 
 defs = Definitions(
-    assets=ASSETS,
+    assets=[*WORKING, many, days, *[AssetSpec(name) for name in EXTERNALS]],
     jobs=[
         define_asset_job(f"{asset.key.to_user_string()}_{name}", [asset], executor_def=executor)
-        for asset in ASSETS
+        for asset in [*WORKING, many]
         for name, executor in EXECUTORS.items()
     ],
-    resources={"pg": PgBackgroundResource(conninfo=EnvVar("PGBG_TEST_CONNINFO"))},
+    sensors=[
+        build_pg_background_sensor(
+            EXTERNALS,
+            minimum_interval_seconds=1,
+            max_events=max(len(EXTERNALS) // 10, 1),  # few at a time, so that it takes many ticks
+            default_status=DefaultSensorStatus.STOPPED,
+        )
+    ],
+    resources={
+        "pg": PgBackgroundResource(conninfo=EnvVar("PGBG_TEST_CONNINFO")),
+        "few_slots": PgBackgroundResource(conninfo=EnvVar("PGBG_TEST_CONNINFO_8")),
+    },
 )

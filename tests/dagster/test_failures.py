@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from dagster import RetryRequested
+from dagster import RetryRequested, TableMetadataValue
 
 from dagster_resource import PgBackgroundFailure
 from dagster_resource.failures import raise_for
@@ -111,6 +111,10 @@ def test_of_several_errors_the_hopeless_one_decides() -> None:
     assert isinstance(judged, PgBackgroundFailure)
     assert judged.sqlstate == "22012"
     assert "3 jobs of this step did not commit" in str(judged.description)
+    assert [error.sqlstate for error in judged.errors] == ["40001", "22012", "40P01"]
+    table = judged.metadata["pgbg/failed_jobs"]
+    assert isinstance(table, TableMetadataValue)
+    assert [record.data["sqlstate"] for record in table.records] == ["40001", "22012", "40P01"]
 
 
 def test_several_errors_that_are_all_worth_another_try() -> None:

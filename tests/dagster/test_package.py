@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
 
 import dagster_resource
 
@@ -60,3 +66,31 @@ def test_version_is_that_of_the_distribution() -> None:
     from importlib.metadata import version
 
     assert dagster_resource.__version__ == version("pg-background-orchestration")
+
+
+def public_functions() -> dict[str, Callable[..., Any]]:
+    """What users call: the package's functions, and the methods of its classes that are their own."""
+    found: dict[str, Callable[..., Any]] = {}
+    for name in NAMES:
+        value = getattr(dagster_resource, name)
+        if inspect.isfunction(value):
+            found[name] = value
+        elif inspect.isclass(value):
+            own = {key: getattr(value, key) for key in vars(value) if not key.startswith("_")}
+            found |= {f"{name}.{key}": one for key, one in own.items() if inspect.isroutine(one)}
+    return {name: one for name, one in found.items() if one.__module__.startswith("dagster_resource.")}
+
+
+@pytest.mark.parametrize("name", sorted(public_functions()))
+def test_docstring_tells_of_every_parameter_and_of_what_is_returned(name: str) -> None:
+    function = public_functions()[name]
+    text = inspect.getdoc(function) or ""
+    sections = dict(re.findall(r"^(\w+)\n-+\n(.*?)(?=^\w+\n-+\n|\Z)", text, re.MULTILINE | re.DOTALL))
+    names = re.findall(r"^(\S.*):$", sections.get("Parameters", ""), re.MULTILINE)
+    told = {name for line in names for name in line.split(", ")}
+    parameters = {key for key in inspect.signature(function).parameters if key not in ("self", "cls")}
+
+    assert text
+    assert parameters - told == set()
+    assert told - parameters == set()
+    assert "Returns" in sections or inspect.signature(function).return_annotation in ("None", None)

@@ -2,15 +2,28 @@
 
 # No `from __future__ import annotations` in the namespace of the snippets either: Dagster reads the annotations.
 
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dagster import AssetsDefinition, AssetSpec, Definitions, OpDefinition, SensorDefinition
+from dagster.components.resolved.core_models import AssetSpecKwargs
 from dagster.components.testing import create_defs_folder_sandbox
 
-from dagster_resource import PgBackgroundResource, PgBackgroundSqlComponent
+from dagster_resource import (
+    JobOptions,
+    PgBackgroundResource,
+    PgBackgroundSqlComponent,
+    RetryRule,
+    build_pg_background_sensor,
+    build_pg_background_sweep_sensors,
+    component,
+    pg_background_asset,
+    pg_background_asset_check,
+)
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "dagster.md"
 
@@ -53,8 +66,47 @@ def test_yaml() -> None:
             assert len(list(definitions.asset_checks or [])) == 1
 
 
-@pytest.mark.parametrize("fields", [PgBackgroundResource])
-def test_every_option_is_told(fields: type[PgBackgroundResource]) -> None:
-    page = PAGE.read_text()
+def options(function: Callable[..., Any]) -> set[str]:
+    """The parameters of a function that are options of ours: no context, and not what is handed on to Dagster."""
+    parameters = inspect.signature(function).parameters
+    return set(parameters) - {"self", "context", "fn", "options"}
 
-    assert [name for name in fields.model_fields if f"| `{name}` |" not in page] == []
+
+# What each table of the page tells of. The options of a job stand in a table of their own.
+TABLES = {
+    "The resource": set(PgBackgroundResource.model_fields),
+    "Options of a job": set(JobOptions.__annotations__),
+    "run": options(PgBackgroundResource.run),
+    "run_many": options(PgBackgroundResource.run_many),
+    "submit": options(PgBackgroundResource.submit),
+    "wait_for": options(PgBackgroundResource.wait_for),
+    "check": options(PgBackgroundResource.check),
+    "pg_background_asset": options(pg_background_asset),
+    "pg_background_asset_check": options(pg_background_asset_check),
+    "build_pg_background_sensor": options(build_pg_background_sensor),
+    "build_pg_background_sweep_sensors": options(build_pg_background_sweep_sensors),
+    "RetryRule": set(RetryRule.model_fields),
+    "An asset": {"sql", "sql_file", "pool", "backfill_policy", "job", "checks"},
+    "A check": set(component.SqlCheck.model_fields),
+}
+
+
+def tables() -> dict[str, set[str]]:
+    """The names in the first column of each table, by what stands in the first cell of its head."""
+    found: dict[str, set[str]] = {}
+    for head, rows in re.findall(r"^\| (.+?) \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", PAGE.read_text(), re.MULTILINE):
+        cells = [row.split("|")[1] for row in rows.splitlines()]
+        found[head.strip("`*")] = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    return found
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_option_is_told_and_no_other(table: str) -> None:
+    assert tables()[table] == TABLES[table]
+
+
+def test_the_components_own_fields_are_those_of_the_page() -> None:
+    inherited = set(AssetSpecKwargs.__annotations__)
+
+    assert set(component.SqlAsset.__annotations__) - inherited == TABLES["An asset"]
+    assert set(component.SqlJob.model_fields) == TABLES["Options of a job"] - {"parameters"}

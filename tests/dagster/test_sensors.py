@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from dagster import (
     AssetCheckEvaluation,
-    AssetKey,
     AssetMaterialization,
     DagsterInstance,
     DagsterRun,
@@ -33,7 +29,6 @@ from dagster_resource import (
 from dagster_resource.driving import Talk
 from pgbg_orchestration import Job, Launcher, errors, run
 from tests.conftest import Database
-from tests.dagster.processes import Dagster
 
 pytestmark = [pytest.mark.servers("real"), pytest.mark.filterwarnings("ignore:.*currently in (beta|preview).*")]
 
@@ -211,48 +206,3 @@ class TestSweep:
             "select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'pg_background' and "
             "datname = current_database()"
         )
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-@pytest.mark.timeout(900)
-def test_two_hundred_jobs_with_the_daemon_killed_in_the_middle(
-    pg: PgBackgroundResource, database: Database, sql: psycopg.Connection[Any], tmp_path: Path
-) -> None:
-    from tests.dagster.external_definitions import ASSETS
-
-    dagster = Dagster(
-        tmp_path, Path(__file__).with_name("external_definitions.py"), {"PGBG_TEST_CONNINFO": database.conninfo}
-    )
-    try:
-        dagster.start()
-        with DagsterInstance.from_config(str(tmp_path)) as instance:
-
-            def submit(number: int) -> None:
-                pg.submit(None, f"select pg_sleep({(number % 7) / 2})", asset_key=ASSETS[number], key="1")
-
-            with ThreadPoolExecutor(4) as threads:
-                list(threads.map(submit, range(len(ASSETS))))
-            wait_for(instance, ASSETS, 20)
-            dagster.kill()
-            settle(sql)
-            before = reported(instance, ASSETS)
-            dagster.start()
-            wait_for(instance, ASSETS, len(ASSETS))
-            assert len(before) < len(ASSETS), "the daemon was not killed in the middle"
-            assert reported(instance, ASSETS) == Counter(dict.fromkeys(ASSETS, 1))
-    finally:
-        dagster.stop()
-
-
-def reported(instance: DagsterInstance, names: list[str]) -> Counter[str]:
-    """How often each asset was materialized."""
-    found = {name: instance.fetch_materializations(AssetKey(name), limit=10).records for name in names}
-    return Counter({name: len(records) for name, records in found.items() if records})
-
-
-def wait_for(instance: DagsterInstance, names: list[str], number: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while (so_far := len(reported(instance, names))) < number:
-        assert time.monotonic() < deadline, f"{so_far} of {number}"
-        time.sleep(0.5)

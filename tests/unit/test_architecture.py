@@ -174,6 +174,20 @@ class TestExports:
             "WorkerLost",
         ]
 
+    def test_airflows_provider(self) -> None:
+        pytest.importorskip("airflow")
+        import airflow_provider
+
+        assert sorted(airflow_provider.__all__) == [
+            "PgBackgroundBatchOperator",
+            "PgBackgroundHook",
+            "PgBackgroundOperator",
+            "PgBackgroundSensor",
+            "PgBackgroundTrigger",
+            "SqlStateRetryPolicy",
+        ]
+        assert [name for name in airflow_provider.__all__ if getattr(airflow_provider, name).__name__ != name] == []
+
     def test_retry(self) -> None:
         assert sorted(retry.__all__) == [
             "ATTACH",
