@@ -64,6 +64,9 @@ class SqlJob(Model, Resolvable):
         default=None,
         description="Before CREATE INDEX CONCURRENTLY, drop the invalid index that an earlier build left.",
     )
+    redact_details: bool | None = Field(
+        default=None, description="Keep of the server's errors no text that may quote data."
+    )
 
 
 @record(checked=False)  # its checks would look for the names of the inherited annotations in this module
