@@ -10,6 +10,8 @@ import pytest
 
 from tests.contract.background import Background, eventually
 
+pytestmark = pytest.mark.majors
+
 SLEEP = "insert into done select 1 from pg_sleep(60)"
 STUBBORN = """do $$begin
     for i in 1 .. 100 loop

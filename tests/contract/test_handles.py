@@ -10,6 +10,8 @@ from psycopg import errors, sql
 
 from tests.contract.background import Background, Handle, eventually
 
+pytestmark = pytest.mark.majors
+
 SLEEP = "select pg_sleep(60)"
 OpenSession = Callable[..., Background]
 ASKING = ["result_info", "error_info", "cancel", "detach", "result"]

@@ -14,10 +14,9 @@ from psycopg import sql
 from pgbg_orchestration import Job, arun, doctor, errors
 from pgbg_orchestration.install import install
 from tests.conftest import Database, FreshDatabases
-from tests.core.kit import Watched, effect, within
+from tests.core.kit import APP, Watched, effect, within
 from tests.servers.kinds import Server
 
-pytestmark = pytest.mark.majors
 ODD = "pgbg \"odd\" 'näme' \\ %s"
 
 
@@ -37,6 +36,13 @@ async def check_all_kinds(conninfo: str, schema: str = "pgbg") -> None:
     with psycopg.connect(conninfo, autocommit=True) as conn:
         rows = conn.execute("select convert_to(what, 'UTF8') from public.proof order by 1").fetchall()
     assert [bytes(row[0]).decode() for row in rows] == ["receipt C:\\", "session C:\\", "supervised C:\\"]
+
+
+@pytest.mark.majors
+async def test_nothing_unusual(db: Watched) -> None:
+    db.sql(f"grant create on schema public to {APP}")
+    await check_all_kinds(db.conninfo)
+    db.sql("drop table public.proof")
 
 
 @pytest.fixture
@@ -105,6 +111,7 @@ async def test_settings_of_the_database_or_the_login(db: Watched, settings: dict
         db.sql(f"drop role {login}")
 
 
+@pytest.mark.majors
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 async def test_database_that_is_not_utf8(
     server: Server, fresh_database: Callable[..., Database], encoding: str

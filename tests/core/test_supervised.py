@@ -10,7 +10,6 @@ import pytest
 from pgbg_orchestration import Job, Kind, Launcher, arun, errors
 from tests.core.kit import APP, Watched, eventually, within
 
-pytestmark = pytest.mark.majors
 PROCEDURE = """
 create procedure steps(job text, n int, fails_at int, naps float default 0.05) language plpgsql as $$
 begin
@@ -57,6 +56,7 @@ async def supervisor(db: Watched) -> int:
     return pid
 
 
+@pytest.mark.majors
 @pytest.mark.parametrize(
     ("sql", "tag"),
     [
@@ -74,6 +74,7 @@ async def test_such_a_statement_is_supervised_and_proven(steps: Watched, sql: st
     assert steps.states()[str(job.id)] == "committed"
 
 
+@pytest.mark.majors
 async def test_procedure_that_fails_at_its_sixth_step(steps: Watched) -> None:
     job = call(10, fails_at=6)
     with pytest.raises(errors.WorkerError) as caught:
@@ -92,6 +93,7 @@ async def test_unique_index_that_fails_says_why_and_what_it_leaves(steps: Watche
     assert "invalid index" in str(caught.value)
 
 
+@pytest.mark.majors
 async def test_cancel_reaches_the_worker_below(steps: Watched) -> None:
     job = call(1000)
     running = asyncio.create_task(arun(steps.conninfo, job))
@@ -106,6 +108,7 @@ async def test_cancel_reaches_the_worker_below(steps: Watched) -> None:
     assert steps.effects() == done < 1000
 
 
+@pytest.mark.majors
 async def test_launcher_that_went_away_is_replaced_by_one_that_attaches(steps: Watched) -> None:
     job = call(20)
     running = asyncio.create_task(arun(steps.conninfo, job, on_cancel="leave"))
