@@ -719,10 +719,11 @@ begin
         from @schema@.job j
         full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
         left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
-        left join lateral (
-            select @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) as pid
-            where r.status = 'launching'
-        ) m on true
+        -- CASE, and no WHERE: the planner would call the function for every job and filter afterwards.
+        cross join lateral (
+            select case when r.status = 'launching'
+                then @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) end as pid
+        ) m
         -- Not by its start too, which the owner of this schema may not see.
         left join pg_stat_activity l on l.pid = j.launcher_pid
             and l.datid = (select d.oid from pg_database d where d.datname = current_database())

@@ -119,7 +119,7 @@ class Dagster:
                     continue
             for process in self._running.values():
                 try:
-                    process.wait(20)
+                    process.wait(5)
                 except subprocess.TimeoutExpired:
                     continue
         self._running.clear()

@@ -21,7 +21,7 @@ from airflow_provider.triggers import PgBackgroundTrigger
 
 pytestmark = [
     pytest.mark.airflow,
-    pytest.mark.servers("real", "embedded"),
+    pytest.mark.servers("real"),
     pytest.mark.usefixtures("no_worker_left"),
 ]
 

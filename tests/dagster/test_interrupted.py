@@ -15,7 +15,7 @@ from dagster_resource import PgBackgroundResource
 from pgbg_orchestration import faults
 from tests.conftest import Database
 
-pytestmark = [pytest.mark.servers("real", "embedded"), pytest.mark.usefixtures("no_worker_left")]
+pytestmark = [pytest.mark.servers("real"), pytest.mark.usefixtures("no_worker_left")]
 
 PATIENCE = 60.0  # seconds
 EFFECT = "insert into effect values (1)"

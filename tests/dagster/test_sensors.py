@@ -146,6 +146,17 @@ def test_jobs_of_another_orchestrator(pg: PgBackgroundResource, instance: Dagste
     assert event.metadata["pgbg/row_count"].value == 1
 
 
+async def test_jobs_since_a_moment(database: Database, sql: psycopg.Connection[Any]) -> None:
+    async with Launcher(database.conninfo) as launcher:
+        await launcher.run(Job("select 1", id="before"))
+        (moment,) = sql.execute("select clock_timestamp()").fetchone() or (None,)
+        await launcher.run(Job("select 1", id="after"))
+        # One that was never launched has an end only.
+        assert await launcher.cancel("never launched") == "cancelled"
+
+        assert {entry.job_id for entry in await launcher.ledger.jobs(since=moment)} == {"after", "never launched"}
+
+
 class TestSweep:
     def run_of(self, instance: DagsterInstance, status: DagsterRunStatus, **tags: str) -> DagsterRun:
         run = DagsterRun(job_name="any", status=status, tags=tags)
