@@ -205,7 +205,8 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
     ----------
     jobs:
         The jobs by name: SQL (one text or a list of statements), or a dict of ``sql`` and any of ``parameters``,
-        ``label``, ``settings``, ``role``, ``isolation``, ``kind``, ``queue_size`` and ``verify_sql``.
+        ``label``, ``settings``, ``role``, ``isolation``, ``kind``, ``queue_size``, ``verify_sql``
+        and ``redact_details``.
     at_once:
         How many run at once. Default: all.
     fail_fast:
@@ -294,7 +295,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
     def _arguments_of(self, name: str, given: Any, identity: Identity) -> dict[str, Any]:
         own: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"sql": given}
         arguments = self._job_arguments(identity)
-        known = set(arguments) - {"id", "series", "generation"}
+        known = {*arguments, "redact_details"} - {"id", "series", "generation"}
         if strange := set(own) - known:
             raise ValueError(f"the job {name!r} of the batch has {sorted(strange)}; a job takes {sorted(known)}")
         if not isinstance(own["sql"], str):

@@ -24,6 +24,7 @@ class JobOptions(TypedDict, total=False):
     timeout: float | None
     queue_size: int | None
     verify_sql: str | None
+    redact_details: bool
 
 
 @dataclass(frozen=True)

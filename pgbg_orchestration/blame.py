@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import psycopg
 
-from . import describing, errors
+from . import errors
 from .composing import Work
 from .errors import PgbgError
 from .job import Kind
@@ -104,7 +104,7 @@ def lost(work: Work) -> PgbgError:
 def launch_failed(work: Work, error: BaseException) -> PgbgError:
     """Every launch call failed on its way, and no worker of any was seen."""
     return errors.LaunchFailed(
-        f"the launch call failed: {error}", sqlstate=getattr(error, "sqlstate", None), **_named(work)
+        f"the launch call failed: {work.server_text(error)}", sqlstate=getattr(error, "sqlstate", None), **_named(work)
     )
 
 
@@ -122,7 +122,7 @@ def unknown(work: Work) -> PgbgError:
 def cannot_drop(work: Work, error: psycopg.Error) -> PgbgError:
     """The invalid index that an earlier build left cannot be dropped."""
     return errors.InvalidJob(
-        f"the invalid index of an earlier build could not be dropped: {error.diag.message_primary or error}",
+        f"the invalid index of an earlier build could not be dropped: {work.server_text(error)}",
         sqlstate=error.sqlstate,
         todo="Nothing was launched. Drop it as the owner of its table.",
         **_named(work),
@@ -141,7 +141,7 @@ def untold(key: Key) -> PgbgError:
 def unverified(work: Work, error: BaseException) -> PgbgError:
     """The query that was to tell how the job ended failed."""
     return errors.OutcomeUnknown(
-        f"how it ended is not known, and its verify_sql failed: {str(error).strip() or type(error).__name__}",
+        f"how it ended is not known, and its verify_sql failed: {work.server_text(error)}",
         sqlstate=getattr(error, "sqlstate", None),
         todo="Run it again: verify_sql is asked again, and nothing is launched before it answers.",
         **_named(work),
@@ -159,7 +159,7 @@ def reused(work: Work) -> PgbgError:
 
 def launch_refused(work: Work, error: psycopg.Error, facts: ServerFacts) -> PgbgError:
     """The server refused the launch before a worker was started."""
-    text = f"the launch was refused: {error.diag.message_primary or error}"
+    text = f"the launch was refused: {work.server_text(error)}"
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
         grant = facts.extension.grant_statement(facts.login)
         todo = f"Grant what is missing: {grant}"
@@ -169,9 +169,8 @@ def launch_refused(work: Work, error: psycopg.Error, facts: ServerFacts) -> Pgbg
 
 def statement_refused(work: Work, error: psycopg.Error) -> PgbgError:
     """The server does not take the statement."""
-    fields = describing.error_fields(error)
     return errors.InvalidJob(
-        f"the server refuses the statement: {fields.message}", sqlstate=fields.sqlstate, **_named(work)
+        f"the server refuses the statement: {work.server_text(error)}", sqlstate=error.sqlstate, **_named(work)
     )
 
 

@@ -121,6 +121,8 @@ class Case:
         This job counts as one that needs two slots.
     stray, gave_up:
         A handle was lost or let go, so its worker may begin at any time; the job was marked, so that it cannot.
+    first_look:
+        When this call looked at the job first, on the server's clock.
     attached_since:
         Since when a worker of this job was seen that somebody else launched, on the server's clock.
     session, columns, verified:
@@ -144,6 +146,7 @@ class Case:
     stray: bool = False
     gave_up: bool = False
     launch_error: BaseException | None = None
+    first_look: datetime | None = None
     attached_since: datetime | None = None
     session: LaunchingSession | None = None
     columns: sql.Composable | None = None
@@ -167,6 +170,11 @@ class Case:
         if seen.cause == "superseded":
             return True
         return seen.newest is not None and generation is not None and seen.newest > generation
+
+    def lifts(self, seen: Sighting) -> bool:
+        """Say whether this call takes the job's cancel back: one from before it, where its caller wants that."""
+        before = seen.decided_at is not None and self.first_look is not None and seen.decided_at <= self.first_look
+        return seen.is_provisional or (self.options.retry_cancelled and before)
 
     # Time ---------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from . import pace, statements, verifying
 from .errors import InvalidJob, NoPrivilege
 from .job import Job, Kind
 from .ledger import SUPERVISES, Key, Registration
+from .outcome import WITHHELD, ErrorFields
 
 # Sent before the user's own settings, which win.
 BASE_SETTINGS: Mapping[str, str] = {
@@ -62,6 +63,17 @@ class Work:
         """The ``application_name`` by which a worker without a lock is found: the same for all runs of one id."""
         return f"pgbg:{hashlib.sha256(f'{self.key.owner}:{self.key.job_id}'.encode()).hexdigest()[:32]}"
 
+    def telling(self, fields: ErrorFields) -> ErrorFields:
+        """Return what may be told of a server's error."""
+        return fields.redacted() if self.job.redact_details else fields
+
+    def server_text(self, error: BaseException) -> str:
+        """Return what may be told of an error's text that may be the server's."""
+        if self.job.redact_details:
+            return WITHHELD
+        primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+        return (primary or str(error)).strip() or type(error).__name__
+
     def supervisor(
         self, schema: str, registration: Registration, text: str, calls: Sequence[str], settings: Mapping[str, str]
     ) -> str:
@@ -85,11 +97,12 @@ class Work:
             self.key.owner, self.key.job_id, self.key.series, registration.generation, self.label, registration.attempt,
             self.sql_digest, text, self.job.queue_size or 65536, self.job.role,
         )  # fmt: skip
-        call = sql.SQL("call {}({}, {}::text[], {}::text[])").format(
+        call = sql.SQL("call {}({}, {}::text[], {}::text[], {})").format(
             sql.Identifier(schema, "supervise"),
             sql.SQL(", ").join(map(_literal, arguments)),
             sql.Literal(pairs),
             sql.Literal([*calls]),
+            sql.Literal(self.job.redact_details),
         )
         return call.as_string(None)
 

@@ -44,6 +44,7 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
         fields = case.launch.error
         if step is Step.FAILED and fields is None and seen is not None:
             fields = seen.error  # as the launching side of another process wrote it down
+        fields = case.work.telling(fields) if fields else None
         if case.launched:
             await record(case, ledger, HISTORY[step], error=fields)
         left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []

@@ -57,6 +57,7 @@ async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]
 
 async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[Evidence, Sighting]:
     seen = await look(ledger, case.work.key)
+    case.first_look = case.first_look or seen.looked_at
     _check_digest(case, seen)
     holder = seen.holder(case.generation(seen))
     recorded = False
@@ -85,7 +86,7 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
         superseded=case.is_superseded(seen),
         recorded_failure=recorded,
         output_blocked=seen.wait_event in BLOCKED and evidence.report is Report.RUNNING,
-        lift=case.options.retry_cancelled or seen.cause in ("deadline", "given up"),
+        lift=case.lifts(seen),
     ), seen
 
 

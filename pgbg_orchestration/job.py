@@ -78,6 +78,9 @@ class Job:
         order in which the ids of the series were registered.
     owner:
         The role that owns the job's receipt; the login must be a member of it. Default: the login.
+    redact_details:
+        Of the server's errors keep the SQLSTATE and the names of schema, table, column and constraint only. Message,
+        detail, hint and context, which may quote data, are neither raised, logged nor written to the history.
 
     Raises
     ------
@@ -101,6 +104,7 @@ class Job:
     generation: int | None = None
     owner: str | None = None
     drop_invalid_index: bool = False
+    redact_details: bool = False
 
     def __post_init__(self) -> None:
         for name in ("id", "label", "role", "verify_sql", "series", "owner"):

@@ -96,6 +96,11 @@ class Sighting:
         return self.receipt is Receipt.LAUNCHING and not self.holds_this_job and self.marked_pid is None
 
     @property
+    def is_provisional(self) -> bool:
+        """Whether the job is cancelled by a mark that its next call takes back: nobody asked for that cancel."""
+        return self.receipt is Receipt.CANCELLED and self.cause in ("deadline", "given up")
+
+    @property
     def is_between_locks(self) -> bool:
         """Whether a session holds the lock of the series, and none of a job that is known."""
         return self.holder_pid is not None and not self.holds_this_job and self.holder_job is None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
+
+
+WITHHELD = "(withheld: redact_details)"
+"""What stands for a server's message that is not to be told; the SQL of the schema has the same text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,10 @@ class ErrorFields:
         names = {f.name: getattr(self, f.name) for f in fields(self)}
         head = f"SQLSTATE {names.pop('sqlstate')}: {names.pop('message')}"
         return [head, *(f"{name.replace('_', ' ').upper()}: {value}" for name, value in names.items() if value)]
+
+    def redacted(self) -> ErrorFields:
+        """Return what can hold no data: the SQLSTATE, and the names of schema, table, column and constraint."""
+        return replace(self, message=WITHHELD, detail=None, hint=None, context=None)
 
 
 NO_FIELDS = ErrorFields()

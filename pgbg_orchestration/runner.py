@@ -37,8 +37,13 @@ logger = logging.getLogger("pgbg_orchestration")
 async def run_job(launcher: Launcher, job: Job, options: Options) -> Outcome:
     """Bind a job and follow it until its outcome is certain."""
     deadline = deadline_of(job.timeout, options.deadline)
-    work = await launcher.bind(job)
-    return await Run(launcher, Case(work, options, deadline)).outcome()
+    try:
+        work = await launcher.bind(job)
+        return await Run(launcher, Case(work, options, deadline)).outcome()
+    except PgbgError as error:
+        if job.redact_details:
+            error.__cause__ = error.__context__ = None  # a traceback shows these, the server's own words with them
+        raise
 
 
 class Run:
@@ -179,7 +184,7 @@ class Run:
         except MayBeLaunched as error:
             case.launch_error = error.error
         except LaunchRefused as error:
-            await record(case, self._ledger, "failed", error=describing.error_fields(error.error))
+            await record(case, self._ledger, "failed", error=work.telling(describing.error_fields(error.error)))
             raise blame.launch_refused(work, error.error, await self._launcher.facts()) from error.error
         await self._take_over_call()
         faults.point("while_running")
@@ -459,7 +464,7 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
     began = loop.time()
     while True:
         seen = await look(ledger, key)
-        if seen.receipt in (Receipt.COMMITTED, Receipt.CANCELLED):
+        if seen.receipt in (Receipt.COMMITTED, Receipt.CANCELLED) and not seen.is_provisional:
             return "committed" if seen.receipt is Receipt.COMMITTED else "cancelled"
         if seen.is_unsupervised:
             raise blame.untold(key)

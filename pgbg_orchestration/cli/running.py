@@ -101,6 +101,9 @@ def run(
             rich_help_panel=_HOW,
         ),
     ] = False,
+    redact_details: Annotated[
+        bool, typer.Option("--redact-details", help="Keep no text of the server's errors.", rich_help_panel=_HOW)
+    ] = False,
     queue_size: Annotated[
         int | None, typer.Option(metavar="BYTES", help="The worker's output queue.", rich_help_panel=_HOW)
     ] = None,
@@ -151,6 +154,7 @@ def run(
             kind=kind,
             verify_sql=verify_sql,
             drop_invalid_index=drop_invalid_index,
+            redact_details=redact_details,
             queue_size=queue_size,
             timeout=timeout,
         )

@@ -299,10 +299,11 @@ end $$;
 -- snapshot, and CREATE INDEX CONCURRENTLY would wait for it for ever. No EXCEPTION block may stand around a COMMIT.
 --
 -- p_calls: the statements of pg_background that it uses, as the client knows their names: launch, result_info,
--- error_info, result, detach. p_settings: names and values for the worker, in turn.
+-- error_info, result, detach. p_settings: names and values for the worker, in turn. p_redact_details: keep of an
+-- error its code and the names of objects only.
 create procedure @schema@.supervise(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea,
-    p_sql text, p_queue_size int, p_role text, p_settings text[], p_calls text[]
+    p_sql text, p_queue_size int, p_role text, p_settings text[], p_calls text[], p_redact_details boolean
 )
     language plpgsql
 as $$
@@ -322,6 +323,7 @@ declare
     v_error   text[];
     v_polls   bigint := 0;
     v_name    text := pg_catalog.current_setting('application_name');
+    v_withheld constant text := '(withheld: redact_details)';
 begin
     perform @schema@.begin_supervision(
         p_owner, p_job_id, p_series, p_generation, p_label, p_attempt, p_sql_digest);
@@ -353,6 +355,9 @@ begin
         end if;
         v_error := array[sqlstate, sqlerrm];
     end;
+    if p_redact_details and v_error is not null then
+        v_error[2] := v_withheld;
+    end if;
     if v_error is not null then
         perform @schema@.end_supervision(
             p_owner, p_job_id, p_attempt, case when v_error[1] in ('53000', '53400', '53100') then 'unlaunched' else 'failed' end,
@@ -394,6 +399,12 @@ begin
         exception when others then
             v_error := array[sqlstate, sqlerrm];
         end;
+    end if;
+    if p_redact_details and v_error is not null then
+        v_error[2] := v_withheld;
+        for i in 3 .. least(pg_catalog.cardinality(v_error), 5) loop
+            v_error[i] := null;
+        end loop;
     end if;
     if v_read then
         perform @schema@.end_supervision(
@@ -552,7 +563,11 @@ begin
     perform @schema@.require_read_committed();
     insert into @schema@.receipt (owner, job_digest, status, job_id, cause, reason)
         values (v_owner, v_job, 'cancelled', p_job_id, p_cause, p_reason)
-        on conflict do nothing;
+        -- A mark that the next call would take back by itself becomes one that it does not.
+        on conflict (owner, job_digest) do update set
+            cause = excluded.cause, reason = excluded.reason, decided_by = excluded.decided_by,
+            decided_at = excluded.decided_at
+            where receipt.status = 'cancelled' and receipt.cause in ('deadline', 'given up') and excluded.cause = 'asked';
     return (select r.status from @schema@.receipt r where r.owner = v_owner and r.job_digest = v_job);
 end $$;
 

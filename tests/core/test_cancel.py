@@ -91,6 +91,37 @@ async def test_cancel_tells_the_one_who_waits(db: Watched) -> None:
     assert db.effects() == 1
 
 
+async def test_cancel_ends_a_call_that_takes_earlier_cancels_back(db: Watched) -> None:
+    """``retry_cancelled`` is about cancels from before the call: one that comes later is final for it too."""
+    async with Launcher(db.conninfo) as launcher, Launcher(db.conninfo) as other:
+        assert await within(other.cancel("j")) == "cancelled"
+        calls = [asyncio.create_task(launcher.run(Job(slow("j", 30), id="j"), retry_cancelled=True))]
+        await db.at_work("j")
+        attached = Recorder()
+        calls += [asyncio.create_task(other.run(Job(slow("j", 30), id="j"), retry_cancelled=True, observer=attached))]
+        await eventually(lambda: "attached" in attached.kinds(), "the second call is attached")
+        assert await within(other.cancel("j", reason="now really")) == "cancelled"
+        for end in [await ended(call) for call in calls]:
+            assert isinstance(end, errors.JobCancelled), end
+            assert "now really" in str(end)
+    assert db.states() == {"j": "cancelled"}
+    assert db.effects() == 0
+
+
+@pytest.mark.parametrize("cause", ["deadline", "given up"])
+async def test_a_cancel_of_a_job_that_is_marked_already_is_final(db: Watched, cause: str) -> None:
+    """The next call for a job takes such a mark back by itself, but not a user's cancel that came after it."""
+    db.sql(
+        "insert into pgbg.receipt (owner, job_digest, status, job_id, cause) values (%s, pgbg.digest('j'),"
+        " 'cancelled', 'j', %s)", APP, cause,
+    )  # fmt: skip
+    async with Launcher(db.conninfo) as launcher:
+        assert await within(launcher.cancel("j", reason="no longer wanted")) == "cancelled"
+        with pytest.raises(errors.JobCancelled, match="no longer wanted"):
+            await within(launcher.run(Job(effect("j"), id="j")))
+    assert db.effects() == 0
+
+
 async def test_cancel_before_any_launch_is_final(db: Watched) -> None:
     async with Launcher(db.conninfo) as launcher:
         assert await within(launcher.cancel("j")) == "cancelled"
