@@ -235,5 +235,5 @@ async def _check_membership(job: Job, conn: AsyncConnection[Any], role: str, how
 
 def _literal(value: object) -> sql.Composable:
     if isinstance(value, bytes):
-        return sql.SQL("decode({}, 'hex')").format(sql.Literal(value.hex()))
+        return sql.SQL("pg_catalog.decode({}, 'hex')").format(sql.Literal(value.hex()))
     return sql.Literal(value)

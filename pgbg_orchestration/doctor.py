@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, LiteralString
+from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection, sql
-from psycopg.rows import dict_row
 
-from . import connecting, install, server
+from . import connecting, install, least_privileges, server
 from .embedded.standin import STANDIN_COMMENT
 from .errors import ExtensionMissing, ExtensionTooOld, PgbgError, PoolerInTransactionMode
-from .extension import MAX_TRACKED, ROLE, Extension
+from .extension import MAX_TRACKED, ROLE
+from .finding import Finding, Patient, Status
 from .launcher import Launcher
-from .server import ServerFacts
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (looked at, not written to)
 OLDEST_SERVER = 140000
@@ -33,61 +30,6 @@ NO_SLOT_TAKEN = (
     "checkpointer", "startup", "walreceiver", "walsender", "walsummarizer", "walwriter", "archiver", "logger",
     "slotsync worker", "io worker", "standalone backend",
 )  # fmt: skip
-
-
-class Status(StrEnum):
-    """How a finding is to be taken."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILS = "fails"
-    HIDDEN = "not visible"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the doctor's: what was looked at, how it is, and what to do about it.
-
-    Attributes
-    ----------
-    group, name:
-        What was looked at, such as ``workers`` and ``worker slots``.
-    status:
-        ``fails`` keeps jobs from running; ``warning`` will hurt some; ``not visible`` could not be looked at.
-    text:
-        What was found, in one or two sentences.
-    todo:
-        The line to run or the thing to do.
-    """
-
-    group: str
-    name: str
-    status: Status
-    text: str
-    todo: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Patient:
-    """What the checks look at."""
-
-    conn: AsyncConnection[Any]
-    facts: ServerFacts
-    schema: str
-    settings: dict[str, str | None]
-    standin: bool
-
-    async def one(self, query: LiteralString | sql.Composed, *arguments: object) -> dict[str, Any]:
-        text = sql.SQL(query) if isinstance(query, str) else query
-        row = await (await self.conn.cursor(row_factory=dict_row).execute(text, arguments)).fetchone()
-        return row or {}
-
-    @property
-    def extension(self) -> Extension | None:
-        try:
-            return self.facts.extension
-        except (ExtensionMissing, ExtensionTooOld):
-            return None
 
 
 def worst(findings: Iterable[Finding]) -> Status:
@@ -138,7 +80,7 @@ async def examine(conninfo: str, *, schema: str = install.DEFAULT_SCHEMA) -> lis
     return findings
 
 
-async def _admit(conn: AsyncConnection[Any], schema: str) -> _Patient:
+async def _admit(conn: AsyncConnection[Any], schema: str) -> Patient:
     facts = await server.look_at(conn, schema)
     # In a new session, which has set nothing itself, these are what the login's sessions get.
     cursor = await conn.execute("select s.name, pg_catalog.current_setting(s.name) from pg_catalog.pg_settings as s")
@@ -147,19 +89,17 @@ async def _admit(conn: AsyncConnection[Any], schema: str) -> _Patient:
         "select pg_catalog.obj_description(e.oid, 'pg_extension') from pg_catalog.pg_extension as e"
         " where e.extname = 'pg_background'"
     )
-    return _Patient(conn, facts, schema, settings, standin=await cursor.fetchone() == (STANDIN_COMMENT,))
+    return Patient(conn, facts, schema, settings, standin=await cursor.fetchone() == (STANDIN_COMMENT,))
 
 
-def _greeting(patient: _Patient) -> Finding:
+def _greeting(patient: Patient) -> Finding:
     info, facts = patient.conn.info, patient.facts
     where = info.host if info.host.startswith("/") else f"{info.host}:{info.port}"
     text = f"PostgreSQL {facts.version_text} at {where}, database {facts.database}, login {facts.login}."
     return Finding("server", "reached", Status.OK, text)
 
 
-async def _safely(
-    patient: _Patient, group: str, check: Callable[[_Patient], Awaitable[list[Finding]]]
-) -> list[Finding]:
+async def _safely(patient: Patient, group: str, check: Callable[[Patient], Awaitable[list[Finding]]]) -> list[Finding]:
     """Run a check; what the server refuses to tell is not visible, and the other checks go on."""
     try:
         return await check(patient)
@@ -171,7 +111,7 @@ async def _safely(
 # The server ---------------------------------------------------------------------------------------------------------
 
 
-async def _standby(patient: _Patient) -> list[Finding]:
+async def _standby(patient: Patient) -> list[Finding]:
     if patient.facts.in_recovery:
         text = "A hot standby runs no background workers for jobs."
         todo = "Connect to the primary (libpq: target_session_attrs=read-write)."
@@ -190,7 +130,7 @@ async def _standby(patient: _Patient) -> list[Finding]:
 # The extension --------------------------------------------------------------------------------------------------
 
 
-async def _extension(patient: _Patient) -> list[Finding]:
+async def _extension(patient: Patient) -> list[Finding]:
     facts = patient.facts
     try:
         extension = facts.extension
@@ -209,7 +149,7 @@ async def _extension(patient: _Patient) -> list[Finding]:
     return [Finding("extension", "pg_background", Status.OK, text)]
 
 
-async def _privilege(patient: _Patient) -> list[Finding]:
+async def _privilege(patient: Patient) -> list[Finding]:
     extension, facts = patient.extension, patient.facts
     if extension is None:
         return []
@@ -245,7 +185,7 @@ async def _privilege(patient: _Patient) -> list[Finding]:
     return found
 
 
-async def _library(patient: _Patient) -> list[Finding]:
+async def _library(patient: Patient) -> list[Finding]:
     """Call the extension once: its files can be gone, or of another version, though it is installed."""
     extension = patient.extension
     if extension is None or not (patient.facts.in_role or patient.facts.superuser):
@@ -265,7 +205,7 @@ async def _library(patient: _Patient) -> list[Finding]:
     return [Finding("extension", "library", Status.OK, text)]
 
 
-async def _supported(patient: _Patient) -> list[Finding]:
+async def _supported(patient: Patient) -> list[Finding]:
     """Say what this server or its extension has not, of what others have (docs/servers.md)."""
     version, extension = patient.facts.version, patient.extension
     if version < OLDEST_SERVER:
@@ -281,7 +221,7 @@ async def _supported(patient: _Patient) -> list[Finding]:
     return found
 
 
-async def _known_faults(patient: _Patient) -> list[Finding]:
+async def _known_faults(patient: Patient) -> list[Finding]:
     extension = patient.extension
     if extension is None or patient.standin:
         return []
@@ -321,7 +261,7 @@ async def _known_faults(patient: _Patient) -> list[Finding]:
 # Workers ----------------------------------------------------------------------------------------------------------
 
 
-async def _worker_slots(patient: _Patient) -> list[Finding]:
+async def _worker_slots(patient: Patient) -> list[Finding]:
     total = patient.facts.max_worker_processes
     if patient.standin:
         text = f"The stand-in's workers are connections and take no slots (max_worker_processes = {total})."
@@ -366,7 +306,7 @@ async def _worker_slots(patient: _Patient) -> list[Finding]:
     return found
 
 
-async def _shared_memory(patient: _Patient) -> list[Finding]:
+async def _shared_memory(patient: Patient) -> list[Finding]:
     kind = patient.settings.get("dynamic_shared_memory_type")
     name = "shared memory"
     if kind != "posix":
@@ -398,7 +338,7 @@ def _room(directory: str) -> tuple[int, int] | None:
 # The package's schema -----------------------------------------------------------------------------------------------
 
 
-async def _schema(patient: _Patient) -> list[Finding]:
+async def _schema(patient: Patient) -> list[Finding]:
     facts, schema = patient.facts, patient.schema
     if not facts.has_schema:
         text = f"The schema {schema!r} with the receipts is not installed: only jobs of kind session can run."
@@ -453,7 +393,7 @@ async def _schema(patient: _Patient) -> list[Finding]:
 # Settings -----------------------------------------------------------------------------------------------------------
 
 
-async def _timeouts(patient: _Patient) -> list[Finding]:
+async def _timeouts(patient: Patient) -> list[Finding]:
     what = {
         "statement_timeout": "ends a job with 57014",
         "transaction_timeout": "ends a job's worker by a FATAL error: the job is then lost, never half done",
@@ -473,7 +413,7 @@ async def _timeouts(patient: _Patient) -> list[Finding]:
     return found
 
 
-async def _other_settings(patient: _Patient) -> list[Finding]:
+async def _other_settings(patient: Patient) -> list[Finding]:
     settings = patient.settings
     rules: tuple[tuple[str, Callable[[str], bool], str, str, str], ...] = (
         (
@@ -514,13 +454,17 @@ def _sentence(text: str) -> str:
     return text.rstrip(".") + "."
 
 
-_CHECKS: tuple[tuple[str, Callable[[_Patient], Awaitable[list[Finding]]]], ...] = (
+_CHECKS: tuple[tuple[str, Callable[[Patient], Awaitable[list[Finding]]]], ...] = (
     ("server", _standby),
     ("server", _supported),
     ("extension", _extension),
     ("extension", _privilege),
     ("extension", _library),
     ("schema", _schema),
+    ("privileges", least_privileges.login),
+    ("privileges", least_privileges.grants),
+    ("privileges", least_privileges.search_path),
+    ("privileges", least_privileges.server_log),
     ("workers", _worker_slots),
     ("workers", _shared_memory),
     ("settings", _timeouts),

@@ -91,6 +91,7 @@ def install(
         conn.execute("set client_min_messages to warning")
         if create_extension:
             conn.execute("create extension if not exists pg_background")
+        conn.execute("set search_path to pg_catalog, pg_temp")  # nothing that somebody put into another schema
         if conn.execute("select 1 from pg_extension where extname = 'pg_background'").fetchone() is None:
             raise ExtensionMissing(
                 "pg_background is not installed in this database", todo="CREATE EXTENSION pg_background;"
@@ -158,7 +159,7 @@ def uninstall(conninfo: str, *, schema: str = DEFAULT_SCHEMA, owner: str = DEFAU
             conn.execute(sql.SQL("set local lock_timeout = {}").format(LOCK_TIMEOUT))
             conn.execute(sql.SQL("drop schema {} cascade").format(sql.Identifier(schema)))
         try:
-            conn.execute(sql.SQL("drop role {}").format(sql.Identifier(owner)))
+            conn.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(owner)))
         except (psycopg.errors.DependentObjectsStillExist, psycopg.errors.InsufficientPrivilege):
             return  # it owns the schema of another database, or is not ours to drop
 

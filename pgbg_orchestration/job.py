@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -92,7 +92,7 @@ class Job:
     _: KW_ONLY
     id: str | None = None
     label: str | None = None
-    parameters: Sequence[Any] | Mapping[str, Any] | None = None
+    parameters: Sequence[Any] | Mapping[str, Any] | None = field(default=None, repr=False)  # they may be secrets
     settings: Mapping[str, str] | None = None
     role: str | None = None
     isolation: str | None = None

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
 
-
 WITHHELD = "(withheld: redact_details)"
 """What stands for a server's message that is not to be told; the SQL of the schema has the same text."""
 

@@ -384,7 +384,7 @@ class Run:
             pass
         except psycopg.Error as error:
             if len(work.statements) == 1:
-                raise blame.statement_refused(work, error) from error
+                raise blame.statement_refused(work, error) from None  # its text quotes the line, parameters and all
             # It may need what the statements before it make.
         # Behind a statement that gives no rows, the result is the statements' tags.
         return text + statements.SEPARATOR.rstrip(";"), None

@@ -321,7 +321,7 @@ declare
     v_ready   boolean := false;
     v_named   boolean := false;
     v_error   text[];
-    v_polls   bigint := 0;
+    v_polls   int := 0;  -- bigint % int is no operator of pg_catalog: somebody could make one
     v_name    text := pg_catalog.current_setting('application_name');
     v_withheld constant text := '(withheld: redact_details)';
 begin

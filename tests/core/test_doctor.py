@@ -207,3 +207,50 @@ def test_the_command(db: Watched) -> None:
     assert document["status"] == ("warning" if db.server.is_standin else "ok")
     assert {finding["status"] for finding in document["findings"]} <= {"ok", "warning", "fails", "not visible"}
     assert all(finding["name"] in people.stdout for finding in document["findings"])
+
+
+async def test_a_login_with_too_much_power(db: Watched) -> None:
+    db.role("pgbg_mighty", "login createrole createdb", ("pgbackground_role", "pg_write_all_data"))
+    try:
+        mighty = (await look(db.database.conninfo_as("pgbg_mighty")))["login"]
+        assert mighty.status is Status.WARNING
+        assert "CREATEROLE, CREATEDB, pg_write_all_data" in mighty.text
+        assert "SUPERUSER" in (await look(db.admin_conninfo))["login"].text
+    finally:
+        db.sql("drop role pgbg_mighty")
+
+
+@pytest.mark.parametrize(
+    ("grant", "to"),
+    [
+        ("grant insert on pgbg.receipt to pgbackground_role", "pgbackground_role"),
+        ("grant delete on pgbg.job to public", "PUBLIC"),
+        ("grant create on schema pgbg to pgbackground_role", "pgbackground_role"),
+        ("grant execute on function pgbg.prune(interval) to public", "PUBLIC"),
+    ],
+)
+async def test_grants_that_go_too_far(db: Watched, grant: str, to: str) -> None:
+    db.sql(grant)
+    grants = (await look(db.conninfo))["grants"]
+    assert grants.status is Status.WARNING
+    assert to in grants.text
+
+    db.sql(grants.todo.replace(" then ", " ") if grants.todo else "")
+    assert troubles(await look(db.conninfo)) == ({"pg_background"} if db.server.is_standin else set())
+
+
+async def test_a_search_path_that_is_open_to_all(db: Watched) -> None:
+    db.sql("grant create on schema public to public")
+    found = (await look(db.conninfo))["search_path"]
+    assert found.status is Status.WARNING
+
+    db.sql(found.todo or "")
+    assert (await look(db.conninfo))["search_path"].status is Status.OK
+
+
+async def test_what_the_servers_log_gets(db: Watched) -> None:
+    db.sql(f"alter role {APP} in database {db.database.name} set log_min_error_statement to panic")
+    quiet = await look(db.conninfo)
+    db.sql(f"alter role {APP} in database {db.database.name} set log_statement to 'all'")
+    assert "no SQL" in quiet["server log"].text
+    assert "log_statement = all" in (await look(db.conninfo))["server log"].text

@@ -16,7 +16,9 @@ UNIQUE = (
     "create temp table card (holder text constraint one_card primary key);"
     f" insert into card values ('{CANARY}'); insert into card values ('{CANARY}')"
 )
-DO = f"do $$ begin raise exception 'no {CANARY}' using detail = '{CANARY}', hint = '{CANARY}', errcode = '22000'; end $$"
+DO = (
+    f"do $$ begin raise exception 'no {CANARY}' using detail = '{CANARY}', hint = '{CANARY}', errcode = '22000'; end $$"
+)
 FAILING = [
     # The server's DETAIL, and its message, quote the value.
     pytest.param({"sql": UNIQUE}, "23505", id="unique"),
