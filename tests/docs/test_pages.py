@@ -1,0 +1,92 @@
+"""The snippets of the pages that have no test file of their own: security, durability."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pgbg_orchestration import Job, run
+from pgbg_orchestration.doctor import examine
+from pgbg_orchestration.embedded.server import EmbeddedServer
+from pgbg_orchestration.install import install
+
+from . import snippets
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as server:
+        server.create_database("pages")
+        install(server.conninfo("pages"))
+        yield server
+
+
+@pytest.fixture
+def admin(server: EmbeddedServer) -> Iterator[psycopg.Connection]:
+    with server.connect("pages") as connection:
+        yield connection
+
+
+async def test_security(server: EmbeddedServer, admin: psycopg.Connection) -> None:
+    """The login of the page runs jobs, as the role of the page, with nothing that the doctor would mind."""
+    roles, monitoring, python, log = snippets.of(DOCS / "security.md")
+    admin.execute(roles.text.encode())
+    admin.execute(monitoring.text.encode())
+    admin.execute(log.text.encode())
+    admin.execute("create table card (number int); grant insert on card to warehouse_writer")
+    conninfo = server.conninfo("pages", "warehouse_jobs")
+
+    found = await examine(conninfo)
+    done = subprocess.run(
+        [sys.executable, "-c", python.text], env={"FLIGHTS_CONNINFO": conninfo}, capture_output=True, text=True
+    )
+
+    assert {finding.status for finding in found if finding.group in ("privileges", "schema")} == {"ok"}
+    assert (done.stdout, done.stderr) == ("22P02 (withheld: redact_details) None\n", "")
+    with psycopg.connect(server.conninfo("pages", "warehouse_watcher"), autocommit=True) as watcher:
+        assert watcher.execute("select job_id, state, owner from pgbg.jobs").fetchall() == [
+            ("card-1", "failed", "warehouse_jobs")
+        ]
+        for forbidden in ("set role warehouse_jobs", "select pgbg.mark_cancelled('warehouse_jobs', 'j', 'asked', 'x')"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                watcher.execute(forbidden)
+
+
+def test_every_kind_runs_as_the_role_of_the_page(server: EmbeddedServer, admin: psycopg.Connection) -> None:
+    admin.execute("create table ran_as (who text default current_user); grant insert on ran_as to warehouse_writer")
+    for kind in ("receipt", "supervised", "session"):
+        job = Job("insert into ran_as default values", id=kind, kind=kind, role="warehouse_writer")
+        run(server.conninfo("pages", "warehouse_jobs"), job)
+    assert admin.execute("select who, count(*) from ran_as group by 1").fetchall() == [("warehouse_writer", 3)]
+
+
+def test_durability(server: EmbeddedServer, admin: psycopg.Connection) -> None:
+    """Every block holds, and every ``Job(…)`` that stands there for itself runs."""
+    admin.execute("create table facts (day date); insert into facts values ('2013-01-01')")
+    names: dict[str, object] = {}
+    ran = []
+    for snippet in snippets.of(DOCS / "durability.md"):
+        assert snippet.language == "python"
+        for statement in ast.parse(snippet.text).body:
+            text = ast.unparse(statement)
+            if isinstance(statement, ast.Expr):
+                ran.append(run(server.conninfo("pages"), eval(text, names)))
+            else:
+                exec(text, names)
+    assert [outcome.proof for outcome in ran] == ["receipt"]
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (DOCS / page).read_text())
+
+    assert [link for link in links if not link.startswith("https://") and not (DOCS / link).exists()] == []
