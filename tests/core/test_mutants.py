@@ -1,0 +1,158 @@
+"""The product, broken on purpose on a real server: each break must be noticed by a test that passes without it.
+
+This is the list. What the search through the model notices besides stands in ``tests/chaos/test_protocol.py``.
+
+| broken | how | noticed by |
+|---|---|---|
+| no lock | ``begin_work`` takes none | jobs of one series overlap |
+| no receipt check | ``begin_work`` commits beside a receipt | a worker that starts late commits a second time |
+| success on "completed and not has_error" | in the verdict | a worker that ends by a FATAL error is told as a success |
+| cancel at once | one signal, without waiting until the worker is at work | a cancelled job leaves its effect |
+| detach before the outcome is written | in the conclusion | a process that dies in between leaves no outcome |
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import psycopg
+import pytest
+
+from pgbg_orchestration import Job, Launcher, Outcome, arun, concluding, errors, faults, launcher, runner
+from pgbg_orchestration.case import Case
+from pgbg_orchestration.launching import LaunchingSession
+from pgbg_orchestration.ledger import Key, Ledger
+from pgbg_orchestration.verdict import Evidence, Report, Step, judge
+from tests.core.kit import APP, Watched, effect, ended, eventually, slow, within
+
+pytestmark = pytest.mark.servers("real", "embedded")
+
+
+def rewrite(db: Watched, function: str, old: str, new: str) -> None:
+    """Put another text into a function of the schema."""
+    text: str = db.value("select pg_get_functiondef(oid) from pg_proc where proname = %s", function)
+    assert old in text
+    db.sql(text.replace(old, new))
+
+
+def noticed(broken: bool) -> AbstractContextManager[object]:
+    """Broken, the check must fail; otherwise it must pass."""
+    return pytest.raises(AssertionError, match="noticed") if broken else nullcontext()
+
+
+BOTH = pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
+
+
+@BOTH
+async def test_no_lock(db: Watched, broken: bool) -> None:
+    if broken:
+        rewrite(db, "begin_work", "not pg_try_advisory_xact_lock(", "0 = (")
+    db.sql(f"create table spans (began timestamptz, ended timestamptz); grant insert on spans to {APP}")
+    sql = (
+        "create temp table t on commit drop as select clock_timestamp() c; select pg_sleep(0.5);"
+        " insert into spans select c, clock_timestamp() from t"
+    )
+    async with Launcher(db.conninfo) as launcher:
+        jobs = [Job(sql, id=name, series="s", generation=1) for name in "ab"]
+        await within(asyncio.gather(*(launcher.run(job) for job in jobs)))
+    with noticed(broken):
+        first, second = db.sql("select * from spans order by began")
+        assert first[1] <= second[0], "noticed: they overlap"
+
+
+@BOTH
+async def test_no_receipt_check(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken:
+        rewrite(db, "begin_work", "pg_current_xact_id(), clock_timestamp());",
+                "pg_current_xact_id(), clock_timestamp()) on conflict do nothing;")  # fmt: skip
+    texts: list[str] = []
+    launch = LaunchingSession.launch
+
+    def spy(self: LaunchingSession, text: str, **arguments: Any) -> Any:
+        texts.append(text)
+        return launch(self, text, **arguments)
+
+    monkeypatch.setattr(LaunchingSession, "launch", spy)
+    await within(arun(db.conninfo, Job(effect("j"), id="j")))
+    # A worker of a launch call that was lost on its way, and that starts only now.
+    with psycopg.connect(db.conninfo, autocommit=True) as late:
+        late.execute("select pid from pg_background_launch(%s)", (texts[0],))
+        await eventually(lambda: not db.workers(), "the late worker has ended")
+    with noticed(broken):
+        assert db.effects() == 1, "noticed: it committed twice"
+
+
+def _completed_is_success(seen: Evidence) -> Step:
+    return Step.COMMITTED if seen.report is Report.ENDED else judge(seen)
+
+
+@BOTH
+async def test_success_without_proof(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken:
+        monkeypatch.setattr(runner, "judge", _completed_is_success)
+    # It ends by a FATAL error, which bypasses the report: completed, no error, and a command tag.
+    job = Job(slow("j", 3), id="j", settings={"transaction_timeout": "400ms"})
+    end = await ended(arun(db.conninfo, job))
+    with noticed(broken):
+        assert not isinstance(end, Outcome), "noticed: a success"
+        assert isinstance(end, errors.WorkerLost | errors.WorkerError)
+    assert db.effects() == 0
+
+
+async def _signal_once(ledger: Ledger, key: Key, cause: str, reason: str) -> str:
+    await ledger.signal(key)
+    return "cancelled"
+
+
+@BOTH
+async def test_cancel_at_once(own_db: Callable[..., Watched], broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every new process sleeps a second before its first command, so a signal finds nobody."""
+    db = own_db(settings={"post_auth_delay": 1})
+    if broken:
+        monkeypatch.setattr(launcher, "cancel_job", _signal_once)
+    async with Launcher(db.conninfo) as launching, Launcher(db.conninfo) as cancelling:
+        # Its connections are open before they are needed.
+        await within(asyncio.gather(launching.run(Job("select 1", id="warm")), cancelling.cancel("never launched")))
+        task = asyncio.create_task(launching.run(Job(effect("j"), id="j")))
+        # Nothing shows a worker that starts; the launch call follows its registration at once.
+        await eventually(lambda: "j" in db.states(), "the registration")
+        await asyncio.sleep(0.4)
+        assert await within(cancelling.cancel("j")) == "cancelled"
+        await ended(task)
+        await eventually(lambda: not db.workers(), "the worker has ended")
+    with noticed(broken):
+        assert db.effects() == 0, "noticed: cancelled, and committed"
+
+
+@BOTH
+@pytest.mark.parametrize("sql", ["select 1", "select 1/0"], ids=["committed", "failed"])
+async def test_detach_before_the_outcome_is_written(
+    db: Watched, sql: str, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = concluding.record
+
+    async def too_late(case: Case, *arguments: Any, **named: Any) -> None:
+        if case.launch.worker is not None:
+            await case.launch.worker.detach()
+        await record(case, *arguments, **named)
+
+    if broken:
+        monkeypatch.setattr(concluding, "record", too_late)
+    written: list[object] = []
+
+    def look(point: str) -> None:
+        if point == "after_detach":  # where a process may die
+            written.append(db.value("select outcome from pgbg.job where job_id = 'j'"))
+
+    faults.install(look)
+    try:
+        async with Launcher(db.conninfo) as launching:
+            await ended(launching.run(Job(sql, id="j")))
+            await eventually(lambda: written, "the handle is given up")
+    finally:
+        faults.install(None)
+    with noticed(broken):
+        assert written[0] in ("committed", "failed"), "noticed: detached, and nothing is written"
