@@ -22,7 +22,7 @@ pytestmark = pytest.mark.airflow
 
 PAGE = (Path(__file__).parents[2] / "docs" / "airflow.md").read_text()
 AIRFLOWS_OWN = {"execution_timeout", "retry_policy"}
-OPERATORS = {
+OPERATORS: dict[str, Any] = {
     "The operator": PgBackgroundOperator,
     "Several jobs in one task": PgBackgroundBatchOperator,
     "The sensor": PgBackgroundSensor,

@@ -151,26 +151,6 @@ async def _cancel(lab: Lab, run: str) -> None:
         assert await launcher.cancel(job_id, series=series) == "cancelled"
 
 
-def test_a_fault_in_every_try_but_the_last(lab: Lab) -> None:
-    run = lab.start("deferred_retried", "unlucky", _long("unlucky", 10))
-    killed: set[int] = set()
-    for number in range(3):
-        lab.wait(lambda: set(lab.workers(run)) - killed, f"the worker of try {number + 1}", 120)
-        (worker,) = set(lab.workers(run)) - killed
-        killed.add(worker)
-        # The session that launched it goes first in every other try: then nobody can report how the worker ended.
-        if number % 2:
-            lab.rows(
-                "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'pgbg: launching'"
-            )
-        lab.rows("select pg_terminate_backend(%s)", worker)
-
-    assert lab.processes.wait_for_run("deferred_retried", run, 240) == "success"
-    assert lab.effects(run) == 1
-    assert lab.states(run) == ["committed"]
-    assert not {pid for (pid,) in lab.rows("select pid from effect where run = %s", run)} & killed
-
-
 def test_a_killed_scheduler_loses_nothing(lab: Lab) -> None:
     run = lab.start("deferred", "scheduler-killed", _long("scheduler-killed", 10))
     worker = lab.wait_for_worker(run)
