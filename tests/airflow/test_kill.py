@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -149,6 +151,25 @@ async def _cancel(lab: Lab, run: str) -> None:
     ((job_id, series),) = lab.rows("select job_id, series from pgbg.jobs where label = %s", run)
     async with Launcher(lab.conninfo) as launcher:
         assert await launcher.cancel(job_id, series=series) == "cancelled"
+
+
+def test_a_task_process_killed_in_every_try_but_the_last(lab: Lab) -> None:
+    run = lab.start("here_retried", "unlucky", _long("unlucky", 60))
+    worker = lab.wait_for_worker(run)
+    for number in range(1, 4):
+        seen: dict[str, Any] = {}
+
+        def at_work(number: int = number, seen: dict[str, Any] = seen) -> bool:
+            seen.update(lab.processes.task("here_retried", run, "job"))
+            return seen["try_number"] == number and seen["state"] == "running" and seen["pid"] is not None
+
+        lab.wait(at_work, f"try {number}", 120)
+        os.kill(seen["pid"], signal.SIGKILL)
+
+    assert lab.processes.wait_for_run("here_retried", run, 240) == "success"
+    # Each further try attached to the worker of the first, or found its receipt.
+    assert lab.rows("select pid from effect where run = %s", run) == [(worker,)]
+    assert lab.states(run) == ["committed"]
 
 
 def test_a_killed_scheduler_loses_nothing(lab: Lab) -> None:
