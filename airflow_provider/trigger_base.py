@@ -166,9 +166,19 @@ class JobTrigger(ServerTrigger):
             Further ones of :func:`pgbg_orchestration.arun`, whose errors it raises.
         """
         from pgbg_orchestration import Job
+        from pgbg_orchestration.errors import InvalidJob
 
+        try:
+            job = Job(**arguments)
+        except TypeError as error:
+            # Leaving out what is not known could run something else than what was meant.
+            raise InvalidJob(
+                f"the trigger was stored by another version of this package: {error}",
+                job_id=arguments.get("id"),
+                todo="Install the same version on workers and triggerers, and clear the task.",
+            ) from error
         return await launcher.run(
-            Job(**arguments),
+            job,
             # A triggerer that ends hands its triggers to another, which attaches to the worker.
             on_cancel="leave",
             on_superseded=self.on_superseded,

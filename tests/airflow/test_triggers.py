@@ -84,6 +84,12 @@ class TestOneJob:
         assert isinstance(event, TaskSuccessEvent)
         assert event.xcoms is None
 
+    async def test_a_field_of_a_newer_release_is_not_left_out(self) -> None:
+        event = await _event(PgBackgroundTrigger(job=_job() | {"something_new": True}))
+
+        assert event["error"] == "InvalidJob"
+        assert "another version of this package" in event["message"]
+
     async def test_an_error_resumes_the_task_all_the_same(self) -> None:
         event = await _event(PgBackgroundTrigger(job=_job(sql="select 1/0"), end_task=True))
 
