@@ -47,6 +47,11 @@ def intact(db: Watched) -> None:
 # Texts --------------------------------------------------------------------------------------------------------------
 
 
+# The stand-in's 1.9 surface hands settings with a dot in their name on only where a list says so.
+ALL_SETTINGS = pytest.mark.servers("real", "embedded", "standin20")
+
+
+@ALL_SETTINGS
 @pytest.mark.parametrize("kind", ["receipt", "supervised", "session"])
 async def test_ids_labels_and_values_are_texts(owned: Watched, kind: str) -> None:
     async def one(launcher: Launcher, text: str) -> None:
@@ -81,6 +86,7 @@ async def test_roles_and_names_of_settings_are_names(owned: Watched) -> None:
     intact(owned)
 
 
+@ALL_SETTINGS
 async def test_a_role_of_any_name(owned: Watched) -> None:
     name = 'a"; drop table effects; --'
     role = sql.Identifier(name).as_string(None)
