@@ -276,6 +276,8 @@ class Machine(RuleBasedStateMachine):
                 allowed = {"running"}
             elif job.state == "idle":
                 allowed = {None, "failed", "lost", "waiting", "cancelled"}  # cancelled: given up, after a lost launch
+            elif job.superseded:
+                allowed = {"cancelled", "failed", "lost"}  # as it ended, if it had before
             assert states.get(job.name) in allowed, f"{job.name} is {job.state}, and seen as {states.get(job.name)}"
 
     def teardown(self) -> None:
