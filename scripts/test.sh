@@ -2,8 +2,8 @@
 # The test suite, in two parts: PY=.venv/bin/python JOBS=4 sh scripts/test.sh [pytest's arguments]
 #
 # First all tests that start no process of an orchestrator, $JOBS at a time: most of them wait for a server. Then those
-# that run a real Airflow, a real Dagster daemon and the demo, two at a time, each of these in a process of its own
-# (their xdist_group). With REPORT=FILE, FILE and FILE.processes are JUnit reports.
+# that run a real Airflow, a real Dagster daemon and the demo, two at a time; those that share one Airflow are in one
+# process (tests/conftest.py). With REPORT=FILE, FILE and FILE.processes are JUnit reports.
 set -u
 
 NOTHING_SELECTED=5

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -130,6 +131,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     used = [f"{server.name} ({server.extension})" for server in config.stash[_RUNNING].used()]
     if used:
         terminalreporter.write_line(f"servers that the tests ran on: {', '.join(used)}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give the files that share a real Airflow to one process, where ``--dist loadgroup`` is asked for.
+
+    xdist's own groups stand in the node ids, which pytest 9.2 keeps to itself.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySharedServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", maxsplit=1)[0]
+            return "airflow" if file.startswith("tests/airflow/") else file
+
+    return BySharedServer(config, log)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from pgbg_orchestration import Launcher
-from tests.core.kit import LONG, count
+from tests.core.kit import LONG, count, only_long
 
 from .conftest import Lab
 
-pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, pytest.mark.xdist_group("airflow")]
+pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow]
 
 
 def _long(run_id: str, seconds: int = 300) -> str:
@@ -130,7 +130,7 @@ def test_a_run_that_times_out_takes_its_worker_along(lab: Lab) -> None:
     lab.wait_for_states(run, ["cancelled"])
 
 
-@pytest.mark.parametrize("how", ["by the package", "by somebody"])
+@pytest.mark.parametrize("how", ["by the package", pytest.param("by somebody", marks=only_long)])
 def test_a_job_that_somebody_cancels_is_not_tried_again(lab: Lab, how: str) -> None:
     run = lab.start("deferred_retried", f"cancelled-{how}".replace(" ", "-"), _long("cancelled"))
     worker = lab.wait_for_worker(run)

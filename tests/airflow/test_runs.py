@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from tests.core.kit import only_long
+
 from .conftest import EXAMPLES, Lab
 
-pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, pytest.mark.xdist_group("airflow")]
+pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow]
 
 
 def _insert(run_id: str) -> str:
@@ -31,7 +33,7 @@ def test_the_outcome_is_xcom(lab: Lab, dag_id: str) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
+@pytest.mark.parametrize("sqlstate", ["40001", pytest.param("40P01", marks=only_long)])
 def test_a_conflict_is_retried_and_commits_once(lab: Lab, sqlstate: str) -> None:
     # A sequence is not rolled back, so it counts the tries.
     lab.rows("select setval('tries', 1, false)")
@@ -135,6 +137,7 @@ def test_a_sensor_waits_for_a_job_that_is_not_there_yet(lab: Lab) -> None:
     assert (job["label"], job["state"]) == ("waited-for", "committed")
 
 
+@only_long
 def test_a_sensor_fails_with_the_error_of_the_job(lab: Lab) -> None:
     lab.processes.wait_for_dag("sensor")
     run = lab.start("deferred", "waited-for-in-vain", "select 1/0")
@@ -147,6 +150,7 @@ def test_a_sensor_fails_with_the_error_of_the_job(lab: Lab) -> None:
     assert "SQLSTATE 22012: division by zero" in lab.processes.task_log("sensor", waiting, "job", 1)
 
 
+@only_long
 def test_used_up_worker_slots_are_waited_for_without_a_try(lab: Lab) -> None:
     lab.processes.wait_for_dag("deferred_retried")
     with lab.slots_used_up() as free:

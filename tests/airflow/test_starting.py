@@ -13,6 +13,7 @@ from airflow_provider.batch import PgBackgroundBatchOperator
 from airflow_provider.identity import identify_try
 from airflow_provider.operators import PgBackgroundOperator
 from airflow_provider.triggers import PgBackgroundStartTrigger
+from tests.core.kit import only_long
 
 from .conftest import Lab
 
@@ -156,6 +157,7 @@ class TestInARealAirflow:
         assert lab.processes.xcom("started_from_file", run, "job")["label"] == run
         assert lab.processes.task("started_from_file", run, "job")["pid"] is None, "no worker had it"
 
+    @only_long
     def test_an_automatic_retry_commits_once_more_only_if_the_try_before_did_not(self, lab: Lab) -> None:
         lab.rows("select setval('tries', 1, false)")
         sql = (
@@ -184,6 +186,7 @@ class TestInARealAirflow:
         lab.wait_for_no_worker(run)
         lab.wait_for_states(run, ["cancelled"])
 
+    @only_long
     def test_a_clear_runs_it_again_after_the_old_worker(self, lab: Lab) -> None:
         run = lab.start("started", "started-cleared", f"{_insert('started-cleared')}; select pg_sleep(12)")
         lab.wait_for_worker(run)
@@ -197,6 +200,7 @@ class TestInARealAirflow:
         lab.processes.clear("started", run, ["job"])
         lab.wait(lambda: lab.effects(run) == 2, "the second wanted run of it", 120)
 
+    @only_long
     def test_another_triggerer_goes_on_with_it(self, lab: Lab) -> None:
         run = lab.start("started", "started-killed", f"{_insert('started-killed')}; select pg_sleep(20)")
         worker = lab.wait_for_worker(run)
@@ -209,6 +213,7 @@ class TestInARealAirflow:
             lab.processes.start_component(busy)
         assert lab.rows("select pid from effect where run = %s", run) == [(worker,)]
 
+    @only_long
     def test_execution_timeout_ends_the_sql(self, lab: Lab) -> None:
         run = lab.start("started_times_out", "started-late", f"{_insert('started-late')}; select pg_sleep(300)")
         lab.wait_for_worker(run)

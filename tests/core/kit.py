@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import psycopg
+import pytest
 from psycopg import sql
 
 from pgbg_orchestration import errors
@@ -32,6 +33,10 @@ APP = "pgbg_app"
 """The login that the tests run jobs as: pgbackground_role, the effects table, and nothing else."""
 LONG = os.environ.get("PGBG_LONG") == "1"
 ROOT = Path(__file__).parents[2]
+
+
+only_long = pytest.mark.skipif(not LONG, reason="takes a minute of CI's few: PGBG_LONG=1")
+"""For a test with near relatives that always run."""
 
 
 def count(short: int, full: int) -> int:

@@ -35,7 +35,6 @@ pytestmark = [
     pytest.mark.processes,
     pytest.mark.slow,
     pytest.mark.timeout(3600 if count(0, 1) else 900),
-    pytest.mark.xdist_group("dagster"),
 ]
 
 JOBS = ["plain_in_process", "plain_multiprocess", "stubborn_in_process", "stubborn_multiprocess"]

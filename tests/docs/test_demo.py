@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.dagster,
     pytest.mark.processes,
     pytest.mark.slow,
-    pytest.mark.xdist_group("demo"),
 ]
 
 FIRST_SECONDS = 600
