@@ -47,8 +47,8 @@ def intact(db: Watched) -> None:
 # Texts --------------------------------------------------------------------------------------------------------------
 
 
-# The stand-in's 1.9 surface hands settings with a dot in their name on only where a list says so.
-ALL_SETTINGS = pytest.mark.servers("real", "embedded", "standin20")
+# The stand-in hands settings with a dot in their name on only where a list says so.
+ALL_SETTINGS = pytest.mark.servers("real", "embedded")
 
 
 @ALL_SETTINGS
