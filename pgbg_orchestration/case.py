@@ -93,11 +93,12 @@ class Launch:
         patient:
             Wait for the call. Without that a stalled one is left behind.
         """
-        call, self.call = self.call, None
+        call = self.call
         if call is None:
             return None
         if patient:
             await asyncio.wait({call})
+        self.call = None  # not before: cancelled in that wait, it has to be found here again
         if not call.done():
             return call
         if call.exception() is None:

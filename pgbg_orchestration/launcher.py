@@ -26,6 +26,10 @@ logger = logging.getLogger("pgbg_orchestration")
 SESSIONS = 3  # at most; a further one is opened when the others are busy launching
 
 
+ADMIN_SHUTDOWN = "57P01"
+LOOKS = 4  # at the server, before it counts as out of reach
+
+
 class Launcher:
     """Runs any number of jobs side by side over a few connections.
 
@@ -125,11 +129,16 @@ class Launcher:
             The connection goes through a pooler in transaction mode.
         """
         async with self._opening:
-            if self._facts is None:
+            for tries in range(LOOKS):
+                if self._facts is not None:
+                    break
                 try:
                     self._facts = await self._look_at_server()
                 except (psycopg.OperationalError, OSError, TimeoutError) as error:
-                    raise connecting.unreachable(error, "the server cannot be reached") from error
+                    if getattr(error, "sqlstate", None) != ADMIN_SHUTDOWN or tries == LOOKS - 1:
+                        raise connecting.unreachable(error, "the server cannot be reached") from error
+                    await asyncio.sleep(pace.backoff(tries))  # somebody terminated the session that looked
+            assert self._facts is not None
             return self._facts
 
     @property

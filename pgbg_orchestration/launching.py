@@ -326,7 +326,12 @@ class LaunchingSession:
         async with self._turn, self._conn.transaction(force_rollback=True):
             await connecting.settle(self._conn, tuple(settings.items()), local=True)
             # psycopg has no describe without a run; libpq's blocks, so it gets a thread.
-            columns = await asyncio.to_thread(describing.columns_of, self._conn.pgconn, text)
+            asking = asyncio.create_task(asyncio.to_thread(describing.columns_of, self._conn.pgconn, text))
+            try:
+                columns = await asyncio.shield(asking)
+            except asyncio.CancelledError:
+                await asyncio.wait({asking})  # two must not use the connection at once
+                raise
             # So that types are qualified: whoever reads the result may have another search_path.
             await connecting.settle(self._conn, (("search_path", "pg_catalog"),), local=True)
             return await describing.column_list(self._conn, columns)
