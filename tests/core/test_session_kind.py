@@ -10,9 +10,9 @@ from pgbg_orchestration import Job, Kind, Launcher, Outcome, arun, errors
 from tests.conftest import Database
 from tests.core.kit import APP, Watched, cancelled, count, effect, ended, eventually, seeded, within
 
-# Not on the stand-in's 1.9 surface: its workers do not bear the application_name that they were launched with, and a
-# job without a receipt is found by nothing else.
-pytestmark = pytest.mark.servers("real", "embedded", "standin20")
+# Not on the stand-ins: on the 1.9 surface their workers do not bear the application_name that they were launched with,
+# and a job without a receipt is found by nothing else.
+pytestmark = pytest.mark.servers("real", "embedded")
 
 
 @pytest.fixture
