@@ -99,5 +99,17 @@ def unreachable(error: BaseException, what: str) -> ServerUnreachable:
     return ServerUnreachable(
         f"{what}: {str(error).strip() or type(error).__name__}",
         sqlstate=state or "08006",
-        todo="Check the server and the network.",
+        todo=what_to_check(error),
     )
+
+
+def what_to_check(error: BaseException) -> str:
+    """Return what to look at when a connection cannot be made.
+
+    libpq keeps the SQLSTATE of a refused connection to itself, and its messages are localised: whether nobody listens
+    or the server knows no such login is for the reader to see.
+    """
+    pgconn = getattr(error, "pgconn", None)
+    if pgconn is not None and pgconn.needs_password:
+        return "The server wants a password: give it in ~/.pgpass or in PGPASSWORD."
+    return "Check that the server runs, and the host, port, database, login and password that it was asked with."

@@ -1,4 +1,4 @@
-"""``pgbg``, the command line: one module for each group of commands."""
+"""``pgbg``, the command line: one module for each group of commands; it begins in ``__main__``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from inspect import cleandoc
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from . import diagnosis, jobs, running, server, setup
 from .codes import MEANINGS, ExitCode
@@ -48,14 +49,14 @@ def _pgbg(
     """
 
 
-def _add(name: str, function: Callable[..., None], panel: str) -> None:
+def _add(name: str, function: Callable[..., None], panel: str, kind: type[TyperCommand] = TyperCommand) -> None:
     # Typer keeps the line ends of a docstring's later paragraphs, whatever the terminal's width.
     paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
     text = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
-    app.command(name, help=text, rich_help_panel=panel)(function)
+    app.command(name, cls=kind, help=text, rich_help_panel=panel)(function)
 
 
-_add("run", running.run, "Jobs")
+_add("run", running.run, "Jobs", running.CommandWithSql)
 _add("jobs", jobs.jobs, "Jobs")
 _add("cancel", jobs.cancel, "Jobs")
 _add("prune", jobs.prune, "Jobs")
@@ -63,8 +64,3 @@ _add("doctor", diagnosis.doctor, "Servers")
 _add("install", setup.install, "Servers")
 _add("uninstall", setup.uninstall, "Servers")
 app.add_typer(server.app, name="server", rich_help_panel="Servers")
-
-
-def main() -> None:
-    """Run the command line."""
-    app()

@@ -30,7 +30,7 @@ class ExitCode(IntEnum):
 
 MEANINGS = {
     ExitCode.OK: "done; `run`: the job is committed",
-    ExitCode.BUG: "a fault of pgbg itself, with a traceback",
+    ExitCode.BUG: "a fault of pgbg itself, with a traceback; or libpq is missing",
     ExitCode.REFUSED: "refused: an option, the SQL, or an id of other SQL; nothing was launched",
     ExitCode.FAILED: "the job failed or its worker was lost; only SQL that commits on its way leaves anything",
     ExitCode.CANCELLED: "the job was cancelled or superseded; only SQL that commits on its way leaves anything",

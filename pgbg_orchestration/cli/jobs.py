@@ -25,6 +25,7 @@ from .screen import Stop, ago, duration, err, out, plain, print_json, reporting
 
 ROOMY = 110  # columns of a terminal that shows the columns which matter less
 RETRY_HORIZON = 7 * 86400.0  # seconds; see docs/cli.md
+NOT_ENDED = ("running", "waiting")
 
 _STYLES = {
     "running": "bold blue",
@@ -73,6 +74,7 @@ def jobs(
     id_: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="One job, with all that is known of it.")
     ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show ids in the place of labels.")] = False,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, newest first.")] = 50,
     json: Json = False,
 ) -> None:
@@ -92,7 +94,7 @@ def jobs(
         elif not found:
             err.print(Text("no jobs", "dim"))
         else:
-            _print_table(found)
+            _print_table(found, ids=ids)
             if more:
                 err.print(Text(f"only the newest {limit}: more with --limit", "dim"))
 
@@ -102,13 +104,13 @@ async def _list(dsn: str, schema: str, states: Sequence[str] = (), **filters: An
         return await launcher.ledger.jobs(states=states, **filters)
 
 
-def _print_table(entries: list[JobEntry]) -> None:
-    # Into a pipe or a file goes all of it, however long the lines get.
-    fits = out.is_terminal
+def _print_table(entries: list[JobEntry], *, ids: bool) -> None:
+    # Into a pipe or a file goes all of it, however long the lines get; an id is for copying, and is never cut.
+    fits = out.is_terminal and not ids
     roomy = not fits or out.width >= ROOMY
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False, expand=fits)
     table.add_column("STATE", no_wrap=True, width=11)
-    table.add_column("LABEL", no_wrap=True, overflow="ellipsis", ratio=3)
+    table.add_column("ID" if ids else "LABEL", no_wrap=True, overflow="ellipsis", ratio=3)
     table.add_column("LAUNCHED", justify="right", no_wrap=True, min_width=8)
     table.add_column("TOOK", justify="right", no_wrap=True, min_width=6)
     table.add_column("ROWS", justify="right", no_wrap=True, min_width=5)
@@ -119,7 +121,7 @@ def _print_table(entries: list[JobEntry]) -> None:
     for entry in entries:
         table.add_row(
             _state(entry),
-            Text(plain(entry.label or entry.job_id)),
+            Text(plain(entry.job_id if ids else entry.label or entry.job_id)),
             ago(entry.launched_at),
             _took(entry),
             "" if entry.row_count is None else f"{entry.row_count:,}",
@@ -163,7 +165,13 @@ def _show_one(entry: JobEntry) -> None:
 
 
 def cancel(
-    job_id: Annotated[str, typer.Argument(metavar="ID", help="The job's id, as `pgbg jobs --json` tells it.")],
+    job_id: Annotated[
+        str | None, typer.Argument(metavar="ID", show_default=False, help="The job's id, as pgbg jobs --ids shows it.")
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option("--label", metavar="PATTERN", help="The one job not ended with this label; * and ? stand in."),
+    ] = None,
     dsn: Dsn = None,
     schema: Schema = "pgbg",
     owner: Owner = None,
@@ -175,29 +183,39 @@ def cancel(
     Says how it was decided: cancelled, or too late and committed (exit code 11).
     """
     with reporting(json):
-        decided, entry = asyncio.run(_cancel(dsn or "", schema, job_id, owner, reason))
+        if (job_id is None) == (label is None):
+            raise Stop(ExitCode.REFUSED, "which job: say its id, or its --label", todo="pgbg jobs --ids")
+        decided, entry = asyncio.run(_cancel(dsn or "", schema, job_id, label, owner, reason))
+        shown = (plain(entry.label or entry.job_id), "bold")
         if json:
-            print_json({"job_id": job_id, "owner": entry.owner, "label": entry.label, "decided": decided})
+            print_json({"job_id": entry.job_id, "owner": entry.owner, "label": entry.label, "decided": decided})
         elif decided == "cancelled":
             of_it = "nothing of it" if entry.kind == Kind.RECEIPT else "nothing but what it committed by itself"
             text = f"{of_it} is committed; it runs again with run --retry-cancelled only"
-            out.print(Text.assemble(("⊘ cancelled  ", "yellow"), (plain(entry.label or job_id), "bold"), f"\n  {text}"))
+            out.print(Text.assemble(("⊘ cancelled  ", "yellow"), shown, f"\n  {text}"))
         else:
-            out.print(Text.assemble(("✓ too late, committed  ", "yellow"), (plain(entry.label or job_id), "bold")))
+            out.print(Text.assemble(("✓ too late, committed  ", "yellow"), shown))
         raise Stop(ExitCode.OK if decided == "cancelled" else ExitCode.TOO_LATE)
 
 
-async def _cancel(dsn: str, schema: str, job_id: str, owner: str | None, reason: str) -> tuple[str, JobEntry]:
+async def _cancel(
+    dsn: str, schema: str, job_id: str | None, label: str | None, owner: str | None, reason: str
+) -> tuple[str, JobEntry]:
     async with ready_launcher(dsn, schema) as launcher:
-        found = [e for e in await launcher.ledger.jobs(job_id=job_id) if owner in (None, e.owner)]
+        states = () if label is None else NOT_ENDED
+        found = await launcher.ledger.jobs(job_id=job_id, label=label, states=states)
+        found = [entry for entry in found if owner in (None, entry.owner)]
         if not found:
             # A mark for an id that was mistyped would cancel nothing, and say that it did.
-            raise Stop(ExitCode.NO_SUCH_JOB, f"no job with the id {job_id!r}, or it is not this login's to see")
+            wanted = f"the id {job_id!r}" if label is None else f"the label {label!r} is running or waiting"
+            raise Stop(ExitCode.NO_SUCH_JOB, f"no job with {wanted}, or it is not this login's to see")
         if len(found) > 1:
-            owners = ", ".join(entry.owner for entry in found)
-            raise Stop(ExitCode.REFUSED, f"several roles have a job with this id: {owners}", todo="Choose by --owner.")
+            several = ", ".join(entry.owner if label is None else entry.job_id for entry in found)
+            if label is None:
+                raise Stop(ExitCode.REFUSED, f"several roles have a job with this id: {several}", todo="Say --owner.")
+            raise Stop(ExitCode.REFUSED, f"several jobs have such a label: {several}", todo="Say the id of one.")
         [entry] = found
-        return await launcher.cancel(job_id, owner=entry.owner, series=entry.series, reason=reason), entry
+        return await launcher.cancel(entry.job_id, owner=entry.owner, series=entry.series, reason=reason), entry
 
 
 def prune(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.text import Text
+from typer.core import TyperCommand
 
 from pgbg_orchestration.errors import JobCancelled, ServerUnreachable, WorkerError
 from pgbg_orchestration.job import Job, Kind
@@ -22,6 +24,23 @@ from .interrupts import Interrupts
 from .options import Dsn, Json, Owner, Schema, pairs, seconds_option
 from .screen import Stop, duration, out, plain, print_json, reporting
 from .watching import Watch
+
+_COMMENT = re.compile(r"--[^=\s]*\s")
+_GUARD = " "
+
+
+class CommandWithSql(TyperCommand):
+    """A command whose argument may be SQL that begins with a comment, which would be taken for an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; a blank keeps such SQL from being an option, whose name has none."""
+        valued = {name for option in self.params if not getattr(option, "is_flag", True) for name in option.opts}
+        before = [None, *args]
+        guarded = [
+            _GUARD + arg if _COMMENT.match(arg) and previous not in valued else arg
+            for previous, arg in zip(before, args, strict=False)
+        ]
+        return super().parse_args(ctx, guarded)
 
 
 class OnSuperseded(StrEnum):
@@ -180,7 +199,7 @@ def _read_sql(sql: str | None, file: Path | None) -> str:
         if file is not None:
             return file.read_text(encoding="utf-8-sig")
         if sql is not None and sql != "-":
-            return sql
+            return sql.removeprefix(_GUARD)
         if sql is None and sys.stdin.isatty():
             raise Stop(ExitCode.REFUSED, "no SQL", todo="pgbg run 'select 1', or -f FILE, or on standard input")
         return sys.stdin.buffer.read().decode("utf-8-sig")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from pgbg_orchestration.connecting import what_to_check
 from pgbg_orchestration.errors import PgbgError, WorkerError
 
 from .codes import ExitCode, code_for
@@ -68,8 +69,9 @@ def reporting(json: bool, *, of_job: bool = False) -> Iterator[None]:
     except PgbgError as error:
         _end(json, code_for(error), _fields_of(error, of_job))
     except psycopg.OperationalError as error:
-        code = ExitCode.NOT_READY if error.sqlstate and error.sqlstate[:2] not in ("08", "28", "57") else None
-        _end(json, code or ExitCode.UNREACHABLE, _fields_of_server(error))
+        if error.sqlstate and error.sqlstate[:2] not in ("08", "28", "57"):
+            _end(json, ExitCode.NOT_READY, _fields_of_server(error))
+        _end(json, ExitCode.UNREACHABLE, {**_fields_of_server(error), "todo": what_to_check(error)})
     except psycopg.Error as error:
         _end(json, ExitCode.NOT_READY, _fields_of_server(error))
 

@@ -18,7 +18,7 @@ from pgbg_orchestration.embedded.binaries import NoPostgresError
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
 from pgbg_orchestration.embedded.server import EmbeddedServer, EmbeddedServerError, ExtensionChoice
 from pgbg_orchestration.embedded.standin import StandinUnavailableError, Surface
-from pgbg_orchestration.embedded.status import ServerStatus
+from pgbg_orchestration.embedded.status import PORT, SUPERUSER, ServerStatus
 from pgbg_orchestration.embedded.status import status as status_of
 
 from .codes import ExitCode
@@ -154,7 +154,7 @@ def _show(found: ServerStatus, json: bool, why_standin: str | None = None) -> No
     grid.add_row("  data", str(found.data_dir))
     out.print(grid)
     for line in (
-        f"export PGHOST={found.socket_dir} PGUSER=postgres PGDATABASE=postgres",
+        f"export PGHOST={found.socket_dir} PGPORT={PORT} PGUSER={SUPERUSER} PGDATABASE=postgres",
         "pgbg install && pgbg doctor",
     ):
         out.print(Text(f"  → {line}", "cyan"), soft_wrap=True)

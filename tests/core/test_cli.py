@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -194,6 +195,7 @@ class TestJobs:
         assert "first ·[31m[bold]job" in lines[2]
         assert len(lines) == 3
         assert "only the newest 1" in pgbg("jobs", "--limit", "1").stderr
+        assert [line.split()[2] for line in pgbg("jobs", "--ids").stdout.splitlines()[1:]] == ["b", "a"]
 
     def test_one_job(self, pgbg: Pgbg) -> None:
         pgbg("run", "select 1/0", "--id", "b")
@@ -225,6 +227,24 @@ class TestJobs:
         assert code == ExitCode.CANCELLED
         assert db.effects() == 0
         assert db.value("select reason from pgbg.receipt where job_id = 'j'") == "enough"
+
+    async def test_cancel_by_the_label_that_people_see(self, db: Watched) -> None:
+        first = await start(db, "run", slow("a", 60), "--id", "first", "--label", "load 1")
+        second = await start(db, "run", slow("b", 60), "--id", "second", "--label", "load 2")
+        await db.at_work("first")
+        await db.at_work("second")
+
+        refused = await output_of(await start(db, "cancel", "--label", "load*", "--json"))
+        one = await output_of(await start(db, "cancel", "--label", "load 2", "--json"))
+        rest = await output_of(await start(db, "cancel", "--label", "load*", "--json"))
+        none = await output_of(await start(db, "cancel", "--label", "load*", "--json"))
+
+        assert [code for _, code in (refused, one, rest, none)] == [
+            ExitCode.REFUSED, ExitCode.OK, ExitCode.OK, ExitCode.NO_SUCH_JOB
+        ]  # fmt: skip
+        assert {"first", "second"} <= set(re.findall(r"\w+", json.loads(refused[0])["message"]))
+        assert [json.loads(told)["job_id"] for told, _ in (one, rest)] == ["second", "first"]
+        assert [(await output_of(each))[1] for each in (first, second)] == [ExitCode.CANCELLED] * 2
 
     def test_cancel_too_late_or_unknown(self, db: Watched, pgbg: Pgbg) -> None:
         pgbg("run", effect("j"), "--id", "j")
@@ -314,11 +334,21 @@ class TestSetup:
         assert "install --print" in ended.stderr
 
 
+# Whoever runs the suite may ignore signals, under nohup or in the background of a script; a child would inherit that.
+PGBG = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from pgbg_orchestration.__main__ import main
+main()
+"""
+
+
 async def start(db: Watched, command: str, *arguments: str) -> asyncio.subprocess.Process:
     """Start ``pgbg`` as a process of its own; await :func:`output_of` it."""
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "from pgbg_orchestration.cli import main; main()",
-        command, "--dsn", db.conninfo, *arguments,
+        sys.executable, "-c", PGBG, command, "--dsn", db.conninfo, *arguments,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from pgbg_orchestration.cli.screen import ago, duration, plain
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = ("run", "jobs", "cancel", "prune", "doctor", "install", "uninstall", "server")
+PGBG = [sys.executable, "-m", "pgbg_orchestration"]
 NOWHERE = ["--dsn", "host=127.0.0.1 port=1 connect_timeout=2"]
 
 
@@ -98,6 +102,7 @@ class TestExitCodes:
         assert (people.exit_code, machines.exit_code) == (ExitCode.UNREACHABLE, ExitCode.UNREACHABLE)
         assert people.stdout == ""
         assert "unreachable" in people.stderr
+        assert arguments[0] == "server" or "Check that the server runs" in people.stderr
         assert json.loads(machines.stdout)["exit_code"] == ExitCode.UNREACHABLE
 
     @pytest.mark.parametrize(
@@ -114,6 +119,11 @@ class TestExitCodes:
             (["run", "begin; select 1; commit"], "transaction control"),
             (["run", "select 'open"], "string"),
             (["run", " -- nothing"], "empty"),
+            (["run", "-- nothing"], "only comments"),
+            (["run", "--nothing\n;"], "only comments"),
+            (["run", "--tiemout", "5", "select 1"], "No such option"),
+            (["cancel"], "which job"),
+            (["cancel", "some-job", "--label", "some label"], "which job"),
             (["jobs", "--state", "done"], "none of running"),
             (["jobs", "--dsn", ""], "empty"),
             (["jobs", "--dsn", "secret"], "not a connection string"),
@@ -136,6 +146,23 @@ class TestExitCodes:
 
         assert ended.exit_code == ExitCode.REFUSED
         assert "not UTF-8" in ended.stderr
+
+
+class TestTheMachine:
+    def test_without_libpq(self) -> None:
+        lacking = {**os.environ, "PSYCOPG_IMPL": "no such implementation"}
+        done = subprocess.run([*PGBG, "jobs"], env=lacking, capture_output=True, text=True)
+
+        assert (done.returncode, done.stdout) == (ExitCode.BUG, "")
+        assert "pip install" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_a_terminal_without_our_signs(self) -> None:
+        plain_ascii = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+        done = subprocess.run([*PGBG, "jobs", *NOWHERE], env=plain_ascii, capture_output=True, text=True)
+
+        assert done.returncode == ExitCode.UNREACHABLE, done.stderr
+        assert "? unreachable" in done.stderr
 
 
 class TestInstallPrint:
