@@ -62,8 +62,9 @@ async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:
         async with asyncio.timeout(pace.CALL):
             return await asyncio.shield(opening)
     except (asyncio.CancelledError, TimeoutError):
-        # Cancelled half way, it would stay open until it is collected.
+        # Cancelled half way, it would stay open until it is collected: it is let come up, and closed.
         opening.add_done_callback(_finish)
+        await asyncio.wait({opening}, timeout=pace.LOOK_SOONEST)
         raise
 
 
