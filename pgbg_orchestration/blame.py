@@ -91,8 +91,15 @@ def superseded(work: Work, seen: Sighting | None) -> PgbgError:
     return errors.Superseded(f"superseded: {newest} of its series is registered", **_ended(work))
 
 
-def lost(work: Work) -> PgbgError:
-    """The worker is gone without an error and without a commit."""
+def lost(work: Work, *, output_dropped: bool) -> PgbgError:
+    """The worker is gone without an error and without a commit; or its output was dropped, and its error with it."""
+    if output_dropped:
+        return errors.WorkerLost(
+            "its worker ended without a commit after its output, which nobody reads, had filled the queue and was "
+            "dropped; an error that came after that was dropped too",
+            todo="The server's log has the reason; so has the next error, where the SQL gives fewer rows and messages.",
+            **_ended(work),
+        )
     return errors.WorkerLost(
         "its worker ended without an error and without a commit: killed, cancelled while it started, or ended by a "
         "FATAL error such as transaction_timeout",

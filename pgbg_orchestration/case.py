@@ -15,6 +15,7 @@ from . import describing, faults
 from .composing import Work
 from .connecting import ConnectionLost
 from .extension import ResultInfo
+from .job import Kind
 from .launching import LaunchingSession, MayBeLaunched, Worker
 from .ledger import Registration, Sighting
 from .options import Options
@@ -22,6 +23,8 @@ from .outcome import ErrorFields, Event
 from .verdict import Intent, Report
 
 logger = logging.getLogger("pgbg_orchestration")
+
+NO_SLOT_FOR_WORKER = "PB004"  # a supervisor that found no slot for its worker, and left its own
 
 
 @dataclass(slots=True)
@@ -158,6 +161,13 @@ class Case:
     def attempt(self) -> int:
         """The number of the last launch, from 1."""
         return self.registration.attempt if self.registration else max(self.launched, 1)
+
+    @property
+    def found_no_slot(self) -> bool:
+        """Whether the last launch was a supervisor's that launched nothing, for want of a second slot."""
+        error = self.launch.error
+        # SQL of the user's can raise this code too, and does so in a worker of its own.
+        return self.work.kind is Kind.SUPERVISED and error is not None and error.sqlstate == NO_SLOT_FOR_WORKER
 
     def generation(self, seen: Sighting) -> int | None:
         """Return the job's generation, as far as it is known yet."""

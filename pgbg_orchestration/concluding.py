@@ -93,7 +93,7 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         )
     # Whoever launched it writes the counts down after the commit.
     until = asyncio.get_running_loop().time() + pace.COUNTS
-    while case.attached_since and seen.outcome is None and case.may_wait_for_history(until):
+    while seen.attempt is not None and seen.outcome is None and case.may_wait_for_history(until):
         await asyncio.sleep(pace.RETRY_SOONEST)
         seen = await ledger.look(case.work.key)
     finished = seen.ended_at or seen.looked_at
@@ -145,7 +145,7 @@ def _error(
         case Step.LOST if case.launch_error is not None:
             return blame.launch_failed(work, case.launch_error)
         case Step.LOST:
-            return blame.lost(work)
+            return blame.lost(work, output_dropped=case.launch.detached)
         case _:
             return blame.unknown(work)
 

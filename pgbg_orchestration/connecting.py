@@ -11,7 +11,7 @@ from psycopg import AsyncConnection
 from psycopg import conninfo as libpq
 
 from . import pace
-from .errors import ServerUnreachable
+from .errors import InvalidJob, ServerUnreachable
 
 # A half-open connection is noticed by the kernel; connection strings may say otherwise.
 KEEPALIVE: Mapping[str, Any] = {
@@ -42,6 +42,23 @@ REFUSED_LOGINS = ("28P01", "28000", "3D000")
 
 class ConnectionLost(Exception):
     """The connection is gone, or did not answer in time; what was asked may have happened."""
+
+
+def check(conninfo: str) -> None:
+    """Refuse a connection string that libpq cannot read.
+
+    Raises
+    ------
+    InvalidJob
+        It says so without libpq's own words, which quote parts of the string: a password may be in it.
+    """
+    try:
+        libpq.conninfo_to_dict(conninfo)
+    except psycopg.Error:
+        raise InvalidJob(
+            "the connection string cannot be read",
+            todo="It is 'key=value …' or 'postgresql://…', as libpq takes it (PostgreSQL manual, 34.1.1).",
+        ) from None
 
 
 async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from datetime import datetime
 
 from . import blame, markers, pace
-from .case import Case
+from .case import Case, Launch
 from .job import Kind
 from .ledger import BLOCKED, Key, Ledger, Sighting
-from .verdict import CANCELED, NO_SLOT_FOR_WORKER, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
+from .verdict import CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 
 logger = logging.getLogger("pgbg_orchestration")
 
@@ -32,16 +32,18 @@ async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]
     if case.intent is Intent.NONE and case.seconds_left() == 0:
         case.intent = Intent.DEADLINE
     await case.launch.read()
-    if case.launch.error is not None and case.launch.error.sqlstate == NO_SLOT_FOR_WORKER:
-        case.registered = case.registration is not None  # nothing was launched: no attempt is used up
-    if case.launch.lost:
+    launch = case.launch
+    if case.found_no_slot:
+        launch = Launch()  # nothing was launched: no attempt is used up
+        case.registered = case.registration is not None
+    if launch.lost:
         case.stray = True
         case.tell_once("session_lost", "its handle is lost; following the worker by its lock and receipt")
     evidence = Evidence(
         carries_receipt=case.work.carries_receipt,
         registered=case.registered,
-        report=case.launch.report,
-        sqlstate=case.launch.error.sqlstate if case.launch.error else None,
+        report=launch.report,
+        sqlstate=launch.error.sqlstate if launch.error else None,
         intent=case.intent,
         launches_left=RELAUNCHES - case.relaunches,
         rejections_left=REJECTIONS - case.rejections,
@@ -147,7 +149,7 @@ def _failed_since(seen: Sighting, since: datetime) -> bool:
 
 
 async def _from_marker(case: Case, ledger: Ledger, evidence: Evidence) -> Evidence:
-    marked = await ledger.run(lambda conn: markers.find(conn, case.work.marker))
+    marked = await ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
     blocked = marked is not None and marked.wait_event in BLOCKED
     return replace(
         evidence,

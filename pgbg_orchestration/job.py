@@ -108,7 +108,8 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("id", "label", "role", "verify_sql", "series", "owner"):
-            _check_text(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
         if self.series is None and self.generation is not None and self.id is None:
             raise InvalidJob("a generation needs a series (or an id) that it is a generation of")
         if self.generation is not None and not (
@@ -178,8 +179,6 @@ def _is_int(value: object) -> bool:
 
 
 def _check_text(name: str, value: object) -> None:
-    if value is None:
-        return
     if not isinstance(value, str):
         raise InvalidJob(f"{name} must be text, not {type(value).__name__}")
     if name != "sql" and not value.strip():
@@ -223,9 +222,13 @@ def _isolation(value: object) -> str:
 
 def _settings(given: Mapping[str, str] | None) -> dict[str, str]:
     checked: dict[str, str] = {}
+    if given is not None and not isinstance(given, Mapping):
+        raise InvalidJob(f"settings must be a mapping of names to values, not {type(given).__name__}")
     for name, value in (given or {}).items():
         if not isinstance(name, str) or not SETTING_NAME.match(name):
             raise InvalidJob(f"{name!r} is not the name of a server setting")
+        if not isinstance(value, str | int | float):
+            raise InvalidJob(f"the value of the setting {name} must be text or a number, not {type(value).__name__}")
         text = str(value).lower() if isinstance(value, bool) else str(value)
         if "\0" in text:
             raise InvalidJob(f"the setting {name} has a NUL byte")

@@ -42,9 +42,15 @@ class Launcher:
         A libpq connection string or URI.
     schema:
         Name of the package's schema (``pgbg install --schema``).
+
+    Raises
+    ------
+    InvalidJob
+        libpq cannot read the connection string.
     """
 
     def __init__(self, conninfo: str, *, schema: str = "pgbg") -> None:
+        connecting.check(conninfo)
         self.conninfo = conninfo
         self.schema = schema
         self.slots = SlotQueue()

@@ -330,9 +330,10 @@ class Ledger:
             "    where d.datname = pg_catalog.current_database())"
             "  and (l.classid::bigint << 32) | l.objid::bigint = job.key"
             "), target as materialized ("
-            "  select h.pid from job, holder as h left join pg_catalog.pg_stat_activity as a on a.pid = h.pid"
-            # A supervisor bears the marker itself while it launches.
-            "  where coalesce(a.application_name <> job.marker and not starts_with(a.application_name, %(s)s), true)"
+            "  select h.pid from job, holder as h join pg_catalog.pg_stat_activity as a on a.pid = h.pid"
+            # Anybody can take the lock. A supervisor bears the marker itself while it launches.
+            "  where {s}.is_member(a.usesysid, %(o)s) and"
+            "    coalesce(a.application_name <> job.marker and not starts_with(a.application_name, %(s)s), true)"
             "  union all"
             "  select w.pid from {s}.supervised(%(o)s, %(j)s) as w (pid)"
             "  where not exists (select from holder as h where h.pid = w.pid)"

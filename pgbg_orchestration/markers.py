@@ -12,6 +12,8 @@ _WHERE = (
     " from pg_catalog.pg_stat_activity as a"
     " where a.application_name = %s and a.datname = pg_catalog.current_database()"
     " and a.pid <> pg_catalog.pg_backend_pid()"
+    # Anybody can take any name.
+    " and pg_catalog.pg_has_role(a.usesysid, %s, 'MEMBER')"
 )
 
 
@@ -23,15 +25,15 @@ class Marked:
     wait_event: str | None
 
 
-async def find(conn: AsyncConnection[Any], marker: str) -> Marked | None:
-    """Return a backend with the marker."""
+async def find(conn: AsyncConnection[Any], marker: str, owner: str) -> Marked | None:
+    """Return a backend of the owner's with the marker."""
     cursor = conn.cursor(row_factory=dict_row)
-    row = await (await cursor.execute(b"select a.pid, a.wait_event" + _WHERE.encode(), (marker,))).fetchone()
+    row = await (await cursor.execute(b"select a.pid, a.wait_event" + _WHERE.encode(), (marker, owner))).fetchone()
     return Marked(**row) if row else None
 
 
-async def signal(conn: AsyncConnection[Any], marker: str) -> bool:
-    """Cancel the statement of every backend with the marker; returns whether a signal was accepted.
+async def signal(conn: AsyncConnection[Any], marker: str, owner: str) -> bool:
+    """Cancel the statement of every backend of the owner's with the marker; returns whether a signal was accepted.
 
     Raises
     ------
@@ -39,5 +41,5 @@ async def signal(conn: AsyncConnection[Any], marker: str) -> bool:
         The login may not signal it.
     """
     query = b"select coalesce(bool_or(pg_catalog.pg_cancel_backend(a.pid)), false)" + _WHERE.encode()
-    row = await (await conn.execute(query, (marker,))).fetchone()
+    row = await (await conn.execute(query, (marker, owner))).fetchone()
     return bool(row and row[0])

@@ -30,11 +30,19 @@ class Options:
             raise InvalidJob(f"on_cancel must be 'cancel' or 'leave', not {self.on_cancel!r}")
         if self.on_superseded not in ("cancel", "wait"):
             raise InvalidJob(f"on_superseded must be 'cancel' or 'wait', not {self.on_superseded!r}")
-        if self.slot_timeout is not None and not self.slot_timeout > 0:
+        if self.slot_timeout is not None and not (_is_number(self.slot_timeout) and self.slot_timeout > 0):
             raise InvalidJob(f"slot_timeout must be a number of seconds above 0, not {self.slot_timeout!r}")
-        if self.poll_interval is not None and not pace.SOONEST <= self.poll_interval < float("inf"):
+        if self.poll_interval is not None and not (
+            _is_number(self.poll_interval) and pace.SOONEST <= self.poll_interval < float("inf")
+        ):
             raise InvalidJob(
                 f"poll_interval must be a number of seconds from {pace.SOONEST}, not {self.poll_interval!r}"
             )
-        if self.deadline is not None and self.deadline.tzinfo is None:
-            raise InvalidJob("the deadline needs a time zone")
+        if self.deadline is not None and not (isinstance(self.deadline, datetime) and self.deadline.tzinfo):
+            raise InvalidJob(f"deadline must be a datetime with a time zone, not {self.deadline!r}")
+        if self.observer is not None and not callable(self.observer):
+            raise InvalidJob(f"observer must be callable, not {self.observer!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

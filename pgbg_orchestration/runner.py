@@ -25,7 +25,7 @@ from .launching import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsed
 from .ledger import Key, Ledger, Registration, Sighting
 from .options import Options
 from .outcome import Outcome
-from .verdict import NO_SLOT_FOR_WORKER, OUTCOMES, REFUSED, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
+from .verdict import OUTCOMES, REFUSED, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
 
 if TYPE_CHECKING:
     from .launcher import Launcher
@@ -208,7 +208,7 @@ class Run:
         """Make room for another launch, and keep within the number of further ones."""
         case = self._case
         sqlstate = case.launch.error.sqlstate if case.launch.error else None
-        if sqlstate == NO_SLOT_FOR_WORKER:
+        if case.found_no_slot:
             case.slot_misses += 1
             case.tell_once("waiting_for_slot", "waiting for a second worker slot, below the supervisor")
             await asyncio.sleep(pace.backoff(case.slot_misses))
@@ -345,7 +345,7 @@ class Run:
         if case.work.carries_receipt:
             await _signal_worker(self._ledger, case.work.key, _there(seen), case.work.key.job_id)
         else:
-            await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker))
+            await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker, case.work.key.owner))
         supervised = case.work.kind is Kind.SUPERVISED
         if case.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST and not supervised:
             # One that reports an error into a full queue ends only when it is detached, or read.
@@ -410,7 +410,7 @@ class Run:
 
     async def _prepare_session(self) -> str:
         case = self._case
-        marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker))
+        marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
         if marked is not None:
             raise blame.already_at_work(case.work, marked.pid)
         if case.session is None or case.session.lost:

@@ -20,8 +20,7 @@ from enum import Enum, auto
 ALREADY_COMMITTED = "PB001"
 TURNED_AWAY = "PB002"
 REFUSED = "PB003"
-NO_SLOT_FOR_WORKER = "PB004"  # a supervisor that found no slot for its worker, and left its own
-OURS = (ALREADY_COMMITTED, TURNED_AWAY, REFUSED, NO_SLOT_FOR_WORKER)
+OURS = (ALREADY_COMMITTED, TURNED_AWAY, REFUSED)
 CANCELED = "57014"
 
 

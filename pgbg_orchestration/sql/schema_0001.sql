@@ -97,20 +97,30 @@ create function @schema@.marker(p_owner text, p_job_id text) returns text
     return 'pgbg:' || pg_catalog.left(pg_catalog.encode(
         pg_catalog.sha256(pg_catalog.convert_to(p_owner || ':' || p_job_id, 'UTF8')), 'hex'), 32);
 
--- A backend of this database that bears a marker, or else the process that a claimed receipt names, as long as it runs
--- something as the login that claimed it: SQL can set its own application_name and take the marker off, and the pid of
--- a worker that ended may be another's by now. The same job may be at work in another database too.
-create function @schema@.marked(p_marker text, p_pid int default null, p_login text default null) returns int
+create function @schema@.is_member(p_login oid, p_owner text) returns boolean
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
-    select a.pid from pg_stat_activity a
+    -- The owner may have been dropped.
+    select coalesce((select pg_has_role(p_login, r.oid, 'MEMBER') from pg_roles r where r.rolname = p_owner), false)
+$$;
+
+-- A backend of this database that works for an owner and bears the marker of a job, or else the process that a claimed
+-- receipt names, as long as it runs something as the login that claimed it: SQL can set its own application_name and
+-- take the marker off, and the pid of a worker that ended may be another's by now. Anybody can take the name, and the
+-- same job may be at work in another database too.
+create function @schema@.marked(p_owner text, p_job_id text, p_pid int default null, p_login text default null)
+    returns int
+    language sql stable
+    set search_path = pg_catalog, pg_temp
+as $$
+    select a.pid from pg_stat_activity a, @schema@.marker(p_owner, p_job_id) as m (marker)
     where a.datname = current_database() and (
-        a.application_name = p_marker
+        a.application_name = m.marker and @schema@.is_member(a.usesysid, p_owner)
         or a.pid = p_pid and a.usename = p_login and exists (
             -- "state" is not for every role to see; who runs a statement holds this lock, and all may see that.
             select from pg_locks l where l.pid = a.pid and l.locktype = 'virtualxid'))
-    order by a.application_name = p_marker desc limit 1
+    order by a.application_name = m.marker desc limit 1
 $$;
 
 create function @schema@.owner_for(p_owner text) returns text
@@ -220,7 +230,7 @@ begin
         raise exception using errcode = 'PB002', message = 'another worker holds the series of this job';
     end if;
     -- The worker of an earlier supervisor outlives it, and its lock.
-    if @schema@.marked(@schema@.marker(v_owner, p_job_id)) is not null then
+    if @schema@.marked(v_owner, p_job_id) is not null then
         raise exception using errcode = 'PB002', message = 'an earlier worker of this job is at work';
     end if;
     if exists (
@@ -258,7 +268,7 @@ create function @schema@.supervised(p_owner text, p_job_id text) returns int
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
 as $$
-    select @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) from @schema@.receipt r
+    select @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by) from @schema@.receipt r
         where r.owner = @schema@.owner_for(p_owner) and r.job_digest = @schema@.digest(p_job_id)
           and r.status = 'launching'
 $$;
@@ -523,10 +533,10 @@ begin
         )
         select w.n, clock_timestamp(), h.pid, a.usename::text,
                -- Its backend may have ended since its lock was seen: that is no stranger, and the receipts are of before.
-               a.pid is null or coalesce(pg_has_role(a.usesysid, w.owner, 'MEMBER'), false),
-               other.job_id, other.generation, this.key is not null,
+               a.pid is null or @schema@.is_member(a.usesysid, w.owner),
+               other.job_id, other.generation, h.pid is not null and h.pid = this.pid,
                case when r.status = 'launching' then
-                   @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) end,
+                   @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by) end,
                r.status, r.attempt, r.worker_pid, r.started_at, r.cause, r.reason, r.decided_by,
                r.decided_at, s.newest, k.generation, k.attempt, coalesce(r.sql_digest, k.sql_digest), k.outcome, k.ended_at, k.row_count, k.command_tag,
                k.sqlstate, k.message, k.detail, k.hint, k.context, k.schema_name, k.table_name, k.column_name,
@@ -535,15 +545,17 @@ begin
         left join @schema@.job k on k.owner = w.owner and k.job_digest = w.job
         -- Without a series given, the one that the job was registered with.
         cross join lateral (select coalesce(w.given_series, k.series_digest, w.job) as series) d
-        left join held h on h.key = @schema@.lock_key('series', w.owner, d.series)
-        left join held this on this.pid = h.pid and this.key = @schema@.lock_key('job', w.owner, w.job)
+        left join held whole on whole.key = @schema@.lock_key('series', w.owner, d.series)
+        left join held this on this.key = @schema@.lock_key('job', w.owner, w.job)
+        -- Without the lock of the series: a worker at its very end, or a stranger.
+        cross join lateral (select coalesce(whole.pid, this.pid) as pid) h
         left join pg_stat_activity a on a.pid = h.pid
         left join @schema@.receipt r on r.owner = w.owner and r.job_digest = w.job
         left join lateral (
             select j.job_id, j.generation
             from @schema@.job j
             join held o on o.pid = h.pid and o.key = @schema@.lock_key('job', j.owner, j.job_digest)
-            where j.owner = w.owner and j.series_digest = d.series and h.pid is not null and this.key is null
+            where j.owner = w.owner and j.series_digest = d.series and h.pid is distinct from this.pid
             limit 1
         ) other on true
         left join @schema@.series s on s.owner = w.owner and s.series_digest = d.series
@@ -599,7 +611,7 @@ begin
         from @schema@.job j
         join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest and r.status = 'launching'
         where j.owner = v_owner and j.series_digest = v_series and j.generation < p_generation
-          and @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) is not null);
+          and @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by) is not null);
 end $$;
 
 -- Takes a cancel back, for a retry of the same job; a superseded job stays cancelled.
@@ -655,9 +667,11 @@ begin
     get diagnostics jobs = row_count;
     delete from @schema@.receipt r
         where @schema@.is_mine(r.owner) and r.decided_at < v_before
+          -- A job that calls this does not take its own receipt away.
+          and coalesce(r.xid <> pg_current_xact_id_if_assigned(), true)
           -- One that is at work claimed its receipt at its start, however long ago that was.
           and not (r.status = 'launching' and (
-              @schema@.marked(@schema@.marker(r.owner, r.job_id)) is not null
+              @schema@.marked(r.owner, r.job_id) is not null
               or exists (
                   select from pg_stat_activity a where a.pid = r.worker_pid and a.datname = current_database())
               or exists (
@@ -686,14 +700,15 @@ declare
 begin
     perform @schema@.require_read_committed();
     v_locks := coalesce((
-        select jsonb_agg(jsonb_build_array((l.classid::bigint << 32) | l.objid::bigint, l.pid))
-        from pg_locks l
+        select jsonb_agg(jsonb_build_array((l.classid::bigint << 32) | l.objid::bigint, l.pid, a.usesysid))
+        from pg_locks l left join pg_stat_activity a on a.pid = l.pid
         where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
           and l.database = (select d.oid from pg_database d where d.datname = current_database())
     ), '[]');
     return query
         with held as materialized (
-            select (e ->> 0)::bigint as key, (e ->> 1)::int as pid from jsonb_array_elements(v_locks) e
+            select (e ->> 0)::bigint as key, (e ->> 1)::int as pid, (e ->> 2)::oid as login
+            from jsonb_array_elements(v_locks) e
         )
         select coalesce(j.owner, r.owner), coalesce(j.job_id, r.job_id), coalesce(j.label, r.label), j.series,
                j.generation, j.kind,
@@ -718,11 +733,13 @@ begin
                coalesce(h.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at)
         from @schema@.job j
         full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
+        -- Anybody can take the lock.
         left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
+            and (h.login is null or @schema@.is_member(h.login, j.owner))
         -- CASE, and no WHERE: the planner would call the function for every job and filter afterwards.
         cross join lateral (
             select case when r.status = 'launching'
-                then @schema@.marked(@schema@.marker(r.owner, r.job_id), r.worker_pid, r.decided_by) end as pid
+                then @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by) end as pid
         ) m
         -- Not by its start too, which the owner of this schema may not see.
         left join pg_stat_activity l on l.pid = j.launcher_pid

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
+from datetime import datetime
+from typing import Any
+
 import pytest
 
-from pgbg_orchestration import Job, arun, errors
+from pgbg_orchestration import Job, arun, errors, run
 from tests.core.kit import Watched, effect, within
 
 
@@ -18,6 +22,7 @@ from tests.core.kit import Watched, effect, within
         {"sql": "/* only /* a nested */ comment */"},
         {"sql": []},
         {"sql": ["select 1", ""]},
+        {"sql": ["select 1", None]},
         {"sql": "begin; select 1; commit"},
         {"sql": "select 1; commit"},
         {"sql": "start transaction; select 1"},
@@ -64,6 +69,8 @@ from tests.core.kit import Watched, effect, within
         {"sql": "select 1", "settings": {"work_mem; drop table effects": "1"}},
         {"sql": "select 1", "settings": {"role": "postgres"}},
         {"sql": "select 1", "settings": {"work_mem": "1\0"}},
+        {"sql": "select 1", "settings": {"work_mem": None}},
+        {"sql": "select 1", "settings": [("work_mem", "1MB")]},
         {"sql": 7},
         {"sql": "select 1", "id": 7},
     ],
@@ -75,6 +82,35 @@ def test_refused_when_it_is_made(fields: dict[str, object]) -> None:
     assert isinstance(caught.value, ValueError)
     assert "Nothing was launched" in str(caught.value)
     assert len(str(caught.value)) > len("Nothing was launched.") + 8
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"on_cancel": "stop"},
+        {"on_superseded": "ignore"},
+        {"slot_timeout": 0},
+        {"slot_timeout": "5"},
+        {"poll_interval": 0},
+        {"poll_interval": "often"},
+        {"deadline": "tomorrow"},
+        {"deadline": datetime(2030, 1, 1)},  # noqa: DTZ001
+        {"observer": "print"},
+    ],
+    ids=repr,
+)
+def test_options_are_refused_before_anything_is_asked(option: dict[str, Any]) -> None:
+    with pytest.raises(errors.InvalidJob, match=next(iter(option))) as caught:
+        run("host=nowhere.invalid", Job("select 1"), **option)
+    assert "Nothing was launched" in str(caught.value)
+
+
+def test_a_connection_string_that_cannot_be_read() -> None:
+    """What libpq says of it quotes it, and a password may be in it."""
+    for conninfo in ("password=secret; host", "no_such_option=secret", "postgresql://me:sec ret@host/db"):
+        with pytest.raises(errors.InvalidJob) as caught:
+            run(conninfo, Job("select 1"))
+        assert "sec" not in "".join(traceback.format_exception(caught.value)).replace(__file__, "")
 
 
 def test_refusal_names_the_statement() -> None:

@@ -65,7 +65,7 @@ async def test_unlock_all_keeps_the_series(db: Watched) -> None:
     assert db.effects("j") == 1
 
 
-@pytest.mark.parametrize("sqlstate", ["PB001", "PB002", "PB003", "57014", "53000", "08006", "42704", "55000"])
+@pytest.mark.parametrize("sqlstate", ["PB001", "PB002", "PB003", "PB004", "57014", "53000", "08006", "42704", "55000"])
 async def test_sql_that_raises_our_own_codes(db: Watched, sqlstate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an error of the job's like any other: no success, no endless attaching, no effect."""
     monkeypatch.setattr(pace, "RETRY_LATEST", 0.3)
@@ -87,6 +87,26 @@ async def test_sql_that_raises_our_code_after_a_commit_of_the_same_job(db: Watch
     outcome = await within(arun(db.conninfo, Job(raising, id="j"), accept_changed_sql=True))
     assert outcome.launched is False
     assert db.effects() == 1
+
+
+@pytest.mark.servers("real", "embedded", "standin19")
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "select * from pgbg.prune('-1 hour')",
+        "select pgbg.lift_cancel(null, 'j')",
+        "select pgbg.mark_cancelled(null, 'j', 'asked', 'by itself')",
+        "select pgbg.end_supervision(null, 'j', 1, 'failed', null, null, null, null)",
+        "select pgbg.record(null, 'j', 1, 'failed', null, null, null, null, null)",
+    ],
+)
+async def test_sql_that_meddles_with_its_own_receipt(db: Watched, sql: str) -> None:
+    """It may call what its login may call, and takes no receipt away that its own effect stands behind."""
+    job = Job(f"{effect('j')}; {sql}", id="j")
+    assert (await within(arun(db.conninfo, job))).launched
+    assert (db.effects("j"), db.receipts(), db.states()) == (1, {"j"}, {"j": "committed"})
+    assert not (await within(arun(db.conninfo, job))).launched
+    assert db.effects("j") == 1
 
 
 async def test_default_settings_of_the_role_do_not_matter(db: Watched) -> None:
@@ -207,14 +227,14 @@ async def test_set_role_does_not_change_the_owner(db: Watched) -> None:
 
 
 @pytest.mark.servers("real", "embedded", "standin19")
+@pytest.mark.parametrize(("what", "lock"), [("series", "pg_advisory_lock"), ("job", "pg_advisory_lock_shared")])
 async def test_a_stranger_on_the_lock_is_named_and_left_alone(
-    db: Watched, enemy: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    db: Watched, enemy: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, what: str, lock: str
 ) -> None:
     """Anyone can take an advisory lock: the wait for it has a bound, and names who holds it."""
-    series = "select pgbg.lock_key('series', %s, pgbg.digest(%s))"
-    key = db.value(series, APP, "j")
-    monkeypatch.setattr(pace, "STRANGER", 2.0)
-    enemy.execute("select pg_advisory_lock(%s)", (key,))
+    monkeypatch.setattr(pace, "STRANGER", 1.0)
+    key = db.value("select pgbg.lock_key(%s, %s, pgbg.digest(%s))", what, APP, "j")
+    enemy.execute(f"select {lock}(%s)", (key,))
     with pytest.raises(errors.SeriesHeld) as caught:
         await within(arun(db.conninfo, Job(effect("j"), id="j")), 120)
     assert str(enemy.info.backend_pid) in str(caught.value)
@@ -228,10 +248,37 @@ async def test_a_stranger_on_the_lock_is_named_and_left_alone(
 
 async def test_a_stranger_on_the_job_lock_does_not_fool_the_watchers(db: Watched, enemy: psycopg.Connection) -> None:
     await within(arun(db.conninfo, Job(effect("j"), id="j")))
+    with pytest.raises(errors.WorkerError):
+        await within(arun(db.conninfo, Job("select 1/0", id="k")))
+    for job_id in "jk":
+        key = db.value("select pgbg.lock_key('job', %s, pgbg.digest(%s))", APP, job_id)
+        enemy.execute("select pg_advisory_lock_shared(%s)", (key,))
+    assert db.states() == {"j": "committed", "k": "failed"}
+    assert (await within(arun(db.conninfo, Job(effect("j"), id="j")))).launched is False
+
+
+async def test_a_cancel_by_an_administrator_signals_no_stranger(db: Watched, enemy: psycopg.Connection) -> None:
+    """He may signal everybody, and signals only who works for the owner."""
     key = db.value("select pgbg.lock_key('job', %s, pgbg.digest(%s))", APP, "j")
     enemy.execute("select pg_advisory_lock(%s)", (key,))
-    assert db.states() == {"j": "committed"}
-    assert (await within(arun(db.conninfo, Job(effect("j"), id="j")))).launched is False
+    sleeping = asyncio.create_task(asyncio.to_thread(enemy.execute, "select pg_sleep(1)"))
+    async with Launcher(db.database.conninfo) as administrator:
+        assert await within(administrator.cancel("j", owner=APP)) == "cancelled"
+    await within(sleeping)
+
+
+@pytest.mark.servers("real", "embedded")
+@pytest.mark.parametrize("kind", ["session", "supervised"])
+async def test_a_stranger_with_the_marker_of_a_job_is_overlooked(
+    db: Watched, enemy: psycopg.Connection, kind: str
+) -> None:
+    """Anyone can take the application_name by which workers without a lock are found."""
+    marker = db.value("select pgbg.marker(%s, 'j')", APP)
+    enemy.execute("select set_config('application_name', %s, false)", (marker,))
+    job = Job(effect("j"), id="j", kind=kind)
+    assert (await within(arun(db.conninfo, job))).launched
+    assert db.effects("j") == 1
+    assert enemy.execute("select 1").fetchone() == (1,)
 
 
 async def test_open_transaction_of_another_role_blocks_nobody(db: Watched, enemy: psycopg.Connection) -> None:

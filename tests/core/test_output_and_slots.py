@@ -43,7 +43,9 @@ async def test_rows_and_then_an_error(db: Watched) -> None:
     sql = f"{effect('j')}; select repeat('x', 100), 1 / (5000 - g) from generate_series(1, 100000) g"
     with pytest.raises(errors.PgbgError) as caught:
         await within(arun(db.conninfo, Job(sql, id="j")))
-    assert isinstance(caught.value, errors.WorkerError | errors.WorkerLost)
+    # Its output is dropped before the error comes, or the error is read first.
+    told = "dropped" if isinstance(caught.value, errors.WorkerLost) else "22012"
+    assert told in str(caught.value)
     assert db.effects() == 0
 
 

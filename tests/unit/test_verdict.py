@@ -14,7 +14,6 @@ import pytest
 from pgbg_orchestration.verdict import (
     ALREADY_COMMITTED,
     CANCELED,
-    NO_SLOT_FOR_WORKER,
     OUTCOMES,
     REFUSED,
     TURNED_AWAY,
@@ -95,7 +94,6 @@ RULES: list[tuple[str, Evidence, Step]] = [
     ("claimed: nobody is left, nobody knows", Evidence(receipt=Receipt.LAUNCHING), Step.UNKNOWN),
     ("claimed: nobody is left, verify_sql", Evidence(receipt=Receipt.LAUNCHING, can_verify=True), Step.VERIFY),
     ("claimed: verify_sql said so", Evidence(receipt=Receipt.LAUNCHING, can_verify=True, verified=False), Step.SETTLE),
-    ("no slot for the supervised worker: again", failed(NO_SLOT_FOR_WORKER), Step.REGISTER),
     # Full output.
     ("blocked output is let go", replace(LAUNCHED, holder=Holder.THIS_JOB, output_blocked=True), Step.UNBLOCK),
     # The end is wanted.
@@ -141,10 +139,7 @@ def test_the_table_knows_every_step() -> None:
 
 REPORTS: list[tuple[Report, str | None]] = [
     (report, None) for report in (Report.NONE, Report.RUNNING, Report.ENDED, Report.GONE)
-] + [
-    (Report.FAILED, state)
-    for state in (None, OWN_ERROR, CANCELED, ALREADY_COMMITTED, TURNED_AWAY, REFUSED, NO_SLOT_FOR_WORKER)
-]
+] + [(Report.FAILED, state) for state in (None, OWN_ERROR, CANCELED, ALREADY_COMMITTED, TURNED_AWAY, REFUSED)]
 VERIFICATIONS: list[tuple[bool, bool | None]] = [(False, None), (True, None), (True, True), (True, False)]
 YES_NO = (False, True)
 NO = (False,)
@@ -230,7 +225,7 @@ PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
     "no launch beside our own worker, nor after one that is known to have ended": lambda e, s: (
         s is not Step.LAUNCH
         or e.report in (Report.NONE, Report.GONE)
-        or (e.report is Report.FAILED and e.sqlstate in (TURNED_AWAY, REFUSED, NO_SLOT_FOR_WORKER))
+        or (e.report is Report.FAILED and e.sqlstate in (TURNED_AWAY, REFUSED))
     ),
     "no launch of a job with a receipt that is not registered": lambda e, s: (
         s is not Step.LAUNCH or not e.carries_receipt or e.registered
