@@ -726,7 +726,8 @@ begin
                     when j.kind <> 'receipt' then 'unknown'
                     else 'lost' end,
                j.attempt, h.pid, j.launched_by, j.registered_at, j.launched_at,
-               case when r.status in ('committed', 'cancelled') then coalesce(j.ended_at, r.decided_at)
+               -- A receipt of the work's own transaction (xid) was written at its start.
+               case when r.status in ('committed', 'cancelled') and r.xid is null then coalesce(j.ended_at, r.decided_at)
                     else j.ended_at end,
                j.row_count, j.command_tag, j.sqlstate, j.message, j.detail, j.hint, j.context,
                case when r.status = 'cancelled' then r.decided_by end, r.reason,

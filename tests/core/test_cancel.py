@@ -217,6 +217,7 @@ async def test_leave_then_attach(db: Watched) -> None:
     assert "attached" in seen.kinds()
     assert "launched" not in seen.kinds()
     assert db.effects("j") == 1
+    assert db.value("select ended_at from pgbg.jobs") is None, "nobody knows: its launching side was gone by then"
 
 
 async def test_cancel_after_the_commit_is_a_success(db: Watched) -> None:
