@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,12 @@ class Snippet:
         return [line.split("  #")[0].strip() for line in self.text.splitlines() if line.strip()]
 
 
-def of(path: Path) -> list[Snippet]:
-    """Return the blocks of a file, from its top."""
+def of(path: Path, heading: str | None = None) -> list[Snippet]:
+    """Return the blocks of a file, or of its section with a heading, from the top."""
     text = path.read_text()
+    if heading is not None:
+        text = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return [
-        Snippet(found["language"], found["text"], text[: found.start("text")].count("\n") + 1)
+        Snippet(found["language"], textwrap.dedent(found["text"]), text[: found.start("text")].count("\n") + 1)
         for found in _BLOCK.finditer(text)
     ]

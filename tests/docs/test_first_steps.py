@@ -1,0 +1,168 @@
+"""The first task and the first asset, of the README and step by step as docs/airflow.md and docs/dagster.md tell."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from pgbg_orchestration.embedded.server import EmbeddedServer
+from pgbg_orchestration.install import install
+
+from . import snippets
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+LOGINS = ("airflow", "etl")
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Reader:
+    """Somebody with a server of the name ``db``, and a shell."""
+
+    server: EmbeddedServer
+    database: str
+    environment: dict[str, str]
+
+    @property
+    def socket(self) -> str:
+        return str(conninfo_to_dict(self.server.conninfo())["host"])
+
+    def shell(self, text: str) -> str:
+        """Run the lines of a block in one shell, and return what they print."""
+        given = conninfo_to_dict(self.server.conninfo())
+        script = text.replace("host=db", f"host={given['host']} port={given['port']}")
+        done = subprocess.run(["sh", "-ec", script], env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def sql(self, text: str) -> None:
+        with self.server.connect(self.database) as connection:
+            connection.execute(text.encode())
+
+    def jobs(self) -> list[tuple[str, str]]:
+        with psycopg.connect(self.server.conninfo(self.database), autocommit=True) as admin:
+            return admin.execute("select label, state from pgbg.jobs order by label").fetchall()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedServer]:
+    with EmbeddedServer() as server, server.connect() as connection:
+        for login in LOGINS:
+            connection.execute(f"create role {login} login")
+        yield server
+
+
+@pytest.fixture
+def reader(server: EmbeddedServer, tmp_path: Path) -> Iterator[Reader]:
+    database = "books"
+    with server.connect() as connection:
+        connection.execute(f"create database {database}")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "PG"))}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        yield Reader(server, database, {**environment, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)})
+        connection.execute(f"drop database {database} with (force)")
+
+
+@pytest.fixture(scope="module")
+def airflow_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Airflow with a metadata database, and an empty folder for DAG files."""
+    pytest.importorskip("airflow")
+    home = tmp_path_factory.mktemp("airflow")
+    (home / "dags").mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")}
+    subprocess.run(
+        [sys.executable, "-m", "airflow", "db", "migrate"],
+        env={**environment, "AIRFLOW_HOME": str(home)},
+        check=True,
+        capture_output=True,
+    )
+    return home
+
+
+@pytest.fixture
+def airflow(reader: Reader, airflow_home: Path) -> Reader:
+    """A reader with an Airflow."""
+    reader.environment |= {"AIRFLOW_HOME": str(airflow_home), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
+    return reader
+
+
+@pytest.fixture
+def dagster(reader: Reader, tmp_path: Path) -> Reader:
+    """A reader with a Dagster."""
+    pytest.importorskip("dagster")
+    (tmp_path / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+    reader.environment["DAGSTER_HOME"] = str(tmp_path)
+    return reader
+
+
+def python_of_the_readme(beginning: str) -> str:
+    (found,) = [s.text for s in snippets.of(README) if s.language == "python" and beginning in s.text]
+    return found
+
+
+@pytest.mark.airflow
+def test_airflow_of_the_readme(airflow: Reader, airflow_home: Path) -> None:
+    """The DAG as it stands, run by Airflow's own ``dag.test()``; real processes are for tests/airflow."""
+    install(airflow.server.conninfo(airflow.database), create_extension=True)
+    (airflow_home / "dags" / "delays.py").write_text(python_of_the_readme("PgBackgroundOperator"))
+    conn = f"postgres://postgres@{quote(airflow.socket, safe='')}/{airflow.database}"
+    airflow.environment["AIRFLOW_CONN_POSTGRES_DEFAULT"] = conn
+
+    airflow.shell("airflow dags test delays")
+
+    assert airflow.jobs() == [("delays.facts", "committed"), ("delays.index", "committed")]
+
+
+@pytest.mark.dagster
+def test_dagster_of_the_readme(dagster: Reader, tmp_path: Path) -> None:
+    install(dagster.server.conninfo(dagster.database), create_extension=True)
+    (tmp_path / "facts.py").write_text(python_of_the_readme("PgBackgroundResource"))
+    dagster.environment["FLIGHTS_CONNINFO"] = dagster.server.conninfo(dagster.database)
+
+    dagster.shell(f"dagster asset materialize --select '*' -f {tmp_path / 'facts.py'}")
+
+    assert dagster.jobs() == [("facts", "committed")]
+
+
+@pytest.mark.airflow
+def test_a_first_task(airflow: Reader, airflow_home: Path) -> None:
+    page = ROOT / "docs" / "airflow.md"
+    _, prepare, grants, doctor, dag, try_it = snippets.of(page, "A first task in five minutes")
+    (conn,) = re.findall(r"export AIRFLOW_CONN_POSTGRES_DEFAULT=(\S+)`", page.read_text())
+    airflow.environment["AIRFLOW_CONN_POSTGRES_DEFAULT"] = conn.replace("@db/", f"@{quote(airflow.socket, safe='')}/")
+
+    airflow.shell(prepare.text)
+    airflow.sql(grants.text)
+    airflow.shell(doctor.text)
+    (airflow_home / "dags" / "books.py").write_text(dag.text)
+    told = airflow.shell(try_it.text)
+
+    assert re.search(r"^✓ committed +close 2013-04-01 ", told, re.MULTILINE)
+    assert airflow.jobs() == [("close 2013-04-01", "committed")]
+
+
+@pytest.mark.dagster
+def test_a_first_asset(dagster: Reader, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "dagster.md"
+    _, prepare, grants, doctor, asset, try_it, dev = snippets.of(page, "A first asset in five minutes")
+
+    dagster.shell(prepare.text)
+    dagster.sql(grants.text)
+    dagster.shell(doctor.text)
+    (tmp_path / "books.py").write_text(asset.text)
+    told = dagster.shell(f"cd {tmp_path}\n{try_it.text}")
+
+    assert re.search(r"^✓ committed +bestsellers .* 2 +", told, re.MULTILINE)
+    assert dev.text == "dagster dev -f books.py\n"  # the page itself: tests/dagster/test_processes.py
