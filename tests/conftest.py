@@ -17,7 +17,10 @@ from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
 from tests.kit.proxy import Proxy
 from tests.servers.debian import ServerUnavailableError
 from tests.servers.kinds import KINDS, Server
+from tests.servers.older import MAJORS
 
+OLDER = "the server is older: "
+"""How the reason starts for which a test marked ``since`` is skipped."""
 WORKERS_END_WITHIN = 10.0
 """Seconds that a test's workers get to end by themselves before they count as left over."""
 
@@ -110,6 +113,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RUNNING] = Running()
     config.addinivalue_line("markers", "servers(*kinds): run on these kinds of server only")
     config.addinivalue_line("markers", "majors: run on an older major version of PostgreSQL too")
+    config.addinivalue_line("markers", "since(extension, postgres): about what came with these versions")
     unknown = set(_named(config)) - KINDS.keys()
     if unknown:
         raise pytest.UsageError(f"--servers: unknown {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
@@ -155,15 +159,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for a server once for each kind of server that it is meant for."""
     if "server_kind" not in metafunc.fixturenames:
         return
-    majors = metafunc.definition.get_closest_marker("majors") is not None
-    kinds = _named(metafunc.config) or [kind for kind in KINDS if KINDS[kind].everywhere or majors]
+    wanted = {*MAJORS} if metafunc.definition.get_closest_marker("majors") else set()
+    kinds = _named(metafunc.config) or [kind for kind in KINDS if KINDS[kind].everywhere or kind in wanted]
     if marker := metafunc.definition.get_closest_marker("servers"):
         unknown = set(marker.args) - KINDS.keys()
         if unknown:
             raise pytest.UsageError(f"{metafunc.definition.nodeid}: unknown servers {sorted(unknown)}")
-        kinds = [kind for kind in kinds if kind in marker.args]
+        kinds = [kind for kind in kinds if {kind, KINDS[kind].like} & {*marker.args}]
     if metafunc.definition.get_closest_marker("real"):
-        kinds = [kind for kind in kinds if kind in ("real", "embedded")]
+        kinds = [kind for kind in kinds if {kind, KINDS[kind].like} & {"real", "embedded"}]
     metafunc.parametrize("server_kind", kinds, scope="session")
 
 
@@ -180,6 +184,26 @@ def server(server_kind: str, running: Running, pytestconfig: pytest.Config) -> S
     """
     with _Skipping(server_kind, pytestconfig):
         return running.get(server_kind)
+
+
+@pytest.fixture(autouse=True)
+def _since(request: pytest.FixtureRequest) -> None:
+    """Skip a test marked ``since`` on a server that is older than what the test is about."""
+    marker = request.node.get_closest_marker("since")
+    if marker is None:
+        return
+    server: Server = request.getfixturevalue("server")
+    with server.connect() as connection:
+        postgres = connection.info.server_version // 10000
+    if postgres < marker.kwargs.get("postgres", 0):
+        pytest.skip(f"{OLDER}PostgreSQL {postgres}, {marker.kwargs['postgres']} is needed")
+    extension = server.extension.split()[-1]
+    if _numbers(extension) < _numbers(marker.kwargs.get("extension", "0")):
+        pytest.skip(f"{OLDER}pg_background {extension}, {marker.kwargs['extension']} is needed")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_an_explicit_application_name_wins(session: Background) -> None:
     assert session.fetch("select current_setting('application_name')", "v text") == [("mine",)]
 
 
-@pytest.mark.servers("real", "embedded", "standin20")
+@pytest.mark.since(extension="1.10")
 def test_a_worker_is_named_by_label_and_pid(open_session: OpenSession) -> None:
     session = open_session(application_name="from the connection string")
     handle = session.launch("select current_setting('application_name') from pg_sleep(0.3)", label="a label")
@@ -132,6 +132,7 @@ def test_the_grant_function_gives_the_privilege(roles: Background, open_session:
     assert open_session("contract_login").run("select 1")["command_tag"] == "SELECT"
 
 
+@pytest.mark.since(postgres=16)
 @pytest.mark.parametrize("function", ["result_info", "error_info", "detach", "cancel", "result"])
 def test_without_inheritance_the_login_can_neither_read_nor_detach_a_worker_of_the_role(
     roles: Background, open_session: OpenSession, function: str

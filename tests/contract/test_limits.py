@@ -46,7 +46,8 @@ def test_used_up_worker_slots_fail_with_53000(own_server: Callable[..., Server],
     server = own_server(4)
     server.create_extension("postgres")
     with server.connect() as connection:
-        launch = "select pg_background_launch('select pg_sleep(20)', 65536, 'slot')"
+        name = "pg_background_launch" if server.surface == "2.0" else "pg_background_launch_v2"
+        launch = f"select {name}('select pg_sleep(20)', 65536, 'slot')".encode()
         # The server's own launcher of logical replication takes one of the four.
         for _ in range(3):
             connection.execute(launch)

@@ -43,6 +43,8 @@ def done(session: Background) -> None:
     session.execute("create table done (i int primary key)")
 
 
+# Before 2.0 such a cancel often takes the whole server down (PG_BACKGROUND.md, Cancel).
+@pytest.mark.since(extension="2.0")
 def test_a_worker_cancelled_just_after_launch_can_end_silently(session: Background, silent: Handle) -> None:
     info = session.info(silent)
     assert (info["completed"], info["has_error"], info["command_tag"], info["row_count"]) == (True, False, "", 0)
@@ -50,6 +52,7 @@ def test_a_worker_cancelled_just_after_launch_can_end_silently(session: Backgrou
     assert session.value("select count(*) from done") == 0
 
 
+@pytest.mark.since(extension="2.0")
 def test_result_of_a_worker_that_ended_silently_raises_08006_and_the_session_is_fine(
     session: Background, silent: Handle
 ) -> None:
@@ -65,6 +68,7 @@ def test_an_empty_statement_looks_like_a_silent_end(session: Background, text: s
     assert session.fetch(text) == []
 
 
+@pytest.mark.since(postgres=17)
 def test_transaction_timeout_looks_like_success_and_nothing_is_committed(session: Background) -> None:
     session.execute("set transaction_timeout = '300ms'")
     handle = session.launch("insert into done values (1); select pg_sleep(60)")
@@ -78,6 +82,7 @@ def test_transaction_timeout_looks_like_success_and_nothing_is_committed(session
         assert info["finished_at"] is None
 
 
+@pytest.mark.since(postgres=17)
 def test_result_of_a_worker_that_died_of_a_fatal_error_raises_that_error(session: Background) -> None:
     session.execute("set transaction_timeout = '300ms'")
     handle = session.launch("do $$begin perform pg_sleep(60); end$$")
@@ -156,7 +161,7 @@ def test_error_info_without_an_error_is_one_row_of_nulls(session: Background) ->
     assert session.error(handle).keys() >= NO_ERROR.keys()
 
 
-@pytest.mark.servers("real", "embedded", "standin20")
+@pytest.mark.since(extension="2.0")
 def test_an_error_names_the_table_and_the_constraint(session: Background, unlike: Callable[[str], None]) -> None:
     unlike("error_object_names")
     ended = session.run("insert into done values (1), (1)")

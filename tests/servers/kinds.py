@@ -11,6 +11,7 @@ import psycopg
 
 from pgbg_orchestration.embedded.binaries import NoPostgresError, find_binaries
 from pgbg_orchestration.embedded.status import StopMode
+from tests.servers import installed
 from tests.servers.debian import DebianTree
 from tests.servers.embedded import EmbeddedUnderTest
 from tests.servers.older import MAJORS, OlderUnderTest
@@ -21,7 +22,7 @@ class Server(Protocol):
     """What a test may ask of any server. ``conninfo`` stays good over stop, start, restart and crash."""
 
     name: str
-    """Its kind: ``real``, ``embedded``, ``standin20``, ``standin19``, or ``standin14`` to ``standin17``."""
+    """Its kind: one of ``KINDS``."""
 
     @property
     def surface(self) -> str:
@@ -84,6 +85,8 @@ class Kind:
     why_not: Callable[[], str | None]
     everywhere: bool = True
     """False: only tests marked ``majors`` run on it, unless ``--servers`` names it."""
+    like: str | None = None
+    """The kind that it stands for: tests that are meant for that one run on it too."""
 
 
 def _embedded(max_worker_processes: int = 64, settings: Mapping[str, str | int] | None = None) -> Server:
@@ -115,5 +118,6 @@ KINDS: Mapping[str, Kind] = {
     "embedded": Kind(_embedded, _why_no_embedded),
     "standin20": Kind(_standin20, _why_no_embedded),
     "standin19": Kind(_standin19, _why_no_embedded),
+    "installed": Kind(installed.InstalledUnderTest, installed.why_not, everywhere=False, like="embedded"),
     **{name: Kind(partial(OlderUnderTest, name), major.why_not, everywhere=False) for name, major in MAJORS.items()},
 }

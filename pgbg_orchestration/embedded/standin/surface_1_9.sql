@@ -29,6 +29,11 @@ CREATE FUNCTION @extschema@.pg_background_result_v2(pid integer, cookie bigint)
 RETURNS SETOF record LANGUAGE plpgsql STRICT
 AS $$
 BEGIN
+    -- The other functions say 55000, and so does 2.0.
+    IF (@extschema@._pgbg_load('worker_' || $1) ->> 'cookie')::bigint <> $2 THEN
+        RAISE EXCEPTION USING ERRCODE = '42704',
+            MESSAGE = format('PID %s is not attached to this session (cookie mismatch)', $1);
+    END IF;
     RETURN QUERY EXECUTE @extschema@._pgbg_result_query($1, $2);
     PERFORM @extschema@._pgbg_close($2);
 EXCEPTION
