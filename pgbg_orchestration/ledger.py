@@ -480,7 +480,7 @@ class _Line:
             raise
 
     async def _ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
-        loop = asyncio.get_running_loop()
+        loop, asking = asyncio.get_running_loop(), asyncio.current_task()
         until = loop.time() + pace.RECONNECT
         attempt = 0
         while True:
@@ -494,6 +494,9 @@ class _Line:
                 if self._conn is not None and not connecting.is_lost(self._conn, error):
                     raise
                 await self._drop()
+                # Python 3.11's wait_for, which psycopg uses, can swallow a cancel: a closed line connects no more.
+                if asking is not None and asking.cancelling():
+                    raise asyncio.CancelledError from error
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connecting.REFUSED_LOGINS:
                     raise connecting.unreachable(error, "the server cannot be reached") from error
                 self._on_trouble(f"no connection to the server ({str(error).strip()}), trying again")

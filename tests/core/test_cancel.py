@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import Any
 
 import pytest
+from psycopg import AsyncConnection
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, run
 from tests.core.kit import (
     APP,
+    GENEROUS,
     Recorder,
     Watched,
     cancelled,
@@ -202,6 +205,26 @@ async def test_task_cancelled_again_while_it_cancels(db: Watched, times: int) ->
     await eventually(lambda: not db.workers(), "the worker has ended")
     assert db.effects() == 0
     assert db.states() == {"j": "cancelled"}
+
+
+async def test_a_closed_launcher_connects_no_more(db: Watched) -> None:
+    """Whoever asked may be gone, and its question go on: a close ends it, even where the cancel is swallowed."""
+    asked: list[AsyncConnection[Any]] = []
+
+    async def question(conn: AsyncConnection[Any]) -> None:
+        asked.append(conn)
+        try:
+            await asyncio.sleep(GENEROUS)
+        except asyncio.CancelledError:
+            # As psycopg does when the answer comes in the same moment (wait_for of Python 3.11, bpo-37658).
+            await conn.execute("select 1")
+
+    async with Launcher(db.conninfo) as launcher:
+        task = asyncio.create_task(launcher.ledger.run(question))
+        await eventually(lambda: asked, "the question is asked")
+        await cancelled(task)
+    await asyncio.sleep(0.5)  # long enough to connect and ask again
+    assert len(asked) == 1
 
 
 async def test_leave_then_attach(db: Watched) -> None:
