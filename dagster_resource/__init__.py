@@ -14,7 +14,7 @@ from .jobs import JobOptions as JobOptions
 from .jobs import Sql as Sql
 from .outcome import PgBackgroundOutcome as PgBackgroundOutcome
 from .resource import PgBackgroundResource as PgBackgroundResource
-from .resource import RetryRule as RetryRule
+from .retry import RetryRule as RetryRule
 from .sensors import build_pg_background_sensor as build_pg_background_sensor
 from .sweeping import build_pg_background_sweep_sensors as build_pg_background_sweep_sensors
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 FAILED_BESIDE = "dagster: another job of the step failed"
 TERMINATED = "dagster: the run is being terminated"
+RUN_IS_GONE = "dagster: its run is gone"
+# Marks of ours that ended a try, and not the work: whoever is let to try it again takes them back. A cancel of a
+# person's stays.
+OF_A_TRY = (FAILED_BESIDE, TERMINATED, RUN_IS_GONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,17 @@ class Member:
         assert self.job.id is not None  # a Job gives itself one
         return self.job.id
 
+    async def choose(self, launcher: Launcher) -> tuple[Job, bool]:
+        """Return the job to run, and whether to run it though it was cancelled before."""
+        if not can_be_found(self.job):
+            return self.job, False
+        seen = await launcher.look(self.job_id, owner=self.job.owner, series=self.job.series)
+        if self.anew is not None:
+            if seen.newest is not None and seen.generation is not None and seen.newest > seen.generation:
+                return self.anew, False  # it is too old to be taken up again, and a person wants it
+            return self.job, True
+        return self.job, seen.reason in OF_A_TRY
+
 
 @dataclass
 class Batch:
@@ -56,8 +71,8 @@ class Batch:
     ----------
     members:
         The jobs.
-    conninfo, schema, owner:
-        The server, and whose receipts.
+    conninfo, schema:
+        The server, and the package's schema on it.
     max_running:
         How many run at the same time at most.
     fail_fast:
@@ -71,7 +86,6 @@ class Batch:
     members: Sequence[Member]
     conninfo: str
     schema: str
-    owner: str | None
     max_running: int | None
     fail_fast: bool
     keep_on_interrupt: bool
@@ -113,12 +127,12 @@ class Batch:
     async def _run_one(self, launcher: Launcher, member: Member, turns: asyncio.Semaphore, talk: Talk) -> None:
         async with turns:
             try:
-                job, lift = await self._choose(launcher, member)
+                job, lift = await member.choose(launcher)
                 self._under_way[member.name] = job
                 self.outcomes[member.name] = await launcher.run(
                     job,
                     # A worker is left here and cancelled afterwards, when it is known what the interruption was.
-                    on_cancel="leave" if _can_be_found(job) or self.keep_on_interrupt else "cancel",
+                    on_cancel="leave" if can_be_found(job) or self.keep_on_interrupt else "cancel",
                     retry_cancelled=lift,
                     observer=talk.event,
                     **self.options,
@@ -127,22 +141,11 @@ class Batch:
                 self.errors.append(error)
             self._under_way.pop(member.name, None)
 
-    async def _choose(self, launcher: Launcher, member: Member) -> tuple[Job, bool]:
-        """Return the job to run, and whether to run it though it was cancelled before."""
-        if not _can_be_found(member.job):
-            return member.job, False
-        seen = await launcher.look(member.job_id, owner=self.owner, series=member.job.series)
-        if member.anew is not None:
-            if seen.newest is not None and seen.generation is not None and seen.newest > seen.generation:
-                return member.anew, False  # it is too old to be taken up again, and a person wants it
-            return member.job, True
-        return member.job, seen.reason == FAILED_BESIDE
-
     async def _cancel_workers(self, launcher: Launcher, talk: Talk, reason: str) -> None:
         """Cancel, for good, what was under way and can be found by its receipt."""
-        jobs = [job for job in self._under_way.values() if _can_be_found(job)]
+        jobs = [job for job in self._under_way.values() if can_be_found(job)]
         ends = await asyncio.gather(
-            *(launcher.cancel(job.id or "", owner=self.owner, series=job.series, reason=reason) for job in jobs),
+            *(launcher.cancel(job.id or "", owner=job.owner, series=job.series, reason=reason) for job in jobs),
             return_exceptions=True,
         )
         for job, end in zip(jobs, ends, strict=True):
@@ -154,7 +157,7 @@ class Batch:
                 talk.note(logging.ERROR, f"{job.label}: could not be cancelled: {end}")
 
 
-def _can_be_found(job: Job) -> bool:
+def can_be_found(job: Job) -> bool:
     """Tell whether a later call finds the job's worker: one of kind ``session`` leaves no receipt."""
     return job.kind is not Kind.SESSION
 

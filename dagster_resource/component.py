@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from dagster import (
     AssetChecksDefinition,
@@ -19,6 +19,10 @@ from dagster import (
     Model,
     Resolvable,
     Resolver,
+    Scaffolder,
+    ScaffoldRequest,
+    scaffold_component,
+    scaffold_with,
 )
 from dagster.components.resolved.core_models import (
     AssetSpecKwargs,
@@ -27,63 +31,81 @@ from dagster.components.resolved.core_models import (
     resolve_backfill_policy,
 )
 from dagster_shared.record import record
-from pydantic import Field
 
 from .assets import KINDS, partition_parameters, pg_background_asset, pg_background_asset_check
 from .jobs import JobOptions, Sql
 
 
+def told(description: str) -> Resolver:
+    """Return what makes Dagster's tools show this of a field: they overlook the description of a pydantic one."""
+    resolver: Resolver = Resolver.default(description=description)
+    return resolver
+
+
 class SqlCheck(Model, Resolvable):
     """A check of the asset, asked in a worker of its own."""
 
-    name: str
-    sql: str | None = Field(default=None, description="The query.")
-    sql_file: str | None = Field(default=None, description="A file with the query, beside defs.yaml.")
-    expect: Literal["no_rows", "true"] = Field(default="no_rows", description="What the query must return.")
-    blocking: bool = Field(default=False, description="Whether a failure keeps downstream assets from running.")
-    severity: Literal["ERROR", "WARN"] = "ERROR"
-    description: str | None = None
+    name: Annotated[str, told("Name of the check.")]
+    sql: Annotated[str | None, told("The query.")] = None
+    sql_file: Annotated[str | None, told("A file with the query, beside defs.yaml.")] = None
+    expect: Annotated[
+        Literal["no_rows", "true"], told("What the query must return: no row, or true in each of at least one row.")
+    ] = "no_rows"
+    blocking: Annotated[bool, told("Whether a failure keeps downstream assets from running.")] = False
+    severity: Annotated[Literal["ERROR", "WARN"], told("Of a check that does not hold.")] = "ERROR"
+    description: Annotated[str | None, told("Shown by Dagster.")] = None
 
 
 class SqlJob(Model, Resolvable):
     """Options of the job behind an asset."""
 
-    label: str | None = Field(default=None, description="What a person sees on the worker; 64 bytes at most.")
-    kind: Literal["receipt", "session", "supervised"] | None = Field(
-        default=None, description="How the outcome is made certain. Default: as the statement needs it."
-    )
-    timeout: float | None = Field(default=None, description="Seconds until the worker is cancelled.")
-    role: str | None = Field(default=None, description="Role that the SQL runs as.")
-    settings: dict[str, str] | None = Field(default=None, description="Server settings, such as work_mem.")
-    isolation: str | None = Field(
-        default=None, description="read committed, repeatable read or serializable. Default: what the login has."
-    )
-    queue_size: int | None = Field(default=None, description="Bytes of the worker's output queue.")
-    verify_sql: str | None = Field(default=None, description="A query that returns true when the work is done.")
-    drop_invalid_index: bool | None = Field(
-        default=None,
-        description="Before CREATE INDEX CONCURRENTLY, drop the invalid index that an earlier build left.",
-    )
-    redact_details: bool | None = Field(
-        default=None, description="Keep of the server's errors no text that may quote data."
-    )
+    label: Annotated[str | None, told("What a person sees on the worker; 64 bytes at most.")] = None
+    kind: Annotated[
+        Literal["receipt", "session", "supervised"] | None,
+        told("How the outcome is made certain. Default: as the statement needs it."),
+    ] = None
+    timeout: Annotated[float | None, told("Seconds until the worker is cancelled.")] = None
+    role: Annotated[str | None, told("Role that the SQL runs as.")] = None
+    settings: Annotated[dict[str, str] | None, told("Server settings, such as work_mem.")] = None
+    isolation: Annotated[
+        str | None, told("read committed, repeatable read or serializable. Default: what the login has.")
+    ] = None
+    queue_size: Annotated[int | None, told("Bytes of the worker's output queue.")] = None
+    verify_sql: Annotated[str | None, told("A query that returns true when the work is done.")] = None
+    drop_invalid_index: Annotated[
+        bool | None, told("Before CREATE INDEX CONCURRENTLY, drop the invalid index that an earlier build left.")
+    ] = None
+    redact_details: Annotated[bool | None, told("Keep of the server's errors no text that may quote data.")] = None
 
 
 @record(checked=False)  # its checks would look for the names of the inherited annotations in this module
 class SqlAsset(AssetSpecKwargs):
     """An asset, with all that Dagster knows of one, and its SQL."""
 
-    sql: str | None = None
-    sql_file: str | None = None
-    pool: str | None = None
+    sql: Annotated[str | None, told("The statements, which run in one transaction.")] = None
+    sql_file: Annotated[str | None, told("A file with the statements, beside defs.yaml.")] = None
+    pool: Annotated[str | None, told("Dagster's pool whose slot the step takes.")] = None
     backfill_policy: Annotated[
         BackfillPolicy | None,
-        Resolver(resolve_backfill_policy, model_field_type=SingleRunBackfillPolicyModel | MultiRunBackfillPolicyModel),
+        Resolver(
+            resolve_backfill_policy,
+            model_field_type=SingleRunBackfillPolicyModel | MultiRunBackfillPolicyModel,
+            description="Whether a backfill is one run, which has a range of partitions, or several.",
+        ),
     ] = None
-    job: SqlJob | None = None
-    checks: Sequence[SqlCheck] = ()
+    job: Annotated[SqlJob | None, told("Options of the job.")] = None
+    checks: Annotated[Sequence[SqlCheck], told("Queries that are to hold, each a check of the asset.")] = ()
 
 
+class SqlScaffolder(Scaffolder[Any]):
+    """Writes the ``defs.yaml`` of ``dg scaffold defs``, with an asset to begin with."""
+
+    def scaffold(self, request: ScaffoldRequest[Any]) -> None:
+        """Write it."""
+        scaffold_component(request, {"assets": [{"key": "my_table", "sql": "create table my_table as select 1 as n"}]})
+
+
+@scaffold_with(SqlScaffolder)
 class PgBackgroundSqlComponent(Component, Resolvable, Model):
     """Assets whose SQL runs in PostgreSQL's background workers.
 
@@ -91,8 +113,8 @@ class PgBackgroundSqlComponent(Component, Resolvable, Model):
     for the partition's values; in the SQL of an asset with partitions a percent sign is written twice.
     """
 
-    assets: Sequence[SqlAsset]
-    resource_key: str = Field(default="pg", description="Key of the PgBackgroundResource.")
+    assets: Annotated[Sequence[SqlAsset], told("The assets.")]
+    resource_key: Annotated[str, told("Key of the PgBackgroundResource.")] = "pg"
 
     def build_defs(self, context: ComponentLoadContext) -> Definitions:
         """Make the assets and their checks.
@@ -129,6 +151,7 @@ class PgBackgroundSqlComponent(Component, Resolvable, Model):
             resource_key=self.resource_key,
             job=cast("JobOptions", job),
             kinds=set(entry.kinds) if entry.kinds else KINDS,
+            output_required=not entry.skippable,
             **{name: value for name, value in given.items() if value is not None},
         )(sql)
 
@@ -151,7 +174,7 @@ class PgBackgroundSqlComponent(Component, Resolvable, Model):
 
 PASSED_ON = (
     "deps", "description", "metadata", "group_name", "code_version", "owners", "tags", "automation_condition",
-    "partitions_def", "pool", "backfill_policy",
+    "partitions_def", "freshness_policy", "pool", "backfill_policy",
 )  # fmt: skip
 
 

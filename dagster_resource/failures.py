@@ -81,7 +81,12 @@ class RunTerminated(Failure):
 
 
 def raise_for(
-    errors: Sequence[PgbgError], *, policy: RetryPolicy, retry_number: int, max_retries: int, sql: Mapping[str, str]
+    errors: Sequence[PgbgError],
+    *,
+    policy: RetryPolicy,
+    retry_number: int | None,
+    max_retries: int,
+    sql: Mapping[str, str],
 ) -> NoReturn:
     """Raise what Dagster is to do about the errors of one step's jobs.
 
@@ -93,7 +98,7 @@ def raise_for(
     policy:
         The rules by SQLSTATE.
     retry_number:
-        How often the step was retried before this try, from 0.
+        How often the step was retried before this try, from 0; None outside of a step, where nobody tries again.
     max_retries:
         How often a step is retried at most where no rule has a number of its own.
     sql:
@@ -107,7 +112,7 @@ def raise_for(
         It is not. ``allow_retries`` is True only where no rule knows the error, so that a retry policy of the user's
         decides.
     """
-    judged = [(policy.decide(error, retry_number + 1), error) for error in errors]
+    judged = [(policy.decide(error, (retry_number or 0) + 1), error) for error in errors]
     decision, error = max(judged, key=lambda pair: _weight(pair[0]))
     reason = decision.reason
     if len(errors) > 1:
@@ -120,7 +125,7 @@ def raise_for(
         reason=reason,
         allow_retries=decision.action is DEFAULT,
     )
-    if decision.action in (RETRY, ATTACH):
+    if decision.action in (RETRY, ATTACH) and retry_number is not None:
         delays = [judgement.delay or 0.0 for judgement, _ in judged]
         # A rule that counts tries itself has said yes; where nothing had started, a try does not count at all.
         counted = any(judgement.uses_attempt and not _has_own_count(policy, error) for judgement, error in judged)

@@ -76,16 +76,18 @@ def of_step(context: Any, namespace: str) -> Identity:
     Parameters
     ----------
     context:
-        An execution context of an asset, an op or an asset check.
+        An execution context of an asset, an op or an asset check. For any other, behind which there is no run, each
+        call is work of its own.
     namespace:
         Keeps apart what several Dagsters do in one database.
     """
     op = _op_context(context)
+    if not has_run(context):
+        once = uuid.uuid4().hex
+        name = op.op_def.name if _has_op(op) else getattr(op, "_sensor_name", None) or "direct"
+        partition, is_range = _partition(op) if is_direct(context) else (None, False)
+        return Identity(f"{namespace}/{name}/{once}", once, partition, is_range, False, once, name)
     partition, is_range = _partition(op)
-    if op.run_id == DIRECT:
-        run_id = uuid.uuid4().hex
-        name = op.op_def.name if _has_op(op) else "direct"
-        return Identity(f"{namespace}/{name}/{run_id}", run_id, partition, is_range, False, run_id, name)
     run = op.run
     step_key = op.get_step_execution_context().step.key
     origin = _origin(op.instance, run, step_key)
@@ -113,8 +115,9 @@ def claim(context: Any, job_id: str) -> None:
     InvalidJob
         It did already in this try: the second job would be taken for the first, which is done.
     """
-    op = _op_context(context)
-    step = op if op.run_id == DIRECT else op.get_step_execution_context()
+    if not has_run(context):
+        return  # each call is work of its own
+    step = _op_context(context).get_step_execution_context()
     used = _used.setdefault(step, set())
     if job_id in used:
         raise InvalidJob(
@@ -131,14 +134,19 @@ def external_series(namespace: str, asset_key: AssetKey, partition_key: str | No
     return series if partition_key is None else f"{series}|{partition_key}"
 
 
-def is_sensor(context: Any) -> bool:
-    """Tell whether the context is that of a sensor or a schedule, where no run is."""
-    return not hasattr(context, "log_event") and not hasattr(context, "op_execution_context")
+def has_run(context: Any) -> bool:
+    """Tell whether there is a run behind the context; not behind a sensor's, nor one that was built by hand."""
+    return hasattr(_op_context(context), "run_id") and not is_direct(context)
+
+
+def is_step(context: Any) -> bool:
+    """Tell whether a step, or code that is called as one, has this context: not a sensor, and not nobody."""
+    return has_run(context) or is_direct(context)
 
 
 def is_direct(context: Any) -> bool:
-    """Tell whether the context was built by hand: there is no run behind it."""
-    return bool(_op_context(context).run_id == DIRECT)
+    """Tell whether the context was built by hand, to call an asset or op directly."""
+    return bool(getattr(_op_context(context), "run_id", None) == DIRECT)
 
 
 def _op_context(context: Any) -> Any:

@@ -125,6 +125,3 @@ def cut_label(text: str) -> str:
 def label_for(identity: Identity, name: str | None) -> str:
     """Return what a person is to see on the worker: the job's own name first, since labels are short."""
     return f"{name}: {identity.label}" if name else identity.label
-
-
-__all__ = ["JobOptions", "Sql", "SqlLike"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pgbg_orchestration import statements
 from pgbg_orchestration.errors import InvalidJob
 
 from .jobs import Sql
@@ -33,6 +32,8 @@ def counting_query(sql: Sql, expect: Expectation) -> str:
     ValueError
         ``expect`` is neither ``no_rows`` nor ``true``.
     """
+    from pgbg_orchestration import statements
+
     if expect not in ("no_rows", "true"):
         raise ValueError(f"expect must be 'no_rows' or 'true', not {expect!r}")
     texts = [sql.text] if isinstance(sql.text, str) else sql.text

@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import math
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
-from dagster import (
-    AssetCheckResult,
-    AssetCheckSeverity,
-    AssetKey,
-    Config,
-    ConfigurableResource,
-    DagsterExecutionInterruptedError,
-    DagsterRunStatus,
-    RetryRequested,
-)
+from dagster import AssetCheckResult, AssetCheckSeverity, AssetKey, ConfigurableResource, EnvVar, RetryRequested
 from pydantic import Field, field_validator
 
 from pgbg_orchestration.errors import PgbgError, StillRunning
 from pgbg_orchestration.outcome import Outcome
-from pgbg_orchestration.retry import Action, RetryPolicy, Rule
+from pgbg_orchestration.retry import RetryPolicy
 
 from . import elsewhere, identity
-from .batch import TERMINATED, Batch, Member
-from .driving import Talk, drive
-from .failures import PgBackgroundFailure, RunTerminated, raise_for
+from .batch import Batch, Member
+from .caller import Caller
+from .driving import Talk
+from .failures import PgBackgroundFailure, raise_for
 from .jobs import JobOptions, Sql, SqlLike, label_for
 from .metadata import sql_block
 from .outcome import PgBackgroundOutcome
 from .queries import Expectation, counting_query
+from .retry import RetryRule, policy_of
 
 if TYPE_CHECKING:
-    from dagster import AssetCheckExecutionContext, AssetExecutionContext, OpExecutionContext, SensorEvaluationContext
     from dagster._core.definitions.events import CoercibleToAssetKey
 
-    StepContext = AssetExecutionContext | OpExecutionContext | AssetCheckExecutionContext
-
-T = TypeVar("T")
-logger = logging.getLogger("dagster_resource")
-
-CANCELLED = (DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED)
-ENDED = (*CANCELLED, DagsterRunStatus.FAILURE, DagsterRunStatus.SUCCESS)
-
-
-class RetryRule(Config):
-    """What to do about one SQLSTATE or class, as configuration; see :class:`pgbg_orchestration.retry.Rule`."""
-
-    action: str = Field(description="'retry' or 'fail'.")
-    first_delay: float = Field(default=5.0, description="Seconds before the second try.")
-    factor: float = Field(default=2.0, description="By what the delay grows with each further try.")
-    max_delay: float = Field(default=60.0, description="Seconds that no delay exceeds.")
-    max_tries: int | None = Field(default=None, description="Tries in all; without it, the resource's max_retries.")
+    from .caller import AnyContext
 
 
 class PgBackgroundResource(ConfigurableResource[Any]):
@@ -108,15 +82,21 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         default=5.0, description="Seconds between two looks at the run's status, for executors that send no signal."
     )
 
-    @field_validator("cancel_on_termination")
+    @field_validator("cancel_on_termination", mode="before")
     @classmethod
     def _known_choice(cls, value: str) -> str:
         return _one_of("cancel_on_termination", value, ("always", "requested", "never"))
 
-    @field_validator("on_superseded")
+    @field_validator("on_superseded", mode="before")
     @classmethod
     def _known_wish(cls, value: str) -> str:
         return _one_of("on_superseded", value, ("wait", "cancel"))
+
+    @field_validator("retry_rules")
+    @classmethod
+    def _sound_rules(cls, value: dict[str, RetryRule]) -> dict[str, RetryRule]:
+        policy_of(value)  # when a job has failed it would be too late to say that a rule is wrong
+        return value
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         # An initialised resource holds the password in plain text.
@@ -126,7 +106,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
 
     def run(
         self,
-        context: StepContext,
+        context: AnyContext,
         sql: SqlLike,
         *,
         name: str | None = None,
@@ -168,7 +148,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
 
     def run_many(
         self,
-        context: StepContext,
+        context: AnyContext,
         jobs: Mapping[str, SqlLike],
         *,
         max_running: int | None = None,
@@ -214,7 +194,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
 
     def check(
         self,
-        context: StepContext,
+        context: AnyContext,
         sql: SqlLike,
         *,
         expect: Expectation = "no_rows",
@@ -267,7 +247,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
 
     def submit(
         self,
-        context: StepContext | SensorEvaluationContext | None,
+        context: AnyContext,
         sql: SqlLike,
         *,
         asset_key: CoercibleToAssetKey | None = None,
@@ -305,52 +285,33 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         PgBackgroundFailure, RetryRequested, RunTerminated
             It could not be launched, or it has failed already.
         """
+        caller = self._caller(context)
+        caller.refuse_in_ended_run()
         given = Sql.of(sql, options)
-        in_step = None if context is None or identity.is_sensor(context) else cast("StepContext", context)
-        step = None
-        if in_step is not None:
-            self._refuse_in_ended_run(in_step)
-            step = identity.of_step(in_step, self.namespace)
-        elif key is None:
-            raise ValueError("submit() outside of a step needs key=…, which makes the job's id one of a kind")
-        generation = step.origin if step and key is None else key
-        suffix = f"/{name}" if name else ""
-        if asset_key is not None:
-            series = identity.external_series(self.namespace, AssetKey.from_coercible(asset_key), partition_key)
-            job_id = f"{series}#{generation}{suffix}"
-        else:
-            series = (step.work if step else f"{self.namespace}/submitted") + suffix
-            job_id = f"{series}#{generation}"
-        if in_step is not None:
-            identity.claim(in_step, job_id)
-        job = given.job(job_id=job_id, series=series, label=series.removeprefix(f"{self.namespace}/"), owner=self.owner)
+        try:
+            member = self._submission(context, given, asset_key, partition_key, name, key)
+        except PgbgError as error:
+            raise PgBackgroundFailure(error, allow_retries=False) from None
 
-        async def launch(talk: Talk) -> None:
+        async def launch(talk: Talk) -> str:
             from pgbg_orchestration import Launcher
 
             async with Launcher(self.conninfo, schema=self.pgbg_schema) as launcher:
-                try:
-                    await elsewhere.submit(launcher, job, talk=talk, options=self._options(), owner=self.owner)
-                except asyncio.CancelledError:
-                    if talk.cancel_workers:
-                        await launcher.cancel(job_id, owner=self.owner, series=series, reason=TERMINATED)
-                    raise
+                return await elsewhere.submit(launcher, member, talk=talk, options=self._options())
 
         try:
-            self._drive(in_step, launch)
+            return caller.drive(launch, interval=self.run_status_interval)
         except PgbgError as error:
-            if in_step is None:
-                raise
-            raise_for(
-                [error],
-                policy=self._policy(),
-                retry_number=_retry_number(in_step),
-                max_retries=self.max_retries,
-                sql={job_id: given.shown},
-            )
-        return job_id
+            self._raise_for([error], [member], caller, None)
 
-    def wait_for(self, context: StepContext, job_id: str, *, timeout: float | None = None) -> PgBackgroundOutcome:
+    def wait_for(
+        self,
+        context: AnyContext,
+        job_id: str,
+        *,
+        timeout: float | None = None,
+        fail_on: Collection[str] = elsewhere.ENDED_BADLY,
+    ) -> PgBackgroundOutcome:
         """Wait for the end of a job that somebody else launched: another run, Airflow, ``pgbg run``.
 
         Nothing is launched here, and a termination of this run does not end the job.
@@ -363,6 +324,9 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             The job. One that is not known yet is waited for.
         timeout:
             Seconds to wait at most.
+        fail_on:
+            States of ``pgbg.jobs`` in which the step fails with the job's own error. Leave out those after which
+            whoever launched the job tries it again; with none, only a commit ends the waiting.
 
         Returns
         -------
@@ -373,18 +337,26 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         ------
         PgBackgroundFailure
             It ended without a commit, or not in time. A retry policy of the step's own decides what comes next.
+        ValueError
+            ``fail_on`` names a state that no job ends in.
         """
+        elsewhere.check_states(fail_on)
 
         async def wait(talk: Talk) -> Outcome:
             from pgbg_orchestration import Launcher
 
             async with Launcher(self.conninfo, schema=self.pgbg_schema) as launcher:
                 return await elsewhere.wait_for(
-                    launcher, job_id, patience=timeout, tell=lambda text: talk.note(logging.INFO, text)
+                    launcher,
+                    job_id,
+                    patience=timeout,
+                    fail_on=fail_on,
+                    tell=lambda text: talk.note(logging.INFO, text),
                 )
 
         try:
-            return PgBackgroundOutcome.of(self._drive(context, wait), "", None)
+            ended = self._caller(context).drive(wait, interval=self.run_status_interval)
+            return PgBackgroundOutcome.of(ended, "", None)
         except PgbgError as error:
             raise PgBackgroundFailure(error) from None
         except TimeoutError:
@@ -395,7 +367,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
 
     def _run_all(
         self,
-        context: StepContext,
+        context: AnyContext,
         jobs: Mapping[str, Sql],
         *,
         max_running: int | None = None,
@@ -403,7 +375,8 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         policy: RetryPolicy | None = None,
         once: str | None = None,
     ) -> dict[str, PgBackgroundOutcome]:
-        self._refuse_in_ended_run(context)
+        caller = self._caller(context)
+        caller.refuse_in_ended_run()
         step = identity.of_step(context, self.namespace)
         try:
             members = [self._member(context, step, name, sql, once) for name, sql in jobs.items()]
@@ -413,28 +386,20 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             members,
             conninfo=self.conninfo,
             schema=self.pgbg_schema,
-            owner=self.owner,
             max_running=max_running,
             fail_fast=fail_fast,
             keep_on_interrupt=self.cancel_on_termination == "never",
             options=self._options(),
         )
-        self._drive(context, batch.run)
+        caller.drive(batch.run, interval=self.run_status_interval)
         if batch.errors:
-            shown = {member.job_id: member.sql.shown for member in members}
-            raise_for(
-                batch.errors,
-                policy=policy or self._policy(),
-                retry_number=_retry_number(context),
-                max_retries=self.max_retries,
-                sql=shown,
-            )
+            self._raise_for(batch.errors, members, caller, policy)
         return {
             member.name: PgBackgroundOutcome.of(batch.outcomes[member.name], member.sql.shown, step)
             for member in members
         }
 
-    def _member(self, context: StepContext, step: identity.Identity, name: str, sql: Sql, once: str | None) -> Member:
+    def _member(self, context: AnyContext, step: identity.Identity, name: str, sql: Sql, once: str | None) -> Member:
         """Make a job of the step's SQL, under the id that a later try will find it by, or one for ``once``."""
         identity.claim(context, step.job_id(name))
         job_id = f"{step.job_id(name)}/{once}" if once else step.job_id(name)
@@ -449,6 +414,37 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             anew=job(step.job_id(name, anew=True)) if step.by_hand and not once else None,
         )
 
+    def _submission(
+        self,
+        context: AnyContext,
+        sql: Sql,
+        asset_key: CoercibleToAssetKey | None,
+        partition_key: str | None,
+        name: str | None,
+        key: str | None,
+    ) -> Member:
+        """Make a job that nobody waits for."""
+        step = identity.of_step(context, self.namespace) if identity.is_step(context) else None
+        if step is None and key is None:
+            raise ValueError("submit() outside of a step needs key=…, which makes the job's id one of a kind")
+        suffix = f"/{name}" if name else ""
+        if asset_key is not None:
+            series = identity.external_series(self.namespace, AssetKey.from_coercible(asset_key), partition_key)
+            tail = suffix
+        else:
+            series = (step.work if step else f"{self.namespace}/submitted") + suffix
+            tail = ""
+
+        def job(generation: str) -> Any:
+            label = series.removeprefix(f"{self.namespace}/")
+            return sql.job(job_id=f"{series}#{generation}{tail}", series=series, label=label, owner=self.owner)
+
+        if step is None or key is not None:
+            return Member(name=suffix, sql=sql, job=job(str(key)))
+        member = Member(name=suffix, sql=sql, job=job(step.origin), anew=job(step.run_id) if step.by_hand else None)
+        identity.claim(context, member.job_id)
+        return member
+
     def _options(self) -> dict[str, Any]:
         return {
             "on_superseded": self.on_superseded,
@@ -456,86 +452,22 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             "slot_timeout": self.slot_timeout,
         }
 
-    def _drive(self, context: StepContext | None, work: Callable[[Talk], Coroutine[Any, Any, T]]) -> T:
-        if context is None:  # in a sensor there is no run to look after
-            return drive(
-                work, log=logger.log, is_terminated=lambda: False, should_cancel=lambda: False, interval=math.inf
-            )
-        try:
-            return drive(
-                work,
-                log=context.log.log,
-                is_terminated=lambda: self._status(context) in CANCELLED,
-                should_cancel=lambda: self._should_cancel(context),
-                interval=self.run_status_interval,
-            )
-        except DagsterExecutionInterruptedError as interruption:
-            # Dagster lets a retry policy run an interrupted step again, a terminated one too.
-            if _has_retry_policy(context) and self._status(context) in CANCELLED:
-                raise RunTerminated("The run is being terminated; the step's jobs have been dealt with.") from (
-                    interruption
-                )
-            raise
+    def _caller(self, context: AnyContext) -> Caller:
+        return Caller(context, self.cancel_on_termination)
 
-    def _should_cancel(self, context: StepContext) -> bool:
-        match self.cancel_on_termination:
-            case "always":
-                return True
-            case "never":
-                return False
-        status = self._status(context)
-        if status not in CANCELLED:
-            context.log.warning(
-                "The step was interrupted and nobody asked for the run to be terminated: its workers go on, and a "
-                "retry of it attaches to them."
-            )
-        return status in CANCELLED
-
-    def _status(self, context: StepContext) -> DagsterRunStatus | None:
-        """Return the run's status as it is stored; None outside of a run, or when the storage does not answer."""
-        if identity.is_direct(context):
-            return None
-        try:
-            run = context.instance.get_run_by_id(context.run.run_id)
-        except Exception as error:  # noqa: BLE001  (any storage may stand behind it)
-            context.log.warning("The run's status cannot be read: %s", error)
-            return None
-        return run.status if run else None
-
-    def _refuse_in_ended_run(self, context: StepContext) -> None:
-        status = self._status(context)
-        if status in ENDED:
-            raise RunTerminated(f"The run is {status.value}: nothing is launched for it any more.")
-
-    def _policy(self) -> RetryPolicy:
-        overrides = {
-            key: Rule(
-                Action(rule.action),
-                "a rule of the resource",
-                first_delay=rule.first_delay,
-                factor=rule.factor,
-                max_delay=rule.max_delay,
-                max_tries=rule.max_tries,
-            )
-            for key, rule in self.retry_rules.items()
-        }
-        return RetryPolicy(overrides)
+    def _raise_for(
+        self, errors: Sequence[PgbgError], members: Sequence[Member], caller: Caller, policy: RetryPolicy | None
+    ) -> NoReturn:
+        raise_for(
+            errors,
+            policy=policy or policy_of(self.retry_rules),
+            retry_number=caller.retry_number,
+            max_retries=self.max_retries,
+            sql={member.job_id: member.sql.shown for member in members},
+        )
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
+    if value not in choices and not isinstance(value, EnvVar):  # whose value is looked at when the resource is made
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
     return value
-
-
-def _retry_number(context: StepContext) -> int:
-    return 0 if identity.is_direct(context) else context.retry_number
-
-
-def _has_retry_policy(context: StepContext) -> bool:
-    if identity.is_direct(context):
-        return False
-    return context.get_step_execution_context().op_retry_policy is not None
-
-
-__all__ = ["PgBackgroundResource", "RetryRule"]

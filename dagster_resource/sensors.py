@@ -219,14 +219,12 @@ def _events(
             **({"pgbg/sqlstate": error.sqlstate} if error.sqlstate else {}),
         }
         return [_evaluation(key, metadata, passed=False)]
+    check = _evaluation(key, {"pgbg/job_id": entry.job_id}, passed=True)
     if entry.job_id in earlier.of(key):
-        return []
+        return [check]  # the daemon may have been stopped between the two
     outcome = PgBackgroundOutcome.of(outcome_of(entry), "", None)
     known = {name: value for name, value in outcome.metadata().items() if name not in ("pgbg/sql", "pgbg/launched")}
-    return [
-        AssetMaterialization(asset_key=key, partition=partition, metadata=known),
-        _evaluation(key, {"pgbg/job_id": entry.job_id}, passed=True),
-    ]
+    return [AssetMaterialization(asset_key=key, partition=partition, metadata=known), check]
 
 
 def _evaluation(key: AssetKey, metadata: Mapping[str, Any], *, passed: bool) -> AssetCheckEvaluation:

@@ -15,6 +15,7 @@ from dagster import (
     run_status_sensor,
 )
 
+from .batch import RUN_IS_GONE
 from .sensors import asking_for
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ async def _sweep(pg: PgBackgroundResource, run_ids: set[str]) -> list[str]:
         mine = [entry for entry in entries if _run_of(entry) in run_ids and not _is_external(entry, pg.namespace)]
         ends = await asyncio.gather(
             *(
-                launcher.cancel(entry.job_id, owner=entry.owner, series=entry.series, reason="dagster: its run is gone")
+                launcher.cancel(entry.job_id, owner=entry.owner, series=entry.series, reason=RUN_IS_GONE)
                 for entry in mine
             ),
             return_exceptions=True,

@@ -68,8 +68,10 @@ async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:
     ------
     psycopg.OperationalError
         The server cannot be reached, or refuses.
+    InvalidJob
+        The connection string cannot be read.
     """
-    given = libpq.conninfo_to_dict(conninfo)
+    given = _read(conninfo)
     options = {**KEEPALIVE, "application_name": application_name, **given, "client_encoding": "utf8"}
     # No prepared statements of our own: a pooler in session mode may not keep them, and DISCARD drops them.
     opening = asyncio.create_task(
@@ -83,6 +85,25 @@ async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:
         opening.add_done_callback(_finish)
         await asyncio.wait({opening}, timeout=pace.LOOK_SOONEST)
         raise
+
+
+def _read(conninfo: str) -> dict[str, Any]:
+    """Return the values of a connection string.
+
+    libpq's own words about a string that it cannot read quote it, and an unquoted blank, or an @ or / in a URI, makes
+    a part of the password one of the things that they quote.
+    """
+    try:
+        given: dict[str, Any] = libpq.conninfo_to_dict(conninfo)
+    except psycopg.ProgrammingError:
+        given = {"host": "@"}
+    hosts, ports = str(given.get("host") or ""), str(given.get("port") or "")
+    if "@" in hosts or not all(port.isdigit() for port in ports.split(",") if port):
+        raise InvalidJob(
+            "the connection string cannot be read; it is not shown, since its password may be what went wrong",
+            todo="Quote a value that has a blank: password='…'. In a URI write %40 for @, and %2F for /.",
+        )
+    return given
 
 
 def _finish(opening: asyncio.Task[AsyncConnection[Any]]) -> None:

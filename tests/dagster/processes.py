@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dagster import DagsterInstance
+from dagster import DagsterEventType, DagsterInstance
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300.0  # seconds; a machine that has nothing else to do needs a tenth of it
@@ -49,7 +49,7 @@ load_from:
       location_name: {location}
 """
 # The daemon that runs failed runs again looks this often; by default every five seconds.
-FAILURES_READ = "EVENT_LOG_CONSUMER_CURSOR-RUN_FAILURE"
+FAILURES_READ = f"EVENT_LOG_CONSUMER_CURSOR-{DagsterEventType.RUN_FAILURE.value}"
 QUICK = {"DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1"}
 
 

@@ -9,9 +9,26 @@ from typing import Any
 
 import psycopg
 import pytest
-from dagster import AssetExecutionContext, DagsterInstance, DagsterRunStatus, RetryPolicy, asset, materialize
+from dagster import (
+    AssetExecutionContext,
+    DagsterInstance,
+    DagsterRunStatus,
+    EnvVar,
+    JobDefinition,
+    OpExecutionContext,
+    ReexecutionOptions,
+    RetryPolicy,
+    asset,
+    execute_job,
+    in_process_executor,
+    job,
+    materialize,
+    op,
+    reconstructable,
+)
 
 from dagster_resource import PgBackgroundResource
+from dagster_resource.caller import Caller
 from pgbg_orchestration import faults
 from tests.conftest import Database
 
@@ -45,19 +62,19 @@ class Interruption:
 
 
 @pytest.fixture
-def interrupt(instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Arranges for an interruption: ``interrupt(point, asked_for)``."""
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Arranges for an interruption: ``interrupt(point, instance=…, asked_for=…)``."""
 
-    def arrange(point: str, *, asked_for: bool) -> None:
+    def arrange(point: str, *, instance: DagsterInstance, asked_for: bool) -> None:
         interruption = Interruption(point, instance, asked_for)
         faults.install(interruption)
-        decide = PgBackgroundResource._should_cancel
+        decide = Caller._should_cancel
 
-        def should_cancel(pg: PgBackgroundResource, context: Any) -> bool:
+        def should_cancel(caller: Caller) -> bool:
             interruption.known.set()
-            return decide(pg, context)
+            return decide(caller)
 
-        monkeypatch.setattr(PgBackgroundResource, "_should_cancel", should_cancel)
+        monkeypatch.setattr(Caller, "_should_cancel", should_cancel)
 
     yield arrange
     faults.install(None)
@@ -92,6 +109,13 @@ def launches(sql: psycopg.Connection[Any]) -> int:
     return int(number)
 
 
+def wait_for_effect(sql: psycopg.Connection[Any]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while effects(sql) == 0:
+        assert time.monotonic() < deadline, sql.execute("select state, attempt from pgbg.jobs").fetchall()
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("policy", [None, RetryPolicy(max_retries=3)], ids=["plain", "retry_policy"])
 @pytest.mark.parametrize(
     ("point", "text", "committed", "kind"),
@@ -119,7 +143,7 @@ def test_terminated_by_a_user(
     kind: str,
 ) -> None:
     sql.execute("create table effect (n int)")
-    interrupt(point, asked_for=True)
+    interrupt(point, instance=instance, asked_for=True)
 
     assert run_asset(pg, instance, text, kind=kind, policy=policy) is DagsterRunStatus.CANCELED
     assert effects(sql) == committed
@@ -138,14 +162,77 @@ def test_interrupted_though_nobody_asked_for_it(
     kind: str,
 ) -> None:
     sql.execute("create table effect (n int)")
-    interrupt(point, asked_for=False)
+    interrupt(point, instance=instance, asked_for=False)
 
     with database.connect() as holder:
         holder.execute("select pg_advisory_lock(1)")
         assert run_asset(pg, instance, UNTIL_RELEASED, kind=kind) is DagsterRunStatus.FAILURE
         # A worker that was launched lives on, though the session that launched it is gone.
         assert (launches(sql), effects(sql)) == (1, 0)
-    deadline = time.monotonic() + PATIENCE
-    while effects(sql) == 0:
-        assert time.monotonic() < deadline, sql.execute("select state, attempt from pgbg.jobs").fetchall()
-        time.sleep(0.05)
+    wait_for_effect(sql)
+
+
+# A cancel that ended a try ends no later one --------------------------------------------------------------------------
+
+
+@op(config_schema={"submits": bool})
+def interrupted_op(context: OpExecutionContext, pg: PgBackgroundResource) -> None:
+    text = f"{EFFECT}; select pg_sleep(case when exists (select from released) then 0 else 300 end)"
+    if context.op_config["submits"]:
+        pg.submit(context, text)
+    else:
+        pg.run(context, text)
+
+
+@job(executor_def=in_process_executor, resource_defs={"pg": PgBackgroundResource(conninfo=EnvVar("PGBG_TEST_DSN"))})
+def interrupted_job() -> None:
+    interrupted_op()
+
+
+@job(
+    executor_def=in_process_executor,
+    resource_defs={"pg": PgBackgroundResource(conninfo=EnvVar("PGBG_TEST_DSN"), cancel_on_termination="always")},
+)
+def always_cancelled_job() -> None:
+    interrupted_op()
+
+
+@pytest.mark.parametrize(
+    ("definition", "submits", "asked_for", "tags"),
+    [
+        pytest.param(always_cancelled_job, False, False, {"dagster/retry_number": "1"}, id="always_run"),
+        pytest.param(always_cancelled_job, True, False, {"dagster/retry_number": "1"}, id="always_submit"),
+        pytest.param(interrupted_job, False, True, {}, id="terminated_run"),
+        pytest.param(interrupted_job, True, True, {}, id="terminated_submit"),
+    ],
+)
+def test_a_job_that_was_cancelled_with_its_step_runs_when_the_run_is_executed_again(
+    database: Database,
+    sql: psycopg.Connection[Any],
+    interrupt: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    definition: JobDefinition,
+    submits: bool,
+    asked_for: bool,
+    tags: dict[str, str],
+) -> None:
+    sql.execute("create table effect (n int); create table released ()")
+    monkeypatch.setenv("PGBG_TEST_DSN", database.conninfo)
+    config = {"ops": {"interrupted_op": {"config": {"submits": submits}}}}
+    with DagsterInstance.local_temp() as instance:
+        interrupt("after_launch", instance=instance, asked_for=asked_for)
+        first = execute_job(reconstructable(definition), instance, run_config=config, raise_on_error=False)
+        run = instance.get_run_by_id(first.run_id)
+        assert run is not None
+        assert run.status is (DagsterRunStatus.CANCELED if asked_for else DagsterRunStatus.FAILURE)
+        assert sql.execute("select state from pgbg.jobs").fetchall() == [("cancelled",)]
+
+        sql.execute("insert into released default values")
+        options = ReexecutionOptions(parent_run_id=first.run_id)
+        second = execute_job(
+            reconstructable(definition), instance, run_config=config, reexecution_options=options, tags=tags
+        )
+        assert second.success
+    wait_for_effect(sql)
+    assert effects(sql) == 1
+    assert sql.execute("select count(*) from pgbg.jobs").fetchone() == (1,)

@@ -56,6 +56,13 @@ def test_importing_it_brings_no_driver() -> None:
     assert [name for name in brought if name.partition(".")[0] not in sys.stdlib_module_names] == []
 
 
+def test_importing_it_compiles_no_patterns_of_sql() -> None:
+    probe = "import sys, dagster_resource; print('pgbg_orchestration.statements' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "False"
+
+
 def test_dagsters_tools_find_the_component() -> None:
     found = {entry.name: entry.load() for entry in entry_points(group="dagster_dg_cli.registry_modules")}
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 from dagster import AssetsDefinition, AssetSpec, Definitions, OpDefinition, SensorDefinition
 from dagster.components.resolved.core_models import AssetSpecKwargs
@@ -103,6 +104,39 @@ def tables() -> dict[str, set[str]]:
 @pytest.mark.parametrize("table", TABLES)
 def test_every_option_is_told_and_no_other(table: str) -> None:
     assert tables()[table] == TABLES[table]
+
+
+def attributes() -> dict[str, Any]:
+    """The schema of the component's attributes, which Dagster's tools show and check by."""
+    model = PgBackgroundSqlComponent.get_model_cls()
+    assert model is not None
+    return model.model_json_schema()
+
+
+def test_dagsters_tools_tell_of_each_attribute_of_the_component() -> None:
+    schema = attributes()
+    parts = [schema, *(part for name, part in schema["$defs"].items() if name.startswith("Sql"))]
+    silent = [name for part in parts for name, told in part["properties"].items() if not told.get("description")]
+
+    assert len(parts) == 4
+    assert silent == []
+
+
+def test_a_wrong_attribute_is_found_before_anything_runs() -> None:
+    asset: dict[str, Any] = {"key": "a", "sql": "select 1", "checks": [{"name": "c", "sql": "select 1"}]}
+    mistakes: list[dict[str, Any]] = [{"sqll": "select 1"}, {"job": {"timeout": []}}, {"checks": [{"sql": "select 1"}]}]
+
+    jsonschema.validate({"assets": [asset]}, attributes())
+    for mistake in mistakes:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"assets": [{**asset, **mistake}]}, attributes())
+
+
+def test_all_that_dagster_knows_of_an_asset_is_handed_on() -> None:
+    own = TABLES["An asset"] - {"pool", "backfill_policy"}
+    handled = {*component.PASSED_ON, *own, "key", "kinds", "skippable"}
+
+    assert set(component.SqlAsset.model().model_fields) == handled
 
 
 def test_the_components_own_fields_are_those_of_the_page() -> None:

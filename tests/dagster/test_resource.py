@@ -16,14 +16,18 @@ from dagster import (
     OpExecutionContext,
     ReexecutionOptions,
     RetryPolicy,
+    SensorEvaluationContext,
+    SkipReason,
     asset,
     asset_check,
     build_asset_context,
+    build_sensor_context,
     execute_job,
     job,
     materialize,
     op,
     reconstructable,
+    sensor,
 )
 from pydantic import ValidationError
 
@@ -280,6 +284,26 @@ def test_called_directly_with_a_context_built_by_hand(pg: PgBackgroundResource, 
     assert caught.value.sqlstate == "22012"
 
 
+def test_called_in_a_sensor(pg: PgBackgroundResource, sql: psycopg.Connection[Any]) -> None:
+    sql.execute("create table t (i int)")
+
+    @sensor(job_name="any")
+    def looks(context: SensorEvaluationContext, pg: PgBackgroundResource) -> SkipReason:
+        outcomes = [pg.run(context, "insert into t values (1)"), pg.run(context, "insert into t values (1)")]
+        assert [outcome.launched for outcome in outcomes] == [True, True]
+        assert pg.check(context, "select from t where i > 1").passed
+        assert list(pg.run_many(context, {"a": "select 1", "b": "select 2"})) == ["a", "b"]
+        # There is no step to be tried again.
+        with pytest.raises(PgBackgroundFailure) as caught:
+            pg.run(context, "do $$ begin raise sqlstate '40001'; end $$")
+        assert caught.value.sqlstate == "40001"
+        return SkipReason("all done")
+
+    with build_sensor_context(resources={"pg": pg}) as context:
+        looks(context)
+    assert count(sql, "select count(*) from t") == 2
+
+
 def test_submitted_job_is_awaited_by_its_id(pg: PgBackgroundResource) -> None:
     ids: list[str] = []
 
@@ -313,6 +337,27 @@ def test_job_of_the_core_is_awaited_by_its_id(pg: PgBackgroundResource, database
     assert materialize([waits], resources={"pg": pg}).success
 
 
+def test_waiting_for_a_job_that_is_tried_again(pg: PgBackgroundResource, database: Database) -> None:
+    from pgbg_orchestration import Job, errors, run
+
+    def job(sql: str) -> Job:
+        return Job(sql, id="airflow/dag/task#3", series="airflow/dag/task")
+
+    with pytest.raises(errors.WorkerError):
+        run(database.conninfo, job("select 1 / 0"))
+
+    @asset
+    def waits(context: AssetExecutionContext, pg: PgBackgroundResource) -> None:
+        with pytest.raises(PgBackgroundFailure, match=r"within 0\.2 s"):
+            pg.wait_for(context, "airflow/dag/task#3", timeout=0.2, fail_on=["cancelled"])
+        run(database.conninfo, job("create table t as select generate_series(1, 3)"), accept_changed_sql=True)
+        assert pg.wait_for(context, "airflow/dag/task#3", fail_on=["cancelled"]).row_count == 3
+        with pytest.raises(ValueError, match="fail_on"):
+            pg.wait_for(context, "airflow/dag/task#3", fail_on=["committed"])
+
+    assert materialize([waits], resources={"pg": pg}).success
+
+
 class TestSecrets:
     def test_no_password_in_what_can_be_printed(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PGBG_TEST_DSN", f"{database.conninfo} password=topsecret")
@@ -338,11 +383,51 @@ class TestSecrets:
         run = materialize([broken], resources={"pg": pg}, raise_on_error=False)
         assert "topsecret" not in str(run.all_events)
 
+    @pytest.mark.parametrize(
+        "conninfo",
+        [
+            "host=localhost password=top secret",
+            "host=localhost password='topsecret",
+            "postgresql://etl:top/secret@localhost/books",
+            "postgresql://etl:top@secret@localhost/books",
+        ],
+    )
+    def test_nothing_of_a_connection_string_that_cannot_be_read(self, conninfo: str) -> None:
+        @asset
+        def misled(context: AssetExecutionContext, pg: PgBackgroundResource) -> None:
+            pg.run(context, "select 1")
+
+        given = {"pg": PgBackgroundResource(conninfo=conninfo)}
+        run = materialize([misled], resources=given, raise_on_error=False)
+        told = str(run.all_events)
+        assert not run.success
+        assert "the connection string cannot be read" in told
+        assert [part for part in ("topsecret", '"secret', '"top"') if part in told] == []
+
 
 @pytest.mark.parametrize("field", ["cancel_on_termination", "on_superseded"])
 def test_choices_are_checked(field: str) -> None:
     with pytest.raises(ValidationError, match=field):
         PgBackgroundResource(**dict[str, Any]({"conninfo": "", field: "perhaps"}))
+
+
+def test_choices_may_come_from_the_environment(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGBG_TEST_CHOICE", "always")
+    pg = PgBackgroundResource(conninfo=database.conninfo, cancel_on_termination=EnvVar("PGBG_TEST_CHOICE"))
+
+    @asset
+    def told(context: AssetExecutionContext, pg: PgBackgroundResource) -> None:
+        assert pg.cancel_on_termination == "always"
+
+    assert materialize([told], resources={"pg": pg}).success
+    monkeypatch.setenv("PGBG_TEST_CHOICE", "perhaps")
+    assert not materialize([told], resources={"pg": pg}, raise_on_error=False).success
+
+
+@pytest.mark.parametrize(("key", "action"), [("23505", "perhaps"), ("nonsense", "retry")])
+def test_rules_are_checked_before_an_error_needs_them(key: str, action: str) -> None:
+    with pytest.raises(ValidationError, match="retry_rules"):
+        PgBackgroundResource(conninfo="", retry_rules={key: RetryRule(action=action)})
 
 
 def test_partitions_by_key_and_by_range(pg: PgBackgroundResource, sql: psycopg.Connection[Any]) -> None:

@@ -1,0 +1,118 @@
+"""Who wants a job: a step of a run, which may be terminated and tried again, or code that no run is behind."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dagster import DagsterExecutionInterruptedError, DagsterRunStatus
+
+from . import identity
+from .driving import Talk, drive
+from .failures import RunTerminated
+
+if TYPE_CHECKING:
+    from dagster import AssetCheckExecutionContext, AssetExecutionContext, OpExecutionContext, SensorEvaluationContext
+
+    StepContext = AssetExecutionContext | OpExecutionContext | AssetCheckExecutionContext
+    AnyContext = StepContext | SensorEvaluationContext | None
+
+T = TypeVar("T")
+logger = logging.getLogger("dagster_resource")
+
+CANCELLED = (DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED)
+ENDED = (*CANCELLED, DagsterRunStatus.FAILURE, DagsterRunStatus.SUCCESS)
+
+
+class Caller:
+    """The code that wants a job, seen through its context.
+
+    Parameters
+    ----------
+    context:
+        Of an asset, an op, an asset check, a sensor or a schedule, or one built by hand; None where there is none.
+    cancel_on_termination:
+        As :class:`PgBackgroundResource` takes it.
+    """
+
+    def __init__(self, context: AnyContext, cancel_on_termination: str) -> None:
+        self._context: Any = context
+        self._cancel_on_termination = cancel_on_termination
+        self._has_run = identity.has_run(context)
+
+    @property
+    def retry_number(self) -> int | None:
+        """How often the step was retried before this try; None where nobody tries anything again."""
+        if self._has_run:
+            return int(self._context.retry_number)
+        return 0 if identity.is_step(self._context) else None
+
+    def refuse_in_ended_run(self) -> None:
+        """Refuse to launch anything for a run that is being terminated, or has ended without this step's knowledge.
+
+        Raises
+        ------
+        RunTerminated
+            It is, or has.
+        """
+        status = self._status()
+        if status in ENDED:
+            raise RunTerminated(f"The run is {status.value}: nothing is launched for it any more.")
+
+    def drive(self, work: Callable[[Talk], Coroutine[Any, Any, T]], *, interval: float) -> T:
+        """Run ``work`` and wait for it, as :func:`dagster_resource.driving.drive` does.
+
+        Raises
+        ------
+        RunTerminated, DagsterExecutionInterruptedError, KeyboardInterrupt
+            The step was interrupted.
+        """
+        try:
+            return drive(
+                work,
+                log=self._log,
+                is_terminated=lambda: self._status() in CANCELLED,
+                should_cancel=self._should_cancel,
+                interval=interval if self._has_run else math.inf,
+            )
+        except DagsterExecutionInterruptedError as interruption:
+            # Dagster lets a retry policy run an interrupted step again, a terminated one too.
+            if self._has_retry_policy() and self._status() in CANCELLED:
+                raise RunTerminated("The run is being terminated; the step's jobs have been dealt with.") from (
+                    interruption
+                )
+            raise
+
+    def _should_cancel(self) -> bool:
+        """Tell whether an interruption of this code is to end its workers."""
+        if self._cancel_on_termination != "requested":
+            return self._cancel_on_termination == "always"
+        if not self._has_run:
+            return True  # the interruption is the user's own, and nobody will come back for these workers
+        terminated = self._status() in CANCELLED
+        if not terminated:
+            self._log(
+                logging.WARNING,
+                "The step was interrupted and nobody asked for the run to be terminated: its workers go on, and a "
+                "retry of it attaches to them.",
+            )
+        return terminated
+
+    def _status(self) -> DagsterRunStatus | None:
+        """Return the run's status as it is stored; None outside of a run, or when the storage does not answer."""
+        if not self._has_run:
+            return None
+        try:
+            run = self._context.instance.get_run_by_id(self._context.run.run_id)
+        except Exception as error:  # noqa: BLE001  (any storage may stand behind it)
+            self._log(logging.WARNING, f"The run's status cannot be read: {error}")
+            return None
+        return run.status if run else None
+
+    def _has_retry_policy(self) -> bool:
+        return self._has_run and self._context.get_step_execution_context().op_retry_policy is not None
+
+    def _log(self, level: int, message: str) -> None:
+        (self._context.log if self._context is not None else logger).log(level, message)
