@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TriggerEvent
 
@@ -132,7 +132,7 @@ class JobTrigger(ServerTrigger):
         self,
         *,
         deadline: datetime | None = None,
-        on_superseded: str = "cancel",
+        on_superseded: Literal["cancel", "wait"] = "cancel",
         slot_timeout: float | None = None,
         poll_interval: float | None = None,
         cancel_on_kill: bool = True,

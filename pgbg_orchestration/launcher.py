@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 import psycopg
 from psycopg import AsyncConnection
@@ -16,7 +16,7 @@ from .errors import PoolerInTransactionMode
 from .job import Job, Kind
 from .launching import LaunchingSession, Worker
 from .ledger import Key, Ledger, Sighting
-from .options import Options
+from .options import Options, RunOptions
 from .outcome import Outcome
 from .runner import cancel_job, run_job
 from .server import ServerFacts
@@ -77,7 +77,7 @@ class Launcher:
 
     # For users ----------------------------------------------------------------------------------------------------
 
-    async def run(self, job: Job, **options: Any) -> Outcome:
+    async def run(self, job: Job, **options: Unpack[RunOptions]) -> Outcome:
         """Launch the job's SQL in a labelled worker, or attach to the one that runs it, and wait for its outcome.
 
         Parameters
@@ -85,7 +85,7 @@ class Launcher:
         job:
             The job.
         options:
-            As :func:`pgbg_orchestration.arun` takes them.
+            As :class:`pgbg_orchestration.options.Options` takes them.
 
         Raises
         ------

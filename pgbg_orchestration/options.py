@@ -5,16 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, TypedDict
 
 from . import pace
 from .errors import InvalidJob
 from .outcome import Event
 
 
+class RunOptions(TypedDict, total=False):
+    """The options of one call, as keyword arguments; :class:`Options` has their defaults."""
+
+    on_cancel: Literal["cancel", "leave"]
+    on_superseded: Literal["cancel", "wait"]
+    retry_cancelled: bool
+    accept_changed_sql: bool
+    slot_timeout: float | None
+    poll_interval: float | None
+    deadline: datetime | None
+    observer: Callable[[Event], None] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of one call; :func:`pgbg_orchestration.arun` tells what each means."""
+    """The options of one call.
+
+    Parameters
+    ----------
+    on_cancel:
+        What happens to the worker when the awaiting task is cancelled: ``cancel`` it and wait until that is decided
+        (at most a minute), or ``leave`` it at work, to be attached to later.
+    on_superseded:
+        What to do with a worker of an older generation of the series: ``cancel`` it, or ``wait`` for it.
+    retry_cancelled:
+        Run a job that was cancelled before all the same. One that only met its deadline is run again without it.
+    accept_changed_sql:
+        Let an id that stands for other SQL pass, with a warning.
+    slot_timeout:
+        Seconds to wait for a worker slot at most. Default: as long as the job may take.
+    poll_interval:
+        The longest time between two looks at the job, in seconds, from 0.01. Looks come at a pace of their own (a look
+        comes late by at most 4 % of the time that the job has run), and this is where the pauses stop growing. Default:
+        5, and 15 for progress and blocked output, which are looked at once a second at most.
+    deadline:
+        The moment until which the job has time, with time zone; like ``Job.timeout``, but absolute.
+    observer:
+        Called with each event of the job's way.
+
+    Raises
+    ------
+    InvalidJob
+        One of them cannot be used.
+    """
 
     on_cancel: Literal["cancel", "leave"] = "cancel"
     on_superseded: Literal["cancel", "wait"] = "cancel"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
-from typing import Literal
+from typing import Unpack
 from weakref import WeakKeyDictionary
 
 from .errors import InvalidJob
 from .job import Job
 from .launcher import Launcher
-from .outcome import Event, Outcome
+from .options import RunOptions
+from .outcome import Outcome
 
 _shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], tuple[Launcher, int]]] = WeakKeyDictionary()
 
@@ -43,20 +43,7 @@ async def shared_launcher(conninfo: str, *, schema: str = "pgbg") -> AsyncIterat
             await launcher.close()
 
 
-async def arun(
-    conninfo: str,
-    job: Job,
-    *,
-    on_cancel: Literal["cancel", "leave"] = "cancel",
-    on_superseded: Literal["cancel", "wait"] = "cancel",
-    retry_cancelled: bool = False,
-    accept_changed_sql: bool = False,
-    slot_timeout: float | None = None,
-    poll_interval: float | None = None,
-    deadline: datetime | None = None,
-    schema: str = "pgbg",
-    observer: Callable[[Event], None] | None = None,
-) -> Outcome:
+async def arun(conninfo: str, job: Job, *, schema: str = "pgbg", **options: Unpack[RunOptions]) -> Outcome:
     """Launch a job's SQL in a labelled worker, or attach to the one that runs it already, and wait for its outcome.
 
     Parameters
@@ -65,27 +52,11 @@ async def arun(
         A libpq connection string or URI. Calls with the same one in one event loop share their connections.
     job:
         The job.
-    on_cancel:
-        What happens to the worker when the awaiting task is cancelled: ``cancel`` it and wait until that is decided
-        (at most a minute), or ``leave`` it at work, to be attached to later.
-    on_superseded:
-        What to do with a worker of an older generation of the series: ``cancel`` it, or ``wait`` for it.
-    retry_cancelled:
-        Run a job that was cancelled before all the same. One that only met its deadline is run again without it.
-    accept_changed_sql:
-        Let an id that stands for other SQL pass, with a warning.
-    slot_timeout:
-        Seconds to wait for a worker slot at most. Default: as long as the job may take.
-    poll_interval:
-        The longest time between two looks at the job, in seconds, from 0.01. Looks come at a pace of their own (a look
-        comes late by at most 4 % of the time that the job has run), and this is where the pauses stop growing. Default:
-        5, and 15 for progress and blocked output, which are looked at once a second at most.
-    deadline:
-        The moment until which the job has time, with time zone; like ``Job.timeout``, but absolute.
     schema:
         Name of the package's schema.
-    observer:
-        Called with each event of the job's way.
+    options:
+        As :class:`pgbg_orchestration.options.Options` takes them: ``on_cancel``, ``on_superseded``,
+        ``retry_cancelled``, ``accept_changed_sql``, ``slot_timeout``, ``poll_interval``, ``deadline``, ``observer``.
 
     Returns
     -------
@@ -109,33 +80,10 @@ async def arun(
         Refused before anything was launched.
     """
     async with shared_launcher(conninfo, schema=schema) as launcher:
-        return await launcher.run(
-            job,
-            on_cancel=on_cancel,
-            on_superseded=on_superseded,
-            retry_cancelled=retry_cancelled,
-            accept_changed_sql=accept_changed_sql,
-            slot_timeout=slot_timeout,
-            poll_interval=poll_interval,
-            deadline=deadline,
-            observer=observer,
-        )
+        return await launcher.run(job, **options)
 
 
-def run(
-    conninfo: str,
-    job: Job,
-    *,
-    on_cancel: Literal["cancel", "leave"] = "cancel",
-    on_superseded: Literal["cancel", "wait"] = "cancel",
-    retry_cancelled: bool = False,
-    accept_changed_sql: bool = False,
-    slot_timeout: float | None = None,
-    poll_interval: float | None = None,
-    deadline: datetime | None = None,
-    schema: str = "pgbg",
-    observer: Callable[[Event], None] | None = None,
-) -> Outcome:
+def run(conninfo: str, job: Job, *, schema: str = "pgbg", **options: Unpack[RunOptions]) -> Outcome:
     """Do what :func:`arun` does, from code without an event loop. Ctrl-C counts as a cancel.
 
     Raises
@@ -151,18 +99,4 @@ def run(
         pass
     else:
         raise InvalidJob("run() was called in a running event loop", todo="Use `await arun(...)` there.")
-    return asyncio.run(
-        arun(
-            conninfo,
-            job,
-            on_cancel=on_cancel,
-            on_superseded=on_superseded,
-            retry_cancelled=retry_cancelled,
-            accept_changed_sql=accept_changed_sql,
-            slot_timeout=slot_timeout,
-            poll_interval=poll_interval,
-            deadline=deadline,
-            schema=schema,
-            observer=observer,
-        )
-    )
+    return asyncio.run(arun(conninfo, job, schema=schema, **options))

@@ -10,8 +10,8 @@ from pgbg_orchestration import Job, Kind, Launcher, Outcome, arun, errors
 from tests.conftest import Database
 from tests.core.kit import APP, Watched, cancelled, count, effect, ended, eventually, seeded, within
 
-# Not on the stand-ins: on the 1.9 surface their workers do not bear the application_name that they were launched with,
-# and a job without a receipt is found by nothing else.
+# Not on the stand-ins: a worker there is a client connection like the sessions that these tests end by their name, and
+# goes with them.
 pytestmark = pytest.mark.servers("real", "embedded")
 
 

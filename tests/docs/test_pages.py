@@ -1,4 +1,4 @@
-"""The snippets of the pages that have no test file of their own: security, durability."""
+"""The snippets of the pages that have no test file of their own: security, durability, python."""
 
 from __future__ import annotations
 
@@ -83,6 +83,27 @@ def test_durability(server: EmbeddedServer, admin: psycopg.Connection) -> None:
             else:
                 exec(text, names)
     assert [outcome.proof for outcome in ran] == ["receipt"]
+
+
+def test_python(server: EmbeddedServer, admin: psycopg.Connection) -> None:
+    """From the top to the end, as one program."""
+    admin.execute("drop table if exists facts; create table facts (day date); create table report (n int)")
+    admin.execute("create table staged as select date '2013-01-01' as day from generate_series(1, 3)")
+    admin.execute("create table one_row (n int constraint only_one unique)")
+    program = "\n".join(snippet.text for snippet in snippets.of(DOCS / "python.md"))
+    program = f"conninfo = {server.conninfo('pages')!r}\n{program}"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"3 \d+ 1 True", lines[0])
+    assert lines[1] == "Nothing of this job is committed."
+    assert "Receipt.COMMITTED committed" in lines
+    assert re.match(r"only_one retry [\d.]+ SQLSTATE 23505: two loads met", lines[-2])
+    assert lines[-1].startswith("ResultInfo(completed=True, has_error=False, row_count=1, command_tag='SELECT'")
+    assert admin.execute("select count(*) from facts").fetchone() == (5,)
+    admin.execute("drop table facts, report, staged, one_row")
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))

@@ -9,13 +9,14 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from packaging.requirements import Requirement
 
 import pgbg_orchestration
 from pgbg_orchestration import errors, retry
+from pgbg_orchestration.options import Options, RunOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pgbg_orchestration", "airflow_provider", "dagster_resource")
@@ -132,6 +133,10 @@ class TestExports:
             "errors",
             "run",
         ]
+
+    def test_the_options_of_a_call(self) -> None:
+        """They stand twice, as keyword arguments and with their defaults and meanings: the same."""
+        assert get_type_hints(RunOptions) == get_type_hints(Options)
 
     def test_every_name_is_there(self) -> None:
         assert [name for name in pgbg_orchestration.__all__ if getattr(pgbg_orchestration, name, None) is None] == []
