@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make the project's environment: scripts/venv.sh DIR DATA_REQUIREMENT
+# Make the project's environment: [PYTHON=3.13] scripts/venv.sh DIR DATA_REQUIREMENT
 #
 # uv makes it where uv is installed, a Python of at least 3.11 with its own venv module elsewhere. What is installed is
 # pinned by constraints.txt either way.
@@ -13,10 +13,16 @@ is_new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' >/dev/null 2>&1
 }
 
-# The first Python on the PATH that is new enough. The plain names come last: `python3` is often an older one.
+can_make_environments() {
+    is_new_enough "$1" && "$1" -c 'import ensurepip, venv' >/dev/null 2>&1
+}
+
+# The first Python on the PATH that holds: $1 is the name of a test. The plain names come last: `python3` is often an
+# older one.
 find_python() {
-    for name in python3.11 python3.12 python3.13 python3.14 python3 python; do
-        if command -v "$name" >/dev/null 2>&1 && is_new_enough "$name"; then
+    names="python3.11 python3.12 python3.13 python3.14 python3 python"
+    for name in ${PYTHON:+"python$PYTHON"} ${PYTHON:-$names}; do
+        if command -v "$name" >/dev/null 2>&1 && "$1" "$name"; then
             command -v "$name"
             return 0
         fi
@@ -36,13 +42,15 @@ fi
 
 if has_uv; then
     if [ ! -e "$venv" ]; then
-        # Prefer the versions that the suite is run on; uv fetches one when the machine has none.
-        uv venv --quiet --python 3.11 "$venv" 2>/dev/null || uv venv --quiet --python ">=$least" "$venv"
+        # uv fetches one when the machine has none.
+        if [ -n "${PYTHON:-}" ] || ! uv venv --quiet --python 3.11 "$venv" 2>/dev/null; then
+            uv venv --quiet --python "${PYTHON:->=$least}" "$venv"
+        fi
     fi
     echo "Installing into $venv with uv (constraints.txt) ..."
     uv pip install --quiet --python "$venv/bin/python" --constraints constraints.txt --editable ".[dev]"
     uv pip install --quiet --python "$venv/bin/python" --no-deps "$data"
-elif [ -x "$venv/bin/python" ] || python=$(find_python); then
+elif [ -x "$venv/bin/python" ] || python=$(find_python can_make_environments || find_python is_new_enough); then
     if [ ! -e "$venv" ] && ! "$python" -m venv "$venv"; then
         rm -rf "$venv"
         echo "$python cannot make an environment: install its venv module (on Debian and Ubuntu: apt-get install python3-venv), or uv." >&2
@@ -55,6 +63,6 @@ elif [ -x "$venv/bin/python" ] || python=$(find_python); then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 --no-deps "$data"
 else
-    echo "This needs uv or a Python of at least $least, and neither is on the PATH: install one of them and run make again." >&2
+    echo "This needs uv or a Python ${PYTHON:-of at least $least}, and neither is on the PATH: install one of them and run make again." >&2
     exit 1
 fi
