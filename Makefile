@@ -31,7 +31,7 @@ demo: $(STAMP) ## run real Airflow and Dagster jobs on an embedded PostgreSQL
 	@$(PY) -m demo $(ARGS)
 
 test: $(STAMP) ## run the test suite but for chaos (ARGS="tests/unit -k retry" for less)
-	@PY=$(PY) JOBS=$(JOBS) sh scripts/test.sh $(ARGS)
+	@JOBS=$(JOBS) $(PY) scripts/test.py $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, imports
 	@$(VENV)/bin/ruff check .

@@ -16,7 +16,7 @@ def get_provider_info() -> dict[str, Any]:
         # Airflow refuses a provider whose package-name is not the distribution that the entry point came from.
         "package-name": "pg-background-orchestration",
         "name": _NAME,
-        "description": "Labelled SQL in PostgreSQL's background workers (pg_background): one job, one commit.",
+        "description": "Labelled SQL in PostgreSQL's background workers: one job, one commit.",
         "integrations": [
             {
                 "integration-name": _NAME,

@@ -105,7 +105,7 @@ def test_the_two_commands_of_make() -> None:
         for command in commands
     ]
     assert "-m demo" in dry[0]
-    assert "sh scripts/test.sh" in dry[1]
+    assert "scripts/test.py" in dry[1]
 
 
 def test_what_is_installed_is_called_so() -> None:
