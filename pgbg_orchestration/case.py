@@ -129,9 +129,9 @@ class Case:
         When this call looked at the job first, on the server's clock.
     attached_since:
         Since when a worker of this job was seen that somebody else launched, on the server's clock.
-    session, columns, verified:
-        Of the kinds without a receipt: the session of its own, the columns of the statement's result, what verify_sql
-        said.
+    session, columns, last_marked, verified:
+        Of the kinds without a receipt: the session of its own, the columns of the statement's result, when its worker
+        was last seen (on the event loop's clock), what verify_sql said.
     """
 
     work: Work
@@ -154,6 +154,7 @@ class Case:
     attached_since: datetime | None = None
     session: LaunchingSession | None = None
     columns: sql.Composable | None = None
+    last_marked: float = 0.0
     verified: bool | None = None
     told: set[str] = field(default_factory=set)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, pq, sql
+from psycopg import AsyncConnection, generators, pq, sql
 
 from .outcome import ErrorFields
 
@@ -14,20 +14,27 @@ class UnreadableResult(Exception):
     """No column definition list can name the result's columns, so ``result()`` cannot read it."""
 
 
-def columns_of(pgconn: pq.abc.PGconn, text: str) -> list[tuple[int, int]]:
+async def columns_of(conn: AsyncConnection[Any], text: str) -> list[tuple[int, int]]:
     """Return type oid and modifier of each column that ``text`` gives, by a server-side describe; it is not run.
-
-    Blocks: call it in a thread.
 
     Raises
     ------
     psycopg.Error
         The server refuses the statement.
     """
-    for result in (pgconn.prepare(b"", text.encode()), described := pgconn.describe_prepared(b"")):
-        if result.status != pq.ExecStatus.COMMAND_OK:
-            raise psycopg.errors.error_from_result(result)
-    return [(described.ftype(number), described.fmod(number)) for number in range(described.nfields)]
+    # psycopg has no describe without a run; it is made of the parts that psycopg makes its own calls of.
+    async with conn.lock:
+        conn.pgconn.send_prepare(b"", text.encode())
+        _accepted(await conn.wait(generators.execute(conn.pgconn)))
+        conn.pgconn.send_describe_prepared(b"")
+        result = _accepted(await conn.wait(generators.execute(conn.pgconn)))
+    return [(result.ftype(number), result.fmod(number)) for number in range(result.nfields)]
+
+
+def _accepted(results: list[pq.abc.PGresult]) -> pq.abc.PGresult:
+    if results[-1].status != pq.ExecStatus.COMMAND_OK:
+        raise psycopg.errors.error_from_result(results[-1])
+    return results[-1]
 
 
 async def column_list(conn: AsyncConnection[Any], columns: list[tuple[int, int]]) -> sql.Composable | None:

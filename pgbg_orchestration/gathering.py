@@ -150,6 +150,8 @@ def _failed_since(seen: Sighting, since: datetime) -> bool:
 
 async def _from_marker(case: Case, ledger: Ledger, evidence: Evidence) -> Evidence:
     marked = await ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
+    if marked is not None:
+        case.last_marked = asyncio.get_running_loop().time()
     blocked = marked is not None and marked.wait_event in BLOCKED
     return replace(
         evidence,

@@ -322,19 +322,22 @@ class LaunchingSession:
             The server refuses the statement.
         UnreadableResult
             It gives a column that no column definition list can name.
+        ConnectionLost
+            The connection is gone.
         """
-        async with self._turn, self._conn.transaction(force_rollback=True):
-            await connecting.settle(self._conn, tuple(settings.items()), local=True)
-            # psycopg has no describe without a run; libpq's blocks, so it gets a thread.
-            asking = asyncio.create_task(asyncio.to_thread(describing.columns_of, self._conn.pgconn, text))
+        async with self._turn:
             try:
-                columns = await asyncio.shield(asking)
-            except asyncio.CancelledError:
-                await asyncio.wait({asking})  # two must not use the connection at once
-                raise
-            # So that types are qualified: whoever reads the result may have another search_path.
-            await connecting.settle(self._conn, (("search_path", "pg_catalog"),), local=True)
-            return await describing.column_list(self._conn, columns)
+                async with asyncio.timeout(pace.CALL), self._conn.transaction(force_rollback=True):
+                    await connecting.settle(self._conn, tuple(settings.items()), local=True)
+                    columns = await describing.columns_of(self._conn, text)
+                    # So that types are qualified: whoever reads the result may have another search_path.
+                    await connecting.settle(self._conn, (("search_path", "pg_catalog"),), local=True)
+                    return await describing.column_list(self._conn, columns)
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                if not connecting.is_lost(self._conn, error):
+                    raise
+                self._give_up()
+                raise ConnectionLost(str(error)) from error
 
     async def drain(self, worker: Worker, columns: sql.Composable | None) -> tuple[int | None, str | None]:
         """Read the worker's result to its end, which proves its commit; returns row count and command tag.

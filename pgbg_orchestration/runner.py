@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psycopg
@@ -224,8 +224,8 @@ class Run:
 
     async def _call_launch(self, text: str) -> None:
         case, work = self._case, self._case.work
-        for attempt in range(RELAUNCHES * 2):
-            session = case.session or await self._launcher.session()
+
+        async def call(session: LaunchingSession) -> None:
             case.launch.call = session.launch(
                 text,
                 label=work.label,
@@ -234,17 +234,23 @@ class Run:
                 role=work.job.role if work.kind is Kind.SESSION else None,
                 poll_interval=case.options.poll_interval,
             )
+            await asyncio.shield(case.launch.call)
+
+        await self._on_session(call)
+
+    async def _on_session(self, ask: Callable[[LaunchingSession], Awaitable[T]]) -> T:
+        """Ask a launching session, or another one when it ended between being chosen and being used."""
+        case = self._case
+        for attempt in range(RELAUNCHES * 2):
+            session = case.session or await self._launcher.session()
             try:
-                await asyncio.shield(case.launch.call)
+                return await ask(session)
             except ConnectionLost:
-                # The session ended between being chosen and being used: nothing was launched.
                 if case.session is not None:
                     await case.session.close()
                     case.session = await self._launcher.session(exclusive=True)
                 await asyncio.sleep(pace.backoff(attempt))
-            else:
-                return
-        raise ServerUnreachable("every launching session was lost before the launch call", job_id=work.key.job_id)
+        raise ServerUnreachable("every launching session was lost before the launch call", job_id=case.work.key.job_id)
 
     async def _take_over_call(self) -> None:
         """Take over what came of a launch call, on whose way this process may have been interrupted."""
@@ -370,18 +376,18 @@ class Run:
 
     async def _compose_supervisor(self, registration: Registration) -> str:
         case, work = self._case, self._case.work
-        text, columns = await self._make_readable(await self._launcher.session())
+        text, columns = await self._make_readable()
         facts = await self._launcher.facts()
         settings = {**facts.defaults, **work.settings(case.seconds_left())}
         calls = facts.extension.supervision(columns)
         return work.supervisor(self._launcher.schema, registration, text, calls, settings)
 
-    async def _make_readable(self, session: LaunchingSession) -> tuple[str, sql.Composable | None]:
+    async def _make_readable(self) -> tuple[str, sql.Composable | None]:
         """Return the text to launch and the columns of its result, which is to be read to its end."""
         work = self._case.work
-        text = statements.join(work.statements)
+        text, last = statements.join(work.statements), work.statements[-1].text
         try:
-            return text, await session.describe(work.statements[-1].text, work.meaning())
+            return text, await self._on_session(lambda session: session.describe(last, work.meaning()))
         except describing.UnreadableResult:
             pass
         except psycopg.Error as error:
@@ -415,7 +421,7 @@ class Run:
             raise blame.already_at_work(case.work, marked.pid)
         if case.session is None or case.session.lost:
             case.session = await self._launcher.session(exclusive=True)
-        text, case.columns = await self._make_readable(case.session)
+        text, case.columns = await self._make_readable()
         return text
 
     async def _read_result(self) -> None:
@@ -424,8 +430,12 @@ class Run:
         if launch.reading is None:
             worker = _there(launch.worker)
             launch.reading = self._loop.create_task(worker.session.drain(worker, case.columns))
+            case.last_marked = self._loop.time()
+        elif self._loop.time() - case.last_marked > pace.CALL:
+            await launch.stop_reading()  # the worker is gone, and its result would be here: the connection is not
+            return
         patience = pace.LOOK_LATEST if case.intent is Intent.NONE else pace.LOOK_SOONEST  # then it is signalled again
-        await asyncio.wait({launch.reading}, timeout=case.bounded(patience))
+        await asyncio.wait({launch.reading}, timeout=case.bounded(min(patience, pace.CALL)))
 
     async def _verify(self) -> None:
         work = self._case.work

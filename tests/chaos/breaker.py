@@ -1,20 +1,76 @@
-"""Whoever breaks things: one fault after the other, at moments and of kinds that follow from the seed."""
+"""Whoever breaks things: one fault after the other, each of a kind and in a way that follow from seed and number."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import random
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import psycopg
 
-from tests.chaos.crew import Crew
+from tests.chaos.crew import Crew, Hand
 from tests.chaos.report import Report
 from tests.chaos.stage import Stage
 from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 
 LAUNCH_CALL = b"pg_background_launch"
+PAUSE = 0.03
+"""Seconds between two faults, on average, while there are fewer than there are to be."""
+AT_ONCE = 5
+"""Faults at the same time: some of them take a second or two."""
+
+GROUPS = ("processes", "sessions", "workers", "network", "launches", "slots", "server")
+
+
+class Kind(NamedTuple):
+    """A kind of fault; ``act`` returns how many things it broke."""
+
+    group: str
+    weight: float
+    act: Callable[[Breaker, random.Random], Awaitable[int]]
+
+
+KINDS: dict[str, Kind] = {}
+"""Every kind, by the name that the report gives it."""
+
+
+def kind(name: str, group: str, weight: float) -> Callable[[Act], Act]:
+    """Make a method of the breaker a kind of fault."""
+
+    def add(act: Act) -> Act:
+        KINDS[name] = Kind(group, weight, act)
+        return act
+
+    return add
+
+
+def network(name: str, group: str, weight: float) -> Callable[[ActOnProxy], ActOnProxy]:
+    """Make a method a kind of fault on a proxy: one on which nothing else is broken, and which is mended afterwards."""
+
+    def add(act: ActOnProxy) -> ActOnProxy:
+        @kind(name, group, weight)
+        async def on_proxy(breaker: Breaker, chance: random.Random) -> int:
+            proxy = await breaker.free.get()
+            try:
+                return await act(breaker, proxy, chance)
+            finally:
+                proxy.resume()
+                breaker.free.put_nowait(proxy)
+
+        return act
+
+    return add
+
+
+def chosen(seed: int, number: int, mix: Mapping[str, float]) -> tuple[str, random.Random]:
+    """Return the kind of fault ``number``, and what decides everything else of it."""
+    chance = random.Random(f"{seed}/fault/{number}")
+    weights = [kind.weight * mix.get(kind.group, 1) for kind in KINDS.values()]
+    return chance.choices(list(KINDS), weights)[0], chance
 
 
 class Breaker:
@@ -22,89 +78,149 @@ class Breaker:
 
     Parameters
     ----------
-    pause:
-        Seconds between two faults, on average.
+    proxies:
+        The proxies that stand before some of the processes, each before one.
+    seed:
+        Says of each fault what it is.
+    rate:
+        Faults for each job.
+    mix:
+        How much more often (or less, or never) a group of faults is to come than by itself.
     """
 
     def __init__(
-        self, stage: Stage, crew: Crew, proxy: Proxy, report: Report, chance: random.Random, pause: float
+        self,
+        stage: Stage,
+        crew: Crew,
+        proxies: Sequence[Proxy],
+        report: Report,
+        *,
+        seed: int,
+        rate: float,
+        mix: Mapping[str, float],
     ) -> None:
         self._stage = stage
         self._db = stage.db
         self._crew = crew
-        self._proxy = proxy
         self._report = report
-        self._chance = chance
-        self._pause = pause
-        self._kinds: dict[str, tuple[int, Callable[[], Awaitable[int]]]] = {
-            "launching process killed": (6, self._kill_process),
-            "launching session terminated": (10, lambda: self._terminate("pgbg: launching")),
-            "bookkeeping session terminated": (4, lambda: self._terminate("pgbg: l%")),
-            "worker terminated": (14, lambda: self._end_worker("pg_terminate_backend")),
-            "worker cancelled by a stranger": (6, lambda: self._end_worker("pg_cancel_backend")),
-            "connections cut (RST)": (4, lambda: self._cut(reset=True)),
-            "connections cut (FIN)": (3, lambda: self._cut(reset=False)),
-            "connections half closed": (3, self._half_close),
-            "connections stalled": (4, self._stall),
-            "connections delayed": (4, self._delay),
-            "launch call cut on its way": (5, self._cut_launch),
-            "answer to a launch held back, then cut": (5, self._hold_answer),
-            "new connections refused": (2, self._refuse),
-            "worker slots used up": (3, self._use_up_slots),
-            "server restarted at once": (1, self._restart),
-            "server crashed": (1, self._crash),
-        }
+        self._seed = seed
+        self._rate = rate
+        self._mix = mix
+        self._server = asyncio.Lock()
+        self.free: asyncio.Queue[Proxy] = asyncio.Queue()
+        for proxy in proxies:
+            self.free.put_nowait(proxy)
+        report.faults.update(dict.fromkeys(KINDS, 0))
 
     async def break_until(self, end: asyncio.Event) -> None:
-        """Break things until ``end`` is set."""
-        names = list(self._kinds)
-        weights = [self._kinds[name][0] for name in names]
-        while not end.is_set():
-            await asyncio.sleep(self._chance.expovariate(1 / self._pause))
-            (name,) = self._chance.choices(names, weights)
-            try:
-                done = await self._kinds[name][1]()
-            except psycopg.OperationalError:
-                continue  # the server is away, or has just let this very session go
-            self._report.faults[name] += done
-        self._proxy.resume()
+        """Break things until ``end`` is set, keeping pace with the jobs."""
+        turns = asyncio.Semaphore(AT_ONCE)
+        async with asyncio.TaskGroup() as breaking:
+            for number in itertools.count():
+                name, chance = chosen(self._seed, number, self._mix)
+                await asyncio.sleep(chance.expovariate(1 / PAUSE))
+                await turns.acquire()
+                while self._report.broken_things >= self._rate * self._report.jobs.total() and not end.is_set():
+                    await asyncio.sleep(PAUSE)
+                if end.is_set():
+                    return
+                breaking.create_task(self._break(name, chance, turns))
 
-    def _hit_all(self, *, behind_the_proxy: bool = False) -> None:
-        for hand in self._crew.present():
-            if not behind_the_proxy or hand.way != self._db.conninfo:
-                self._report.hit.update(hand.jobs)
+    async def _break(self, name: str, chance: random.Random, turns: asyncio.Semaphore) -> None:
+        try:
+            self._report.faults[name] += await KINDS[name].act(self, chance)
+        except psycopg.OperationalError:
+            return  # the server is away, or has just let this very session go
+        finally:
+            turns.release()
 
     # Processes ----------------------------------------------------------------------------------------------------
 
-    async def _kill_process(self) -> int:
+    def _busy(self, chance: random.Random) -> Hand | None:
         hands = [hand for hand in self._crew.present() if hand.jobs]
         if not hands:
+            return None
+        hand = chance.choice(hands)
+        self._report.hit.update(hand.jobs)
+        return hand
+
+    @kind("launching process killed", "processes", 6)
+    async def _kill_process(self, chance: random.Random) -> int:
+        if (hand := self._busy(chance)) is None:
             return 0
-        self._chance.choice(hands).signal(signal.SIGKILL)
+        hand.shoot()
         return 1
 
-    # Sessions and workers -----------------------------------------------------------------------------------------
+    @kind("launching process stopped for a while", "processes", 4)
+    async def _stop_process(self, chance: random.Random) -> int:
+        if (hand := self._busy(chance)) is None:
+            return 0
+        hand.signal(signal.SIGSTOP)
+        await asyncio.sleep(chance.uniform(0.1, 2))
+        if hand.alive:
+            hand.signal(signal.SIGCONT)
+        return 1
 
-    async def _terminate(self, like: str) -> int:
+    # Sessions -----------------------------------------------------------------------------------------------------
+
+    @kind("launching session terminated", "sessions", 10)
+    async def _terminate_launching(self, chance: random.Random) -> int:
+        return self._terminate("pgbg: launching", chance)
+
+    @kind("bookkeeping session terminated", "sessions", 4)
+    async def _terminate_bookkeeping(self, chance: random.Random) -> int:
+        return self._terminate("pgbg: l%", chance)
+
+    def _terminate(self, like: str, chance: random.Random) -> int:
         pids = [int(row[0]) for row in self._db.sessions(like)]
         if not pids:
             return 0
-        self._db.terminate([self._chance.choice(pids)])
+        # Whose it is does not show; a session job has one of its own.
+        self._stage.lose(self._stage.wanted, sessions_only=True)
+        self._db.terminate([chance.choice(pids)])
         return 1
 
-    async def _end_worker(self, how: str) -> int:
-        rows = self._db.sql("select job_id, running_pid from pgbg.jobs where running_pid is not null")
-        starting = self._db.workers()
-        if rows and self._chance.random() < 0.8:
-            name, pid = self._chance.choice(rows)
-            self._report.hit.add(str(name))
-        elif starting:
-            pid = self._chance.choice(starting)[0]
+    @kind("launching session's process stopped for a while", "sessions", 4)
+    async def _stop_launching(self, chance: random.Random) -> int:
+        """The handle of a worker that ends meanwhile can have a pid that is another's."""
+        pids = [int(row[0]) for row in self._db.sessions("pgbg: launching")]
+        if not pids:
+            return 0
+        pid = chance.choice(pids)
+        try:
+            os.kill(pid, signal.SIGSTOP)
+            await asyncio.sleep(chance.uniform(0.05, 0.3))
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            return 0  # it has just ended
+        return 1
+
+    # Workers ------------------------------------------------------------------------------------------------------
+
+    @kind("worker terminated", "workers", 14)
+    async def _terminate_worker(self, chance: random.Random) -> int:
+        return self._end_worker("pg_terminate_backend", chance)
+
+    @kind("worker cancelled by a stranger", "workers", 6)
+    async def _cancel_worker(self, chance: random.Random) -> int:
+        return self._end_worker("pg_cancel_backend", chance)
+
+    def _end_worker(self, function: str, chance: random.Random) -> int:
+        known = self._db.sql("select job_id, running_pid from pgbg.jobs where running_pid is not null")
+        workers = self._db.workers()
+        if known and chance.random() < 0.7:
+            name, pid = chance.choice(known)
+            self._hit([name])
+        elif workers:
+            pid, application_name, *_ = chance.choice(workers)
+            job = self._stage.job_of(application_name or "")
+            self._hit([job]) if job else self._stage.lose(self._stage.wanted)
         else:
             return 0
-        return int(bool(self._db.value(f"select {how}(%s)", pid)))
+        return int(bool(self._db.value(f"select {function}(%s)", pid)))
 
-    async def _use_up_slots(self) -> int:
+    @kind("worker slots used up", "slots", 3)
+    async def _use_up_slots(self, _: random.Random) -> int:
         # Not through the session of the others: these workers end by themselves.
         with self._db.database.connect() as connection:
             taken = 0
@@ -118,66 +234,104 @@ class Breaker:
 
     # The network --------------------------------------------------------------------------------------------------
 
-    async def _cut(self, *, reset: bool) -> int:
-        self._hit_all(behind_the_proxy=True)
-        return min(self._proxy.cut(reset=reset), 1)
+    @network("connections cut (RST)", "network", 4)
+    async def _cut_hard(self, proxy: Proxy, _: random.Random) -> int:
+        self._hit_behind(proxy)
+        return min(proxy.cut(), 1)
 
-    async def _half_close(self) -> int:
-        self._hit_all(behind_the_proxy=True)
-        self._proxy.half_close(self._chance.choice([TO_SERVER, TO_CLIENT]))
+    @network("connections cut (FIN)", "network", 3)
+    async def _cut_softly(self, proxy: Proxy, _: random.Random) -> int:
+        self._hit_behind(proxy)
+        return min(proxy.cut(reset=False), 1)
+
+    @network("connections half closed", "network", 3)
+    async def _half_close(self, proxy: Proxy, chance: random.Random) -> int:
+        self._hit_behind(proxy)
+        proxy.half_close(chance.choice([TO_SERVER, TO_CLIENT]))
         return 1
 
-    async def _stall(self) -> int:
-        self._hit_all(behind_the_proxy=True)
-        self._proxy.stall(*self._chance.choice([(), (TO_SERVER,), (TO_CLIENT,)]))
-        await asyncio.sleep(self._chance.uniform(0.1, 1.5))
-        if self._chance.random() < 0.5:
-            self._proxy.cut()
-        self._proxy.resume()
+    @network("connections stalled", "network", 4)
+    async def _stall(self, proxy: Proxy, chance: random.Random) -> int:
+        self._hit_behind(proxy)
+        proxy.stall(*chance.choice([(), (TO_SERVER,), (TO_CLIENT,)]))
+        await asyncio.sleep(chance.uniform(0.1, 1.5))
+        self._hit_behind(proxy)
+        if chance.random() < 0.5:
+            proxy.cut()
         return 1
 
-    async def _delay(self) -> int:
-        self._proxy.delay(self._chance.uniform(0.01, 0.1))
+    @network("connections delayed", "network", 4)
+    async def _delay(self, proxy: Proxy, chance: random.Random) -> int:
+        proxy.delay(chance.uniform(0.01, 0.1))
         await asyncio.sleep(0.5)
-        self._proxy.resume()
         return 1
 
-    async def _refuse(self) -> int:
-        self._hit_all(behind_the_proxy=True)
-        self._proxy.refuse()
-        self._proxy.cut()
-        await asyncio.sleep(self._chance.uniform(0.1, 1))
-        self._proxy.resume()
+    @network("new connections refused", "network", 2)
+    async def _refuse(self, proxy: Proxy, chance: random.Random) -> int:
+        self._hit_behind(proxy)
+        proxy.refuse()
+        proxy.cut()
+        await asyncio.sleep(chance.uniform(0.1, 1))
+        self._hit_behind(proxy)
         return 1
 
-    async def _cut_launch(self) -> int:
-        return await self._when(cut=True)
+    @network("launch call cut on its way", "launches", 5)
+    async def _cut_launch(self, proxy: Proxy, _: random.Random) -> int:
+        return await self._at_launch(proxy, cut=True)
 
-    async def _hold_answer(self) -> int:
-        done = await self._when(cut=False)
-        await asyncio.sleep(self._chance.uniform(0, 0.5))
-        self._hit_all(behind_the_proxy=True)
-        self._proxy.cut()
-        self._proxy.resume()
+    @network("answer to a launch held back, then cut", "launches", 5)
+    async def _hold_answer(self, proxy: Proxy, chance: random.Random) -> int:
+        done = await self._at_launch(proxy, cut=False)
+        await asyncio.sleep(chance.uniform(0, 0.5))
+        self._hit_behind(proxy)
+        proxy.cut()
         return done
 
-    async def _when(self, *, cut: bool) -> int:
-        when = self._proxy.when(TO_SERVER, LAUNCH_CALL, cut=cut, stall=() if cut else TO_CLIENT)
-        for _ in range(40):
-            if when.happened:
-                return 1
-            await asyncio.sleep(0.05)
-        return 0
+    async def _at_launch(self, proxy: Proxy, *, cut: bool) -> int:
+        """Cut the next launch call before it reaches the server, or let it through and hold its answer back."""
+        when = proxy.when(TO_SERVER, LAUNCH_CALL, cut=cut, stall=() if cut else TO_CLIENT)
+        try:
+            for _ in range(100):
+                self._hit_behind(proxy)
+                if when.happened:
+                    return 1
+                await asyncio.sleep(0.02)
+            return 0
+        finally:
+            proxy.disarm(when)
 
     # The server ---------------------------------------------------------------------------------------------------
 
-    async def _restart(self) -> int:
-        self._hit_all()
-        await asyncio.to_thread(self._db.server.restart, "immediate")
-        return 1
+    @kind("server restarted at once", "server", 1)
+    async def _restart(self, _: random.Random) -> int:
+        async with self._server:
+            self._hit(self._stage.wanted)
+            await asyncio.to_thread(self._db.server.restart, "immediate")
+            self._hit(self._stage.wanted)
+            return 1
 
-    async def _crash(self) -> int:
-        self._hit_all()
-        await asyncio.to_thread(self._db.server.crash)
-        await asyncio.to_thread(self._db.server.start)
-        return 1
+    @kind("server crashed", "server", 1)
+    async def _crash(self, _: random.Random) -> int:
+        async with self._server:
+            self._hit(self._stage.wanted)
+            await asyncio.to_thread(self._db.server.crash)
+            await asyncio.to_thread(self._db.server.start)
+            self._hit(self._stage.wanted)
+            return 1
+
+    # Who is hit ---------------------------------------------------------------------------------------------------
+
+    def _hit(self, names: Iterable[str], *, sessions_only: bool = False) -> None:
+        names = list(names)
+        self._report.hit.update(names)
+        self._stage.lose(names, sessions_only=sessions_only)
+
+    def _hit_behind(self, proxy: Proxy) -> None:
+        way = proxy.through(self._db.conninfo)
+        for hand in self._crew.present():
+            if hand.way == way:
+                self._hit(hand.jobs, sessions_only=True)
+
+
+Act = Callable[[Breaker, random.Random], Awaitable[int]]
+ActOnProxy = Callable[[Breaker, Proxy, random.Random], Awaitable[int]]

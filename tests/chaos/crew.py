@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Self
 
 from pgbg_orchestration import faults
+from tests.chaos.report import Report
 from tests.core.kit import ROOT, Child, within
 
 BOUND = 150.0
 """Seconds after which a call counts as endless. No fault of a run lasts longer than a few."""
-KILLED = {"error": "ProcessKilled", "sqlstate": None, "message": "its launching process died"}
+KILLED = {"error": "ProcessKilled", "message": "its launching process died", "data_state": "not told"}
 
 
 class Hand(Child):
@@ -24,6 +26,13 @@ class Hand(Child):
     module = "tests.core.child"
     jobs: set[str]  # in flight
     way: str
+    fate: str | None  # the point of the algorithm at which it is to die
+    shot = False
+
+    def shoot(self) -> None:
+        """Kill it, wherever it is."""
+        self.shot = True
+        self.signal(signal.SIGKILL)
 
     @classmethod
     async def start(cls, conninfo: str, fault: str | None = None) -> Self:
@@ -58,7 +67,7 @@ class Hand(Child):
 async def bounded(answer: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
     """The answer, or one that says that there was none within ``BOUND``."""
     done, _ = await asyncio.wait({answer}, timeout=BOUND)
-    return answer.result() if done else {"error": "Endless", "sqlstate": None, "message": f"no answer in {BOUND} s"}
+    return answer.result() if done else {**KILLED, "error": "Endless", "message": f"no answer in {BOUND} s"}
 
 
 class Crew:
@@ -68,19 +77,22 @@ class Crew:
     ----------
     ways:
         A connection string for each process: straight to the server, or through a proxy.
-    chance:
-        Decides which process gets a job, and at which point of the algorithm a new one is to die.
+    seed:
+        Says which of them are to die by themselves, and at which point of the algorithm.
+    report:
+        Gets those deaths.
     hand:
         The class of its processes.
     """
 
-    def __init__(self, ways: list[str], chance: random.Random, hand: type[Hand] = Hand) -> None:
+    def __init__(self, ways: Sequence[str], seed: int, report: Report, hand: type[Hand] = Hand) -> None:
         self._hand = hand
         self._ways = ways
-        self._chance = chance
+        self._seed = seed
+        self._report = report
+        self._replaced = 0
         self._places: list[asyncio.Task[Hand]] = []
-        self.deaths: Counter[str] = Counter()  # at a point of the algorithm
-        self._fates: dict[int, str] = {}
+        report.deaths.update(dict.fromkeys(faults.POINTS, 0))
 
     async def __aenter__(self) -> Self:
         self._places = [asyncio.create_task(self._hire(way, None)) for way in self._ways]
@@ -90,6 +102,7 @@ class Crew:
     async def __aexit__(self, *_: object) -> None:
         for place in self._places:
             hand = await place
+            self._bury(hand)
             await hand.close()
 
     async def _hire(self, way: str, fate: str | None) -> Hand:
@@ -100,19 +113,14 @@ class Crew:
                 continue  # a slow machine; the bound of a start is the kit's
             hand.jobs = set()
             hand.way = way
-            if fate:
-                self._fates[hand.process.pid] = fate
+            hand.fate = fate
             return hand
 
-    async def hands(self, count: int) -> list[Hand]:
+    async def hands(self, count: int, chance: random.Random) -> list[Hand]:
         """Living processes, each another one as far as there are so many."""
         while not (present := self.present()):
             await asyncio.sleep(0.05)
-        return self._chance.sample(present, min(count, len(present)))
-
-    async def hand(self) -> Hand:
-        """A living process."""
-        return (await self.hands(1))[0]
+        return chance.sample(present, min(count, len(present)))
 
     def present(self) -> list[Hand]:
         """The processes that live now; whoever died is replaced."""
@@ -123,13 +131,23 @@ class Crew:
             if hired.result().alive:
                 hands.append(hired.result())
             else:
-                self._replace(place, hired.result())
+                self._bury(hired.result())
+                self._places[place] = asyncio.create_task(self._hire(self._ways[place], self._next_fate()))
         return hands
 
-    def _replace(self, place: int, dead: Hand) -> None:
-        fate = self._fates.pop(dead.process.pid, None)
-        if fate:
-            self.deaths[fate] += 1
-        # Every third is to die by itself, at a point of the algorithm.
-        next_fate = self._chance.choice(faults.POINTS) if self._chance.random() < 0.35 else None
-        self._places[place] = asyncio.create_task(self._hire(self._ways[place], next_fate))
+    def _bury(self, hand: Hand) -> None:
+        """Count a death at a point of the algorithm, unless somebody else killed it before it got there."""
+        if hand.fate and not hand.alive and not hand.shot:
+            self._report.deaths[hand.fate] += 1
+
+    def _next_fate(self) -> str | None:
+        self._replaced += 1
+        return fate(self._seed, self._replaced)
+
+
+def fate(seed: int, number: int) -> str | None:
+    """Every other new process dies by itself, at each point of the algorithm in turn, in an order of the seed's."""
+    if number % 2:
+        return None
+    turn, at = divmod(number // 2 - 1, len(faults.POINTS))
+    return random.Random(f"{seed}/fates/{turn}").sample(faults.POINTS, len(faults.POINTS))[at]

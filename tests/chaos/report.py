@@ -13,15 +13,19 @@ class Report:
     seed: int
     server: str
     seconds: float = 0.0
-    jobs: int = 0
+    jobs: Counter[str] = field(default_factory=Counter)  # by their kind
     calls: int = 0
+    cancels: int = 0
     hit: set[str] = field(default_factory=set)
     faults: Counter[str] = field(default_factory=Counter)
+    deaths: Counter[str] = field(default_factory=Counter)  # of launching processes, at a point of the algorithm
     ends: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
     false_successes: list[str] = field(default_factory=list)
     false_failures: list[str] = field(default_factory=list)
+    false_unknowns: list[str] = field(default_factory=list)
     without_receipt: list[str] = field(default_factory=list)
     cancels_undone: list[str] = field(default_factory=list)
     overlaps: list[str] = field(default_factory=list)
@@ -32,9 +36,10 @@ class Report:
 
     BROKEN = (
         ("lost (told to be done for, or never done, though wanted)", "lost"),
-        ("doubled (more than one effect)", "doubled"),
+        ("doubled (an effect more than once)", "doubled"),
         ("false successes (told, without an effect)", "false_successes"),
         ("false failures (told that nothing is committed, with an effect)", "false_failures"),
+        ("false unknowns (told to be unknown, though nothing was broken that makes it so)", "false_unknowns"),
         ("effect and receipt at odds", "without_receipt"),
         ("cancels that did not hold", "cancels_undone"),
         ("two generations of a series at work at once", "overlaps"),
@@ -44,6 +49,11 @@ class Report:
         ("errors that nobody expects", "surprises"),
     )
 
+    @property
+    def broken_things(self) -> int:
+        """How many faults there were, a process that died at a point of the algorithm included."""
+        return self.faults.total() + self.deaths.total()
+
     def broken(self) -> dict[str, list[str]]:
         """The promises that were not kept, with the cases."""
         return {title: cases for title, name in self.BROKEN if (cases := getattr(self, name))}
@@ -51,10 +61,13 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"chaos on {self.server}: PGBG_CHAOS_SEED={self.seed}, {self.seconds:.0f} s",
-            f"{self.jobs:7} jobs, {self.calls} calls to run or cancel them",
-            f"{self.faults.total():7} faults, {len(self.hit)} jobs known to be hit by one",
+            f"{self.jobs.total():7} jobs: {_list(self.jobs)}",
+            f"{self.calls:7} calls to run them, {self.cancels} of them cancelled",
+            f"{self.broken_things:7} faults, {len(self.hit)} jobs known to be hit by one",
             *_table("faults survived", self.faults),
+            *_table("launching processes killed at a point of the algorithm", self.deaths),
             *_table("ends that calls were told", self.ends),
+            *_table("jobs without a receipt of their own, rightly told to be unknown", self.unknown),
             "promises broken",
             *(f"{len(getattr(self, name)):7} {title}" for title, name in self.BROKEN),
         ]
@@ -62,5 +75,9 @@ class Report:
         return "\n".join(lines)
 
 
+def _list(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.most_common())
+
+
 def _table(title: str, counts: Counter[str]) -> list[str]:
-    return [title, *(f"{number:7} {name}" for name, number in counts.most_common() if number)]
+    return [title, *(f"{number:7} {name}" for name, number in counts.most_common())]

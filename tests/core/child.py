@@ -2,7 +2,7 @@
 
 Orders: ``{"tag", "op": "run", "job": {...}, "options": {...}}``, ``{"tag", "op": "cancel", "job_id"}``,
 ``{"tag", "op": "cancel_task", "of": tag}``. Answers: ``{"tag", "outcome": {...}}`` or ``{"tag", "error": class name,
-"sqlstate", "message"}``. Orders run side by side; stdin's end ends the process once all are answered.
+"sqlstate", "message", "data_state"}``. Orders run side by side; stdin's end ends the process once all are answered.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ async def _obey(launcher: Launcher, order: dict[str, Any], tasks: dict[str, asyn
             await asyncio.wait([tasks[order["of"]]])
             _say({"tag": tag, "outcome": "ended"})
     except asyncio.CancelledError:
-        _say({"tag": tag, "error": "CancelledError", "sqlstate": None, "message": ""})
+        _say({"tag": tag, "error": "CancelledError", "sqlstate": None, "message": "", "data_state": ""})
     except PgbgError as error:
-        _say({"tag": tag, "error": type(error).__name__, "sqlstate": error.sqlstate, "message": str(error)})
+        told = {"sqlstate": error.sqlstate, "message": str(error), "data_state": error.data_state}
+        _say({"tag": tag, "error": type(error).__name__, **told})
 
 
 async def _main(conninfo: str) -> None:

@@ -128,6 +128,31 @@ async def test_half_closed_connections(db: Watched, proxy: Proxy) -> None:
     assert db.effects("j") == 1
 
 
+@pytest.mark.servers("real", "embedded")
+@pytest.mark.parametrize(("kind", "how"), [("supervised", "cut"), ("session", "stalled")])
+async def test_session_lost_while_it_describes_the_result(
+    db: Watched, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, kind: str, how: str
+) -> None:
+    """Nothing is launched yet, and nothing is wrong with the statement: another session is asked."""
+    monkeypatch.setattr(pace, "CALL", 1.0)
+    described = b"insert into effects"  # what is launched has the same text, later
+    proxy.when(TO_SERVER, described, cut=how == "cut", stall=() if how == "cut" else TO_CLIENT)
+    job = Job(effect("j"), id="j", kind=kind)
+    assert (await within(arun(proxy.through(db.conninfo), job), 120)).launched
+    assert db.effects("j") == 1
+
+
+@pytest.mark.servers("real", "embedded")
+async def test_result_that_never_comes(db: Watched, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session job's worker ends, and the connection that its result comes over has gone silent."""
+    monkeypatch.setattr(pace, "CALL", 1.0)
+    proxy.when(TO_SERVER, b'"pg_background_result"', stall=TO_CLIENT)
+    job = Job(effect("j"), id="j", kind="session", verify_sql="select exists (select from effects)")
+    outcome = await within(arun(proxy.through(db.conninfo), job), 120)
+    assert outcome.proof == "verify_sql"
+    assert db.effects("j") == 1
+
+
 async def test_cancel_over_a_cut_connection(db: Watched, proxy: Proxy) -> None:
     """The cancel is decided all the same: over a new connection, and before the call ends."""
     task = asyncio.create_task(arun(proxy.through(db.conninfo), Job(slow("j", 30), id="j")))

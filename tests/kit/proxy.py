@@ -90,6 +90,7 @@ class _Connection:
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter
     gates: dict[Direction, asyncio.Event] = field(default_factory=dict)
+    half_closed: set[Direction] = field(default_factory=set)
 
     def writer(self, direction: Direction) -> asyncio.StreamWriter:
         return self.server if direction == TO_SERVER else self.client
@@ -214,6 +215,7 @@ class Proxy:
         def act() -> None:
             for connection in self._connections:
                 writer = connection.writer(direction)
+                connection.half_closed.add(direction)
                 if not writer.is_closing():
                     writer.write_eof()
 
@@ -253,6 +255,14 @@ class Proxy:
         when = When(direction, pattern, Actions(stalls, cut))
         self._do(lambda: self._whens.append(when))
         return when
+
+    def disarm(self, when: When) -> None:
+        """Forget an armed action, whether it has happened or not."""
+
+        def act() -> None:
+            self._whens.remove(when)
+
+        self._do(act)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -337,8 +347,9 @@ class Proxy:
             if delay := self._delays[direction]:
                 await asyncio.sleep(delay)
             await connection.gates[direction].wait()
-            writer.write(chunk)
-            await writer.drain()
+            if direction not in connection.half_closed:
+                writer.write(chunk)
+                await writer.drain()
         await connection.gates[direction].wait()
         if writer.can_write_eof() and not writer.is_closing():
             writer.write_eof()
