@@ -13,7 +13,7 @@ from .composing import Work
 from .errors import PgbgError
 from .job import Kind
 from .ledger import Key, Sighting
-from .outcome import ErrorFields
+from .outcome import WITHHELD, ErrorFields
 from .server import ServerFacts
 from .verdict import CANCELED
 
@@ -117,10 +117,9 @@ def launch_failed(work: Work, error: BaseException) -> PgbgError:
 
 def unknown(work: Work) -> PgbgError:
     """Nobody can tell how the job ended."""
-    supervised = work.kind is Kind.SUPERVISED
+    lost = "the launching session" if work.kind is Kind.SESSION else "its supervisor"
     return errors.OutcomeUnknown(
-        f"{'its supervisor' if supervised else 'the launching session'} was lost while it ran, "
-        "and this kind of job leaves no receipt",
+        f"{lost} was lost while it ran, and this kind of job leaves no receipt",
         todo="Look whether its work is done; verify_sql lets the job find out by itself.",
         **_named(work),
     )
@@ -147,10 +146,13 @@ def untold(key: Key) -> PgbgError:
 
 def unverified(work: Work, error: BaseException) -> PgbgError:
     """The query that was to tell how the job ended failed."""
+    todo = "Run it again: verify_sql is asked again, and nothing is launched before it answers."
+    if work.kind is Kind.SESSION:
+        todo = "Look whether its work is done before you run it again: that launches it anew."
     return errors.OutcomeUnknown(
         f"how it ended is not known, and its verify_sql failed: {work.server_text(error)}",
         sqlstate=getattr(error, "sqlstate", None),
-        todo="Run it again: verify_sql is asked again, and nothing is launched before it answers.",
+        todo=todo,
         **_named(work),
     )
 
@@ -201,6 +203,17 @@ def may_not_cancel(key: Key, seen: Sighting) -> PgbgError:
         todo=f"Cancel it as {seen.holder_user!r}, or grant this login pg_signal_backend.",
         job_id=key.job_id,
     )
+
+
+def ledger(error: psycopg.Error, job_id: str, *, redact: bool = False) -> PgbgError:
+    """The server refuses a statement of the package's own, in the middle of a job's way."""
+    text = WITHHELD if redact else error.diag.message_primary or str(error)
+    told = f"the server refuses what the package asks of its own tables: {text}"
+    named = {"job_id": job_id, "sqlstate": error.sqlstate, "data_state": errors.GOES_ON}
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return errors.NoPrivilege(told, todo="`pgbg doctor` names the GRANT that is missing.", **named)
+    todo = "See with `pgbg doctor` whether the schema is whole; look for rows that were changed by hand."
+    return errors.LedgerError(told, todo=todo, **named)
 
 
 def stranger(work: Work, seen: Sighting) -> PgbgError:

@@ -74,9 +74,9 @@ class Launch:
         except (ConnectionLost, asyncio.CancelledError):
             self.lost = True
         except psycopg.Error as error:
-            # 08006 is said of the worker's connection to this session. Class 42 is about our own call: thrown away
-            # before its end, the result proves nothing.
-            if error.sqlstate == "08006" or (error.sqlstate or "").startswith("42"):
+            # 08006 is said of the worker's connection to this session. Class 42, and what lacks the context that a
+            # worker's error has, is about our own call: thrown away before its end, the result proves nothing.
+            if error.sqlstate == "08006" or (error.sqlstate or "").startswith("42") or not error.diag.context:
                 self.lost = True
             else:
                 self.error = describing.error_fields(error)
@@ -126,7 +126,7 @@ class Case:
     stray, gave_up:
         A handle was lost or let go, so its worker may begin at any time; the job was marked, so that it cannot.
     first_look:
-        When this call looked at the job first, on the server's clock.
+        What this call saw of the job first.
     attached_since:
         Since when a worker of this job was seen that somebody else launched, on the server's clock.
     session, columns, last_marked, verified:
@@ -150,7 +150,7 @@ class Case:
     stray: bool = False
     gave_up: bool = False
     launch_error: BaseException | None = None
-    first_look: datetime | None = None
+    first_look: Sighting | None = None
     attached_since: datetime | None = None
     session: LaunchingSession | None = None
     columns: sql.Composable | None = None
@@ -185,7 +185,8 @@ class Case:
 
     def lifts(self, seen: Sighting) -> bool:
         """Say whether this call takes the job's cancel back: one from before it, where its caller wants that."""
-        before = seen.decided_at is not None and self.first_look is not None and seen.decided_at <= self.first_look
+        # The very one that it saw first: by comparing times, a clock that is set back would make a new one an old one.
+        before = self.first_look is not None and seen.decided_at == self.first_look.decided_at
         return seen.is_provisional or (self.options.retry_cancelled and before)
 
     # Time ---------------------------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ BOOKKEEPING = (
 REFUSED_LOGINS = ("28P01", "28000", "3D000")
 
 
+# Broken off by somebody's pg_cancel_backend, for want of memory, or as the victim of others: the same question may be
+# answered a moment later.
+PASSING = ("57014", "40001", "40P01", "53200")
+
+
 class ConnectionLost(Exception):
     """The connection is gone, or did not answer in time; what was asked may have happened."""
 
@@ -59,6 +64,10 @@ def check(conninfo: str) -> None:
             "the connection string cannot be read",
             todo="It is 'key=value …' or 'postgresql://…', as libpq takes it (PostgreSQL manual, 34.1.1).",
         ) from None
+
+
+class ExtensionMoved(ConnectionLost):
+    """The connection is good for nothing any more: pg_background's functions are not where they were."""
 
 
 async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:
@@ -122,6 +131,11 @@ def is_lost(conn: AsyncConnection[Any], error: BaseException) -> bool:
     if isinstance(error, TimeoutError | OSError):
         return True
     return isinstance(error, psycopg.Error) and (conn.closed or conn.broken)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell whether ``error`` says nothing of what was asked: it was broken off."""
+    return isinstance(error, psycopg.Error) and error.sqlstate in PASSING
 
 
 async def close(conn: AsyncConnection[Any]) -> None:

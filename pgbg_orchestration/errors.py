@@ -11,6 +11,10 @@ from .outcome import NO_FIELDS, ErrorFields
 ROLLED_BACK = "Nothing of this job is committed."
 PARTLY = "This kind of job can commit on its way: what it had committed stays, the rest is rolled back."
 NOT_STARTED = "Nothing was launched."
+GOES_ON = (
+    "What was launched goes on in the server. A job of kind receipt still commits at most once: "
+    "run the same id again, and it is attached to or its outcome is read."
+)
 NOT_KNOWN = "Whether the job is committed is not known from here."
 
 
@@ -161,10 +165,13 @@ class LaunchFailed(PgbgError):
 class ServerUnreachable(PgbgError):
     """The server did not answer for longer than a job may wait for it."""
 
-    data_state = (
-        "What was launched goes on in the server. A job of kind receipt still commits at most once: "
-        "run the same id again, and it is attached to or its outcome is read."
-    )
+    data_state = GOES_ON
+
+
+class LedgerError(PgbgError):
+    """The package's own tables or functions in the server refuse: changed by hand, dropped, or of another version."""
+
+    data_state = GOES_ON
 
 
 class ExtensionMissing(PgbgError):
@@ -212,6 +219,7 @@ __all__ = [
     "JobCancelled",
     "JobIdReused",
     "LaunchFailed",
+    "LedgerError",
     "NoPrivilege",
     "NoWorkerSlot",
     "OutcomeUnknown",

@@ -59,7 +59,7 @@ async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]
 
 async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[Evidence, Sighting]:
     seen = await look(ledger, case.work.key)
-    case.first_look = case.first_look or seen.looked_at
+    case.first_look = case.first_look or seen
     _check_digest(case, seen)
     holder = seen.holder(case.generation(seen))
     recorded = False

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from .errors import ExtensionMissing, NoPrivilege, SchemaMissing, SchemaVersionMismatch
+from .errors import ExtensionMissing, LedgerError, NoPrivilege, SchemaMissing, SchemaVersionMismatch
 
 VERSION = 1
 DEFAULT_SCHEMA = "pgbg"
@@ -86,6 +86,8 @@ def install(
         The installed schema is newer than this package.
     NoPrivilege
         The role may not do it; nothing has been changed.
+    LedgerError
+        Another session holds a lock that this needs; nothing has been changed.
     """
     with psycopg.connect(conninfo, autocommit=True) as conn:
         conn.execute("set client_min_messages to warning")
@@ -105,6 +107,14 @@ def install(
                 script = plan(installed_version(conn, schema), schema=schema, owner=owner)
                 if script.text:
                     conn.execute(script.text)
+        except psycopg.errors.LockNotAvailable as error:
+            raise LedgerError(
+                f"the schema {schema} cannot be installed now: another session holds a lock on it for longer than "
+                f"{LOCK_TIMEOUT}",
+                todo="Look for it with pg_blocking_pids() while `pgbg install` runs again, and end it.",
+                sqlstate=error.sqlstate,
+                data_state="Nothing was changed.",
+            ) from error
         except psycopg.errors.InsufficientPrivilege as error:
             raise NoPrivilege(
                 f"the schema {schema} cannot be installed: {error.diag.message_primary}",

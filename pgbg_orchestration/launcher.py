@@ -10,9 +10,10 @@ from typing import Any, Literal, Self, Unpack
 import psycopg
 from psycopg import AsyncConnection
 
-from . import connecting, describing, pace, server, verifying
+from . import blame, connecting, describing, pace, server, verifying
 from .composing import Work, bind
 from .errors import PoolerInTransactionMode
+from .extension import Extension
 from .job import Job, Kind
 from .launching import LaunchingSession, Worker
 from .ledger import Key, Ledger, Sighting
@@ -104,9 +105,12 @@ class Launcher:
         StillRunning
             Its worker does not end, or runs as a login that this one may not signal.
         """
-        facts = await self.facts()
-        server.require(facts, self.schema, receipts=True)
-        return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series), "asked", reason)
+        facts = await self._require(receipts=True)
+        try:
+            return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series), "asked", reason)
+        except psycopg.Error as error:
+            self.forget_facts()
+            raise blame.ledger(error, job_id) from error
 
     async def cancel_all(self) -> int:
         """Cancel all workers of this launcher at one blow, by the extension's own ``cancel_all``; returns how many.
@@ -118,8 +122,7 @@ class Launcher:
 
     async def look(self, job_id: str, *, owner: str | None = None, series: str | None = None) -> Sighting:
         """Look at a job once: its lock, its receipt, its history."""
-        facts = await self.facts()
-        server.require(facts, self.schema, receipts=True)
+        facts = await self._require(receipts=True)
         return await self.ledger.look(Key(owner or facts.login, job_id, series))
 
     # For the runner -----------------------------------------------------------------------------------------------
@@ -196,19 +199,19 @@ class Launcher:
 
     async def bind(self, job: Job) -> Work:
         """Check the server for this job, and bind it; nothing has been launched when this raises."""
+        read_only = str((job.settings or {}).get("default_transaction_read_only", "")).lower()
+        read_write = read_only in ("off", "false", "0", "no")
+        facts = await self._require(receipts=job.kind is not Kind.SESSION, read_write=read_write)
+        return await self.ledger.run(lambda conn: bind(job, conn, facts.login))
+
+    async def _require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
         facts = await self.facts()
-        read_write = str((job.settings or {}).get("default_transaction_read_only", "")).lower() in (
-            "off",
-            "false",
-            "0",
-            "no",
-        )
         try:
-            server.require(facts, self.schema, receipts=job.kind is not Kind.SESSION, read_write=read_write)
+            server.require(facts, self.schema, receipts=receipts, read_write=read_write)
         except Exception:
             self.forget_facts()  # somebody may mend it
             raise
-        return await self.ledger.run(lambda conn: bind(job, conn, facts.login))
+        return facts
 
     async def verify(self, query: str, role: str | None) -> bool:
         """Ask a job's ``verify_sql``, in a session with the login's own settings.
@@ -250,9 +253,12 @@ class Launcher:
         ------
         ServerUnreachable
             The server did not answer for a long time.
+        ExtensionMissing
+            The extension was dropped.
         """
+        extension = (await self.facts()).extension
         if exclusive:
-            return await self._open()
+            return await self._open(extension)
         async with self._opening:
             for session in [s for s in self._sessions if s.lost or (s.worn and not s.workers)]:
                 self._sessions.remove(session)
@@ -262,7 +268,7 @@ class Launcher:
                 return min(usable, key=lambda session: len(session.workers))
             if len([s for s in self._sessions if not s.worn and not s.stalled]) >= SESSIONS:
                 return min(self._sessions, key=lambda session: (session.worn, session.stalled, len(session.workers)))
-            session = await self._open()
+            session = await self._open(extension)
             self._sessions.append(session)
             return session
 
@@ -275,14 +281,13 @@ class Launcher:
 
         call.add_done_callback(forget)
 
-    async def _open(self) -> LaunchingSession:
-        assert self._facts is not None  # a job is bound before it is launched
+    async def _open(self, extension: Extension) -> LaunchingSession:
         loop = asyncio.get_running_loop()
         until = loop.time() + pace.RECONNECT
         attempt = 0
         while True:
             try:
-                return await LaunchingSession.open(self.conninfo, self._facts.extension)
+                return await LaunchingSession.open(self.conninfo, extension)
             except (psycopg.OperationalError, OSError, TimeoutError) as error:
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connecting.REFUSED_LOGINS:
                     raise connecting.unreachable(error, "no launching session can be opened") from error

@@ -17,7 +17,7 @@ from psycopg import AsyncConnection, IsolationLevel, sql
 from psycopg.rows import scalar_row
 
 from . import connecting, describing, faults, pace
-from .connecting import ConnectionLost
+from .connecting import ConnectionLost, ExtensionMoved
 from .errors import PoolerInTransactionMode
 from .extension import MAX_TRACKED, NO_SLOT, Extension, Handle, Progress, ResultInfo
 from .outcome import ErrorFields
@@ -185,7 +185,9 @@ class LaunchingSession:
         LaunchRefused
             A setting, a role or a privilege is wrong; nothing was launched.
         ConnectionLost
-            The connection was lost before the call; nothing was launched.
+            The connection was lost, or a statement broken off, before the call; nothing was launched.
+        ExtensionMoved
+            It was dropped, or has another schema by now; nothing was launched.
         MayBeLaunched
             The connection or the call was lost on its way.
         """
@@ -211,13 +213,14 @@ class LaunchingSession:
                     handle = await self.extension.launch(self._conn, text, label=label, queue_size=queue_size)
                     faults.point("after_launch")
             except (psycopg.Error, OSError, TimeoutError) as error:
-                if connecting.is_lost(self._conn, error):
-                    self._give_up()
-                    if not called:
-                        raise ConnectionLost(str(error)) from error
+                lost = self._give_up_if_lost(error)
+                if not called and (lost or connecting.is_passing(error)):
+                    raise ConnectionLost(str(error)) from error
+                if lost or not isinstance(error, psycopg.Error):
                     raise MayBeLaunched(error) from error
-                if not isinstance(error, psycopg.Error):
-                    raise  # is_lost says that this cannot be
+                if isinstance(error, psycopg.errors.UndefinedFunction | psycopg.errors.InvalidSchemaName):
+                    self._give_up()
+                    raise ExtensionMoved(str(error)) from error
                 if called and error.sqlstate in NO_SLOT:
                     raise SlotsUsedUp(error) from error
                 if called and not isinstance(error, psycopg.errors.InsufficientPrivilege):
@@ -296,6 +299,12 @@ class LaunchingSession:
                 worker.ended.exception()  # its waiter may be gone
         self._wake.set()
 
+    def _give_up_if_lost(self, error: BaseException) -> bool:
+        lost = connecting.is_lost(self._conn, error)
+        if lost:
+            self._give_up()
+        return lost
+
     # A worker's end -----------------------------------------------------------------------------------------------
 
     async def error_info(self, handle: Handle) -> ErrorFields | None:
@@ -323,20 +332,19 @@ class LaunchingSession:
         UnreadableResult
             It gives a column that no column definition list can name.
         ConnectionLost
-            The connection is gone.
+            The connection is gone, or the call was broken off.
         """
         async with self._turn:
             try:
                 async with asyncio.timeout(pace.CALL), self._conn.transaction(force_rollback=True):
-                    await connecting.settle(self._conn, tuple(settings.items()), local=True)
+                    await connecting.settle(self._conn, (*settings.items(), ("statement_timeout", "0")), local=True)
                     columns = await describing.columns_of(self._conn, text)
                     # So that types are qualified: whoever reads the result may have another search_path.
                     await connecting.settle(self._conn, (("search_path", "pg_catalog"),), local=True)
                     return await describing.column_list(self._conn, columns)
             except (psycopg.Error, OSError, TimeoutError) as error:
-                if not connecting.is_lost(self._conn, error):
+                if not self._give_up_if_lost(error) and not connecting.is_passing(error):
                     raise
-                self._give_up()
                 raise ConnectionLost(str(error)) from error
 
     async def drain(self, worker: Worker, columns: sql.Composable | None) -> tuple[int | None, str | None]:
@@ -359,8 +367,7 @@ class LaunchingSession:
             try:
                 return await self.extension.drain(self._conn, worker.handle, columns)
             except (psycopg.Error, OSError) as error:
-                if connecting.is_lost(self._conn, error):
-                    self._give_up()
+                if self._give_up_if_lost(error):
                     raise ConnectionLost(str(error)) from error
                 raise
             finally:
@@ -404,7 +411,6 @@ class LaunchingSession:
                 async with asyncio.timeout(pace.CALL):
                     return await question()
             except (psycopg.Error, OSError, TimeoutError) as error:
-                if not connecting.is_lost(self._conn, error):
+                if not self._give_up_if_lost(error) and not connecting.is_passing(error):
                     raise
-                self._give_up()
                 return None

@@ -343,8 +343,8 @@ class Ledger:
         row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
         return bool(row["sent"])
 
-    async def settle(self, key: Key, attempt: int, *, committed: bool) -> None:
-        """Write down how a supervised job ended whose supervisor is gone."""
+    async def settle(self, key: Key, attempt: int | None, *, committed: bool) -> None:
+        """Write down how a supervised job ended whose supervisor is gone; ``attempt`` is the one of its receipt."""
         query = self._query("select {s}.end_supervision(%s, %s, %s, %s, null, null, null, null)")
         outcome = "committed" if committed else "unlaunched"
         await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id, attempt, outcome)))
@@ -491,9 +491,11 @@ class _Line:
                         await connecting.settle(self._conn, connecting.BOOKKEEPING)
                     return await question(self._conn)
             except (psycopg.Error, OSError, TimeoutError) as error:
-                if self._conn is not None and not connecting.is_lost(self._conn, error):
+                lost = self._conn is None or connecting.is_lost(self._conn, error)
+                if lost:
+                    await self._drop()
+                elif not connecting.is_passing(error):
                     raise
-                await self._drop()
                 # Python 3.11's wait_for, which psycopg uses, can swallow a cancel: a closed line connects no more.
                 if asking is not None and asking.cancelling():
                     raise asyncio.CancelledError from error

@@ -280,6 +280,7 @@ _OWN: Final[Mapping[type[BaseException], _Own]] = MappingProxyType(
         errors.NoWorkerSlot: _Own("53000", _wait("no worker slot came free in time")),
         errors.LaunchFailed: _Own(None, _look("the launch call failed without a SQLSTATE, and may have launched")),
         errors.ServerUnreachable: _Own("08006", _look("the server did not answer")),
+        errors.LedgerError: _Own(None, _fail("the package's own tables were changed or dropped")),
         errors.ReadOnlyServer: _Own("25006", RULES["25006"]),
         errors.ExtensionMissing: _Own(None, _fail("pg_background is not installed in this database")),
         errors.ExtensionTooOld: _Own(None, _fail("pg_background is too old in this database")),

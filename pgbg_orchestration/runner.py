@@ -17,7 +17,7 @@ from psycopg import sql
 from . import blame, describing, faults, markers, pace, statements, verifying
 from .case import Case, Launch, deadline_of
 from .concluding import conclude, record
-from .connecting import ConnectionLost
+from .connecting import ConnectionLost, ExtensionMoved
 from .errors import JobCancelled, PgbgError, ServerUnreachable
 from .gathering import RELAUNCHES, gather, look
 from .job import Job, Kind
@@ -38,8 +38,12 @@ async def run_job(launcher: Launcher, job: Job, options: Options) -> Outcome:
     """Bind a job and follow it until its outcome is certain."""
     deadline = deadline_of(job.timeout, options.deadline)
     try:
-        work = await launcher.bind(job)
-        return await Run(launcher, Case(work, options, deadline)).outcome()
+        try:
+            work = await launcher.bind(job)
+            return await Run(launcher, Case(work, options, deadline)).outcome()
+        except psycopg.Error as error:
+            launcher.forget_facts()  # what was true of the server may not be now
+            raise blame.ledger(error, job.id or "", redact=job.redact_details) from error
     except PgbgError as error:
         if job.redact_details:
             error.__cause__ = error.__context__ = None  # a traceback shows these, the server's own words with them
@@ -245,7 +249,9 @@ class Run:
             session = case.session or await self._launcher.session()
             try:
                 return await ask(session)
-            except ConnectionLost:
+            except ConnectionLost as lost:
+                if isinstance(lost, ExtensionMoved):
+                    self._launcher.forget_facts()
                 if case.session is not None:
                     await case.session.close()
                     case.session = await self._launcher.session(exclusive=True)
@@ -447,8 +453,8 @@ class Run:
     async def _settle(self, seen: Sighting) -> None:
         """Write down what verify_sql said; where the work is not done, the way is free for another launch."""
         case = self._case
-        attempt, done = _there(seen.receipt_attempt), bool(case.verified)
-        await self._ledger.settle(case.work.key, attempt, committed=done)
+        done = bool(case.verified)
+        await self._ledger.settle(case.work.key, seen.receipt_attempt, committed=done)
         if not done:
             case.launch.error, case.launch.lost, case.verified = None, True, None
 

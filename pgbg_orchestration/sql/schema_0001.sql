@@ -291,10 +291,12 @@ begin
     if p_outcome = 'committed' then
         update @schema@.receipt r set status = 'committed', worker_pid = coalesce(p_worker_pid, r.worker_pid),
                decided_at = clock_timestamp(), decided_by = session_user
-            where r.owner = v_owner and r.job_digest = v_job and r.attempt = p_attempt and r.status = 'launching';
+            where r.owner = v_owner and r.job_digest = v_job and r.attempt is not distinct from p_attempt
+              and r.status = 'launching';
     else
         delete from @schema@.receipt r
-            where r.owner = v_owner and r.job_digest = v_job and r.attempt = p_attempt and r.status = 'launching';
+            where r.owner = v_owner and r.job_digest = v_job and r.attempt is not distinct from p_attempt
+              and r.status = 'launching';
     end if;
     v_found := found;
     if v_found and p_outcome <> 'unlaunched' then
@@ -360,7 +362,9 @@ begin
         end loop;
     exception when others then
         -- Any other error of the launch itself may have come after it: the claimed receipt then says so.
-        if v_ready and (v_pid is not null or sqlstate not in ('53000', '53400', '53100', '42501')) then
+        if v_ready and (
+            v_pid is not null or sqlstate not in ('53000', '53400', '53100', '42501', '42883', '3F000')
+        ) then
             raise;
         end if;
         v_error := array[sqlstate, sqlerrm];
@@ -623,7 +627,7 @@ begin
     perform @schema@.require_read_committed();
     delete from @schema@.receipt r
         where r.owner = @schema@.owner_for(p_owner) and r.job_digest = @schema@.digest(p_job_id)
-          and r.status = 'cancelled' and r.cause <> 'superseded';
+          and r.status = 'cancelled' and r.cause is distinct from 'superseded';
     return found;
 end $$;
 

@@ -144,14 +144,14 @@ class Breaker:
         self._report.hit.update(hand.jobs)
         return hand
 
-    @kind("launching process killed", "processes", 6)
+    @kind("launching process killed", "processes", 3)
     async def _kill_process(self, chance: random.Random) -> int:
         if (hand := self._busy(chance)) is None:
             return 0
         hand.shoot()
         return 1
 
-    @kind("launching process stopped for a while", "processes", 4)
+    @kind("launching process stopped for a while", "processes", 3)
     async def _stop_process(self, chance: random.Random) -> int:
         if (hand := self._busy(chance)) is None:
             return 0
@@ -179,6 +179,13 @@ class Breaker:
         self._stage.lose(self._stage.wanted, sessions_only=True)
         self._db.terminate([chance.choice(pids)])
         return 1
+
+    @kind("statements of ours cancelled by a stranger", "sessions", 6)
+    async def _cancel_statements(self, _: random.Random) -> int:
+        self._stage.lose(self._stage.wanted, sessions_only=True)
+        pids = [int(pid) for pid, _, _, state, _ in self._db.sessions("pgbg: %") if state == "active"]
+        self._db.sql("select pg_cancel_backend(p) from unnest(%s::int[]) p", pids)
+        return len(pids)
 
     @kind("launching session's process stopped for a while", "sessions", 4)
     async def _stop_launching(self, chance: random.Random) -> int:

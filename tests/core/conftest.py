@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from tests.conftest import Database
@@ -44,6 +45,17 @@ def own_db(
     finally:
         for watched in made:
             watched.close()
+
+
+@pytest.fixture
+def enemy(db: Watched) -> Iterator[psycopg.Connection]:
+    """A session of a role that may run jobs of its own, and of nobody else's."""
+    db.role("pgbg_enemy", "login", ["pgbackground_role"])
+    connection = psycopg.connect(db.database.conninfo_as("pgbg_enemy"), autocommit=True)
+    yield connection
+    connection.close()
+    db.sql("drop owned by pgbg_enemy")
+    db.sql("drop role pgbg_enemy")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

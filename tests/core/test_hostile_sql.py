@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import psycopg
 import pytest
@@ -137,17 +136,6 @@ async def test_default_settings_of_the_role_do_not_matter(db: Watched) -> None:
     finally:
         db.sql(f"drop owned by {login}")
         db.sql(f"drop role {login}")
-
-
-@pytest.fixture
-def enemy(db: Watched) -> Iterator[psycopg.Connection]:
-    """A session of a role that may run jobs of its own, and of nobody else's."""
-    db.role("pgbg_enemy", "login", ["pgbackground_role"])
-    connection = psycopg.connect(db.database.conninfo_as("pgbg_enemy"), autocommit=True)
-    yield connection
-    connection.close()
-    db.sql("drop owned by pgbg_enemy")
-    db.sql("drop role pgbg_enemy")
 
 
 async def test_nobody_forges_reads_or_deletes_anothers_receipt(db: Watched, enemy: psycopg.Connection) -> None:

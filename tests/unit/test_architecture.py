@@ -162,6 +162,7 @@ class TestExports:
             "JobCancelled",
             "JobIdReused",
             "LaunchFailed",
+            "LedgerError",
             "NO_FIELDS",
             "NoPrivilege",
             "NoWorkerSlot",
