@@ -22,7 +22,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import pytest
@@ -59,7 +59,7 @@ class Fire:
     mix: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def from_environment(cls, seconds: float = 600) -> Self:
+    def from_environment(cls) -> Self:
         """Read it from PGBG_CHAOS_*."""
         given = {name.removeprefix("PGBG_CHAOS_"): value for name, value in os.environ.items() if value}
         parts = [part.partition("=") for part in given.get("MIX", "").split()]
@@ -67,11 +67,15 @@ class Fire:
             raise ValueError(f"PGBG_CHAOS_MIX: {unknown}; there are {', '.join(GROUPS)}")
         return cls(
             seed=int(given.get("SEED", "0")) or random.SystemRandom().randrange(1, 2**31),
-            seconds=float(given.get("SECONDS", seconds)),
+            seconds=float(given.get("SECONDS", "600")),
             jobs=int(given["JOBS"]) if "JOBS" in given else None,
             rate=float(given.get("RATE", "0.5")),
             mix={group: float(factor) for group, _, factor in parts},
         )
+
+    def short(self, seconds: float) -> Self:
+        """Return the same for so many seconds, however many jobs these are."""
+        return replace(self, seconds=seconds, jobs=None)
 
     def lasts(self, began: float, jobs: int) -> bool:
         """Whether another job is begun."""
@@ -131,7 +135,7 @@ def judged(report: Report, fire: Fire) -> None:
 @pytest.mark.slow
 @pytest.mark.servers("real", "embedded")
 async def test_a_short_fire(stage: Stage) -> None:
-    fire = Fire.from_environment(seconds=15)
+    fire = Fire.from_environment().short(15)
     judged(await under_fire(stage, fire), fire)
 
 
@@ -182,7 +186,7 @@ class TooHopeful(Hand):
 @pytest.mark.servers("real")
 async def test_a_broken_ledger_is_noticed(stage: Stage) -> None:
     without_receipt_check(stage.db)
-    report = await under_fire(stage, Fire.from_environment(seconds=20))
+    report = await under_fire(stage, Fire.from_environment().short(20))
     print(f"\n{report}")
     assert report.doubled
 
@@ -190,6 +194,6 @@ async def test_a_broken_ledger_is_noticed(stage: Stage) -> None:
 @pytest.mark.chaos
 @pytest.mark.servers("real")
 async def test_a_broken_verdict_is_noticed(stage: Stage) -> None:
-    report = await under_fire(stage, Fire.from_environment(seconds=20), TooHopeful)
+    report = await under_fire(stage, Fire.from_environment().short(20), TooHopeful)
     print(f"\n{report}")
     assert report.false_successes
