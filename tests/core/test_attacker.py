@@ -20,6 +20,7 @@ NASTY: dict[str, list[str]] = {
     "integer": ["null", "0", "-1", "2147483647"],
     "boolean": ["null", "true"],
     "bytea": ["null", "pgbg.digest('j')", "''"],
+    "oid": ["null", "0", "10"],
     "interval": ["null", "'-1000 years'", "'1 day'"],
     "text[]": ["null", "'{}'", "array['pgbg_app']", "array[null]::text[]", "array['', 'a', 'b', 'c']"],
     "bytea[]": ["null", "'{}'", "array[pgbg.digest('j')]", "array[null]::bytea[]"],

@@ -188,12 +188,13 @@ async def test_extension_changed_while_jobs_run(db: Watched, how: str) -> None:
         assert isinstance(await ended(tasks[0]), Outcome)
         # A supervisor calls the functions by the names that it was given.
         end = await ended(tasks[1])
-        assert isinstance(end, Outcome if how == "another name" else errors.OutcomeUnknown), end
+        gone = (errors.OutcomeUnknown, errors.WorkerError)  # in the middle of its work, or before it had launched
+        assert isinstance(end, Outcome if how == "another name" else gone), end
         for kind in ("receipt", "supervised", "session"):
             assert (await within(launcher.run(Job(effect(f"new {kind}"), id=f"new {kind}", kind=kind)))).launched
     await eventually(lambda: not db.workers(), "the workers have ended")
     assert set(db.effects_by_job().values()) == {1}
-    assert len(db.effects_by_job()) == 5
+    assert len(db.effects_by_job().keys() - {"supervised"}) == 4
 
 
 async def test_extension_dropped_while_jobs_run(db: Watched) -> None:

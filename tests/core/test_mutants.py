@@ -6,6 +6,8 @@ This is the list. What the search through the model notices besides stands in ``
 |---|---|---|
 | no lock | ``begin_work`` takes none | jobs of one series overlap |
 | no receipt check | ``begin_work`` commits beside a receipt | a worker that starts late commits a second time |
+| no generation check | ``begin_work`` does not look | an older worker starts late, after its mark was pruned |
+| older generations are not marked | before a launch | an older worker with an older snapshot starts after a newer one |
 | success on "completed and not has_error" | in the verdict | a worker that ends by a FATAL error is told as a success |
 | cancel at once | one signal, without waiting until the worker is at work | a cancelled job leaves its effect |
 | detach before the outcome is written | in the conclusion | a process that dies in between leaves no outcome |
@@ -26,7 +28,7 @@ from pgbg_orchestration.case import Case
 from pgbg_orchestration.launching import LaunchingSession
 from pgbg_orchestration.ledger import Key, Ledger
 from pgbg_orchestration.verdict import Evidence, Report, Step, judge
-from tests.core.kit import APP, Watched, effect, ended, eventually, slow, within
+from tests.core.kit import APP, Watched, cancelled, effect, ended, eventually, slow, within
 
 pytestmark = pytest.mark.servers("real", "embedded")
 
@@ -68,6 +70,15 @@ async def test_no_receipt_check(db: Watched, broken: bool, monkeypatch: pytest.M
     if broken:
         rewrite(db, "begin_work", "pg_current_xact_id(), clock_timestamp());",
                 "pg_current_xact_id(), clock_timestamp()) on conflict do nothing;")  # fmt: skip
+    texts = launched(monkeypatch)
+    await within(arun(db.conninfo, Job(effect("j"), id="j")))
+    await launch_late(db, texts[0])
+    with noticed(broken):
+        assert db.effects() == 1, "noticed: it committed twice"
+
+
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list that gets the texts that are launched from now on."""
     texts: list[str] = []
     launch = LaunchingSession.launch
 
@@ -76,13 +87,50 @@ async def test_no_receipt_check(db: Watched, broken: bool, monkeypatch: pytest.M
         return launch(self, text, **arguments)
 
     monkeypatch.setattr(LaunchingSession, "launch", spy)
-    await within(arun(db.conninfo, Job(effect("j"), id="j")))
-    # A worker of a launch call that was lost on its way, and that starts only now.
+    return texts
+
+
+async def launch_late(db: Watched, text: str) -> None:
+    """Run a worker of a launch call that was lost on its way, and that starts only now."""
     with psycopg.connect(db.conninfo, autocommit=True) as late:
-        late.execute("select pid from pg_background_launch(%s)", (texts[0],))
+        late.execute("select pid from pg_background_launch(%s)", (text,))
         await eventually(lambda: not db.workers(), "the late worker has ended")
+
+
+@BOTH
+async def test_no_generation_check(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken:
+        rewrite(db, "begin_work", "s.newest > p_generation", "false")
+    texts = launched(monkeypatch)
+    older = Job(f"{effect('older')}; select 1 / (select count(*)::int from effects where job = 'newer')",
+                series="s", generation=1)  # fmt: skip
+    assert isinstance(await ended(arun(db.conninfo, older)), errors.WorkerError)
+    await within(arun(db.conninfo, Job(effect("newer"), series="s", generation=2)))
+    db.sql("delete from pgbg.receipt where status = 'cancelled'")
+    await launch_late(db, texts[0])
     with noticed(broken):
-        assert db.effects() == 1, "noticed: it committed twice"
+        assert db.effects("older") == 0, "noticed: it committed after the newer one"
+
+
+@BOTH
+async def test_older_generations_not_marked(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken:
+
+        async def nobody(*_: object) -> list[str]:
+            return []
+
+        monkeypatch.setattr(Ledger, "mark_older", nobody)
+    # Under repeatable read it sees the generations of before its sleep.
+    rewrite(db, "begin_work", "\nbegin\n", "\nbegin perform pg_sleep(case p_generation when 1 then 1.5 else 0 end);\n")
+    older = Job(effect("older"), series="s", generation=1, isolation="repeatable read")
+    async with Launcher(db.conninfo) as launching:
+        task = asyncio.create_task(launching.run(older, on_cancel="leave"))
+        await eventually(lambda: [w for w in db.workers() if w[3] == "PgSleep"], "the older worker has its snapshot")
+        assert isinstance(await cancelled(task), asyncio.CancelledError)  # nobody is left to give up for it
+        await within(launching.run(Job(effect("newer"), series="s", generation=2)))
+        await eventually(lambda: not db.workers(), "the older worker has ended")
+    with noticed(broken):
+        assert db.effects("older") == 0, "noticed: it began after the newer one"
 
 
 def _completed_is_success(seen: Evidence) -> Step:
