@@ -20,29 +20,28 @@ _LETTER = r"A-Za-z_\x80-\U0010ffff"
 # An `e` starts an escape string only as a token of its own: in `ne'\'` it ends the identifier ne.
 _WORD = rf"(?![eE]')[{_LETTER}][{_LETTER}0-9$]*+"
 _BLANK = r"[ \t\n\r\f\v]++|--[^\n\r]*+"
-# A doubled quote stays inside the match, so that an unterminated string is reported where it starts.
 # B'', X'', N'' and U&'' end where a plain string ends, so their prefixes need no rule of their own.
-_STRING = r"'(?:[^']++|'')*+'"
-_NAME = r'"(?:[^"]++|"")*+"'
+# Those with a doubled quote in them are left to `_end_of_quoted`.
+_STRING = r"'[^']*+'(?!')"
+_NAME = r'"[^"]*+"(?!")'
 _TAG_AFTER_DOLLAR = rf"(?:[{_LETTER}][{_LETTER}0-9]*+)?\$"
 
-# Quantifiers are possessive: a plain `*` keeps a frame for each repetition, gigabytes of them for a long dump.
+# Bounded, since a plain `*` keeps a frame for each repetition, gigabytes of them for a long dump. Not possessive: up to
+# Python 3.11.4 (Debian 12 has 3.11.2) a possessive group keeps what its last, failed repetition had read (gh-106052).
+_SOME = "{1,500}"
 _RUN = re.compile(
-    rf"(?:[^{_LETTER}'\"$;()/\-]++|{_WORD}|{_STRING}|--[^\n\r]*+|-|{_NAME}|/(?!\*)|\$(?!{_TAG_AFTER_DOLLAR}))++"
+    rf"(?:[^{_LETTER}'\"$;()/\-]++|{_WORD}|{_STRING}|--[^\n\r]*+|-|{_NAME}|/(?!\*)|\$(?!{_TAG_AFTER_DOLLAR})){_SOME}"
 )
-_BLANKS = re.compile(rf"(?:{_BLANK})++")
+_BLANKS = re.compile(rf"(?:{_BLANK}){_SOME}")
 _WORD_TOKEN = re.compile(_WORD)
-_BLANKS_AND_WORD = re.compile(rf"(?:{_BLANK})*+({_WORD})")
 # Before 15 a number ended where its digits end (1e'\'' was 1 and an escape string); since then what follows them
 # directly is part of it or an error. So 1_000 may be read as 1 and _000 here: no statement ends otherwise for it.
 _NUMBER_TOKEN = re.compile(r"\$?[0-9]+")
-_STRING_TOKEN = re.compile(_STRING)
-_NAME_TOKEN = re.compile(_NAME)
 _DOLLAR_TAG = re.compile(rf"\${_TAG_AFTER_DOLLAR}")
 _COMMENT_MARK = re.compile(r"/\*|\*/")
-_ESCAPE_SEGMENT = re.compile(r"'(?:[^'\\]++|\\[\s\S]|'')*+'")
+_QUOTE_OR_BACKSLASH = re.compile(r"['\\]")
 # `quotecontinue` in scan.l: the next segment of E'a' <newline> 'b\'' is read with backslash escapes too.
-_CONTINUATION = re.compile(r"(?:[ \t\f\v]++|--[^\n\r]*+)*+[\n\r](?:[ \t\n\r\f\v]++|--[^\n\r]*+[\n\r])*+(?=')")
+_CONTINUATION = re.compile(r"(?:[ \t\f\v]++|--[^\n\r]*+)*[\n\r](?:[ \t\n\r\f\v]++|--[^\n\r]*+[\n\r])*(?=')")
 
 
 class UnterminatedSql(ValueError):
@@ -104,9 +103,10 @@ def skip_blank(sql: str, position: int) -> int:
     while True:
         if match := _BLANKS.match(sql, position):
             position = match.end()
-        if not sql.startswith("/*", position):
+        elif sql.startswith("/*", position):
+            position = _end_of_comment(sql, position)
+        else:
             return position
-        position = _end_of_comment(sql, position)
 
 
 def skip_run(sql: str, position: int) -> int:
@@ -114,8 +114,9 @@ def skip_run(sql: str, position: int) -> int:
 
     Such a character is a semicolon, a parenthesis, or the start of something that `skip_opaque` reads.
     """
-    match = _RUN.match(sql, position)
-    return match.end() if match else position
+    while match := _RUN.match(sql, position):
+        position = match.end()
+    return position
 
 
 def skip_opaque(sql: str, position: int) -> int:
@@ -130,9 +131,9 @@ def skip_opaque(sql: str, position: int) -> int:
     """
     match sql[position : position + 1]:
         case "'":
-            return _end_of(_STRING_TOKEN, sql, position, "string")
+            return _end_of_quoted(sql, position, "string")
         case '"':
-            return _end_of(_NAME_TOKEN, sql, position, "quoted identifier")
+            return _end_of_quoted(sql, position, "quoted identifier")
         case "e" | "E" if sql.startswith("'", position + 1):
             return _end_of_escape_string(sql, position)
         case "$" if tag := _DOLLAR_TAG.match(sql, position):
@@ -156,14 +157,9 @@ def leading_words(sql: str, position: int, limit: int) -> tuple[tuple[str, ...],
     """
     words: list[str] = []
     end = position
-    while len(words) < limit:
-        if match := _BLANKS_AND_WORD.match(sql, position):
-            words.append(_fold(match.group(1)))
-            position = end = match.end()
-        elif (after := skip_blank(sql, position)) > position:
-            position = after
-        else:
-            break
+    while len(words) < limit and (match := _WORD_TOKEN.match(sql, skip_blank(sql, position))):
+        words.append(_fold(match.group()))
+        position = end = match.end()
     return tuple(words), end
 
 
@@ -196,23 +192,27 @@ def _fold(word: str) -> str:
     return word.upper() if word.isascii() else word
 
 
-def _end_of(pattern: re.Pattern[str], sql: str, position: int, what: str) -> int:
-    match = pattern.match(sql, position)
-    if match is None:
-        raise _unterminated(what, sql, position)
-    return match.end()
+def _end_of_quoted(sql: str, position: int, what: str) -> int:
+    """Return the end of the string or identifier whose quote is at ``position``; a doubled quote is part of it."""
+    quote, at = sql[position], position
+    while (at := sql.find(quote, at + 1)) >= 0:
+        if not sql.startswith(quote, at + 1):
+            return at + 1
+        at += 1
+    raise _unterminated(what, sql, position)
 
 
 def _end_of_escape_string(sql: str, position: int) -> int:
-    segment = position + 1
-    while True:
-        match = _ESCAPE_SEGMENT.match(sql, segment)
-        if match is None:
-            raise _unterminated("string with escapes (E'…')", sql, position)
-        continuation = _CONTINUATION.match(sql, match.end())
-        if continuation is None:
-            return match.end()
-        segment = continuation.end()
+    at = position + 2
+    while mark := _QUOTE_OR_BACKSLASH.search(sql, at):
+        at = mark.end()
+        if mark.group() == "\\" or sql.startswith("'", at):
+            at += 1
+        elif continuation := _CONTINUATION.match(sql, at):
+            at = continuation.end() + 1
+        else:
+            return at
+    raise _unterminated("string with escapes (E'…')", sql, position)
 
 
 def _end_of_comment(sql: str, position: int) -> int:

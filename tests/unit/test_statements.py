@@ -3,6 +3,8 @@
 The judge of a split is libpg_query (pglast), which is the server's own scanner and parser.
 """
 
+import re
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -397,6 +399,13 @@ def _count_statements(tokens: list[lexer.Token]) -> int:
         else:
             filled = True
     return count + filled
+
+
+def test_no_group_is_possessive() -> None:
+    """Up to Python 3.11.4 such a group keeps what its last, failed repetition had read (gh-106052): a silent misread."""
+    patterns = [value.pattern for value in vars(lexer).values() if isinstance(value, re.Pattern)]
+    assert len(patterns) > 5
+    assert [pattern for pattern in patterns if re.search(r"\)([*+?]|\{[^}]*\})\+|\(\?>", pattern)] == []
 
 
 # --- Joining -------------------------------------------------------------------------------------------------------
