@@ -402,7 +402,7 @@ def _count_statements(tokens: list[lexer.Token]) -> int:
 
 
 def test_no_group_is_possessive() -> None:
-    """Up to Python 3.11.4 such a group keeps what its last, failed repetition had read (gh-106052): a silent misread."""
+    """Up to Python 3.11.4 such a group keeps what its last, failed repetition had read: gh-106052."""
     patterns = [value.pattern for value in vars(lexer).values() if isinstance(value, re.Pattern)]
     assert len(patterns) > 5
     assert [pattern for pattern in patterns if re.search(r"\)([*+?]|\{[^}]*\})\+|\(\?>", pattern)] == []
