@@ -10,6 +10,7 @@ from .assets import pg_background_asset_check as pg_background_asset_check
 from .component import PgBackgroundSqlComponent as PgBackgroundSqlComponent
 from .failures import PgBackgroundFailure as PgBackgroundFailure
 from .failures import RunTerminated as RunTerminated
+from .job_checks import build_pg_background_job_checks as build_pg_background_job_checks
 from .jobs import JobOptions as JobOptions
 from .jobs import Sql as Sql
 from .outcome import PgBackgroundOutcome as PgBackgroundOutcome

@@ -129,7 +129,15 @@ def claim(context: Any, job_id: str) -> None:
 
 
 def external_series(namespace: str, asset_key: AssetKey, partition_key: str | None) -> str:
-    """Return the series of the jobs that an external asset's materializations come from."""
+    """Return the series of the jobs that an external asset's materializations come from.
+
+    Raises
+    ------
+    InvalidJob
+        The key has a bar, which tells a partition from its asset.
+    """
+    if "|" in asset_key.to_user_string():
+        raise InvalidJob(f"the key of an external asset must not have a bar: {asset_key.to_user_string()!r}")
     series = f"{namespace}/external/{asset_key.to_user_string()}"
     return series if partition_key is None else f"{series}|{partition_key}"
 

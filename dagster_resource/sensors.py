@@ -25,24 +25,19 @@ from dagster import (
     sensor,
 )
 
-from . import identity
+from . import external
 from .elsewhere import error_of, outcome_of
+from .external import JOB_CHECK
 from .outcome import PgBackgroundOutcome
 
 if TYPE_CHECKING:
-    from dagster._core.definitions.events import CoercibleToAssetKey
-
     from pgbg_orchestration.ledger import JobEntry
 
+    from .external import ExternalAssets
     from .resource import PgBackgroundResource
-
-JOB_CHECK = "pg_background_job"
-"""Name of the check that says whether an external asset's newest job committed: Dagster has no event for a failure."""
 
 TICK = 40.0  # seconds that a tick may take; Dagster ends it after 60 and then forgets its cursor
 OVERLAP = timedelta(minutes=1)  # registrations become visible in another order than that of their times
-SETTLED = timedelta(seconds=60)  # a job that looks lost may be about to start
-LOST = "lost"
 
 PartitionOf = Callable[["JobEntry"], "str | None"]
 
@@ -70,7 +65,7 @@ class Cursor:
 
 
 def build_pg_background_sensor(
-    assets: Sequence[CoercibleToAssetKey] | Mapping[str, str],
+    assets: ExternalAssets,
     *,
     name: str = "pg_background_sensor",
     resource_key: str = "pg",
@@ -81,8 +76,9 @@ def build_pg_background_sensor(
 ) -> SensorDefinition:
     """Make a sensor that reports external assets as materialized when jobs submitted elsewhere have committed.
 
-    A job that failed is reported by a failed check, ``pg_background_job``. Each end of a job is reported once, also
-    when the daemon is stopped in the middle; a tick that is cut off reports the rest the next time.
+    A job that failed is reported by a failed check, ``pg_background_job``; Dagster shows it where the check is defined,
+    which :func:`build_pg_background_job_checks` does. Each end of a job is reported once, also when the daemon is
+    stopped in the middle; a tick that is cut off reports the rest the next time.
 
     Parameters
     ----------
@@ -111,8 +107,9 @@ def build_pg_background_sensor(
     def report(context: SensorEvaluationContext, **resources: PgBackgroundResource) -> SensorResult:
         pg = resources[resource_key]
         cursor = Cursor.read(context.cursor)
-        wanted = asyncio.run(_list_jobs(pg, assets, cursor.since))
+        wanted = asyncio.run(external.jobs_of(pg, assets, cursor.since))
         events: list[AssetMaterialization | AssetCheckEvaluation] = []
+        newest: dict[AssetKey, JobEntry] = {}
         reported: set[str] = set()
         unfinished: list[JobEntry] = []
         deadline = time.monotonic() + TICK
@@ -121,15 +118,17 @@ def build_pg_background_sensor(
             mark = _mark(entry)
             if mark in cursor.reported:
                 reported.add(mark)
-            elif not _is_settled(entry):
+            elif not external.is_settled(entry):
                 unfinished.append(entry)
             elif len(reported - cursor.reported) >= max_events or time.monotonic() > deadline:
                 unfinished.extend(entry for entry, _ in wanted[number:])
                 break
             else:
-                partition = partition_of(entry) if partition_of else _partition(entry)
-                events += _events(earlier, entry, key, partition)
+                events += _events(earlier, entry, key, partition_of or external.partition_of)
+                newest[key] = entry
                 reported.add(mark)
+        # One for each asset: the daemon takes its time over every event, and the last one is what is shown.
+        events += [_passed(entry, key) for key, entry in newest.items() if error_of(entry) is None]
         return SensorResult(
             asset_events=events, cursor=_advance(cursor, [entry for entry, _ in wanted], unfinished, reported).write()
         )
@@ -156,75 +155,28 @@ def asking_for(resource_key: str, function: Callable[..., Any]) -> Callable[...,
 # Reporting ----------------------------------------------------------------------------------------------------------
 
 
-async def _list_jobs(
-    pg: PgBackgroundResource, assets: Sequence[CoercibleToAssetKey] | Mapping[str, str], since: datetime | None
-) -> list[tuple[JobEntry, AssetKey]]:
-    """Return the jobs launched since then, each with the asset that it makes, in the order of their launches."""
-    from pgbg_orchestration import Launcher
-
-    async with Launcher(pg.conninfo, schema=pg.pgbg_schema) as launcher:
-        await launcher.facts()
-        if isinstance(assets, Mapping):
-            found = [
-                (entry, AssetKey.from_user_string(key))
-                for key, pattern in assets.items()
-                for entry in await launcher.ledger.jobs(series=pattern, since=since)
-            ]
-        else:
-            keys = [AssetKey.from_coercible(key) for key in assets]
-            by_series = {identity.external_series(pg.namespace, key, None): key for key in keys}
-            found = [
-                (entry, by_series[_unpartitioned(entry)])
-                for entry in await launcher.ledger.jobs(series=f"{pg.namespace}/external/*", since=since)
-                if _unpartitioned(entry) in by_series
-            ]
-    return sorted(found, key=lambda pair: _launched(pair[0]))
-
-
-def _launched(entry: JobEntry) -> datetime:
-    # A job that was only ever cancelled has never been launched.
-    return entry.launched_at or entry.ended_at or datetime.now().astimezone()
-
-
-def _unpartitioned(entry: JobEntry) -> str:
-    return (entry.series or "").partition("|")[0]
-
-
 def _mark(entry: JobEntry) -> str:
     """Name one end of a job, in few characters: the cursor may hold thousands."""
     text = f"{entry.owner}\0{entry.job_id}\0{entry.attempt}\0{entry.state}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _is_settled(entry: JobEntry) -> bool:
-    if entry.state == LOST and entry.launched_at is not None:
-        return datetime.now(entry.launched_at.tzinfo) - entry.launched_at > SETTLED
-    return entry.state not in ("running", "waiting")
-
-
-def _partition(entry: JobEntry) -> str | None:
-    _, bar, partition = (entry.series or "").partition("|")
-    return partition if bar else None
-
-
 def _events(
-    earlier: Earlier, entry: JobEntry, key: AssetKey, partition: str | None
+    earlier: Earlier, entry: JobEntry, key: AssetKey, partition_of: PartitionOf
 ) -> list[AssetMaterialization | AssetCheckEvaluation]:
+    """Return what a job that has ended is reported by, but for the check that it passed."""
     error = error_of(entry)
     if error is not None:
-        metadata: dict[str, Any] = {
-            "pgbg/job_id": entry.job_id,
-            "pgbg/state": entry.state,
-            "pgbg/error": str(error),
-            **({"pgbg/sqlstate": error.sqlstate} if error.sqlstate else {}),
-        }
-        return [_evaluation(key, metadata, passed=False)]
-    check = _evaluation(key, {"pgbg/job_id": entry.job_id}, passed=True)
+        return [_evaluation(key, external.failure_metadata(entry, error), passed=False)]
     if entry.job_id in earlier.of(key):
-        return [check]  # the daemon may have been stopped between the two
+        return []
     outcome = PgBackgroundOutcome.of(outcome_of(entry), "", None)
     known = {name: value for name, value in outcome.metadata().items() if name not in ("pgbg/sql", "pgbg/launched")}
-    return [AssetMaterialization(asset_key=key, partition=partition, metadata=known), check]
+    return [AssetMaterialization(asset_key=key, partition=partition_of(entry), metadata=known)]
+
+
+def _passed(entry: JobEntry, key: AssetKey) -> AssetCheckEvaluation:
+    return _evaluation(key, {"pgbg/job_id": entry.job_id}, passed=True)
 
 
 def _evaluation(key: AssetKey, metadata: Mapping[str, Any], *, passed: bool) -> AssetCheckEvaluation:
@@ -240,7 +192,7 @@ class Earlier:
         self._context = context
         self._since: dict[AssetKey, datetime] = {}
         for entry, key in wanted:
-            at = entry.registered_at or _launched(entry)
+            at = entry.registered_at or external.launched(entry)
             self._since[key] = min(at, self._since.get(key, at))
         self._known: dict[AssetKey, set[str]] = {}
 
@@ -267,7 +219,7 @@ def _advance(cursor: Cursor, wanted: Sequence[JobEntry], unfinished: Sequence[Jo
     """Return the next cursor: nothing before it can still change."""
     if not wanted:
         return cursor
-    oldest = min((_launched(entry) for entry in unfinished), default=_launched(wanted[-1]))
+    oldest = min((external.launched(entry) for entry in unfinished), default=external.launched(wanted[-1]))
     since = max(filter(None, (oldest - OVERLAP, cursor.since)))
-    kept = {_mark(entry) for entry in wanted if _launched(entry) >= since}
+    kept = {_mark(entry) for entry in wanted if external.launched(entry) >= since}
     return Cursor(since, frozenset(reported & kept))

@@ -27,6 +27,7 @@ from dagster import (
 
 from dagster_resource import (
     PgBackgroundResource,
+    build_pg_background_job_checks,
     build_pg_background_sensor,
     build_pg_background_sweep_sensors,
     partition_parameters,
@@ -147,7 +148,7 @@ def order_report() -> None:
 
 defs = Definitions(
     assets=[warehouse, facts, delays, AssetSpec(REPORT, group_name="flights", kinds={"postgres"})],
-    asset_checks=[facts_have_an_airport, facts_are_plausible],
+    asset_checks=[facts_have_an_airport, facts_are_plausible, *build_pg_background_job_checks([REPORT])],
     jobs=[maintenance, order_report],
     schedules=[ScheduleDefinition(job=maintenance, cron_schedule="30 3 * * *")],
     sensors=[build_pg_background_sensor([REPORT]), *build_pg_background_sweep_sensors()],

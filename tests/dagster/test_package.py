@@ -23,6 +23,7 @@ NAMES = {
     "RetryRule",
     "RunTerminated",
     "Sql",
+    "build_pg_background_job_checks",
     "build_pg_background_sensor",
     "build_pg_background_sweep_sensors",
     "partition_parameters",

@@ -19,6 +19,7 @@ from dagster_resource import (
     PgBackgroundResource,
     PgBackgroundSqlComponent,
     RetryRule,
+    build_pg_background_job_checks,
     build_pg_background_sensor,
     build_pg_background_sweep_sensors,
     component,
@@ -47,6 +48,7 @@ def test_python() -> None:
     Definitions.validate_loadable(
         Definitions(
             assets=[one for one in found if one is not names["no_negative_sales"]],
+            asset_checks=names["report_checks"],
             sensors=[names["report_sensor"], *names["sweep"]],
             resources={"pg": PgBackgroundResource(conninfo="")},
         )
@@ -84,6 +86,7 @@ TABLES = {
     "check": options(PgBackgroundResource.check),
     "pg_background_asset": options(pg_background_asset),
     "pg_background_asset_check": options(pg_background_asset_check),
+    "build_pg_background_job_checks": options(build_pg_background_job_checks),
     "build_pg_background_sensor": options(build_pg_background_sensor),
     "build_pg_background_sweep_sensors": options(build_pg_background_sweep_sensors),
     "RetryRule": set(RetryRule.model_fields),

@@ -11,9 +11,11 @@ import pytest
 from dagster import (
     AssetCheckEvaluation,
     AssetMaterialization,
+    AssetSpec,
     DagsterInstance,
     DagsterRun,
     DagsterRunStatus,
+    Definitions,
     SensorDefinition,
     SensorResult,
     build_run_status_sensor_context,
@@ -23,6 +25,7 @@ from dagster import (
 from dagster_resource import (
     PgBackgroundFailure,
     PgBackgroundResource,
+    build_pg_background_job_checks,
     build_pg_background_sensor,
     build_pg_background_sweep_sensors,
     elsewhere,
@@ -80,7 +83,7 @@ def test_each_end_is_reported_once(
     settle(sql)
     first = tick(sensor, instance, pg, None)
     assert made(first) == [("good", "2013-01-01"), ("good", None)]
-    assert checked(first) == [("good", True), ("good", True)]
+    assert checked(first) == [("good", True)]  # the last one of an asset is what Dagster shows
     second = tick(sensor, instance, pg, first.cursor)
     assert second.asset_events == []
 
@@ -150,6 +153,31 @@ def test_jobs_of_another_orchestrator(pg: PgBackgroundResource, instance: Dagste
     (event, _) = result.asset_events
     assert isinstance(event, AssetMaterialization)
     assert event.metadata["pgbg/row_count"].value == 1
+
+
+def test_the_check_shows_how_the_newest_job_ended(
+    pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any]
+) -> None:
+    definitions = Definitions(
+        assets=[AssetSpec("good"), AssetSpec("bad"), AssetSpec("never")],
+        asset_checks=build_pg_background_job_checks(["good", "bad", "never"]),
+        resources={"pg": pg},
+    )
+    pg.submit(None, "select 1", asset_key="bad", key="1")
+    with pytest.raises(PgBackgroundFailure):
+        pg.submit(None, "select 1 / 0", asset_key="bad", key="2")
+    pg.submit(None, "select 1", asset_key="good", key="1")
+    settle(sql)
+    run = definitions.resolve_implicit_global_asset_job_def().execute_in_process(instance=instance)
+
+    found = {check.asset_key.to_user_string(): check for check in run.get_asset_check_evaluations()}
+    assert {key: check.passed for key, check in found.items()} == {"good": True, "bad": False}
+    assert found["bad"].metadata["pgbg/sqlstate"].value == "22012"
+    # The sensor's evaluations are this check's.
+    sensor = build_pg_background_sensor(["good", "bad", "never"])
+    events = tick(sensor, instance, pg, None).asset_events
+    names = {event.check_name for event in events if isinstance(event, AssetCheckEvaluation)}
+    assert names == {check.check_name for check in found.values()}
 
 
 async def test_jobs_since_a_moment(database: Database, sql: psycopg.Connection[Any]) -> None:
