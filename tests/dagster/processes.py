@@ -176,7 +176,7 @@ class Dagster:
             json.dumps({"query": query, "variables": variables}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             answer = json.load(response)
         assert "errors" not in answer, answer["errors"]
         return answer["data"]  # type: ignore[no-any-return]
