@@ -11,13 +11,14 @@ import typer
 from typer.core import TyperCommand
 
 from . import diagnosis, jobs, running, server, setup
-from .codes import MEANINGS, ExitCode
+from .codes import AFTERWARDS, MEANINGS, ExitCode
 from .screen import out
 
 _EXIT_CODES = "\n".join(
     [
         "[bold]Exit codes[/bold]",
         *(f"[cyan]{code:>3}[/cyan]  {text.replace('`', '')}" for code, text in MEANINGS.items()),
+        AFTERWARDS,
     ]
 )
 

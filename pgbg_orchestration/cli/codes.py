@@ -32,9 +32,9 @@ MEANINGS = {
     ExitCode.OK: "done; `run`: the job is committed",
     ExitCode.BUG: "a fault of pgbg itself, with a traceback; or libpq is missing",
     ExitCode.REFUSED: "refused: an option, the SQL, or an id of other SQL; nothing was launched",
-    ExitCode.FAILED: "the job failed or its worker was lost; only SQL that commits on its way leaves anything",
-    ExitCode.CANCELLED: "the job was cancelled or superseded; only SQL that commits on its way leaves anything",
-    ExitCode.DEADLINE: "the job's --timeout passed; only SQL that commits on its way leaves anything",
+    ExitCode.FAILED: "the job failed, or its worker was lost",
+    ExitCode.CANCELLED: "the job was cancelled or superseded",
+    ExitCode.DEADLINE: "the job's --timeout passed",
     ExitCode.UNKNOWN: "whether the job is committed is not known",
     ExitCode.NO_SLOT: "no worker slot came free in time; nothing was launched",
     ExitCode.UNREACHABLE: "the server cannot be reached, or does not run",
@@ -46,6 +46,8 @@ MEANINGS = {
     ExitCode.DOCTOR_WARNS: "`doctor` found warnings only",
     ExitCode.INTERRUPTED: "interrupted; `run --leave`: the worker goes on",
 }
+
+AFTERWARDS = "After 3, 4 and 5 nothing of the job is committed, but for what its SQL committed on its way."
 
 # The first class that fits decides, so a subclass stands before its base.
 _BY_ERROR: tuple[tuple[type[errors.PgbgError], ExitCode], ...] = (

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from pgbg_orchestration import errors, install
 from pgbg_orchestration.cli import app
-from pgbg_orchestration.cli.codes import MEANINGS, ExitCode, code_for
+from pgbg_orchestration.cli.codes import AFTERWARDS, MEANINGS, ExitCode, code_for
 from pgbg_orchestration.cli.options import _seconds, _seconds_with_unit, pairs
 from pgbg_orchestration.cli.screen import ago, duration, plain
 
@@ -47,6 +47,7 @@ class TestHelp:
         assert told == {int(code): text.replace("`", "") for code, text in MEANINGS.items()}
 
     def test_the_docs_tell_the_same_exit_codes(self) -> None:
+        assert AFTERWARDS in DOCS.read_text()
         rows = re.findall(r"^\| (\d+) \| (.+?) \|$", DOCS.read_text(), re.MULTILINE)
 
         assert {int(code): text for code, text in rows} == {int(code): text for code, text in MEANINGS.items()}
