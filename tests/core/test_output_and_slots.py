@@ -21,9 +21,12 @@ from tests.core.kit import Recorder, Watched, cancelled, count, effect, ended, e
     ids=["100,000 rows", "20,000 notices", "one long row"],
 )
 async def test_output_that_nobody_reads(db: Watched, output: str) -> None:
-    outcome = await within(arun(db.conninfo, Job(f"{effect('j')}; {output}", id="j")))
+    seen = Recorder()
+    outcome = await within(arun(db.conninfo, Job(f"{effect('j')}; {output}", id="j"), observer=seen))
     assert outcome.launched
     assert db.effects("j") == 1
+    if "notice" in output:
+        assert "output_blocked" not in seen.kinds(), "NOTICEs are not sent at all"
 
 
 @pytest.mark.servers("real", "embedded")
