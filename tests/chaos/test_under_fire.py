@@ -93,7 +93,6 @@ def stage(own_server: Callable[..., Server], fresh_database: Callable[..., Datab
 async def under_fire(stage: Stage, fire: Fire, hand: type[Hand] = Hand) -> Report:
     """Run jobs, and break things meanwhile."""
     report = Report(fire.seed, f"{stage.db.server.name} ({stage.db.server.extension})")
-    began = time.monotonic()
     over = asyncio.Event()
     numbers = itertools.count()
     fatal = int(stage.db.value("show server_version_num")) >= 170000  # transaction_timeout is there
@@ -103,6 +102,7 @@ async def under_fire(stage: Stage, fire: Fire, hand: type[Hand] = Hand) -> Repor
         ways = [straight, *(proxy.through(straight) for proxy in proxies)]
         ways += [straight] * (PROCESSES - len(ways))
         async with Crew(ways, fire.seed, report, hand) as crew:
+            began = time.monotonic()
 
             async def customers() -> None:
                 while fire.lasts(began, report.jobs.total()):

@@ -66,7 +66,7 @@ class SupervisedCustomer(Customer):
             self.stage.expect_at_most(self.plan.name, self.plan.effects)
 
 
-class SessionCustomer(SupervisedCustomer):
+class SessionCustomer(Customer):
     """Wants one job of kind ``session``, which dies with whoever launched it."""
 
     async def want(self) -> None:

@@ -8,6 +8,7 @@ This is the list. What the search through the model notices besides stands in ``
 | no receipt check | ``begin_work`` commits beside a receipt | a worker that starts late commits a second time |
 | no generation check | ``begin_work`` does not look | an older worker starts late, after its mark was pruned |
 | older generations are not marked | before a launch | an older worker with an older snapshot starts after a newer one |
+| lock and receipt in one snapshot | the looks are STABLE | a job that commits during a look shows neither |
 | success on "completed and not has_error" | in the verdict | a worker that ends by a FATAL error is told as a success |
 | cancel at once | one signal, without waiting until the worker is at work | a cancelled job leaves its effect |
 | detach before the outcome is written | in the conclusion | a process that dies in between leaves no outcome |
@@ -131,6 +132,26 @@ async def test_older_generations_not_marked(db: Watched, broken: bool, monkeypat
         await eventually(lambda: not db.workers(), "the older worker has ended")
     with noticed(broken):
         assert db.effects("older") == 0, "noticed: it began after the newer one"
+
+
+@BOTH
+@pytest.mark.parametrize("function", ["look", "list_jobs"])
+async def test_lock_and_receipt_in_one_snapshot(db: Watched, function: str, broken: bool) -> None:
+    checked = '"pgbg".require_read_committed();'
+    rewrite(db, function, checked, f"{checked} perform pg_sleep(1);")
+    if broken:
+        db.sql(f"alter function pgbg.{function} stable")
+    async with Launcher(db.conninfo) as launching:
+        task = asyncio.create_task(launching.run(Job(slow("j", 0.5), id="j")))
+        await eventually(lambda: [w for w in db.workers() if w[3] == "PgSleep"], "the worker is at work")
+        if function == "look":
+            seen = await within(launching.look("j"))
+            shown = seen.status == "committed" or seen.holds_this_job
+        else:
+            shown = db.states()["j"] in ("running", "committed")
+        await ended(task)
+    with noticed(broken):
+        assert shown, "noticed: it looks lost"
 
 
 def _completed_is_success(seen: Evidence) -> Step:
