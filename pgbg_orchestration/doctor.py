@@ -250,9 +250,9 @@ async def _known_faults(patient: Patient) -> list[Finding]:
             "the receipt only.",
         ),
     ]
-    if old:
+    if extension.numbers == (1, 10):
         leak = (
-            "A launching session leaks up to 64 KiB a launch. This package replaces its sessions after some launches."
+            "A launching session keeps up to 64 KiB of each launch's SQL. This package replaces its sessions after some launches."
         )
         found.append(Finding("known faults", "memory leak", Status.WARNING, leak, update))
     return found

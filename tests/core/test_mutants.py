@@ -158,6 +158,7 @@ def _completed_is_success(seen: Evidence) -> Step:
     return Step.COMMITTED if seen.report is Report.ENDED else judge(seen)
 
 
+@pytest.mark.since(postgres=17)
 @BOTH
 async def test_success_without_proof(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if broken:
