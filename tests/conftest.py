@@ -44,6 +44,10 @@ class Database:
         """An autocommit connection; the caller closes it."""
         return self.server.connect(self.name, user)
 
+    def function(self, name: str) -> str:
+        """How the extension here calls what 2.0 calls ``pg_background_<name>``."""
+        return f"pg_background_{name}{'' if self.server.surface == '2.0' else '_v2'}"
+
     def workers(self) -> list[tuple[object, ...]]:
         """The workers that run in this database: (pid, application_name, state, wait_event, query)."""
         with self.server.connect() as connection:

@@ -261,7 +261,8 @@ class TestSensor:
 
     async def test_waits_for_a_worker_that_somebody_launched_by_hand(self, database: Database) -> None:
         with database.connect() as session:
-            row = session.execute("select (pg_background_launch('select pg_sleep(1)')).pid").fetchone()
+            launch = f"select pid from {database.function('launch')}('select pg_sleep(1)')"
+            row = session.execute(launch.encode()).fetchone()
             assert row is not None
             event = await _event(PgBackgroundSensorTrigger(worker_pid=row[0], poll_interval=0.1))
 

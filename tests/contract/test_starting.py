@@ -31,9 +31,7 @@ def test_worker_that_was_registered_and_not_started_never_runs(
     """Its text is in shared memory that ends with its launcher. docs/durability.md rests on it."""
     server = own_server()
     database = fresh_database(server, "extension")
-    launch_function, result_function = (
-        f"pg_background_{name}{'' if server.surface == '2.0' else '_v2'}" for name in ("launch", "result")
-    )
+    call = database.function("launch")
     with database.connect() as observer:
         observer.execute("create table done ()")
         launcher = database.connect()
@@ -42,7 +40,7 @@ def test_worker_that_was_registered_and_not_started_never_runs(
 
         def launch() -> None:
             try:
-                launcher.execute(f"select * from {launch_function}('insert into done default values')".encode())
+                launcher.execute(f"select * from {call}('insert into done default values')".encode())
             except psycopg.Error as error:
                 ended.append(error)
 
@@ -70,7 +68,7 @@ def test_worker_that_was_registered_and_not_started_never_runs(
         launcher.close()
         # The postmaster starts it now, and it finds nothing to run. A worker started after it has an end to wait for.
         with database.connect() as second:
-            handle = second.execute(f"select pid, cookie from {launch_function}('select 1')".encode()).fetchone()
-            second.execute(f"select * from {result_function}(%s, %s) as (one int)".encode(), handle)
+            handle = second.execute(f"select pid, cookie from {call}('select 1')".encode()).fetchone()
+            second.execute(f"select * from {database.function('result')}(%s, %s) as (one int)".encode(), handle)
         until(lambda: "unable to map dynamic shared memory segment" in server.log(), "the worker's own end")
         assert observer.execute("select count(*) from done").fetchone() == (0,)

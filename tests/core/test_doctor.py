@@ -163,11 +163,10 @@ async def test_few_slots_and_none_free(own_db: Callable[..., Watched]) -> None:
     db = own_db(max_worker_processes=2, settings={"track_activities": "off"})
     assert (await look(db.admin_conninfo))["room"].status is Status.WARNING
 
-    suffix = "" if db.server.surface == "2.0" else "_v2"
     with db.database.connect() as launching:
-        launching.execute(f"select * from pg_background_launch{suffix}('select pg_sleep(60)')".encode())
+        launching.execute(f"select * from {db.database.function('launch')}('select pg_sleep(60)')".encode())
         found = await look(db.admin_conninfo)
-        launching.execute(f"select pg_background_cancel_all{suffix}()".encode())
+        launching.execute(f"select {db.database.function('cancel_all')}()".encode())
 
     # The launcher of logical replication has the other slot.
     assert found["worker slots"].status is Status.WARNING

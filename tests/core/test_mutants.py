@@ -94,7 +94,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 async def launch_late(db: Watched, text: str) -> None:
     """Run a worker of a launch call that was lost on its way, and that starts only now."""
     with psycopg.connect(db.conninfo, autocommit=True) as late:
-        late.execute("select pid from pg_background_launch(%s)", (text,))
+        late.execute(f"select pid from {db.database.function('launch')}(%s)".encode(), (text,))
         await eventually(lambda: not db.workers(), "the late worker has ended")
 
 
