@@ -252,7 +252,8 @@ async def _known_faults(patient: Patient) -> list[Finding]:
     ]
     if extension.numbers == (1, 10):
         leak = (
-            "A launching session keeps up to 64 KiB of each launch's SQL. This package replaces its sessions after some launches."
+            "A launching session keeps up to 64 KiB of each launch's SQL. This package replaces its sessions after "
+            "some launches."
         )
         found.append(Finding("known faults", "memory leak", Status.WARNING, leak, update))
     return found

@@ -94,8 +94,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 async def launch_late(db: Watched, text: str) -> None:
     """Run a worker of a launch call that was lost on its way, and that starts only now."""
     with psycopg.connect(db.conninfo, autocommit=True) as late:
-        late.execute(f"select pid from {db.database.function('launch')}(%s)".encode(), (text,))
-        await eventually(lambda: not db.workers(), "the late worker has ended")
+        launch, info = (db.database.function(name) for name in ("launch", "result_info"))
+        handle = late.execute(f"select pid, cookie from {launch}(%s)".encode(), (text,)).fetchone()
+
+        def completed() -> bool:
+            return late.execute(f"select completed from {info}(%s, %s)".encode(), handle).fetchone() == (True,)
+
+        await eventually(completed, "the late worker has ended")
 
 
 @BOTH
