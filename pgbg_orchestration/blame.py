@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import TypedDict
 
 import psycopg
+from psycopg import sql
 
 from . import errors
 from .composing import Work
@@ -166,12 +167,14 @@ def reused(work: Work) -> PgbgError:
     )
 
 
-def launch_refused(work: Work, error: psycopg.Error, facts: ServerFacts) -> PgbgError:
-    """The server refused the launch before a worker was started."""
+def launch_refused(work: Work, error: psycopg.Error, facts: ServerFacts, *, called: bool) -> PgbgError:
+    """The server refused the launch before a worker was started, or (not ``called``) one of the job's settings."""
     text = f"the launch was refused: {work.server_text(error)}"
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
-        grant = facts.extension.grant_statement(facts.login)
-        todo = f"Grant what is missing: {grant}"
+        login = sql.Identifier(facts.login).as_string(None)
+        todo = f"Grant what is missing: {facts.extension.grant_statement(facts.login)}"
+        if not called:
+            todo = f"Leave the setting out, or have it allowed (PostgreSQL 15): GRANT SET ON PARAMETER … TO {login};"
         return errors.NoPrivilege(text, sqlstate=error.sqlstate, todo=todo, **_named(work))
     return errors.InvalidJob(text, sqlstate=error.sqlstate, **_named(work))
 

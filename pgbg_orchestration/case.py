@@ -9,11 +9,11 @@ from datetime import datetime
 from typing import Any
 
 import psycopg
-from psycopg import sql
 
 from . import describing, faults
 from .composing import Work
 from .connecting import ConnectionLost
+from .describing import Readable
 from .extension import ResultInfo
 from .job import Kind
 from .launching import LaunchingSession, MayBeLaunched, Worker
@@ -129,9 +129,9 @@ class Case:
         What this call saw of the job first.
     attached_since:
         Since when a worker of this job was seen that somebody else launched, on the server's clock.
-    session, columns, last_marked, verified:
-        Of the kinds without a receipt: the session of its own, the columns of the statement's result, when its worker
-        was last seen (on the event loop's clock), what verify_sql said.
+    session, readable, last_marked, verified:
+        Of the kinds without a receipt: the session of its own, how the statement's result is read, when its worker was
+        last seen (on the event loop's clock), what verify_sql said.
     """
 
     work: Work
@@ -153,7 +153,7 @@ class Case:
     first_look: Sighting | None = None
     attached_since: datetime | None = None
     session: LaunchingSession | None = None
-    columns: sql.Composable | None = None
+    readable: Readable | None = None
     last_marked: float = 0.0
     verified: bool | None = None
     told: set[str] = field(default_factory=set)

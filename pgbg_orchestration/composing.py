@@ -143,15 +143,16 @@ class Work:
     def settings(self, seconds_left: float | None) -> dict[str, str]:
         """Return the settings of the work; ``seconds_left`` is the time until the job's deadline."""
         settings = dict(BASE_SETTINGS)
-        if self.kind is Kind.SESSION:
-            settings["application_name"] = self.marker
         if self.job.isolation is not None:
             settings["default_transaction_isolation"] = self.job.isolation
         if seconds_left is not None:
             # So that the SQL ends even when nobody is left to cancel it.
             milliseconds = int((max(seconds_left, 0) + pace.DEADLINE_MARGIN) * 1000)
             settings["pg_background.worker_timeout"] = str(min(milliseconds, 2**31 - 1))
-        return {**settings, **(self.job.settings or {})}
+        settings |= self.job.settings or {}
+        if self.kind is Kind.SESSION:
+            settings["application_name"] = self.marker  # without it, nobody could find or cancel the worker
+        return settings
 
 
 async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:

@@ -103,14 +103,16 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
 def _without_receipt(case: Case) -> Outcome:
     row_count, tag = case.launch.result or (None, None)
     info, worker = case.launch.info, case.launch.worker
+    if info is not None and not (case.readable and case.readable.padded):
+        row_count, tag = info.row_count, info.command_tag or None
     return Outcome(
         job_id=case.work.key.job_id,
         label=case.work.label,
         launched=case.launched > 0,
         attempt=case.attempt,
         worker_pid=worker.handle.pid if worker else None,
-        row_count=row_count if info is None else info.row_count,
-        command_tag=(tag if info is None else info.command_tag) or None,
+        row_count=row_count,
+        command_tag=tag,
         started_at=info.started_at if info else None,
         finished_at=info.finished_at if info else None,
         proof="result" if case.launch.result else "verify_sql",

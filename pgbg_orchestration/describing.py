@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection, generators, pq, sql
 
 from .outcome import ErrorFields
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """A text to launch, and how its result is read to its end.
+
+    Attributes
+    ----------
+    columns:
+        The column definition list of its last statement; None for one without rows, whose result is the tag of each
+        statement.
+    padded:
+        A statement without rows stands behind the job's own, whose rows nobody can read: the last tag is not the job's.
+    """
+
+    text: str
+    columns: sql.Composable | None
+    padded: bool = False
 
 
 class UnreadableResult(Exception):

@@ -183,9 +183,16 @@ class Extension:
         return await cursor.fetchall()
 
     async def drain(
-        self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable | None
+        self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable | None, *, padded: bool = False
     ) -> tuple[int | None, str | None]:
         """Read a worker's result to its end and throw the rows away; returns row count and command tag.
+
+        Parameters
+        ----------
+        columns:
+            As :meth:`result` takes them. With them the tag is not told.
+        padded:
+            The last statement is not the one to tell of, but the one before it.
 
         Raises
         ------
@@ -193,8 +200,8 @@ class Extension:
             As :meth:`result`.
         """
         if columns is None:
-            tags = await self.result(conn, handle)
-            words = str(tags[-1][0]).split() if tags else []
+            tags = [str(tag) for (tag,) in await self.result(conn, handle)][: -1 if padded else None]
+            words = tags[-1].split() if tags else []
             count = int(words[-1]) if len(words) > 1 and words[-1].isdigit() else None
             return count, " ".join(word for word in words if not word.isdigit()) or None
         head = self.query("select count(*) from {f}(%s, %s) as ", f="result")
@@ -252,22 +259,25 @@ class Extension:
         cursor = await conn.cursor(row_factory=scalar_row).execute(query)
         return int(await cursor.fetchone() or 0)
 
-    def supervision(self, columns: sql.Composable | None) -> Sequence[str]:
+    def supervision(self, columns: sql.Composable | None, *, padded: bool) -> Sequence[str]:
         """Return the statements that a supervisor inside the server needs, with $1 and $2 for a handle.
 
         They are: launch (of $1, with queue size $2 and label $3), ``result_info`` as row count, tag, completed and
-        has_error, ``error_info`` as an array, and ``result`` read to its end.
+        has_error, ``error_info`` as an array, and ``result`` read to its end, as the number of rows and, without
+        columns, the tag of the last statement; ``padded``: of the one before it.
         """
         texts: dict[str, LiteralString] = {
             "launch": "select pid, cookie from {f}($1, $2, $3)",
             "result_info": "select row_count, command_tag, completed, has_error from {f}($1, $2)",
             "error_info": "select array[sqlstate, message, detail, hint, context{more}] from {f}($1, $2)",
-            "result": "select count(*) from {f}($1, $2) as r({columns})",
+            "result": "select count(*), null from {f}($1, $2) as r({columns})"
+            if columns is not None
+            else "select count(*), (array_agg(tag))[count(*)::int4 - {padding}] from {f}($1, $2) as r(tag text)",
         }
         more = "" if self.v2_names else ", schema_name, table_name, column_name, constraint_name"
         return [
             sql.SQL(text)
-            .format(f=self.name(function), more=sql.SQL(more), columns=columns or sql.SQL("tag text"))
+            .format(f=self.name(function), more=sql.SQL(more), columns=columns, padding=sql.Literal(int(padded)))
             .as_string(None)
             for function, text in texts.items()
         ]

@@ -18,6 +18,7 @@ from psycopg.rows import scalar_row
 
 from . import connecting, describing, faults, pace
 from .connecting import ConnectionLost, ExtensionMoved
+from .describing import Readable
 from .errors import PoolerInTransactionMode
 from .extension import MAX_TRACKED, NO_SLOT, Extension, Handle, Progress, ResultInfo
 from .outcome import ErrorFields
@@ -36,11 +37,15 @@ class SlotsUsedUp(Exception):
 
 
 class LaunchRefused(Exception):
-    """The server refused the launch before a worker was started; ``error`` says why."""
+    """The server refused the launch before a worker was started; ``error`` says why.
 
-    def __init__(self, error: psycopg.Error) -> None:
+    ``called`` is False where it refused a setting or the role, before the call itself.
+    """
+
+    def __init__(self, error: psycopg.Error, *, called: bool) -> None:
         super().__init__(str(error))
         self.error = error
+        self.called = called
 
 
 class MayBeLaunched(Exception):
@@ -225,7 +230,7 @@ class LaunchingSession:
                     raise SlotsUsedUp(error) from error
                 if called and not isinstance(error, psycopg.errors.InsufficientPrivilege):
                     raise MayBeLaunched(error) from error
-                raise LaunchRefused(error) from error
+                raise LaunchRefused(error, called=called) from error
             self.launches += 1
             loop = asyncio.get_running_loop()
             self._answered = loop.time()
@@ -347,7 +352,7 @@ class LaunchingSession:
                     raise
                 raise ConnectionLost(str(error)) from error
 
-    async def drain(self, worker: Worker, columns: sql.Composable | None) -> tuple[int | None, str | None]:
+    async def drain(self, worker: Worker, readable: Readable) -> tuple[int | None, str | None]:
         """Read the worker's result to its end, which proves its commit; returns row count and command tag.
 
         This session does nothing else meanwhile. However it ends, the server has forgotten the handle then; a worker
@@ -365,7 +370,7 @@ class LaunchingSession:
                 raise ConnectionLost("the launching session is lost")
             self.workers.pop(worker.handle, None)
             try:
-                return await self.extension.drain(self._conn, worker.handle, columns)
+                return await self.extension.drain(self._conn, worker.handle, readable.columns, padded=readable.padded)
             except (psycopg.Error, OSError) as error:
                 if self._give_up_if_lost(error):
                     raise ConnectionLost(str(error)) from error

@@ -12,12 +12,12 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psycopg
-from psycopg import sql
 
 from . import blame, describing, faults, markers, pace, statements, verifying
 from .case import Case, Launch, deadline_of
 from .concluding import conclude, record
 from .connecting import ConnectionLost, ExtensionMoved
+from .describing import Readable
 from .errors import JobCancelled, PgbgError, ServerUnreachable
 from .gathering import RELAUNCHES, gather, look
 from .job import Job, Kind
@@ -189,7 +189,8 @@ class Run:
             case.launch_error = error.error
         except LaunchRefused as error:
             await record(case, self._ledger, "failed", error=work.telling(describing.error_fields(error.error)))
-            raise blame.launch_refused(work, error.error, await self._launcher.facts()) from error.error
+            facts = await self._launcher.facts()
+            raise blame.launch_refused(work, error.error, facts, called=error.called) from error.error
         await self._take_over_call()
         faults.point("while_running")
         if case.launch.worker is not None:
@@ -382,18 +383,19 @@ class Run:
 
     async def _compose_supervisor(self, registration: Registration) -> str:
         case, work = self._case, self._case.work
-        text, columns = await self._make_readable()
+        readable = await self._make_readable()
         facts = await self._launcher.facts()
         settings = {**facts.defaults, **work.settings(case.seconds_left())}
-        calls = facts.extension.supervision(columns)
-        return work.supervisor(self._launcher.schema, registration, text, calls, settings)
+        calls = facts.extension.supervision(readable.columns, padded=readable.padded)
+        return work.supervisor(self._launcher.schema, registration, readable.text, calls, settings)
 
-    async def _make_readable(self) -> tuple[str, sql.Composable | None]:
-        """Return the text to launch and the columns of its result, which is to be read to its end."""
+    async def _make_readable(self) -> Readable:
+        """Return the text to launch, with a result that can be read to its end."""
         work = self._case.work
         text, last = statements.join(work.statements), work.statements[-1].text
         try:
-            return text, await self._on_session(lambda session: session.describe(last, work.meaning()))
+            columns = await self._on_session(lambda session: session.describe(last, work.meaning()))
+            return Readable(text, columns)
         except describing.UnreadableResult:
             pass
         except psycopg.Error as error:
@@ -401,7 +403,7 @@ class Run:
                 raise blame.statement_refused(work, error) from None  # its text quotes the line, parameters and all
             # It may need what the statements before it make.
         # Behind a statement that gives no rows, the result is the statements' tags.
-        return text + statements.SEPARATOR.rstrip(";"), None
+        return Readable(text + statements.SEPARATOR.rstrip(";"), None, padded=True)
 
     async def _drop_invalid_index(self) -> None:
         case, work = self._case, self._case.work
@@ -427,15 +429,15 @@ class Run:
             raise blame.already_at_work(case.work, marked.pid)
         if case.session is None or case.session.lost:
             case.session = await self._launcher.session(exclusive=True)
-        text, case.columns = await self._make_readable()
-        return text
+        case.readable = await self._make_readable()
+        return case.readable.text
 
     async def _read_result(self) -> None:
         """Read the result to its end; the worker is cancelled and the deadline is kept meanwhile."""
         case, launch = self._case, self._case.launch
         if launch.reading is None:
             worker = _there(launch.worker)
-            launch.reading = self._loop.create_task(worker.session.drain(worker, case.columns))
+            launch.reading = self._loop.create_task(worker.session.drain(worker, _there(case.readable)))
             case.last_marked = self._loop.time()
         elif self._loop.time() - case.last_marked > pace.CALL:
             await launch.stop_reading()  # the worker is gone, and its result would be here: the connection is not

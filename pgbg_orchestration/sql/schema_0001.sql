@@ -311,7 +311,7 @@ end $$;
 -- snapshot, and CREATE INDEX CONCURRENTLY would wait for it for ever. No EXCEPTION block may stand around a COMMIT.
 --
 -- p_calls: the statements of pg_background that it uses, as the client knows their names: launch, result_info,
--- error_info, result, detach. p_settings: names and values for the worker, in turn. p_redact_details: keep of an
+-- error_info, result (read to its end: the number of rows, and the last tag or null). p_settings: names and values for the worker, in turn. p_redact_details: keep of an
 -- error its code and the names of objects only.
 create procedure @schema@.supervise(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea,
@@ -326,6 +326,7 @@ declare
     v_cookie  bigint;
     v_rows    bigint;
     v_count   bigint;
+    v_told    text;
     v_tag     text;
     v_done    boolean := false;
     v_failed  boolean := false;
@@ -405,9 +406,12 @@ begin
     else
         -- Read to its end, which comes after the commit: "completed" and a command tag are no proof.
         begin
-            execute p_calls[4] into v_count using v_pid, v_cookie;
+            execute p_calls[4] into v_count, v_told using v_pid, v_cookie;
             v_read := true;
-            if not v_done then
+            if v_told is not null then
+                v_tag := pg_catalog.regexp_replace(v_told, '( [0-9]+)+$', '');
+                v_rows := coalesce(pg_catalog.substring(v_told, '[0-9]+$')::bigint, 0);
+            elsif not v_done then
                 v_rows := v_count;
             end if;
         exception when others then

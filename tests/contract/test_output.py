@@ -203,6 +203,11 @@ def test_result_without_rows_is_the_tags_as_one_text_column(session: Background)
     assert session.fetch("create table made (i int)") == [("CREATE TABLE",)]
     assert session.fetch("insert into done values (1), (2)") == [("INSERT 0 2",)]
     assert session.fetch("insert into done values (1); do $$begin null; end$$") == [("INSERT 0 1",), ("DO",)]
+    assert session.fetch("select 1; select pg_sleep(0); set local a.b to default") == [
+        ("SELECT 1",),
+        ("SELECT 1",),
+        ("SET",),
+    ]
 
 
 def test_result_needs_a_column_definition_list(session: Background) -> None:

@@ -139,6 +139,14 @@ def test_default_ids_are_fresh_and_series_ids_stable() -> None:
     assert Job("select 1", series="s", generation=3).id == Job("select 2", series="s", generation=3).id == "s#3"
 
 
+@pytest.mark.servers("real", "embedded")
+async def test_a_setting_that_the_login_may_not_change(db: Watched) -> None:
+    with pytest.raises(errors.NoPrivilege, match="GRANT SET ON PARAMETER") as caught:
+        await within(arun(db.conninfo, Job("select 1", id="j", settings={"log_statement": "all"})))
+    assert "log_statement" in str(caught.value)
+    assert "pgbackground_role" not in str(caught.value)
+
+
 async def test_refused_by_the_server_before_launch(db: Watched) -> None:
     """What only the server knows: nothing is registered, launched or left."""
     for job in (

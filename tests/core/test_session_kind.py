@@ -101,8 +101,10 @@ async def test_lost_session_with_verify_sql(db: Watched, done: bool) -> None:
             assert end.proof == "verify_sql" or db.server.is_standin
 
 
-async def test_cancel_of_a_session_job(db: Watched) -> None:
-    job = Job("with s as (select pg_sleep(30)) insert into effects select 'j' from s", id="j", kind="session")
+@pytest.mark.parametrize("settings", [{}, {"Application_Name": "mine"}], ids=["", "a name of its own"])
+async def test_cancel_of_a_session_job(db: Watched, settings: dict[str, str]) -> None:
+    sql = "with s as (select pg_sleep(30)) insert into effects select 'j' from s"
+    job = Job(sql, id="j", kind="session", settings=settings)
     task = asyncio.create_task(arun(db.conninfo, job))
     await eventually(lambda: [w for w in db.workers() if w[2] == "active"], "a worker at work")
     await cancelled(task)

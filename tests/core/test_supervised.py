@@ -74,6 +74,13 @@ async def test_such_a_statement_is_supervised_and_proven(steps: Watched, sql: st
     assert steps.states()[str(job.id)] == "committed"
 
 
+@pytest.mark.parametrize("kind", ["session", "supervised"])
+async def test_rows_that_cannot_be_read_are_counted(steps: Watched, kind: str) -> None:
+    """No column definition list can name the type void: what is read is the statements' tags."""
+    outcome = await within(arun(steps.conninfo, Job("select pg_sleep(0)", kind=kind)))
+    assert (outcome.command_tag, outcome.row_count) == ("SELECT", 1)
+
+
 @pytest.mark.majors
 async def test_procedure_that_fails_at_its_sixth_step(steps: Watched) -> None:
     job = call(10, fails_at=6)

@@ -208,6 +208,9 @@ BEGIN
             worker := worker || jsonb_build_object('shape', (outcome ->> 'shape')::jsonb);
             next := next + 1;
         ELSE
+            IF next < total - 1 THEN
+                outcome := outcome - '{rows,shape}'::text[];  -- only the last statement's rows are kept
+            END IF;
             worker := jsonb_set((worker - 'rows') || (outcome - 'status'), '{tags}', worker -> 'tags' || (outcome -> 'status'));
             next := next + 1;
         END IF;
