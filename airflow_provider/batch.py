@@ -2,116 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import events
-from .identity import job_arguments, label_of
+from .arguments import job_arguments, label_of
 from .operators import PgBackgroundOperator
-from .trigger_base import JobTrigger
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from pgbg_orchestration import Launcher
-    from pgbg_orchestration.errors import PgbgError
-
     from .identity import Identity
-
-STOPPED = "another job of the batch failed"
-"""Why a job of a batch was cancelled; a later try of the task takes that back."""
-
-
-class PgBackgroundBatchTrigger(JobTrigger):
-    """Runs the jobs of a batch and fires one event with the end of each.
-
-    Parameters
-    ----------
-    jobs:
-        The arguments of :class:`pgbg_orchestration.Job` by the job's name in the batch.
-    at_once:
-        How many run at once; None for all.
-    fail_fast:
-        Whether the rest is cancelled when one fails.
-    try_number:
-        The try that this trigger works for: what an earlier one stopped is run.
-    kwargs:
-        As :class:`~airflow_provider.trigger_base.JobTrigger` takes them.
-    """
-
-    arguments = ("jobs", "at_once", "fail_fast", "try_number", *JobTrigger.arguments)
-
-    def __init__(
-        self,
-        *,
-        jobs: dict[str, dict[str, Any]],
-        at_once: int | None = None,
-        fail_fast: bool = False,
-        try_number: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.jobs = jobs
-        self.at_once = at_once
-        self.fail_fast = fail_fast
-        self.try_number = try_number
-
-    def identities(self) -> list[Mapping[str, Any]]:
-        """Return ``id``, ``series`` and ``owner`` of each job."""
-        return list(self.jobs.values())
-
-    def failed(self, error: PgbgError) -> dict[str, Any]:
-        """Return the event of an error that is all jobs': the jobs' own are in their ends."""
-        return {"jobs": dict.fromkeys(self.jobs, events.of_error(error))}
-
-    async def work(self, launcher: Launcher) -> dict[str, Any]:
-        """Launch the jobs or attach to them, and wait for all outcomes."""
-        turns = asyncio.Semaphore(self.at_once or len(self.jobs))
-        failed = asyncio.Event()
-
-        async def run_one(arguments: dict[str, Any]) -> dict[str, Any]:
-            from pgbg_orchestration.errors import JobCancelled, PgbgError
-
-            async with turns:
-                try:
-                    if self.fail_fast and failed.is_set():
-                        raise JobCancelled(STOPPED, job_id=arguments["id"], label=arguments["label"])
-                    stopped = await self._was_stopped(launcher, arguments)
-                    return events.of_outcome(await self.run_job(launcher, arguments, retry_cancelled=stopped))
-                except PgbgError as error:
-                    self.log.error("%s", error)  # noqa: TRY400 - the error says all
-                    failed.set()
-                    return events.of_error(error)
-
-        tasks = {name: asyncio.create_task(run_one(job)) for name, job in self.jobs.items()}
-        stopping = asyncio.create_task(self._stop_rest(launcher, failed, tasks))
-        try:
-            await asyncio.gather(*tasks.values())
-        finally:
-            for task in (stopping, *tasks.values()):
-                task.cancel()
-            await asyncio.gather(stopping, *tasks.values(), return_exceptions=True)
-        return {"jobs": {name: task.result() for name, task in tasks.items()}}
-
-    async def _was_stopped(self, launcher: Launcher, arguments: dict[str, Any]) -> bool:
-        """Say whether an earlier try stopped this job because of another one."""
-        seen = await launcher.look(arguments["id"], owner=arguments.get("owner"), series=arguments["series"])
-        return bool(seen.reason and seen.reason.startswith(STOPPED) and seen.reason != self._reason_of(self.try_number))
-
-    async def _stop_rest(
-        self, launcher: Launcher, failed: asyncio.Event, tasks: Mapping[str, asyncio.Task[dict[str, Any]]]
-    ) -> None:
-        if not self.fail_fast:
-            return
-        await failed.wait()
-        rest = [name for name, task in tasks.items() if not task.done()]
-        self.log.info("A job failed: cancelling %s.", ", ".join(rest) or "none, all others have ended")
-        await self.cancel(launcher, [self.jobs[name] for name in rest], self._reason_of(self.try_number))
-
-    @staticmethod
-    def _reason_of(try_number: int) -> str:
-        return f"{STOPPED} (try {try_number})"
 
 
 class PgBackgroundBatchOperator(PgBackgroundOperator):
@@ -168,28 +69,25 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the jobs: defer to a trigger, or wait here."""
         from .identity import identify
+        from .triggers import PgBackgroundBatchTrigger
 
         if not self.jobs:
             self.log.info("The batch is empty: nothing to do.")
             return {}
         identity = identify(context, durable=self.durable)
         jobs = {name: self._arguments_of(name, given, identity) for name, given in self.jobs.items()}
-        checked = {name: self._check(job) for name, job in jobs.items()}
+        for job in jobs.values():
+            self._check(job)
         self.log.info("%d jobs: %s.", len(jobs), ", ".join(sorted(jobs)))
-        deadline = self._deadline(context)
-        if self.deferrable:
-            trigger = PgBackgroundBatchTrigger(
-                jobs=jobs,
-                at_once=self.at_once,
-                fail_fast=self.fail_fast,
-                try_number=context["ti"].try_number,
-                deadline=deadline,
-                **self.trigger_arguments(),
-            )
-            self._defer_to(trigger, deadline)
-        ends = self._run_here(list(checked.values()), deadline, at_once=self.at_once, fail_fast=self.fail_fast)
-        named = dict(zip(checked, ends, strict=True))
-        return self.execute_complete({}, {"jobs": {name: _event(end, checked[name]) for name, end in named.items()}})
+        trigger = PgBackgroundBatchTrigger(
+            jobs=jobs,
+            at_once=self.at_once,
+            fail_fast=self.fail_fast,
+            try_number=context["ti"].try_number,
+            deadline=self._deadline(context),
+            **self._trigger_arguments(),
+        )
+        return self._wait_for(context, trigger)
 
     def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the outcome of each job, or raise the error of the first one that failed."""
@@ -201,7 +99,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         if not failures:
             return {name: events.result_of(end) for name, end in ends.items()}
         # One that was stopped because of another is not the reason.
-        first = next((name for name, error in failures.items() if not events.was_stopped(error, STOPPED)), None)
+        first = next((name for name, error in failures.items() if not events.was_stopped(error)), None)
         first = first or next(iter(failures))
         error = failures.pop(first)
         error.add_note(f"Job {first!r} of the batch; {len(failures)} more did not commit.")
@@ -230,15 +128,3 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
             "id": f"{identity.job_id}/{name}",
             "series": f"{identity.series}/{name}",
         }
-
-
-def _event(end: Any, job: Any) -> dict[str, Any]:
-    from pgbg_orchestration.errors import JobCancelled, PgbgError
-
-    if isinstance(end, asyncio.CancelledError):
-        end = JobCancelled(STOPPED, job_id=job.id, label=job.label)
-    if isinstance(end, PgbgError):
-        return events.of_error(end)
-    if isinstance(end, BaseException):
-        raise end
-    return events.of_outcome(end)

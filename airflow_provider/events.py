@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 COMMITTED = "committed"
 FAILED = "failed"
+TIMED_OUT = "timed_out"
+
+STOPPED = "another job of the batch failed"
+"""Why a job of a batch was cancelled; a later try of the task takes that back."""
 
 # A server's CONTEXT quotes the SQL that failed inside a function; `pgbg.jobs` keeps it for those who may see it.
 _KEPT_BACK = ("context",)
@@ -98,11 +102,11 @@ def advised(error: PgbgError) -> PgbgError:
     return error
 
 
-def was_stopped(error: PgbgError, why: str) -> bool:
-    """Tell whether a job was cancelled for a reason that begins with ``why``."""
+def was_stopped(error: PgbgError) -> bool:
+    """Tell whether a job of a batch was cancelled because another one failed."""
     from pgbg_orchestration.errors import JobCancelled
 
-    return isinstance(error, JobCancelled) and why in error.message
+    return isinstance(error, JobCancelled) and STOPPED in error.message
 
 
 def watch(_event: Event) -> None:

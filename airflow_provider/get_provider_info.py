@@ -32,15 +32,6 @@ def get_provider_info() -> dict[str, Any]:
         ],
         "sensors": [{"integration-name": _NAME, "python-modules": ["airflow_provider.sensors"]}],
         "hooks": [{"integration-name": _NAME, "python-modules": ["airflow_provider.hook"]}],
-        "triggers": [
-            {
-                "integration-name": _NAME,
-                "python-modules": [
-                    "airflow_provider.triggers",
-                    "airflow_provider.batch",
-                    "airflow_provider.sensors",
-                ],
-            }
-        ],
+        "triggers": [{"integration-name": _NAME, "python-modules": ["airflow_provider.triggers"]}],
         "task-decorators": [{"name": "pg_background", "class-name": "airflow_provider.decorator.pg_background_task"}],
     }

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.sdk import BaseOperator, conf
 
 from . import starting
+from .arguments import JOB_FIELDS, job_arguments, not_storable
+from .ending import ends_in_trigger
 from .retry_policy import SqlStateRetryPolicy
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
     from airflow.sdk.definitions.mappedoperator import OperatorPartial
-    from airflow.triggers.base import BaseTrigger
 
-    from pgbg_orchestration import Job, Outcome
+    from pgbg_orchestration import Job
 
+    from .trigger_base import JobTrigger
     from .waiting import Waiting
 
 MARGIN = timedelta(minutes=10)
@@ -56,10 +58,9 @@ class PgBackgroundOperator(BaseOperator):
         Wait in the triggerer, without a worker slot. Default: ``[operators] default_deferrable``.
     end_from_trigger:
         Let the trigger of a deferred task end it when its job is committed: it then needs no worker a second time, and
-        ends at once. Default: where nothing is left to be done in a worker, so with ``do_xcom_push=False`` and without
-        outlets, listeners (OpenLineage), ``post_execute`` and a subclass's ``execute_complete``. True leaves listeners
-        and ``post_execute`` out, and the XCom is JSON text instead of a dict (Airflow 3.3 encodes what a trigger pushes
-        twice); a task with outlets is resumed all the same, since its asset events come from a worker.
+        ends at once. Default: where nothing is left to be done in a worker, so without listeners (OpenLineage),
+        ``post_execute`` and a subclass's ``execute_complete``. True leaves these out. A task with outlets or
+        ``on_success_callback``, and one whose XCom is taken apart, is resumed all the same: only a worker does that.
     start_from_trigger:
         Begin in the triggerer: the task needs no worker before its job is done, and none at all with
         ``end_from_trigger``. Implies ``deferrable``. Only without automatic retries, or with ``durable=False``: in a
@@ -176,13 +177,14 @@ class PgBackgroundOperator(BaseOperator):
         self.redact_details = redact_details
         self.endpoint = endpoint
         self.schema = schema
-        self._waiting: Waiting | None = None
+        self._waiting: Waiting[dict[str, Any]] | None = None
         if self.retry_policy is None:
             self.retry_policy = SqlStateRetryPolicy()
         if start_from_trigger:
-            starting.check(self)
+            given = self._start_arguments()
+            starting.check(self, given, durable=durable, possible=self.can_start_from_trigger)
             self.deferrable = self.start_from_trigger = True
-            self.start_trigger_args = starting.arguments_of(self)
+            self.start_trigger_args = starting.trigger_args(given, timeout)
 
     # Beginning in the triggerer --------------------------------------------------------------------------------------
 
@@ -205,36 +207,23 @@ class PgBackgroundOperator(BaseOperator):
         """Read template files; a triggerer that renders what was in them cannot find them itself."""
         super().resolve_template_files()
         if self.start_from_trigger:
-            self.start_trigger_args = starting.arguments_of(self)
+            self.start_trigger_args = starting.trigger_args(self._start_arguments(), self.timeout)
+
+    def _start_arguments(self) -> dict[str, Any]:
+        return {**{field: getattr(self, field) for field in JOB_FIELDS}, **self._trigger_arguments()}
 
     # The two ways of waiting ----------------------------------------------------------------------------------------
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the job: defer to a trigger, or wait here."""
-        from pgbg_orchestration.errors import PgbgError
-
-        from . import events
-        from .identity import identify, job_arguments
+        from .identity import identify
+        from .triggers import PgBackgroundTrigger
 
         job = job_arguments(self, identify(context, durable=self.durable), self)
         checked = self._check(job)
         self.log.info("Job %s, label %r.", checked.id, checked.label)
-        deadline = self._deadline(context)
-        if self.deferrable:
-            from .triggers import PgBackgroundTrigger
-
-            trigger = PgBackgroundTrigger(
-                job=job,
-                end_task=self.ends_in_trigger,
-                do_xcom_push=bool(self.do_xcom_push),
-                deadline=deadline,
-                **self.trigger_arguments(),
-            )
-            self._defer_to(trigger, deadline)
-        (end,) = self._run_here([checked], deadline)
-        if isinstance(end, BaseException):
-            raise events.advised(end) if isinstance(end, PgbgError) else end
-        return self.execute_complete({}, events.of_outcome(end))
+        trigger = PgBackgroundTrigger(job=job, deadline=self._deadline(context), **self._trigger_arguments())
+        return self._wait_for(context, trigger)
 
     def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return what the trigger found, or raise the job's error in its own type."""
@@ -251,25 +240,11 @@ class PgBackgroundOperator(BaseOperator):
         )
         return result
 
-    @property
-    def ends_in_trigger(self) -> bool:
-        """Whether nothing of the task is left to be done in a worker once its job is committed."""
-        if self.end_from_trigger is False or self.outlets:  # asset events come from a worker
-            return False
-        if self.end_from_trigger:
-            return True
-        from airflow.sdk.listener import get_listener_manager
-
-        extended = (
-            self._post_execute_hook is not None
-            or type(self).post_execute is not BaseOperator.post_execute
-            or type(self).execute_complete is not PgBackgroundOperator.execute_complete
-        )
-        return not self.do_xcom_push and not extended and not get_listener_manager().has_listeners
-
-    def trigger_arguments(self) -> dict[str, Any]:
+    def _trigger_arguments(self) -> dict[str, Any]:
         """Return what every trigger of this operator is given besides its jobs and its deadline."""
         return {
+            "end_task": ends_in_trigger(self, self.end_from_trigger),
+            "do_xcom_push": bool(self.do_xcom_push),
             "postgres_conn_id": self.postgres_conn_id,
             "database": self.database,
             "endpoint": self.endpoint,
@@ -280,29 +255,28 @@ class PgBackgroundOperator(BaseOperator):
             "schema": self.schema,
         }
 
-    def _defer_to(self, trigger: BaseTrigger, deadline: datetime | None) -> NoReturn:
-        # Airflow's own timeout runs no on_kill and loses the job's error, so it comes well after the trigger's.
-        own = None if deadline is None else max(deadline - datetime.now(UTC), timedelta()) + MARGIN
-        self.defer(trigger=trigger, method_name="execute_complete", timeout=own)
+    def _wait_for(self, context: Context, trigger: JobTrigger) -> dict[str, Any]:
+        """Defer to a trigger, or do its work in this process and return the task's result."""
+        if self.deferrable:
+            # Airflow's own timeout runs no on_kill and loses the job's error, so it comes well after the trigger's.
+            own = None if trigger.deadline is None else max(trigger.deadline - datetime.now(UTC), timedelta()) + MARGIN
+            self.defer(trigger=trigger, method_name="execute_complete", timeout=own)
+        return self.execute_complete(context, self._do_here(trigger))
 
-    def _run_here(self, jobs: Sequence[Job], deadline: datetime | None, **batch: Any) -> list[Outcome | BaseException]:
-        """Run jobs in this process and return the end of each."""
+    def _do_here(self, trigger: JobTrigger) -> dict[str, Any]:
+        from pgbg_orchestration.errors import PgbgError
+
+        from . import events
         from .hook import PgBackgroundHook
         from .waiting import Waiting
 
+        trigger.in_task = True
         hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
-        waiting = self._waiting = Waiting(hook.conninfo(), schema=self.schema)
-        return waiting.run(
-            jobs,
-            on_superseded=self.on_superseded,
-            accept_changed_sql=True,
-            # A try that was asked to end (an evicted pod) cancelled the job; this try was started to run it.
-            retry_cancelled=True,
-            slot_timeout=self.slot_timeout,
-            poll_interval=self.poll_interval,
-            deadline=deadline,
-            **batch,
-        )
+        self._waiting = Waiting(hook.conninfo(), schema=self.schema)
+        try:
+            return self._waiting.run(trigger.work)
+        except PgbgError as error:
+            raise events.advised(error)  # noqa: B904 - it is the same
 
     def on_kill(self) -> None:
         """Cancel the worker of a task that waits in its own process."""
@@ -338,7 +312,7 @@ class PgBackgroundOperator(BaseOperator):
         from pgbg_orchestration.errors import InvalidJob
 
         job = Job(**arguments)
-        if self.deferrable and (strange := starting.not_storable(arguments["parameters"])):
+        if self.deferrable and (strange := not_storable(arguments["parameters"])):
             raise InvalidJob(
                 f"a parameter is of type {strange}, which Airflow cannot store for a trigger",
                 job_id=job.id,

@@ -4,105 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import BaseSensorOperator, conf
 
-from . import events
-from .hook import PgBackgroundHook
+from .ending import ends_in_trigger
 from .retry_policy import SqlStateRetryPolicy
-from .trigger_base import ServerTrigger
+from .watching import COMMITTED, ENDED_BADLY, Watch
 
 if TYPE_CHECKING:
     from airflow.sdk import Context, PokeReturnValue
 
-    from pgbg_orchestration import Launcher
-    from pgbg_orchestration.ledger import JobEntry
-
-COMMITTED = ("committed",)
-ENDED_BADLY = ("cancelled", "failed", "lost", "unknown")
-TIMED_OUT = "timed_out"
-POLL_INTERVAL = 5.0
-"""Seconds between two looks of a deferred sensor where none is given."""
-
-
-class PgBackgroundSensorTrigger(ServerTrigger):
-    """Looks at jobs or at a worker until they are as wanted, and fires one event.
-
-    Parameters
-    ----------
-    job_id, label, worker_pid, states, fail_on:
-        As :class:`PgBackgroundSensor` takes them.
-    poll_interval:
-        Seconds between two looks; None for ``POLL_INTERVAL``.
-    deadline:
-        The moment until which to wait, with time zone.
-    kwargs:
-        As :class:`~airflow_provider.trigger_base.ServerTrigger` takes them.
-    """
-
-    arguments = (
-        "job_id", "label", "worker_pid", "states", "fail_on", "poll_interval", "deadline", *ServerTrigger.arguments,
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        *,
-        job_id: str | None = None,
-        label: str | None = None,
-        worker_pid: int | None = None,
-        states: Collection[str] = COMMITTED,
-        fail_on: Collection[str] = ENDED_BADLY,
-        poll_interval: float | None = None,
-        deadline: datetime | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.job_id = job_id
-        self.label = label
-        self.worker_pid = worker_pid
-        self.states = list(states)
-        self.fail_on = list(fail_on)
-        self.poll_interval = poll_interval
-        self.deadline = deadline
-
-    async def work(self, launcher: Launcher) -> dict[str, Any]:
-        """Look until it is as wanted, or the deadline has passed."""
-        while (event := await self.look(launcher)) is None:
-            if self.deadline is not None and datetime.now(UTC) >= self.deadline:
-                return {"status": TIMED_OUT}
-            await asyncio.sleep(self.poll_interval or POLL_INTERVAL)
-        return event
-
-    async def look(self, launcher: Launcher) -> dict[str, Any] | None:
-        """Look once; returns the event, or None while it is not as wanted.
-
-        Raises
-        ------
-        PgbgError
-            A job ended in a state of ``fail_on``: with its own SQLSTATE and message.
-        """
-        if self.worker_pid is not None:
-            return await self._look_at_worker(launcher, self.worker_pid)
-        found = await launcher.ledger.jobs(job_id=self.job_id, label=self.label)
-        if bad := next((entry for entry in found if entry.state in self.fail_on), None):
-            raise error_of(bad)
-        if found and all(entry.state in self.states for entry in found):
-            return {"status": events.COMMITTED, "jobs": [_told(entry) for entry in found]}
-        return None
-
-    async def _look_at_worker(self, launcher: Launcher, pid: int) -> dict[str, Any] | None:
-        query = (
-            "select 1 from pg_catalog.pg_stat_activity where pid = %s"
-            " and (backend_type = 'pg_background' or application_name like 'pg\\_background:%%')"
-        )
-
-        async def ask(conn: Any) -> bool:
-            return await (await conn.execute(query, (pid,))).fetchone() is None
-
-        # Its launching session alone can tell how it ended.
-        return {"status": events.COMMITTED, "worker_pid": pid} if await launcher.ledger.run(ask) else None
+    from .triggers import PgBackgroundSensorTrigger
 
 
 class PgBackgroundSensor(BaseSensorOperator):
@@ -118,6 +32,10 @@ class PgBackgroundSensor(BaseSensorOperator):
     worker_pid:
         Process id of a worker that somebody launched by hand: waits until it is gone. How it ended only its launching
         session can tell.
+    worker_label:
+        Label of workers that somebody launched by hand, with ``*`` and ``?``: waits until none of them is at work. One
+        that has not started yet is not waited for. From pg_background 1.10 on, and where the launching session has not
+        set an ``application_name`` of its own.
     states:
         States of ``pgbg.jobs`` that are waited for.
     fail_on:
@@ -128,12 +46,15 @@ class PgBackgroundSensor(BaseSensorOperator):
         Seconds between two looks, deferred or not. Default: 5 of a deferred sensor, ``poke_interval`` of another.
     deferrable:
         Wait in the triggerer. Default: ``[operators] default_deferrable``.
+    end_from_trigger:
+        Let the trigger of a deferred sensor end it, as :class:`~airflow_provider.operators.PgBackgroundOperator` takes
+        it.
 
     Returns
     -------
     list
         As XCom: ``job_id``, ``label``, ``state``, ``row_count``, ``command_tag``, ``launched_at`` and ``ended_at`` of
-        each job.
+        each job. Nothing of a worker.
 
     Raises
     ------
@@ -143,7 +64,9 @@ class PgBackgroundSensor(BaseSensorOperator):
         ``timeout`` passed.
     """
 
-    template_fields: Sequence[str] = ("job_id", "job_label", "worker_pid", "postgres_conn_id", "database", "endpoint")
+    template_fields: Sequence[str] = (
+        "job_id", "job_label", "worker_pid", "worker_label", "postgres_conn_id", "database", "endpoint",
+    )  # fmt: skip
     template_fields_renderers: ClassVar[dict[str, str]] = {}
     ui_color = "#d8e2ee"
 
@@ -153,6 +76,7 @@ class PgBackgroundSensor(BaseSensorOperator):
         job_id: str | None = None,
         label: str | None = None,
         worker_pid: int | str | None = None,
+        worker_label: str | None = None,
         states: Collection[str] = COMMITTED,
         fail_on: Collection[str] = ENDED_BADLY,
         postgres_conn_id: str = "postgres_default",
@@ -161,6 +85,7 @@ class PgBackgroundSensor(BaseSensorOperator):
         schema: str = "pgbg",
         poll_interval: float | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        end_from_trigger: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if poll_interval is not None:
@@ -170,11 +95,12 @@ class PgBackgroundSensor(BaseSensorOperator):
                 raise ValueError(f"poll_interval must be a number of seconds above 0, not {poll_interval!r}")
             kwargs["poke_interval"] = poll_interval
         super().__init__(**kwargs)
-        if sum(value is not None for value in (job_id, label, worker_pid)) != 1:
-            raise ValueError("a sensor waits for one thing: give job_id, label or worker_pid")
+        if sum(value is not None for value in (job_id, label, worker_pid, worker_label)) != 1:
+            raise ValueError("a sensor waits for one thing: give job_id, label, worker_pid or worker_label")
         self.job_id = job_id
         self.job_label = label  # `label` is Airflow's own: the name of the node in the graph
         self.worker_pid = worker_pid
+        self.worker_label = worker_label
         self.states = states
         self.fail_on = fail_on
         self.postgres_conn_id = postgres_conn_id
@@ -183,6 +109,7 @@ class PgBackgroundSensor(BaseSensorOperator):
         self.schema = schema
         self.poll_interval = poll_interval
         self.deferrable = deferrable
+        self.end_from_trigger = end_from_trigger
         if self.retry_policy is None:
             self.retry_policy = SqlStateRetryPolicy()
 
@@ -193,66 +120,55 @@ class PgBackgroundSensor(BaseSensorOperator):
             self.defer(trigger=self._trigger(deadline), method_name="execute_complete")
         return super().execute(context)
 
-    def poke(self, context: Context) -> bool | PokeReturnValue:
-        """Look once."""
-        from airflow.sdk import PokeReturnValue
+    def _trigger(self, deadline: datetime) -> PgBackgroundSensorTrigger:
+        from .triggers import PgBackgroundSensorTrigger
 
-        hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
-        event = asyncio.run(self._look_once(hook.conninfo()))
-        return PokeReturnValue(event is not None, event and event.get("jobs"))
-
-    async def _look_once(self, conninfo: str) -> dict[str, Any] | None:
-        from pgbg_orchestration import Launcher
-
-        async with Launcher(conninfo, schema=self.schema) as launcher:
-            return await self._trigger(None).look(launcher)
-
-    def execute_complete(self, context: Context, event: dict[str, Any] | None = None) -> Any:
-        """Return what was waited for, or raise the error that the trigger met."""
-        from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException
-
-        if event is not None and event.get("status") == TIMED_OUT:
-            message = f"waited for {self.timeout:.0f} s for {self.job_id or self.job_label or self.worker_pid}"
-            raise AirflowSkipException(message) if self.soft_fail else AirflowSensorTimeout(message)
-        return events.result_of(event).get("jobs")
-
-    def _trigger(self, deadline: datetime | None) -> PgBackgroundSensorTrigger:
         return PgBackgroundSensorTrigger(
-            job_id=self.job_id,
-            label=self.job_label,
-            worker_pid=None if self.worker_pid is None else int(self.worker_pid),
-            states=list(self.states),
-            fail_on=list(self.fail_on),
+            **self._watched(),
             poll_interval=self.poll_interval,
             deadline=deadline,
             postgres_conn_id=self.postgres_conn_id,
             database=self.database,
             endpoint=self.endpoint,
             schema=self.schema,
+            end_task=ends_in_trigger(self, self.end_from_trigger),
+            do_xcom_push=bool(self.do_xcom_push),
         )
 
+    def poke(self, context: Context) -> bool | PokeReturnValue:
+        """Look once."""
+        from airflow.sdk import PokeReturnValue
 
-def error_of(entry: JobEntry) -> Exception:
-    """Return the error that a job of ``pgbg.jobs`` ended with."""
-    from pgbg_orchestration import ErrorFields, errors
+        from .hook import PgBackgroundHook
 
-    named: dict[str, Any] = {"job_id": entry.job_id, "label": entry.label}
-    match entry.state:
-        case "failed":
-            told = ErrorFields(sqlstate=entry.sqlstate, message=entry.message, detail=entry.detail, hint=entry.hint)
-            return errors.WorkerError(
-                "the SQL of the job that is waited for failed in its worker", fields=told, **named
-            )
-        case "cancelled":
-            why = f" by {entry.cancelled_by} ({entry.reason})" if entry.cancelled_by else ""
-            return errors.JobCancelled(f"the job that is waited for was cancelled{why}", sqlstate="57014", **named)
-        case "lost":
-            return errors.WorkerLost("the worker of the job that is waited for is gone", **named)
-        case _:
-            return errors.OutcomeUnknown(f"the job that is waited for is {entry.state}", **named)
+        hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
+        told = asyncio.run(self._look_once(hook.conninfo()))
+        return PokeReturnValue(told is not None, told and told["jobs"])
 
+    async def _look_once(self, conninfo: str) -> dict[str, Any] | None:
+        from pgbg_orchestration import Launcher
 
-def _told(entry: JobEntry) -> dict[str, Any]:
-    names = ("job_id", "label", "state", "row_count", "command_tag", "launched_at", "ended_at")
-    values = {name: getattr(entry, name) for name in names}
-    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
+        async with Launcher(conninfo, schema=self.schema) as launcher:
+            return await Watch(**self._watched()).look(launcher.ledger)
+
+    def execute_complete(self, context: Context, event: dict[str, Any] | None = None) -> Any:
+        """Return what was waited for, or raise the error that the trigger met."""
+        from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException
+
+        from . import events
+
+        if event is not None and event.get("status") == events.TIMED_OUT:
+            what = self.job_id or self.job_label or self.worker_pid or self.worker_label
+            message = f"waited for {self.timeout:.0f} s for {what}"
+            raise AirflowSkipException(message) if self.soft_fail else AirflowSensorTimeout(message)
+        return events.result_of(event).get("jobs")
+
+    def _watched(self) -> dict[str, Any]:
+        return {
+            "job_id": self.job_id,
+            "label": self.job_label,
+            "worker_pid": None if self.worker_pid is None else int(self.worker_pid),
+            "worker_label": self.worker_label,
+            "states": list(self.states),
+            "fail_on": list(self.fail_on),
+        }

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TriggerEvent
+from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from . import events
 from .hook import PgBackgroundHook
-from .triggering import GOES_ON, load_core, settle, shared_conninfo, state_of, to_its_end
+from .triggering import GOES_ON, Login, load_core, push_xcom, settle, state_of, to_its_end
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Launcher, Outcome
@@ -30,11 +30,17 @@ class ServerTrigger(BaseTrigger):
         As :class:`~airflow_provider.hook.PgBackgroundHook` takes them.
     schema:
         Name of the package's schema.
+    end_task:
+        Whether the task is ended here when all went well, and no worker resumes it.
+    do_xcom_push:
+        Whether a task that is ended here gets its result as XCom.
     unknown:
         Arguments of a newer release, which a row in Airflow's database may hold: ignored.
     """
 
-    arguments: ClassVar[tuple[str, ...]] = ("postgres_conn_id", "database", "endpoint", "schema")
+    arguments: ClassVar[tuple[str, ...]] = (
+        "postgres_conn_id", "database", "endpoint", "schema", "end_task", "do_xcom_push",
+    )  # fmt: skip
     """What Airflow stores of the trigger; a subclass adds its own."""
 
     follows_process: ClassVar[bool] = True
@@ -47,6 +53,8 @@ class ServerTrigger(BaseTrigger):
         database: str | None = None,
         endpoint: str | None = None,
         schema: str = "pgbg",
+        end_task: bool = False,
+        do_xcom_push: bool = True,
         **unknown: Any,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -54,6 +62,8 @@ class ServerTrigger(BaseTrigger):
         self.database = database
         self.endpoint = endpoint
         self.schema = schema
+        self.end_task = end_task
+        self.do_xcom_push = do_xcom_push
         self._unknown = unknown
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -72,7 +82,7 @@ class ServerTrigger(BaseTrigger):
         except PgbgError as error:
             self.log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would only hide it
             payload = self.failed(error)
-        event = self.event_of(payload)
+        event = await self._event_of(payload)
         if self.follows_process and not isinstance(event, BaseTaskEndEvent):
             await settle(began)
         yield event
@@ -91,8 +101,26 @@ class ServerTrigger(BaseTrigger):
         """Return what the event tells of an error."""
         return events.of_error(error)
 
-    def event_of(self, payload: dict[str, Any]) -> TriggerEvent:
-        """Return the event that tells ``payload``."""
+    def is_success(self, payload: dict[str, Any]) -> bool:
+        """Tell whether an event tells of success, so that no worker has anything to raise."""
+        return bool(payload["status"] == events.COMMITTED)
+
+    def result_of(self, payload: dict[str, Any]) -> Any:
+        """Return the task's result of a success, as its operator would."""
+        return events.result_of(payload)
+
+    async def _event_of(self, payload: dict[str, Any]) -> TriggerEvent:
+        """Return the event that resumes the task with ``payload``, or the one that ends it."""
+        # Without a task instance (`dag.test()`) nobody understands the latter.
+        if self.end_task and self.task_instance is not None and self.is_success(payload):
+            result = self.result_of(payload)
+            try:
+                if self.do_xcom_push and result is not None:
+                    await push_xcom(self.task_instance, result)
+            except Exception as error:  # noqa: BLE001 - a backend of the user's raises what it likes
+                self.log.warning("The XCom cannot be stored here (%r): a worker tries it again.", error)
+            else:
+                return TaskSuccessEvent()
         return TriggerEvent(payload)  # type: ignore[no-untyped-call]
 
     @asynccontextmanager
@@ -100,8 +128,8 @@ class ServerTrigger(BaseTrigger):
         """Lend the launcher that the triggers of this process share for one connection."""
         from pgbg_orchestration.running import shared_launcher
 
-        conninfo = await shared_conninfo(self.postgres_conn_id, self.database, self.endpoint)
-        async with shared_launcher(conninfo, schema=self.schema) as launcher:
+        login = await Login.of(self.postgres_conn_id, self.database, self.endpoint)
+        async with shared_launcher(login, schema=self.schema) as launcher:
             yield launcher
 
 
@@ -153,7 +181,10 @@ class JobTrigger(ServerTrigger):
         # The base class shows all arguments, the SQL among them.
         return f"<{type(self).__name__} {self.trigger_id}>"
 
-    async def run_job(self, launcher: Launcher, arguments: dict[str, Any], **options: Any) -> Outcome:
+    in_task: bool = False
+    """Whether the jobs are run in the task's own process, whose end is the end of its try."""
+
+    async def run_job(self, launcher: Launcher, arguments: dict[str, Any], *, retry_cancelled: bool = False) -> Outcome:
         """Launch a job or attach to it, and wait for its outcome.
 
         Parameters
@@ -162,8 +193,13 @@ class JobTrigger(ServerTrigger):
             Over which.
         arguments:
             Those of :class:`pgbg_orchestration.Job`.
-        options:
-            Further ones of :func:`pgbg_orchestration.arun`, whose errors it raises.
+        retry_cancelled:
+            Run a job that was cancelled before all the same.
+
+        Raises
+        ------
+        PgbgError
+            As :func:`pgbg_orchestration.arun`.
         """
         from pgbg_orchestration import Job
         from pgbg_orchestration.errors import InvalidJob
@@ -180,14 +216,15 @@ class JobTrigger(ServerTrigger):
         return await launcher.run(
             job,
             # A triggerer that ends hands its triggers to another, which attaches to the worker.
-            on_cancel="leave",
+            on_cancel="cancel" if self.in_task else "leave",
+            # A try that was asked to end (an evicted pod) cancelled the job; this try was started to run it.
+            retry_cancelled=retry_cancelled or self.in_task,
             on_superseded=self.on_superseded,
             accept_changed_sql=True,
             slot_timeout=self.slot_timeout,
             poll_interval=self.poll_interval,
             deadline=self.deadline,
             observer=events.watch,
-            **options,
         )
 
     async def on_kill(self) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import sys
 import time
 from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from typing import Any
+
+from airflow.sdk import conf
 
 from .hook import PgBackgroundHook
 
-CONNECTION_SECONDS = 60.0
-"""How long a resolved connection is used for further triggers of the same process.
+logger = logging.getLogger(__name__)
 
-Jobs share launching sessions by equal connection strings, and a token (IAM) differs from one call to the next.
-"""
+CONNECTION_SECONDS = 60.0
+"""How long what Airflow said of a connection is used again in the same process: a triggerer asks for thousands."""
 
 GOES_ON = ("deferred", "none", "queued", "restarting", "running", "scheduled", "up_for_reschedule", "up_for_retry")
 """States of a task that still wants its job, or whose next try deals with it. In all others a user ended it.
@@ -24,14 +27,15 @@ After a clear, and on a triggerer that was stalled and lost its triggers (airflo
 nobody killed anything, and finds one of these.
 """
 
-SETTLE_SECONDS = 6.5
+SETTLE_SECONDS = conf.getint("workers", "min_heartbeat_interval", fallback=5) + 1.5
 """How long after its start a trigger may resume its task at the earliest.
 
-The end of a process that deferred is noticed up to 5 s late (``MIN_HEARTBEAT_INTERVAL`` in ``supervisor.py``: it waits
-for pipes that are closed already). A scheduler that reads of it after the task was queued again takes it for the end of
-the process that resumed, and fails a task whose job is committed ("finished with state success, but the task
-instance's state attribute is queued"; ``process_executor_events`` in ``scheduler_job_runner.py``). Only jobs of a few
-seconds meet that, and none that the trigger ends itself.
+The end of a process that deferred is noticed up to ``[workers] min_heartbeat_interval`` late (``_monitor_subprocess``
+in ``supervisor.py`` waits for pipes that are closed already), and read by the scheduler in its next loop. One that
+reads of it after the task was queued again takes it for the end of the process that resumed, and fails a task whose job
+is committed ("finished with state success, but the task instance's state attribute is queued";
+``process_executor_events`` in ``scheduler_job_runner.py``, which exempts tasks that are still ``scheduled``). Only jobs
+of a few seconds meet that, and none that the trigger ends itself.
 """
 
 KILL_SECONDS = 25.0
@@ -53,14 +57,59 @@ async def load_core() -> None:
         await asyncio.to_thread(importlib.import_module, "pgbg_orchestration.running")
 
 
-async def shared_conninfo(conn_id: str, database: str | None, endpoint: str | None) -> str:
-    """Return the libpq connection string of an Airflow connection; triggers of one process get the same one.
+@dataclass(frozen=True, slots=True)
+class Login:
+    """An Airflow connection, asked anew whenever a connection to the server is opened: tokens (IAM) expire.
 
-    Raises
-    ------
-    AirflowNotFoundException, InvalidJob
-        As :meth:`PgBackgroundHook.conninfo`.
+    Triggers share their sessions by equal logins: the same connection that leads to the same place.
+
+    Attributes
+    ----------
+    conn_id, database, endpoint:
+        As :class:`~airflow_provider.hook.PgBackgroundHook` takes them.
+    place:
+        The connection string without its password.
+    conninfo:
+        The connection string as it was first.
     """
+
+    conn_id: str
+    database: str | None
+    endpoint: str | None
+    place: str
+    conninfo: str = field(compare=False, repr=False)
+
+    @classmethod
+    async def of(cls, conn_id: str, database: str | None, endpoint: str | None) -> Login:
+        """Return the login of a connection.
+
+        Raises
+        ------
+        AirflowNotFoundException, InvalidJob
+            As :meth:`~airflow_provider.hook.PgBackgroundHook.conninfo`.
+        """
+        conninfo = await _conninfo(conn_id, database, endpoint)
+        return cls(conn_id, database, endpoint, _place(conninfo), conninfo)
+
+    async def __call__(self) -> str:
+        """Return the connection string of now, for the place where the jobs are."""
+        try:
+            conninfo = await _conninfo(self.conn_id, self.database, self.endpoint)
+        except Exception as error:  # noqa: BLE001 - Airflow or a secrets backend may be away when the server is back
+            logger.warning("Airflow does not tell the connection %r (%r): using it as it was.", self.conn_id, error)
+            return self.conninfo
+        return conninfo if _place(conninfo) == self.place else self.conninfo
+
+
+def _place(conninfo: str) -> str:
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+    given: dict[str, Any] = conninfo_to_dict(conninfo)
+    return make_conninfo(**{**given, "password": None})
+
+
+async def _conninfo(conn_id: str, database: str | None, endpoint: str | None) -> str:
+    """Return the libpq connection string of an Airflow connection; calls within a minute share one answer."""
     key = (conn_id, database, endpoint)
     loop = asyncio.get_running_loop()
     until, finding = _conninfos.get(key, (0.0, None))
@@ -95,6 +144,28 @@ async def state_of(ti: Any) -> str | None:
     if key not in of_run:
         return None
     return "none" if of_run[key] is None else str(of_run[key])
+
+
+async def push_xcom(ti: Any, value: Any) -> None:
+    """Store a task's return value as a worker does; what a ``TaskSuccessEvent`` takes along Airflow encodes twice.
+
+    Raises
+    ------
+    Exception
+        Whatever Airflow, or the user's own XCom backend, raises.
+    """
+    from airflow.sdk.execution_time.xcom import XCom
+
+    # In a thread: a backend may talk to an object store.
+    await asyncio.to_thread(
+        XCom.set,
+        XCom.XCOM_RETURN_KEY,
+        value,
+        dag_id=ti.dag_id,
+        task_id=ti.task_id,
+        run_id=ti.run_id,
+        map_index=-1 if ti.map_index is None else ti.map_index,
+    )
 
 
 async def to_its_end(work: Coroutine[Any, Any, None]) -> None:

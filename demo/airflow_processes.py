@@ -44,6 +44,8 @@ SETTINGS: Mapping[str, str] = {
     "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
     "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "8",
     "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+    # How long a worker may take to notice that its task has deferred; a resumed task is kept back for so long.
+    "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
 }
 
 
@@ -99,7 +101,7 @@ class AirflowProcesses:
             **(settings or {}),
         }
         for conn_id, conninfo in (connections or {}).items():
-            self.environment[f"AIRFLOW_CONN_{conn_id.upper()}"] = _connection(conninfo)
+            self.environment[f"AIRFLOW_CONN_{conn_id.upper()}"] = connection_json(conninfo)
 
     def __enter__(self) -> Self:
         try:
@@ -396,7 +398,7 @@ def _url(conninfo: str, scheme: str) -> str:
     return f"{scheme}://{login}@/{quote(given['dbname'], safe='')}?{where}"
 
 
-def _connection(conninfo: str) -> str:
+def connection_json(conninfo: str) -> str:
     """Return an Airflow connection of type postgres as JSON; what Airflow has no field for becomes an extra."""
     given = conninfo_to_dict(conninfo)
     known = {"host": "host", "port": "port", "login": "user", "password": "password", "schema": "dbname"}

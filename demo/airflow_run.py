@@ -29,9 +29,6 @@ SETTINGS = {
     # What the demo shows is a DAG of seconds, on a machine that has other things to do.
     "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
     "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
-    # How long a worker may take to notice that its task has deferred. A short job has ended by then, and the scheduler
-    # would take the late news for the end of the resumed task.
-    "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
     # macOS ends a process that forks after it has looked up proxies or used its frameworks.
     **({"OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"} if sys.platform == "darwin" else {}),
 }

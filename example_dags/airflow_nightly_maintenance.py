@@ -1,4 +1,7 @@
-"""Nightly maintenance: VACUUM and REINDEX cannot run in a transaction, so each is a job of a kind without a receipt."""
+"""Nightly maintenance: VACUUM and REINDEX cannot run in a transaction, so each is a supervised job.
+
+That is found by the SQL itself. A supervised job needs two of the server's worker slots.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,12 @@ def airflow_nightly_maintenance() -> None:
     vacuum = PgBackgroundOperator(
         task_id="vacuum",
         sql="vacuum (analyze) visits",
-        kind="session",
-        # Where the outcome would stay unknown (the session was lost), this query tells whether the work is done.
+        # Where the outcome would stay unknown (the server was restarted, say), this tells whether the work is done.
         verify_sql="select last_vacuum > now() - interval '1 hour' from pg_stat_user_tables where relname = 'visits'",
     )
     # Never two at once: a label on each, so that whoever looks into pg_stat_activity knows what it is.
     reindex = PgBackgroundOperator(
-        task_id="reindex", sql="reindex index concurrently visits_pkey", kind="session", label="nightly reindex"
+        task_id="reindex", sql="reindex index concurrently visits_pkey", label="nightly reindex"
     )
     prune = PgBackgroundOperator(
         task_id="prune", sql="delete from visits where at < now() - interval '90 days'", retries=2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import AsyncConnection
@@ -12,6 +12,9 @@ from psycopg import conninfo as libpq
 
 from . import pace
 from .errors import InvalidJob, ServerUnreachable
+
+Conninfo: TypeAlias = str | Callable[[], Awaitable[str]]
+"""A libpq connection string or URI, or what is asked for one whenever a connection is opened: tokens expire."""
 
 # A half-open connection is noticed by the kernel; connection strings may say otherwise.
 KEEPALIVE: Mapping[str, Any] = {
@@ -70,7 +73,7 @@ class ExtensionMoved(ConnectionLost):
     """The connection is good for nothing any more: pg_background's functions are not where they were."""
 
 
-async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:
+async def connect(conninfo: Conninfo, application_name: str) -> AsyncConnection[Any]:
     """Open a connection in autocommit mode, with keepalives.
 
     Raises
@@ -80,7 +83,7 @@ async def connect(conninfo: str, application_name: str) -> AsyncConnection[Any]:
     InvalidJob
         The connection string cannot be read.
     """
-    given = _read(conninfo)
+    given = _read(conninfo if isinstance(conninfo, str) else await conninfo())
     options = {**KEEPALIVE, "application_name": application_name, **given, "client_encoding": "utf8"}
     # No prepared statements of our own: a pooler in session mode may not keep them, and DISCARD drops them.
     opening = asyncio.create_task(

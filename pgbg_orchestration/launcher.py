@@ -40,7 +40,8 @@ class Launcher:
     Parameters
     ----------
     conninfo:
-        A libpq connection string or URI.
+        A libpq connection string or URI, or an async function that returns one: it is asked whenever a connection is
+        opened, so that an expired token is no error.
     schema:
         Name of the package's schema (``pgbg install --schema``).
 
@@ -50,8 +51,9 @@ class Launcher:
         libpq cannot read the connection string.
     """
 
-    def __init__(self, conninfo: str, *, schema: str = "pgbg") -> None:
-        connecting.check(conninfo)
+    def __init__(self, conninfo: connecting.Conninfo, *, schema: str = "pgbg") -> None:
+        if isinstance(conninfo, str):
+            connecting.check(conninfo)
         self.conninfo = conninfo
         self.schema = schema
         self.slots = SlotQueue()

@@ -113,7 +113,7 @@ class LaunchingSession:
         self._releasing: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def open(cls, conninfo: str, extension: Extension) -> LaunchingSession:
+    async def open(cls, conninfo: connecting.Conninfo, extension: Extension) -> LaunchingSession:
         """Connect.
 
         Raises

@@ -180,7 +180,7 @@ class Ledger:
         Called with a sentence when the server cannot be reached for a while.
     """
 
-    def __init__(self, conninfo: str, schema: str, on_trouble: Callable[[str], None]) -> None:
+    def __init__(self, conninfo: connecting.Conninfo, schema: str, on_trouble: Callable[[str], None]) -> None:
         self.schema = schema
         self._reader = _Line(conninfo, "pgbg: looking", on_trouble)
         self._writer = _Line(conninfo, "pgbg: ledger", on_trouble)
@@ -450,7 +450,7 @@ class Ledger:
 class _Line:
     """One connection that is made again when it is lost. What is asked must be sound when it is asked twice."""
 
-    def __init__(self, conninfo: str, name: str, on_trouble: Callable[[str], None]) -> None:
+    def __init__(self, conninfo: connecting.Conninfo, name: str, on_trouble: Callable[[str], None]) -> None:
         self._conninfo = conninfo
         self._name = name
         self._on_trouble = on_trouble

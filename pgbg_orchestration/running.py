@@ -8,23 +8,26 @@ from contextlib import asynccontextmanager
 from typing import Unpack
 from weakref import WeakKeyDictionary
 
+from .connecting import Conninfo
 from .errors import InvalidJob
 from .job import Job
 from .launcher import Launcher
 from .options import RunOptions
 from .outcome import Outcome
 
-_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str], tuple[Launcher, int]]] = WeakKeyDictionary()
+_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Conninfo, str], tuple[Launcher, int]]] = (
+    WeakKeyDictionary()
+)
 
 
 @asynccontextmanager
-async def shared_launcher(conninfo: str, *, schema: str = "pgbg") -> AsyncIterator[Launcher]:
+async def shared_launcher(conninfo: Conninfo, *, schema: str = "pgbg") -> AsyncIterator[Launcher]:
     """Lend the launcher that all callers in this event loop share for one connection string; the last one closes it.
 
     Parameters
     ----------
     conninfo:
-        A libpq connection string or URI.
+        As :class:`Launcher` takes it; functions that are equal share one.
     schema:
         Name of the package's schema.
     """

@@ -15,6 +15,7 @@ import pytest
 from pgbg_orchestration.embedded.databases import Databases
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
 from tests.conftest import Running
+from tests.core.kit import LONG
 from tests.servers.debian import ServerUnavailableError
 from tests.servers.kinds import Server
 
@@ -23,6 +24,11 @@ pytest.importorskip("airflow")
 from demo.airflow_processes import AirflowProcesses
 
 HERE = Path(__file__).parent
+HASTE = {
+    # For tests that kill an executor's process: otherwise its task counts as lost after five minutes.
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "40",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
+}
 EXAMPLES = HERE.parents[1] / "example_dags"
 
 
@@ -144,6 +150,7 @@ def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempP
             airflow_server.conninfo(metadata),
             connections={"postgres_default": conninfo},
             triggerers=2,
+            settings=HASTE if LONG else None,
         )
         try:
             with processes:

@@ -9,14 +9,19 @@ from typing import Any
 
 import pytest
 
-from airflow_provider.batch import PgBackgroundBatchOperator, PgBackgroundBatchTrigger
+from airflow_provider.batch import PgBackgroundBatchOperator
 from airflow_provider.decorator import PgBackgroundDecoratedOperator
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.operators import PgBackgroundOperator
 from airflow_provider.retry_policy import SqlStateRetryPolicy
-from airflow_provider.sensors import PgBackgroundSensor, PgBackgroundSensorTrigger
+from airflow_provider.sensors import PgBackgroundSensor
 from airflow_provider.trigger_base import JobTrigger, ServerTrigger
-from airflow_provider.triggers import PgBackgroundStartTrigger, PgBackgroundTrigger
+from airflow_provider.triggers import (
+    PgBackgroundBatchTrigger,
+    PgBackgroundSensorTrigger,
+    PgBackgroundStartTrigger,
+    PgBackgroundTrigger,
+)
 
 pytestmark = pytest.mark.airflow
 
@@ -61,7 +66,8 @@ def test_the_page_has_every_option_and_no_other(heading: str) -> None:
 def test_the_page_has_the_default_and_says_what_is_templated(heading: str) -> None:
     kind: Any = OPERATORS[heading]
     renamed = {"worker_label": "label", "job_label": "label"}
-    templated = {renamed.get(name, name) for name in kind.template_fields}
+    own = _options(kind)
+    templated = {name if name in own else renamed.get(name, name) for name in kind.template_fields}
     for name, (more, default) in _table(heading).items():
         if name in AIRFLOWS_OWN:
             continue

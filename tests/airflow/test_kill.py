@@ -110,6 +110,24 @@ def test_a_killed_triggerer_is_replaced(lab: Lab) -> None:
     assert [pid for (pid,) in lab.rows("select pid from effect where run = %s", run)] == [worker]
 
 
+def test_marked_while_no_triggerer_is_there(lab: Lab) -> None:
+    run = lab.start("deferred", "nobody-there", _long("nobody-there"))
+    lab.wait_for_worker(run)
+    triggerers = [name for name in lab.processes.components if name.startswith("triggerer")]
+
+    for name in triggerers:
+        lab.processes.kill(name)
+    try:
+        lab.processes.mark("deferred", run, "job", "failed")
+    finally:
+        for name in triggerers:
+            lab.processes.start_component(name)
+
+    lab.wait_for_no_worker(run)
+    lab.wait_for_states(run, ["cancelled"])
+    assert lab.effects(run) == 0
+
+
 def test_marked_while_it_waits_in_its_own_process(lab: Lab) -> None:
     run = lab.start("here", "here-marked", _long("here-marked"))
     lab.wait_for_worker(run)

@@ -10,15 +10,17 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from airflow.sdk import Asset
+from airflow.listeners import hookimpl
+from airflow.sdk import DAG, Asset
 from airflow.sdk.exceptions import TaskDeferred
+from airflow.sdk.listener import ListenerManager
 from pytest_mock import MockerFixture
 
 from airflow_provider import PgBackgroundBatchOperator, PgBackgroundOperator, PgBackgroundTrigger, SqlStateRetryPolicy
 from airflow_provider import events as event_of
-from airflow_provider.batch import PgBackgroundBatchTrigger
 from airflow_provider.get_provider_info import get_provider_info
 from airflow_provider.identity import FIRST_RUN, identify
+from airflow_provider.triggers import PgBackgroundBatchTrigger
 from pgbg_orchestration import ErrorFields, Outcome, errors
 
 pytestmark = pytest.mark.airflow
@@ -113,6 +115,20 @@ class TestIdentity:
             identify(context(store=store))
 
 
+@pytest.fixture
+def listeners(mocker: MockerFixture) -> Any:
+    """The listeners of an Airflow that has none but those of its examples."""
+    from airflow.example_dags.plugins import event_listener
+    from airflow.sdk._shared.listeners.spec import taskinstance
+
+    manager: Any = ListenerManager()  # type: ignore[no-untyped-call]
+    manager.add_hookspecs(taskinstance)
+    manager.add_listener(event_listener)
+    mocker.patch("airflow.sdk.listener.get_listener_manager", return_value=manager)
+    return manager
+
+
+@pytest.mark.usefixtures("listeners")
 class TestDeferring:
     def test_the_job_travels_in_the_triggers_arguments(self) -> None:
         operator = PgBackgroundOperator(
@@ -142,27 +158,49 @@ class TestDeferring:
     @pytest.mark.parametrize(
         ("options", "ends"),
         [
-            ({}, False),
+            ({}, True),
             ({"do_xcom_push": False}, True),
-            ({"do_xcom_push": False, "end_from_trigger": False}, False),
-            ({"do_xcom_push": False, "outlets": [Asset("books")]}, False),
-            ({"do_xcom_push": False, "post_execute": lambda context, result: None}, False),
-            ({"end_from_trigger": True}, True),
+            ({"end_from_trigger": False}, False),
+            ({"outlets": [Asset("books")]}, False),
+            ({"on_success_callback": print}, False),
+            ({"multiple_outputs": True}, False),
+            ({"multiple_outputs": True, "do_xcom_push": False}, True),
+            ({"post_execute": print}, False),
+            ({"end_from_trigger": True, "post_execute": print}, True),
             ({"end_from_trigger": True, "outlets": [Asset("books")]}, False),
+            ({"end_from_trigger": True, "on_success_callback": print}, False),
         ],
     )
     def test_the_trigger_ends_a_task_that_has_nothing_left_to_do(
-        self, mocker: MockerFixture, options: dict[str, Any], ends: bool
+        self, listeners: Any, options: dict[str, Any], ends: bool
     ) -> None:
-        mocker.patch("airflow.sdk.listener.get_listener_manager").return_value.has_listeners = False
         trigger = deferred(PgBackgroundOperator(task_id="t", sql="select 1", deferrable=True, **options)).trigger
 
         assert isinstance(trigger, PgBackgroundTrigger)
         assert trigger.end_task is ends
 
-    def test_with_a_listener_a_worker_ends_the_task(self, mocker: MockerFixture) -> None:
-        mocker.patch("airflow.sdk.listener.get_listener_manager").return_value.has_listeners = True
-        operator = PgBackgroundOperator(task_id="t", sql="select 1", deferrable=True, do_xcom_push=False)
+    def test_with_a_listener_a_worker_ends_the_task(self, listeners: Any) -> None:
+        class Listener:
+            @hookimpl
+            def on_task_instance_success(self, task_instance: Any) -> None: ...
+
+        listeners.add_listener(Listener())
+        operator = PgBackgroundOperator(task_id="t", sql="select 1", deferrable=True)
+
+        assert deferred(operator).trigger.end_task is False
+
+    def test_a_subclass_that_goes_on_is_resumed(self, listeners: Any) -> None:
+
+        class AndThen(PgBackgroundOperator):  # type: ignore[misc]  # the package imports it when it is first used
+            def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> dict[str, Any]:
+                return {"and": "then"}
+
+        assert deferred(AndThen(task_id="t", sql="select 1", deferrable=True)).trigger.end_task is False
+
+    def test_a_task_whose_xcom_is_mapped_over_is_resumed(self, listeners: Any) -> None:
+        with DAG("d", schedule=None):
+            operator = PgBackgroundOperator(task_id="t", sql="select 1", deferrable=True)
+            PgBackgroundOperator.partial(task_id="each").expand(sql=operator.output)
 
         assert deferred(operator).trigger.end_task is False
 
@@ -312,8 +350,6 @@ class TestRetryPolicyOfTheOperator:
         assert PgBackgroundOperator(task_id="t", sql="select 1", retry_policy=own).retry_policy is own
 
     def test_the_default_arguments_of_the_dag_stay(self) -> None:
-        from airflow.sdk import DAG
-
         own = SqlStateRetryPolicy()
         with DAG("d", schedule=None, default_args={"retry_policy": own}):
             operator = PgBackgroundOperator(task_id="t", sql="select 1")

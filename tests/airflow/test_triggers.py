@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 from airflow.triggers.base import TaskSuccessEvent
 
 from airflow_provider import triggering
-from airflow_provider.batch import PgBackgroundBatchTrigger
+from airflow_provider.batch import PgBackgroundBatchOperator
 from airflow_provider.hook import PgBackgroundHook
-from airflow_provider.sensors import PgBackgroundSensor, PgBackgroundSensorTrigger
-from airflow_provider.triggers import PgBackgroundTrigger
+from airflow_provider.sensors import PgBackgroundSensor
+from airflow_provider.triggers import PgBackgroundBatchTrigger, PgBackgroundSensorTrigger, PgBackgroundTrigger
 from airflow_provider.waiting import TaskKilled, Waiting
+from airflow_provider.watching import Watch
 from pgbg_orchestration import Job, Launcher, Outcome, errors
 from tests.conftest import Database
 
@@ -49,6 +54,24 @@ async def _event(trigger: Any) -> dict[str, Any]:
     return payload
 
 
+async def _events(trigger: Any) -> list[Any]:
+    """What a trigger fires in a triggerer, where it knows its task instance."""
+    trigger.task_instance = SimpleNamespace(dag_id="books", task_id="load", run_id="q1", map_index=-1)
+    return [event async for event in trigger.run()]
+
+
+@pytest.fixture
+def xcoms(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The XComs that triggers stored."""
+    stored: list[Any] = []
+
+    async def push(ti: Any, value: Any) -> None:
+        stored.append((ti, value))
+
+    monkeypatch.setattr("airflow_provider.trigger_base.push_xcom", push)
+    return stored
+
+
 async def _until(there: Any) -> None:
     async with asyncio.timeout(30):
         while not await asyncio.to_thread(there):
@@ -70,19 +93,47 @@ class TestOneJob:
         assert event["row_count"] == 1
         assert _rows(database, "select count(*) from effect") == [(1,)]
 
-    async def test_a_task_can_be_ended_here(self) -> None:
-        (event,) = [event async for event in PgBackgroundTrigger(job=_job(), end_task=True).run()]
+    async def test_a_task_can_be_ended_here(self, xcoms: list[Any]) -> None:
+        (event,) = await _events(PgBackgroundTrigger(job=_job(), end_task=True))
 
         assert isinstance(event, TaskSuccessEvent)
-        assert event.xcoms is not None
-        assert event.xcoms["return_value"]["row_count"] == 1  # type: ignore[index,call-overload]
+        ((ti, value),) = xcoms
+        assert ti.task_id == "load"
+        assert value["row_count"] == 1
+        assert "status" not in value
 
-    async def test_a_task_without_xcom_is_ended_without(self) -> None:
-        trigger = PgBackgroundTrigger(job=_job(), end_task=True, do_xcom_push=False)
-        (event,) = [event async for event in trigger.run()]
+    async def test_a_task_without_xcom_is_ended_without(self, xcoms: list[Any]) -> None:
+        (event,) = await _events(PgBackgroundTrigger(job=_job(), end_task=True, do_xcom_push=False))
 
         assert isinstance(event, TaskSuccessEvent)
-        assert event.xcoms is None
+        assert xcoms == []
+
+    async def test_an_xcom_that_cannot_be_stored_here_is_left_to_a_worker(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def fail(_ti: Any, _value: Any) -> None:
+            raise OSError("the bucket is away")
+
+        monkeypatch.setattr("airflow_provider.trigger_base.push_xcom", fail)
+        (event,) = await _events(PgBackgroundTrigger(job=_job(), end_task=True))
+
+        assert not isinstance(event, TaskSuccessEvent)
+        assert event.payload["status"] == "committed"
+
+    async def test_a_batch_is_ended_here_when_all_of_it_committed(self, xcoms: list[Any]) -> None:
+        jobs = {"a": _job("a#1"), "b": _job("b#1", "select 1/0")}
+        (event,) = await _events(PgBackgroundBatchTrigger(jobs=jobs, end_task=True))
+        assert not isinstance(event, TaskSuccessEvent)
+        assert xcoms == []
+
+        (event,) = await _events(PgBackgroundBatchTrigger(jobs={"a": jobs["a"]}, end_task=True))
+        assert isinstance(event, TaskSuccessEvent)
+        assert xcoms[0][1]["a"]["job_id"] == "a#1"
+
+    async def test_in_dag_test_nobody_understands_a_task_that_ends_here(self) -> None:
+        event = await _event(PgBackgroundTrigger(job=_job(), end_task=True))
+
+        assert event["status"] == "committed"
 
     async def test_a_field_of_a_newer_release_is_not_left_out(self) -> None:
         event = await _event(PgBackgroundTrigger(job=_job() | {"something_new": True}))
@@ -238,6 +289,11 @@ class TestBatch:
         assert _rows(database, "select distinct state from pgbg.jobs") == [("cancelled",)]
 
 
+def _launch(session: psycopg.Connection[Any], label: str, seconds: int = 60) -> None:
+    """Launch a worker by hand."""
+    session.execute("select pg_background_launch(%s, 65536, %s)", (f"select pg_sleep({seconds})", label))
+
+
 class TestSensor:
     async def test_waits_for_a_label(self) -> None:
         sensing = asyncio.create_task(_event(PgBackgroundSensorTrigger(label="load*", poll_interval=0.1)))
@@ -266,8 +322,56 @@ class TestSensor:
             assert row is not None
             event = await _event(PgBackgroundSensorTrigger(worker_pid=row[0], poll_interval=0.1))
 
-        assert event["worker_pid"] == row[0]
+        assert event == {"status": "committed", "jobs": None}
         assert database.workers() == []
+
+    @pytest.mark.parametrize("label", ["by hand", "by*", "b? hand"])
+    async def test_waits_for_workers_of_a_label_that_somebody_launched(self, database: Database, label: str) -> None:
+        with database.connect() as session:
+            _launch(session, "by hand")
+            _launch(session, "another")
+            sensing = asyncio.create_task(_event(PgBackgroundSensorTrigger(worker_label=label, poll_interval=0.1)))
+            await asyncio.sleep(0.5)
+            assert not sensing.done()
+
+            name = "pg_background:by hand:%"
+            session.execute(
+                "select pg_cancel_backend(pid) from pg_stat_activity where application_name like %s", [name]
+            )
+            event = await sensing
+            session.execute("select pg_background_cancel_all()")
+
+        assert event == {"status": "committed", "jobs": None}
+
+    async def test_a_label_that_is_cut_off_is_waited_for_all_the_same(self, database: Database) -> None:
+        with database.connect() as session:
+            _launch(session, "x" * 60, 1)
+            event = await _event(PgBackgroundSensorTrigger(worker_label="x" * 60, poll_interval=0.1))
+
+        assert event["status"] == "committed"
+        assert database.workers() == []
+
+    async def test_a_worker_that_the_login_may_not_see_is_not_said_to_be_gone(self, database: Database) -> None:
+        with database.connect() as admin:
+            _launch(admin, "hidden")
+            admin.execute("drop role if exists pgbg_blind")
+            admin.execute("create role pgbg_blind login in role pgbackground_role")
+            ((pid, *_),) = database.workers()
+            assert isinstance(pid, int)
+            async with Launcher(database.conninfo_as("pgbg_blind")) as launcher:
+                for watch in (Watch(worker_pid=pid), Watch(worker_label="hidden")):
+                    assert await watch.look(launcher.ledger) is None
+            admin.execute("select pg_background_cancel_all()")
+
+    async def test_a_task_that_was_cleared_is_waited_for_as_it_runs_now(self) -> None:
+        old = {**_job("load#1"), "label": "load"}
+        new = {**_job("load#2"), "generation": 2, "label": "load", "sql": "select 1"}
+        await _event(PgBackgroundTrigger(job={**old, "sql": "select pg_sleep(60)"}, deadline=datetime.now(UTC)))
+        await _event(PgBackgroundTrigger(job=new))
+
+        event = await _event(PgBackgroundSensorTrigger(label="load"))
+
+        assert [job["job_id"] for job in event["jobs"]] == ["load#2"]
 
     def test_one_thing_at_a_time(self) -> None:
         with pytest.raises(ValueError, match="one thing"):
@@ -275,32 +379,25 @@ class TestSensor:
 
 
 class TestWaitingInTheTasksProcess:
-    def test_the_ends_come_in_order(self, database: Database) -> None:
-        jobs = [Job("select 1", id="a"), Job("select 1/0", id="b")]
-        good, bad = Waiting(database.conninfo).run(jobs)
+    def test_errors_come_in_their_own_type(self, database: Database) -> None:
+        with pytest.raises(errors.WorkerError, match="division by zero") as caught:
+            Waiting[Outcome](database.conninfo).run(_run(Job("select 1/0", id="a")))
 
-        assert isinstance(good, Outcome)
-        assert isinstance(bad, errors.WorkerError)
+        assert caught.value.sqlstate == "22012"
 
     def test_a_kill_from_a_signal_cancels_the_sql(self, database: Database) -> None:
-        waiting = Waiting(database.conninfo)
-
-        def kill() -> None:
-            while not database.workers():
-                time.sleep(0.05)
-            waiting.kill()
-
-        killer = threading.Thread(target=kill)
+        waiting = Waiting[Outcome](database.conninfo)
+        killer = threading.Thread(target=_kill, args=(waiting, database.workers))
         killer.start()
         with pytest.raises(TaskKilled):
-            waiting.run([Job("insert into effect values ('x'); select pg_sleep(60)", id="a")])
+            waiting.run(_run(Job("insert into effect values ('x'); select pg_sleep(60)", id="a")))
         killer.join()
 
         assert _rows(database, "select state from pgbg.jobs") == [("cancelled",)]
         # The next try was started to run it.
-        (outcome,) = Waiting(database.conninfo).run(
-            [Job("insert into effect values ('x')", id="a")], retry_cancelled=True, accept_changed_sql=True
-        )
+        again = Job("insert into effect values ('x')", id="a")
+        options = {"retry_cancelled": True, "accept_changed_sql": True}
+        outcome = Waiting[Outcome](database.conninfo).run(_run(again, **options))
         assert isinstance(outcome, Outcome)
 
     def test_a_kill_cancels_all_workers_of_the_session_at_one_blow(
@@ -314,25 +411,48 @@ class TestWaitingInTheTasksProcess:
             return counted[-1]
 
         monkeypatch.setattr(Launcher, "cancel_all", spy)
-        waiting = Waiting(database.conninfo)
+        operator = PgBackgroundBatchOperator(
+            task_id="sums", jobs=dict.fromkeys("abc", "select pg_sleep(60)"), deferrable=False
+        )
 
-        def kill() -> None:
-            while len(_rows(database, "select 1 from pgbg.jobs where running_pid is not null")) < 3:
-                time.sleep(0.05)
-            waiting.kill()
+        def at_work() -> bool:
+            return len(_rows(database, "select 1 from pgbg.jobs where running_pid is not null")) == 3
 
-        killer = threading.Thread(target=kill)
+        killer = threading.Thread(target=_kill, args=(operator, at_work))
         killer.start()
         with pytest.raises(TaskKilled):
-            waiting.run([Job("select pg_sleep(60)", id=name) for name in ("a", "b", "c")])
+            operator.execute(CONTEXT)
         killer.join()
 
-        assert sum(counted) == 3
+        assert counted == [3]
         assert _rows(database, "select distinct state from pgbg.jobs") == [("cancelled",)]
 
-    def test_fail_fast_cancels_the_rest(self, database: Database) -> None:
-        jobs = [Job("select pg_sleep(60)", id="slow"), Job("select 1/0", id="bad")]
-        slow, bad = Waiting(database.conninfo).run(jobs, fail_fast=True)
+    def test_fail_fast_cancels_the_rest_and_a_retry_runs_it(self, database: Database) -> None:
+        jobs = {"slow": "insert into effect values ('x'); select pg_sleep(60)", "bad": "select pg_sleep(0.5), 1/0"}
+        operator = PgBackgroundBatchOperator(task_id="sums", jobs=jobs, fail_fast=True, deferrable=False)
+        with pytest.raises(errors.WorkerError, match="division by zero") as caught:
+            operator.execute(CONTEXT)
+        assert any("slow" in note for note in caught.value.__notes__)
+        assert _rows(database, "select count(*) from effect") == [(0,)]
 
-        assert isinstance(slow, asyncio.CancelledError)
-        assert isinstance(bad, errors.WorkerError)
+        operator.jobs = {"slow": "insert into effect values ('x')", "bad": "select 1"}
+        outcomes = operator.execute(CONTEXT)
+
+        assert set(outcomes) == {"slow", "bad"}
+        assert _rows(database, "select count(*) from effect") == [(1,)]
+
+
+CONTEXT: Any = {
+    "ti": SimpleNamespace(dag_id="books", run_id="q1", task_id="sums", map_index=-1, max_tries=1, try_number=1)
+}
+
+
+def _run(job: Job, **options: Any) -> Callable[[Launcher], Awaitable[Outcome]]:
+    return lambda launcher: launcher.run(job, on_cancel="cancel", **options)
+
+
+def _kill(victim: Any, at_work: Callable[[], object]) -> None:
+    """End what waits as Airflow does, once it is at work."""
+    while not at_work():
+        time.sleep(0.05)
+    (victim.kill if isinstance(victim, Waiting) else victim.on_kill)()

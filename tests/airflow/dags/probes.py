@@ -18,9 +18,14 @@ PROBES: dict[str, dict[str, Any]] = {
     "deferred_waits": {"deferrable": True, "on_superseded": "wait"},
     "deferred_retried": {"deferrable": True, "retries": 3, "retry_delay": timedelta(seconds=1)},
     "deferred_times_out": {"deferrable": True, "execution_timeout": timedelta(seconds=12)},
+    "deferred_timeout": {"deferrable": True, "timeout": 12},
+    "deferred_resumed": {
+        "deferrable": True, "end_from_trigger": False, "retries": 3, "retry_delay": timedelta(seconds=1),
+    },
     "deferred_leaves": {"deferrable": True, "cancel_on_kill": False},
     "here": {"deferrable": False},
     "here_retried": {"deferrable": False, "retries": 3, "retry_delay": timedelta(seconds=1)},
+    "here_timeout": {"deferrable": False, "timeout": 5},
     "here_times_out": {"deferrable": False, "execution_timeout": timedelta(seconds=5)},
     "no_extension": {"deferrable": True, "retries": 3, "retry_delay": timedelta(seconds=1), "database": "template1"},
     "to_delete": {"deferrable": True},
@@ -39,9 +44,9 @@ for name, options in PROBES.items():
     globals()[f"dag_{name}"] = dag
 
 with DAG(dag_id="many", schedule=None, params={"sql": ["select 1"]}) as dag_many:
-    PgBackgroundOperator.partial(
-        task_id="job", deferrable=True, do_xcom_push=False, retries=3, retry_delay=timedelta(seconds=1)
-    ).expand(sql=[f"insert into effect (run) values ('many-{number}')" for number in range(24)])
+    PgBackgroundOperator.partial(task_id="job", deferrable=True, retries=3, retry_delay=timedelta(seconds=1)).expand(
+        sql=[f"insert into effect (run) values ('many-{number}')" for number in range(24)]
+    )
 
 with DAG(
     dag_id="run_times_out", schedule=None, params={"sql": "select 1"}, dagrun_timeout=timedelta(seconds=15)
@@ -80,7 +85,6 @@ if os.environ.get("PGBG_LONG") == "1":
         PgBackgroundOperator.partial(
             task_id="job",
             deferrable=True,
-            end_from_trigger=True,
             retries=3,
             retry_delay=timedelta(seconds=1),
             max_active_tis_per_dag=300,
