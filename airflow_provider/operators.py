@@ -276,7 +276,8 @@ class PgBackgroundOperator(BaseOperator):
         try:
             return self._waiting.run(trigger.work)
         except PgbgError as error:
-            raise events.advised(error)  # noqa: B904 - it is the same
+            events.advised(error)
+            raise
 
     def on_kill(self) -> None:
         """Cancel the worker of a task that waits in its own process."""
