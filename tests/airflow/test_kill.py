@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pgbg_orchestration import Launcher
-from tests.core.kit import LONG, count, only_long
+from tests.core.kit import count, only_long
 
 from .conftest import Lab
 
@@ -202,26 +202,3 @@ def test_a_killed_scheduler_loses_nothing(lab: Lab) -> None:
 
     assert lab.processes.wait_for_run("deferred", run) == "success"
     assert lab.rows("select pid from effect where run = %s", run) == [(worker,)]
-
-
-@pytest.mark.skipif(not LONG, reason="takes some ten minutes: PGBG_LONG=1")
-def test_three_hundred_deferred_tasks_share_twenty_slots(lab: Lab) -> None:
-    lab.processes.wait_for_dag("crowd")
-    most = 0
-    deferred = 0
-    with lab.slots_used_up(spare=20) as free:
-        run = lab.processes.trigger_dag("crowd", run_id="crowd")
-        began = time.monotonic()
-        while lab.processes.run_state("crowd", run) not in ("success", "failed"):
-            assert time.monotonic() < began + 3600
-            held = lab.rows("select count(*) from pg_stat_activity where application_name like 'pgbg:%%'")[0][0]
-            most = max(most, held)
-            deferred = max(deferred, list(lab.processes.task_states("crowd", run).values()).count("deferred"))
-            time.sleep(2)
-        print(f"{time.monotonic() - began:.0f} s, at most {deferred} deferred at once, {most} connections at most")
-        free()
-
-    assert set(lab.processes.task_states("crowd", run).values()) == {"success"}
-    found = lab.rows("select run, count(*) from effect where run like 'crowd-%%' group by run")
-    assert sorted(found) == sorted((f"crowd-{number}", 1) for number in range(300))
-    assert 0 < most <= 20, "of two triggerers"

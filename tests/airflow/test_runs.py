@@ -180,3 +180,26 @@ def test_every_example_runs(lab: Lab, dag_id: str) -> None:
     run = lab.processes.trigger_dag(dag_id)
 
     assert lab.processes.wait_for_run(dag_id, run, 200) == "success", lab.processes.task_states(dag_id, run)
+
+
+@pytest.mark.parametrize("dag_id", ["crowd_started", pytest.param("crowd", marks=only_long)])
+def test_three_hundred_deferred_tasks_share_twenty_slots(lab: Lab, dag_id: str) -> None:
+    lab.processes.wait_for_dag(dag_id)
+    lab.rows("delete from effect where run like 'crowd-%%' returning 1")
+    held, deferred = [0], [0]
+
+    def finished() -> bool:
+        query = "select count(*) from pg_stat_activity where application_name like 'pgbg:%%'"
+        held.append(int(lab.rows(query)[0][0]))
+        deferred.append(list(lab.processes.task_states(dag_id, run).values()).count("deferred"))
+        return lab.processes.run_state(dag_id, run) in ("success", "failed")
+
+    with lab.slots_used_up(spare=20):
+        run = lab.processes.trigger_dag(dag_id)
+        lab.wait(finished, "the end of all tasks", 1400)
+
+    print(f"at most {max(deferred)} deferred at once, over {max(held)} connections at most, of two triggerers")
+    assert set(lab.processes.task_states(dag_id, run).values()) == {"success"}
+    found = lab.rows("select run, count(*) from effect where run like 'crowd-%%' group by run")
+    assert sorted(found) == sorted((f"crowd-{number}", 1) for number in range(300))
+    assert 0 < max(held) <= 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,14 +77,3 @@ with DAG(dag_id="sensor", schedule=None, params={"label": "nobody"}) as dag_sens
     PgBackgroundSensor(
         task_id="job", label="{{ params.label }}", poll_interval=0.5, timeout=120, deferrable=True, retries=2
     )
-
-# The long form of the tests only: a lab that does not run it need not parse it.
-if os.environ.get("PGBG_LONG") == "1":
-    with DAG(dag_id="crowd", schedule=None, max_active_tasks=300) as dag_crowd:
-        PgBackgroundOperator.partial(
-            task_id="job",
-            deferrable=True,
-            retries=3,
-            retry_delay=timedelta(seconds=1),
-            max_active_tis_per_dag=300,
-        ).expand(sql=[f"insert into effect (run) values ('crowd-{n}'); select pg_sleep(10)" for n in range(300)])

@@ -1,0 +1,29 @@
+"""Three hundred tasks at once: in a file of its own, since every task's process parses the file that it comes from."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from airflow.sdk import DAG
+
+from airflow_provider.operators import PgBackgroundOperator
+
+with DAG(dag_id="crowd_started", schedule=None, max_active_tasks=300) as dag_crowd_started:
+    for number in range(300):
+        PgBackgroundOperator(
+            task_id=f"job_{number}",
+            sql=f"insert into effect (run) values ('crowd-{number}'); select pg_sleep(1)",
+            start_from_trigger=True,
+        )
+
+# The long form of the tests only: each of these needs a process before it is deferred.
+if os.environ.get("PGBG_LONG") == "1":
+    with DAG(dag_id="crowd", schedule=None, max_active_tasks=300) as dag_crowd:
+        PgBackgroundOperator.partial(
+            task_id="job",
+            deferrable=True,
+            retries=3,
+            retry_delay=timedelta(seconds=1),
+            max_active_tis_per_dag=300,
+        ).expand(sql=[f"insert into effect (run) values ('crowd-{n}'); select pg_sleep(10)" for n in range(300)])
