@@ -16,8 +16,7 @@ pytest.importorskip("airflow")
 from airflow_provider import triggering
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.identity import Identity, identify
-from airflow_provider.sensors import PgBackgroundSensorTrigger
-from airflow_provider.triggers import PgBackgroundTrigger
+from airflow_provider.triggers import PgBackgroundSensorTrigger, PgBackgroundTrigger
 
 pytestmark = [
     pytest.mark.airflow,
