@@ -173,15 +173,20 @@ def _rows(conninfo: str) -> dict[str, int]:
 def _print_jobs(conninfo: str, number: int) -> None:
     sys.stdout.flush()
     subprocess.run(
-        [Path(sys.executable).with_name("pgbg"), "jobs", "--limit", str(number), "--dsn", conninfo],
+        [_pgbg(), "jobs", "--limit", str(number), "--dsn", conninfo],
         env={**os.environ, "COLUMNS": str(screen.console.width)} if screen.console.is_terminal else None,
         check=True,
     )
 
 
+def _pgbg() -> Path:
+    return Path(sys.executable).with_name("pgbg")
+
+
 def _stay(url: str, conninfo: str) -> None:
     screen.headline("Look around")
     screen.say(f"Airflow (no login):  {url}")
+    screen.say(f"Jobs:                {_pgbg()} jobs --dsn '{conninfo}'")
     screen.say(f"PostgreSQL:          psql '{conninfo}'")
     screen.say("Ctrl-C ends both.")
     while True:
