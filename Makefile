@@ -33,11 +33,12 @@ demo: $(STAMP) ## run real Airflow and Dagster jobs on an embedded PostgreSQL
 test: $(STAMP) ## run the test suite but for chaos (ARGS="tests/unit -k retry" for less)
 	@JOBS=$(JOBS) $(PY) scripts/test.py $(ARGS)
 
-check: $(STAMP) ## lint, formatting, types, imports
+check: $(STAMP) ## lint, formatting, types, imports, exported names
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy $(CODE)
 	@$(VENV)/bin/lint-imports --no-cache
+	@$(PY) -m pytest -q tests/unit/test_architecture.py
 
 format: $(STAMP) ## put the code into its form and mend what can be mended
 	@$(VENV)/bin/ruff check --fix .
