@@ -97,13 +97,11 @@ create function @schema@.marker(p_owner text, p_job_id text) returns text
     return 'pgbg:' || pg_catalog.left(pg_catalog.encode(
         pg_catalog.sha256(pg_catalog.convert_to(p_owner || ':' || p_job_id, 'UTF8')), 'hex'), 32);
 
+-- False too where the owner was dropped. Without a SET clause the planner puts it in place, and many are asked at once.
 create function @schema@.is_member(p_login oid, p_owner text) returns boolean
     language sql stable
-    set search_path = pg_catalog, pg_temp
-as $$
-    -- The owner may have been dropped.
-    select coalesce((select pg_has_role(p_login, r.oid, 'MEMBER') from pg_roles r where r.rolname = p_owner), false)
-$$;
+    return coalesce(
+        pg_catalog.pg_has_role(p_login, pg_catalog.to_regrole(pg_catalog.quote_ident(p_owner)), 'MEMBER'), false);
 
 -- A backend of this database that works for an owner and bears the marker of a job, or else the process that a claimed
 -- receipt names, as long as it runs something as the login that claimed it: SQL can set its own application_name and
