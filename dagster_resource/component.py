@@ -17,6 +17,7 @@ from dagster import (
     ComponentLoadContext,
     Definitions,
     Model,
+    ResolutionContext,
     Resolvable,
     Resolver,
     Scaffolder,
@@ -42,10 +43,20 @@ def told(description: str) -> Resolver:
     return resolver
 
 
+def told_text(description: str) -> Resolver:
+    """Do what :func:`told` does, for a text that may be digits: a template makes a number of those."""
+
+    def as_text(context: ResolutionContext, value: Any) -> str | None:
+        resolved = context.resolve_value(value)
+        return None if resolved is None else str(resolved)
+
+    return Resolver(as_text, model_field_type=str | int | float, inject_before_resolve=False, description=description)
+
+
 class SqlCheck(Model, Resolvable):
     """A check of the asset, asked in a worker of its own."""
 
-    name: Annotated[str, told("Name of the check.")]
+    name: Annotated[str, told_text("Name of the check.")]
     sql: Annotated[str | None, told("The query.")] = None
     sql_file: Annotated[str | None, told("A file with the query, beside defs.yaml.")] = None
     expect: Annotated[
@@ -53,20 +64,20 @@ class SqlCheck(Model, Resolvable):
     ] = "no_rows"
     blocking: Annotated[bool, told("Whether a failure keeps downstream assets from running.")] = False
     severity: Annotated[Literal["ERROR", "WARN"], told("Of a check that does not hold.")] = "ERROR"
-    description: Annotated[str | None, told("Shown by Dagster.")] = None
+    description: Annotated[str | None, told_text("Shown by Dagster.")] = None
 
 
 class SqlJob(Model, Resolvable):
     """Options of the job behind an asset."""
 
-    label: Annotated[str | None, told("What a person sees on the worker; 64 bytes at most.")] = None
+    label: Annotated[str | None, told_text("What a person sees on the worker; 64 bytes at most.")] = None
     kind: Annotated[
         Literal["receipt", "session", "supervised"] | None,
         told("How the outcome is made certain. Default: as the statement needs it."),
     ] = None
     timeout: Annotated[float | None, told("Seconds until the worker is cancelled.")] = None
     role: Annotated[str | None, told("Role that the SQL runs as.")] = None
-    settings: Annotated[dict[str, str] | None, told("Server settings, such as work_mem.")] = None
+    settings: Annotated[dict[str, str | int | float | bool] | None, told("Server settings, such as work_mem.")] = None
     isolation: Annotated[
         str | None, told("read committed, repeatable read or serializable. Default: what the login has.")
     ] = None
@@ -152,6 +163,7 @@ class PgBackgroundSqlComponent(Component, Resolvable, Model):
             job=cast("JobOptions", job),
             kinds=set(entry.kinds) if entry.kinds else KINDS,
             output_required=not entry.skippable,
+            code_version=None if entry.code_version is None else str(entry.code_version),  # "3" has become 3 by now
             **{name: value for name, value in given.items() if value is not None},
         )(sql)
 
@@ -173,7 +185,7 @@ class PgBackgroundSqlComponent(Component, Resolvable, Model):
 
 
 PASSED_ON = (
-    "deps", "description", "metadata", "group_name", "code_version", "owners", "tags", "automation_condition",
+    "deps", "description", "metadata", "group_name", "owners", "tags", "automation_condition",
     "partitions_def", "freshness_policy", "pool", "backfill_policy",
 )  # fmt: skip
 

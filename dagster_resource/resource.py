@@ -463,7 +463,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             policy=policy or policy_of(self.retry_rules),
             retry_number=caller.retry_number,
             max_retries=self.max_retries,
-            sql={member.job_id: member.sql.shown for member in members},
+            sql={job.id or "": member.sql.shown for member in members for job in (member.job, member.anew) if job},
         )
 
 

@@ -41,27 +41,33 @@ GATED = """
         raise 'the gate was never opened';
     end $$
 """
+# The same, but for the gate, with rows that nobody asked for: more than a worker's output queue holds.
+ROWS = """
+    insert into done (who) values (%(who)s);
+    select repeat('x', 1000), pg_sleep(0.01) from generate_series(1, 60000)
+"""
 EXTERNALS = [f"external_{number}" for number in range(int(os.environ.get("PGBG_TEST_EXTERNALS", "1")))]
 
 
 class Who(Config):
     who: str = "nobody"
+    rows: bool = False
 
 
-def work(context: AssetExecutionContext, who: str, pg: PgBackgroundResource) -> MaterializeResult[None]:
+def work(context: AssetExecutionContext, config: Who, pg: PgBackgroundResource) -> MaterializeResult[None]:
     # The name makes it a series of its own: runs of one asset would wait for one another.
-    done = pg.run(context, GATED, parameters={"who": who}, settings={"test.who": who}, name=who)
-    return done.to_materialize_result()
+    who, sql = config.who, ROWS if config.rows else GATED
+    return pg.run(context, sql, parameters={"who": who}, settings={"test.who": who}, name=who).to_materialize_result()
 
 
 @asset
 def plain(context: AssetExecutionContext, config: Who, pg: PgBackgroundResource) -> MaterializeResult[None]:
-    return work(context, config.who, pg)
+    return work(context, config, pg)
 
 
 @asset(retry_policy=RetryPolicy(max_retries=3, delay=0.2))
 def stubborn(context: AssetExecutionContext, config: Who, pg: PgBackgroundResource) -> MaterializeResult[None]:
-    return work(context, config.who, pg)
+    return work(context, config, pg)
 
 
 @asset

@@ -69,6 +69,35 @@ def test_yaml() -> None:
             assert len(list(definitions.asset_checks or [])) == 1
 
 
+NUMBERS = """
+type: dagster_resource.PgBackgroundSqlComponent
+attributes:
+  assets:
+    - key: totals
+      sql: select 1
+      code_version: "3"
+      skippable: true
+      job: {label: "2024", settings: {max_parallel_workers_per_gather: 4, enable_seqscan: "on", work_mem: 64MB}}
+"""
+
+
+def test_texts_of_digits_stay_texts() -> None:
+    with create_defs_folder_sandbox() as sandbox:
+        folder = sandbox.defs_folder_path / "books"
+        folder.mkdir()
+        (folder / "defs.yaml").write_text(NUMBERS)
+        with sandbox.load_component_and_build_defs(defs_path=folder) as (loaded, definitions):
+            assert isinstance(loaded, PgBackgroundSqlComponent)
+            job = loaded.assets[0].job
+            assert job is not None
+            assert job.label == "2024"
+            assert job.settings == {"max_parallel_workers_per_gather": 4, "enable_seqscan": "on", "work_mem": "64MB"}
+            (made,) = definitions.assets or []
+            assert isinstance(made, AssetsDefinition)
+            (spec,) = made.specs
+            assert (spec.code_version, spec.skippable) == ("3", True)
+
+
 def options(function: Callable[..., Any]) -> set[str]:
     """The parameters of a function that are options of ours: no context, and not what is handed on to Dagster."""
     parameters = inspect.signature(function).parameters
@@ -137,7 +166,7 @@ def test_a_wrong_attribute_is_found_before_anything_runs() -> None:
 
 def test_all_that_dagster_knows_of_an_asset_is_handed_on() -> None:
     own = TABLES["An asset"] - {"pool", "backfill_policy"}
-    handled = {*component.PASSED_ON, *own, "key", "kinds", "skippable"}
+    handled = {*component.PASSED_ON, *own, "key", "kinds", "skippable", "code_version"}
 
     assert set(component.SqlAsset.model().model_fields) == handled
 

@@ -90,9 +90,9 @@ class Work:
     who: str = field(default_factory=lambda: uuid.uuid4().hex)
     run: str = ""
 
-    def launch(self) -> Work:
+    def launch(self, *, rows: bool = False) -> Work:
         asset = self.job.split("_", maxsplit=1)[0]
-        self.run = self.dagster.launch(self.job, {"ops": {asset: {"config": {"who": self.who}}}})
+        self.run = self.dagster.launch(self.job, {"ops": {asset: {"config": {"who": self.who, "rows": rows}}}})
         return self
 
     def ask(self, query: str) -> int:
@@ -165,19 +165,21 @@ def test_terminated_at_any_moment(dagster: Dagster, database: Database) -> None:
     chance = seeded("terminated at any moment")
     met: Counter[str] = Counter()
 
-    def terminate(case: tuple[str, str, float]) -> None:
-        job, stage, delay = case
-        work = Work(dagster, database, job).launch()
+    def terminate(case: tuple[str, str, float, bool]) -> None:
+        job, stage, delay, rows = case
+        work = Work(dagster, database, job).launch(rows=rows)
         until(lambda: work.has_reached(stage), lambda: dagster.story(work.run))
         time.sleep(delay)
         met["at work" if work.at_work else "being launched" if work.launches else "not launched yet"] += 1
         dagster.terminate(work.run)
         assert_canceled(work)
 
-    side_by_side(terminate, [(job, "at work", 0.0) for job in JOBS])
+    side_by_side(terminate, [(job, "at work", 0.0, False) for job in JOBS])
     assert met == {"at work": len(JOBS)}
     for _ in range(count(2, 20)):
-        side_by_side(terminate, [(job, chance.choice(STAGES), chance.uniform(0, 0.7)) for job in JOBS])
+        side_by_side(
+            terminate, [(job, chance.choice(STAGES), chance.uniform(0, 0.7), chance.random() < 0.5) for job in JOBS]
+        )
     until(lambda: database.workers() == [], lambda: str(database.workers()))
     print(f"terminated: {dict(met)}")
 
