@@ -48,9 +48,14 @@ load_from:
       port: {port}
       location_name: {location}
 """
-# The daemon that runs failed runs again looks this often; by default every five seconds.
+# How far the daemon that runs failed runs again has read.
 FAILURES_READ = f"EVENT_LOG_CONSUMER_CURSOR-{DagsterEventType.RUN_FAILURE.value}"
-QUICK = {"DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1"}
+# How often that daemon looks (by default every five seconds), and how long the webserver waits for the code server to
+# start a run's process (by default a minute).
+TIMES = {
+    "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "1",
+    "DAGSTER_GRPC_TIMEOUT_SECONDS": str(round(PATIENCE)),
+}
 
 
 def until(condition: Callable[[], object], what: Callable[[], str], *, within: float = PATIENCE) -> None:
@@ -131,7 +136,7 @@ class Dagster:
                 cwd=self.home,
                 env={
                     **os.environ,
-                    **QUICK,
+                    **TIMES,
                     **self._environment,
                     "DAGSTER_HOME": str(self.home),
                     "PYTHONPATH": str(ROOT),
