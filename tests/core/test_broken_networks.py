@@ -34,6 +34,23 @@ async def test_cut_between_the_sending_of_a_launch_and_its_answer(db: Watched, p
     assert outcome.worker_pid == db.value("select pid from effects")
 
 
+@pytest.mark.servers("real", "embedded")
+@pytest.mark.parametrize("verified", [False, True])
+async def test_session_job_whose_launch_gets_no_answer(db: Watched, proxy: Proxy, verified: bool) -> None:
+    """It may be running, and nothing would turn a second one away: it is not launched again."""
+    when = proxy.when(TO_SERVER, b"pg_background_launch", stall=TO_CLIENT)
+    verify = "select exists (select from effects)" if verified else None
+    job = Job("insert into effects (job) select 'j' from pg_sleep(1)", id="j", kind="session", verify_sql=verify)
+    task = asyncio.create_task(arun(proxy.through(db.conninfo), job))
+    await asyncio.to_thread(when.wait)
+    await eventually(db.workers, "the worker")
+    proxy.cut()
+    end = await ended(task)
+    assert isinstance(end, Outcome if verified else errors.OutcomeUnknown), end
+    await eventually(lambda: not db.workers(), "the worker has ended")
+    assert db.effects("j") == 1
+
+
 async def test_a_launch_that_gets_no_answer_stops_no_other_job(
     db: Watched, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
