@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pgbg_orchestration import Job, Launcher, Outcome, arun, errors
+from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
 from pgbg_orchestration.faults import POINTS
 from tests.core.kit import (
     Recorder,
@@ -213,6 +213,21 @@ async def test_leave_and_close_leaves_the_worker_at_work(db: Watched) -> None:
     outcome = await within(arun(db.conninfo, job))
     assert (outcome.launched, outcome.worker_pid) == (False, pid)
     assert db.effects() == 1
+
+
+@pytest.mark.servers("real", "embedded")
+@pytest.mark.parametrize("kind", ["receipt", "supervised"])
+async def test_deadline_without_anybody_left_to_keep_it(
+    db: Watched, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The server ends the SQL by itself, a while after its deadline."""
+    monkeypatch.setattr(pace, "DEADLINE_MARGIN", 0.0)
+    async with Launcher(db.conninfo) as launcher:
+        task = asyncio.create_task(launcher.run(Job(slow("j", 40), id="j", kind=kind, timeout=2), on_cancel="leave"))
+        await db.at_work("j")
+        await cancelled(task)
+    await eventually(lambda: not db.workers(), "the worker has ended", 30)
+    assert db.effects() == 0
 
 
 async def test_jobs_watched_by_another_process(db: Watched) -> None:
