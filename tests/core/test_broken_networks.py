@@ -137,6 +137,25 @@ async def test_half_open_connections(db: Watched, proxy: Proxy, monkeypatch: pyt
     assert db.effects("j") == 1
 
 
+@pytest.mark.servers("real", "embedded")
+@pytest.mark.parametrize(
+    ("silent", "sql"), [(b'"pgbg".look(', "select 1"), (b"result_info", "select 1 / 0")], ids=["look", "poll"]
+)
+async def test_one_connection_that_goes_silent(
+    db: Watched, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, silent: bytes, sql: str
+) -> None:
+    """It alone gives no answer any more, and nothing ever ends it: noticed by the bound of that very call."""
+    monkeypatch.setattr(pace, "CALL", 1.0)
+    when = proxy.when(TO_SERVER, silent, stall=TO_CLIENT)
+    end = await ended(arun(proxy.through(db.conninfo), Job(sql, id="j")))
+    assert when.happened
+    if sql == "select 1":
+        assert isinstance(end, Outcome), end
+    else:
+        assert isinstance(end, errors.WorkerError), end
+        assert end.sqlstate == "22012"
+
+
 @pytest.mark.servers("real")
 async def test_dead_hosts_are_noticed_by_the_kernel(db: Watched) -> None:
     """A connection that is idle, or that nobody acknowledges; what the connection string says wins."""
