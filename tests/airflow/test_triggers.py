@@ -191,6 +191,64 @@ class TestOneJob:
         assert 0 < max(counted) <= 8
 
 
+class TestLogins:
+    """A token of a connection may expire while its jobs run."""
+
+    async def test_the_connection_is_asked_for_whenever_one_is_opened(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+
+        def conninfo(_hook: PgBackgroundHook) -> str:
+            asked.append(f"{database.conninfo} password=token{len(asked)}")
+            return asked[-1]
+
+        monkeypatch.setattr(PgBackgroundHook, "conninfo", conninfo)
+        monkeypatch.setattr(triggering, "CONNECTION_SECONDS", 0.0)
+        job = _job(sql="insert into effect values ('load'); select pg_sleep(1)")
+        running = asyncio.create_task(_event(PgBackgroundTrigger(job=job)))
+        await _until(database.workers)
+        before = len(asked)
+        _rows(database, "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgbg: %'")
+
+        assert (await running)["status"] == "committed"
+        assert len(asked) > before
+        assert _rows(database, "select count(*) from effect") == [(1,)]
+
+    async def test_triggers_share_sessions_whatever_the_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tokens = iter(("first", "second", "third"))
+        monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: f"host=db password={next(tokens)}")
+        monkeypatch.setattr(triggering, "CONNECTION_SECONDS", 0.0)
+
+        one, two = [await triggering.Login.of("books", None, None) for _ in range(2)]
+
+        assert one == two
+        assert "first" not in repr(one)
+        assert await one() == "host=db password=third"
+
+    async def test_a_connection_that_leads_elsewhere_is_another_login(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        places = iter(("host=old", "host=new", "host=new"))
+        monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: next(places))
+        monkeypatch.setattr(triggering, "CONNECTION_SECONDS", 0.0)
+
+        old, new = [await triggering.Login.of("books", None, None) for _ in range(2)]
+
+        assert old != new
+        assert await old() == "host=old", "its jobs are there"
+
+    async def test_an_airflow_that_is_away_keeps_nobody_from_the_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: "host=db password=old")
+        monkeypatch.setattr(triggering, "CONNECTION_SECONDS", 0.0)
+        login = await triggering.Login.of("books", None, None)
+
+        def fail(_hook: PgBackgroundHook) -> str:
+            raise OSError("no API server")
+
+        monkeypatch.setattr(PgBackgroundHook, "conninfo", fail)
+
+        assert await login() == "host=db password=old"
+
+
 class TestOnKill:
     @pytest.mark.parametrize("state", ["failed", "success", "skipped", "removed", None])
     async def test_what_a_user_ended_is_cancelled(
