@@ -99,7 +99,7 @@ class Lab:
 
     def wait_for_states(self, run_id: str, states: list[str]) -> None:
         """Wait until the run's jobs are in these states, oldest generation first."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while (found := self.states(run_id)) != states and time.monotonic() < until:
             time.sleep(0.1)
         assert found == states
@@ -111,7 +111,7 @@ class Lab:
 
     def wait_for_no_worker(self, run_id: str) -> None:
         """Wait until no worker of the run is left."""
-        self.wait(lambda: not self.workers(run_id), f"the end of the workers of {run_id}")
+        self.wait(lambda: not self.workers(run_id), f"the end of the workers of {run_id}", 180)
 
 
 @pytest.fixture(scope="session")
