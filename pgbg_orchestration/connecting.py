@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import psycopg
@@ -147,6 +148,33 @@ async def close(conn: AsyncConnection[Any]) -> None:
         await conn.close()
     except (psycopg.Error, OSError):
         return  # it was gone already
+
+
+@asynccontextmanager
+async def for_a_question(conninfo: str, application_name: str) -> AsyncIterator[AsyncConnection[Any]]:
+    """Lend a connection for a few statements beside the job's way.
+
+    Raises
+    ------
+    ConnectionLost
+        The server cannot be reached now, or went away meanwhile: ask again.
+    psycopg.OperationalError
+        It refuses the login.
+    """
+    try:
+        conn = await connect(conninfo, application_name)
+    except (psycopg.OperationalError, OSError, TimeoutError) as error:
+        if getattr(error, "sqlstate", None) in REFUSED_LOGINS:
+            raise
+        raise ConnectionLost(str(error)) from error
+    try:
+        yield conn
+    except psycopg.Error as error:
+        if is_lost(conn, error):
+            raise ConnectionLost(str(error)) from error
+        raise
+    finally:
+        await close(conn)
 
 
 def unreachable(error: BaseException, what: str) -> ServerUnreachable:

@@ -220,33 +220,31 @@ class Launcher:
 
         Raises
         ------
-        psycopg.Error, OSError, TimeoutError
-            It could not be asked.
+        psycopg.Error
+            The server refuses it.
+        ConnectionLost
+            The server is away.
         """
-        conn = await connecting.connect(self.conninfo, "pgbg: verifying")
-        try:
+        async with connecting.for_a_question(self.conninfo, "pgbg: verifying") as conn:
             if role is not None:
                 await conn.execute("select pg_catalog.set_config('role', %s, false)", (role,))
             return await describing.verify(conn, query)
-        finally:
-            await connecting.close(conn)
 
     async def drop_invalid_index(self, found: verifying.ConcurrentIndex, job: Job) -> str | None:
         """Drop the invalid index that an earlier build left, as the job's role; returns its name, if there was one.
 
         Raises
         ------
-        psycopg.Error, OSError
-            The server refuses, or cannot be reached.
+        psycopg.Error
+            The server refuses.
+        ConnectionLost
+            The server is away.
         """
-        conn = await connecting.connect(self.conninfo, "pgbg: dropping an invalid index")
-        try:
+        async with connecting.for_a_question(self.conninfo, "pgbg: dropping an invalid index") as conn:
             settings = {**(job.settings or {}), **({"role": job.role} if job.role else {})}
             if settings:
                 await connecting.settle(conn, tuple(settings.items()))
             return await verifying.drop_invalid_index(conn, found)
-        finally:
-            await connecting.close(conn)
 
     async def session(self, *, exclusive: bool = False) -> LaunchingSession:
         """Return a launching session with room; ``exclusive``: one of its own, which the caller closes.

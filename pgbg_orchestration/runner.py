@@ -115,7 +115,13 @@ class Run:
                 return await conclude(self._case, self._ledger, step, seen)
             if step is not self._step[0]:
                 self._step = (step, self._loop.time())
-            await self._take(step, seen)
+            try:
+                await self._take(step, seen)
+            except ConnectionLost as error:
+                # On a question beside the job's way: nothing was launched.
+                if self._waited() > pace.RECONNECT:
+                    raise ServerUnreachable(str(error), job_id=self._case.work.key.job_id) from error
+                await self._sleep()
 
     async def _take(self, step: Step, seen: Sighting | None) -> None:
         match step:
@@ -449,7 +455,7 @@ class Run:
         work = self._case.work
         try:
             self._case.verified = await self._launcher.verify(_there(work.verify_sql), work.job.role)
-        except (psycopg.Error, OSError, TimeoutError) as error:
+        except psycopg.Error as error:
             raise blame.unverified(work, error) from error
 
     async def _settle(self, seen: Sighting) -> None:
