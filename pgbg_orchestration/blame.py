@@ -37,9 +37,15 @@ def _ended(work: Work) -> _Ended:
     return {**_named(work), "data_state": None if work.kind is Kind.RECEIPT else errors.PARTLY}
 
 
-def failed(work: Work, fields: ErrorFields, invalid_indexes: Sequence[str] = ()) -> PgbgError:
-    """The SQL failed; ``invalid_indexes`` are what a failed build has left."""
+def failed(
+    work: Work, fields: ErrorFields, invalid_indexes: Sequence[str] = (), found: datetime | None = None
+) -> PgbgError:
+    """The SQL failed; ``invalid_indexes`` are what a build has left, ``found`` when it failed with nobody there."""
+    what = "the SQL failed in its worker"
     todo = None
+    if found is not None:
+        what += f", at {found.isoformat(timespec='seconds')}, when nobody was there to be told"
+        todo = "Run it again to have it launched again."
     if fields.sqlstate == CANCELED:
         todo = (
             "Nobody asked this job to end: look for a statement_timeout or pg_background.worker_timeout in force, or "
@@ -53,7 +59,7 @@ def failed(work: Work, fields: ErrorFields, invalid_indexes: Sequence[str] = ())
             f"An invalid index is left, which slows down writes and is never read: {drops} "
             "With drop_invalid_index=True the next try of a named index drops it first."
         )
-    return errors.WorkerError("the SQL failed in its worker", fields=fields, todo=todo, **_ended(work))
+    return errors.WorkerError(what, fields=fields, todo=todo, **_ended(work))
 
 
 def cancelled(work: Work, seen: Sighting | None) -> PgbgError:
@@ -116,11 +122,19 @@ def launch_failed(work: Work, error: BaseException) -> PgbgError:
     )
 
 
-def unknown(work: Work) -> PgbgError:
-    """Nobody can tell how the job ended."""
-    lost = "the launching session" if work.kind is Kind.SESSION else "its supervisor"
+def unknown(work: Work, *, verified: bool | None) -> PgbgError:
+    """Nobody can tell how the job ended, or whether its worker will begin."""
+    who = "the launching session" if work.kind is Kind.SESSION else "its supervisor"
+    if verified is False:
+        return errors.OutcomeUnknown(
+            f"{who} was lost before anybody saw its worker, which may begin yet; "
+            "verify_sql says that the work is not done",
+            todo="Run it again: verify_sql is asked again. If it still says so, and you know that no worker of it is "
+            "left, run the work under another id or in the next generation.",
+            **_named(work),
+        )
     return errors.OutcomeUnknown(
-        f"{lost} was lost while it ran, and this kind of job leaves no receipt",
+        f"{who} was lost while it ran, and this kind of job leaves no receipt",
         todo="Look whether its work is done; verify_sql lets the job find out by itself.",
         **_named(work),
     )

@@ -37,6 +37,7 @@ class Launch:
     info: ResultInfo | None = None
     error: ErrorFields | None = None
     detached: bool = False  # on purpose, since its output was blocked
+    seen: bool = False  # its worker, at work, by its marker
     reading: asyncio.Task[tuple[int | None, str | None]] | None = None  # of the result, to its end
     result: tuple[int | None, str | None] | None = None  # row count and command tag: read to its end
 
@@ -52,6 +53,11 @@ class Launch:
         if self.info is not None or self.detached or self.result is not None:
             return Report.ENDED
         return Report.RUNNING
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether the worker of a lost handle may begin yet: it was not seen at work, nor to have ended."""
+        return self.lost and self.info is None and not self.seen
 
     async def read(self) -> None:
         """Read the handle's report, when the worker has ended since the last time."""

@@ -47,6 +47,8 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
         fields = case.work.telling(fields) if fields else None
         if case.launched:
             await record(case, ledger, HISTORY[step], error=fields)
+        elif seen is not None and seen.is_untold:
+            await _report(case, ledger, seen)
         left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
         raise _error(case, step, seen, fields, left)
     finally:
@@ -137,7 +139,8 @@ def _error(
     work, ours = case.work, case.intent is Intent.DEADLINE
     match step:
         case Step.FAILED:
-            return blame.failed(work, fields or ErrorFields(), invalid_indexes)
+            found = seen.ended_at if seen is not None and seen.is_untold and not case.launched else None
+            return blame.failed(work, fields or ErrorFields(), invalid_indexes, found)
         case Step.SUPERSEDED:
             return blame.superseded(work, seen)
         case Step.CANCELLED if ours and case.slot_missing and not case.launched:
@@ -149,7 +152,16 @@ def _error(
         case Step.LOST:
             return blame.lost(work, output_dropped=case.launch.detached)
         case _:
-            return blame.unknown(work)
+            return blame.unknown(work, verified=case.verified)
+
+
+async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:
+    """Say that the failure is told which a supervisor wrote down for nobody: the next call launches the job again."""
+    case.tell("found_failed", "its last launch failed when nobody was there to be told", pid=seen.receipt_pid)
+    try:
+        await ledger.reported(case.work.key, seen.attempt or case.attempt)
+    except (psycopg.Error, PgbgError) as failure:
+        logger.warning("the history of job %s could not be written: %s", case.work.label, failure)
 
 
 async def record(

@@ -58,8 +58,11 @@ async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]
 
 
 async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[Evidence, Sighting]:
-    seen = await look(ledger, case.work.key)
+    # Once verify_sql was asked, a worker had its time to show itself.
+    seen = await look(ledger, case.work.key, pace.STARTING if case.verified is None else pace.COUNTS)
     case.first_look = case.first_look or seen
+    if seen.holds_this_job or seen.marked_pid is not None:
+        case.verified = None  # what it said was said before the worker that is at work now
     _check_digest(case, seen)
     holder = seen.holder(case.generation(seen))
     recorded = False
@@ -76,6 +79,8 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
             case.attached_since = None
     if case.work.kind is Kind.SUPERVISED and evidence.report is Report.ENDED:
         recorded = seen.outcome == "failed" and seen.attempt == case.attempt  # its supervisor wrote that down
+    # The same work, launched by a call that is gone: what came of it is told before it is launched again.
+    recorded = recorded or (seen.is_untold and seen.sql_digest == case.work.sql_digest)
     sqlstate = seen.error.sqlstate if recorded else evidence.sqlstate
     if sqlstate == CANCELED and holder is Holder.NOBODY and seen.receipt is Receipt.NONE:
         # Whoever cancels a job signals its worker first and marks it then: the mark may be on its way.
@@ -85,6 +90,8 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
         receipt=seen.receipt,
         holder=holder,
         marked=seen.marked_pid is not None,
+        may_begin=seen.may_begin,
+        verified=case.verified,
         superseded=case.is_superseded(seen),
         recorded_failure=recorded,
         output_blocked=seen.wait_event in BLOCKED and evidence.report is Report.RUNNING,
@@ -92,22 +99,25 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
     ), seen
 
 
-async def look(ledger: Ledger, key: Key) -> Sighting:
+async def look(ledger: Ledger, key: Key, starting: float = pace.STARTING) -> Sighting:
     """Look at a job; what may be half of a sign is believed only after a while.
 
     - A claimed receipt with nobody at work: a supervisor that starts between the look at its lock and the one at its
-      claim looks the same, and the worker of one that is gone shows its marker only once it has started.
+      claim looks the same, and the worker of one that is gone shows its marker only once it has started: it gets
+      ``starting`` seconds, and is then named in the receipt.
     - The lock of the series held by no job that is known: a worker takes the locks of series and job one after the
       other, and the server frees them so, in either order.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
     seen = await ledger.look(key)
-    while (seen.is_unsupervised and loop.time() < began + pace.STARTING) or (
+    while (seen.is_unsupervised and loop.time() < began + starting) or (
         seen.is_between_locks and loop.time() < began + pace.COUNTS
     ):
         await asyncio.sleep(pace.RETRY_SOONEST)
         seen = await ledger.look(key)
+    if seen.may_begin and seen.marked_pid is not None and not seen.holds_this_job and seen.receipt_attempt is not None:
+        await ledger.follow(key, seen.receipt_attempt, seen.marked_pid)
     return seen
 
 
@@ -153,8 +163,13 @@ async def _from_marker(case: Case, ledger: Ledger, evidence: Evidence) -> Eviden
     if marked is not None:
         case.last_marked = asyncio.get_running_loop().time()
     blocked = marked is not None and marked.wait_event in BLOCKED
+    case.launch.seen = case.launch.seen or marked is not None
+    if marked is not None:
+        case.verified = None
     return replace(
         evidence,
+        may_begin=case.launch.may_begin,
+        verified=case.verified,
         receipt=Receipt.COMMITTED if case.launch.result else Receipt.NONE,
         holder=Holder.THIS_JOB if marked and evidence.report is not Report.NONE else Holder.NOBODY,
         output_blocked=blocked and evidence.report is Report.RUNNING,

@@ -66,6 +66,7 @@ class Sighting:
     holder_generation: int | None
     holds_this_job: bool
     marked_pid: int | None
+    may_begin: bool
     wait_event: str | None
     status: str | None
     receipt_attempt: int | None
@@ -81,6 +82,7 @@ class Sighting:
     sql_digest: bytes | None
     outcome: str | None
     ended_at: datetime | None
+    reported_at: datetime | None
     row_count: int | None
     command_tag: str | None
     error: ErrorFields
@@ -94,6 +96,11 @@ class Sighting:
     def is_unsupervised(self) -> bool:
         """Whether the receipt is claimed, and nobody of the job is seen at work."""
         return self.receipt is Receipt.LAUNCHING and not self.holds_this_job and self.marked_pid is None
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether the last launch failed, as its supervisor wrote down, and nobody was there to be told."""
+        return self.outcome == "failed" and self.reported_at is None
 
     @property
     def is_provisional(self) -> bool:
@@ -343,6 +350,11 @@ class Ledger:
         row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
         return bool(row["sent"])
 
+    async def follow(self, key: Key, attempt: int, worker_pid: int) -> None:
+        """Name a worker that is seen at work in its claimed receipt: its supervisor was gone before it could."""
+        query = self._query("select {s}.follow(%s, %s, %s, %s)")
+        await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id, attempt, worker_pid)))
+
     async def settle(self, key: Key, attempt: int | None, *, committed: bool) -> None:
         """Write down how a supervised job ended whose supervisor is gone; ``attempt`` is the one of its receipt."""
         query = self._query("select {s}.end_supervision(%s, %s, %s, %s, null, null, null, null)")
@@ -382,6 +394,11 @@ class Ledger:
             key.owner, key.job_id, attempt, outcome, worker_pid, started_at, row_count, command_tag, told,
         )  # fmt: skip
         await self._writer.ask(lambda conn: _one(conn, query, arguments))
+
+    async def reported(self, key: Key, attempt: int) -> None:
+        """Say that somebody was told how an attempt ended."""
+        query = self._query("select {s}.reported(%s, %s, %s)")
+        await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id, attempt)))
 
     # All jobs -----------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,8 @@ class Event:
     """Something a person who watches a job wants to know.
 
     ``kind`` is one of ``waiting_for_slot``, ``launched``, ``attached``, ``progress``, ``waiting_for_series``,
-    ``output_blocked``, ``session_lost``, ``server_unreachable``, ``cancelling``, ``committed``.
+    ``output_blocked``, ``session_lost``, ``server_unreachable``, ``cancelling``, ``found_failed``,
+    ``dropped_invalid_index``, ``committed``.
     """
 
     kind: str

@@ -24,7 +24,7 @@ CANCEL = 60.0  # a worker that does not end when it is cancelled
 STALLED = 3.0  # a launching session that does not answer
 DEADLINE_MARGIN = 30.0  # from a job's deadline to the moment when its worker ends by itself
 GRACE = 2.0  # for the launching side of another process to write down how a job failed
-STARTING = 3.0  # for a worker to show itself whose supervisor ended just after the launch
+STARTING = 3.0  # for a worker to show itself whose supervisor ended just after the launch: then it is attached to
 COUNTS = 0.3  # the same for the counts of a job that committed
 
 

@@ -79,7 +79,8 @@ class Evidence:
     sqlstate:
         The error of the worker that this process launched last.
     recorded_failure:
-        The launching side of a worker that this process was attached to wrote down how it failed.
+        The launching side of a worker that this process was attached to wrote down how it failed, or the supervisor
+        of a worker whose launching side was gone by then.
     output_blocked:
         The worker waits for its output to be read, and nobody does.
     launches_left, rejections_left:
@@ -92,6 +93,9 @@ class Evidence:
         so that it cannot.
     verified:
         What verify_sql said, None before it was asked; ``can_verify`` whether there is one.
+    may_begin:
+        A worker that nothing refuses may have been launched, nobody has seen it at work yet, and it may begin at any
+        time: whoever launched it is gone.
     """
 
     carries_receipt: bool = True
@@ -112,6 +116,7 @@ class Evidence:
     verified: bool | None = None
     stray: bool = False
     gave_up: bool = False
+    may_begin: bool = False
 
 
 class Step(Enum):
@@ -230,9 +235,17 @@ def _judge_unsupervised(seen: Evidence) -> Step:
     """Judge a supervised job whose receipt is claimed, and whose supervisor holds no lock any more."""
     if seen.marked:
         return Step.WAIT if seen.intent is Intent.NONE else Step.SIGNAL
+    return _judge_verified(seen) or Step.SETTLE
+
+
+def _judge_verified(seen: Evidence) -> Step | None:
+    """Say what is left of a job whose end only verify_sql can tell; None when it told."""
     if not seen.can_verify:
         return Step.UNKNOWN
-    return Step.VERIFY if seen.verified is None else Step.SETTLE
+    if seen.verified is None:
+        return Step.VERIFY
+    # "Not done" is of this moment; another worker is not launched beside one that may begin after it.
+    return Step.UNKNOWN if not seen.verified and seen.may_begin else None
 
 
 def _judge_without_receipt(seen: Evidence) -> Step:
@@ -249,10 +262,8 @@ def _judge_without_receipt(seen: Evidence) -> Step:
             return Step.LAUNCH if wanted else Step.CANCELLED
         case Report.GONE:
             pass
-    if not seen.can_verify:
-        return Step.UNKNOWN
-    if seen.verified is None:
-        return Step.VERIFY
+    if undecided := _judge_verified(seen):
+        return undecided
     if seen.verified:
         return Step.COMMITTED
     if not wanted:

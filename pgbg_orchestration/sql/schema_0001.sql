@@ -22,6 +22,8 @@ create table @schema@.receipt (
     sql_digest bytea,
     xid        xid8,
     started_at timestamptz,
+    supervisor_pid int,
+    server_started timestamptz,
     cause      text check (cause in ('asked', 'deadline', 'given up', 'superseded')),
     reason     text,
     decided_by text not null default session_user,
@@ -30,7 +32,8 @@ create table @schema@.receipt (
 );
 comment on table @schema@.receipt is
     'How a job ended: committed (written in the transaction of the work itself, or by its supervisor) or cancelled for '
-    'good. launching: a supervisor has begun and has not said how it ended.';
+    'good. launching: a supervisor (supervisor_pid, on the server that was started at server_started) has begun and has '
+    'not said how it ended; worker_pid is null until its worker was seen at work.';
 
 create table @schema@.series (
     owner         text not null,
@@ -57,6 +60,7 @@ create table @schema@.job (
     registered_at   timestamptz not null default clock_timestamp(),
     launched_at     timestamptz not null default clock_timestamp(),
     ended_at        timestamptz,
+    reported_at     timestamptz,
     outcome         text check (outcome in ('committed', 'failed', 'cancelled', 'lost', 'unknown')),
     worker_pid      int,
     started_at      timestamptz,
@@ -75,7 +79,8 @@ create table @schema@.job (
 );
 create index job_series on @schema@.job (owner, series_digest, generation);
 comment on table @schema@.job is
-    'History and diagnosis, written by the launching side, which may die at any point: never the proof of anything.';
+    'History and diagnosis, written by the launching side, which may die at any point: never the proof of anything. '
+    'reported_at is null while nobody was told of a failure that a supervisor wrote down.';
 
 -- Keys ---------------------------------------------------------------------------------------------------------
 
@@ -106,14 +111,15 @@ create function @schema@.is_member(p_login oid, p_owner text) returns boolean
 -- A backend of this database that works for an owner and bears the marker of a job, or else the process that a claimed
 -- receipt names, as long as it runs something as the login that claimed it: SQL can set its own application_name and
 -- take the marker off, and the pid of a worker that ended may be another's by now. Anybody can take the name, and the
--- same job may be at work in another database too.
-create function @schema@.marked(p_owner text, p_job_id text, p_pid int default null, p_login text default null)
-    returns int
+-- same job may be at work in another database too. p_except: its supervisor, which bears the marker while it launches.
+create function @schema@.marked(
+    p_owner text, p_job_id text, p_pid int default null, p_login text default null, p_except int default null
+) returns int
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
     select a.pid from pg_stat_activity a, @schema@.marker(p_owner, p_job_id) as m (marker)
-    where a.datname = current_database() and (
+    where a.datname = current_database() and a.pid is distinct from p_except and (
         a.application_name = m.marker and @schema@.is_member(a.usesysid, p_owner)
         or a.pid = p_pid and a.usename = p_login and exists (
             -- "state" is not for every role to see; who runs a statement holds this lock, and all may see that.
@@ -239,9 +245,10 @@ begin
     end if;
     begin
         insert into @schema@.receipt
-            (owner, job_digest, status, job_id, label, attempt, worker_pid, sql_digest, started_at)
+            (owner, job_digest, status, job_id, label, attempt, sql_digest, started_at, supervisor_pid, server_started)
         values
-            (v_owner, v_job, 'launching', p_job_id, p_label, p_attempt, null, p_sql_digest, clock_timestamp());
+            (v_owner, v_job, 'launching', p_job_id, p_label, p_attempt, p_sql_digest, clock_timestamp(),
+             pg_backend_pid(), pg_postmaster_start_time());
     exception when unique_violation then
         select r.status into v_status from @schema@.receipt r where r.owner = v_owner and r.job_digest = v_job;
         raise exception using
@@ -250,15 +257,15 @@ begin
     end;
 end $$;
 
--- In the supervisor, once its worker was seen at work: names it in the claimed receipt. Not before that, since the pid
--- of a handle can be another's where the worker ended before its launcher woke.
+-- Once the worker was seen at work, by its supervisor or by whoever came after that: names it in the claimed receipt.
+-- Until then the worker of a supervisor that is gone may begin at any time, so nobody launches another beside it.
 create function @schema@.follow(p_owner text, p_job_id text, p_attempt int, p_worker_pid int) returns void
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
 as $$
     update @schema@.receipt r set worker_pid = p_worker_pid
         where r.owner = @schema@.owner_for(p_owner) and r.job_digest = @schema@.digest(p_job_id)
-          and r.attempt = p_attempt and r.status = 'launching'
+          and r.attempt = p_attempt and r.status = 'launching' and r.supervisor_pid <> p_worker_pid
 $$;
 
 -- The worker of a claimed job that is at work, for whoever wants to cancel it; null where none is seen.
@@ -266,7 +273,7 @@ create function @schema@.supervised(p_owner text, p_job_id text) returns int
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
 as $$
-    select @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by) from @schema@.receipt r
+    select @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by, r.supervisor_pid) from @schema@.receipt r
         where r.owner = @schema@.owner_for(p_owner) and r.job_digest = @schema@.digest(p_job_id)
           and r.status = 'launching'
 $$;
@@ -299,7 +306,7 @@ begin
     v_found := found;
     if v_found and p_outcome <> 'unlaunched' then
         perform @schema@.record(
-            p_owner, p_job_id, p_attempt, p_outcome, p_worker_pid, null, p_row_count, p_command_tag, p_error);
+            p_owner, p_job_id, p_attempt, p_outcome, p_worker_pid, null, p_row_count, p_command_tag, p_error, null);
     end if;
     return v_found;
 end $$;
@@ -386,10 +393,16 @@ begin
 
     while not v_done loop
         commit;
-        perform pg_catalog.pg_sleep(0.05);
+        -- At a quick pace first: a supervisor that ends before it saw its worker leaves the job unknown.
+        perform pg_catalog.pg_sleep(case when v_polls < 20 then 0.01 else 0.05 end);
         execute p_calls[2] into v_rows, v_tag, v_done, v_failed using v_pid, v_cookie;
         v_polls := v_polls + 1;
-        if not v_done and not v_named then
+        -- It bears the marker before its first statement, which may take it off.
+        if not v_done and not v_named and exists (
+            select from pg_catalog.pg_stat_activity a
+            where a.pid = v_pid and a.datname = pg_catalog.current_database()
+              and (a.application_name = v_marker or a.state = 'active'))
+        then
             perform @schema@.follow(p_owner, p_job_id, p_attempt, v_pid);
             v_named := true;
         end if;
@@ -496,7 +509,7 @@ begin
         series_digest = excluded.series_digest, series = excluded.series, generation = excluded.generation,
         label = excluded.label, kind = excluded.kind, sql_digest = excluded.sql_digest, attempt = excluded.attempt,
         launched_by = excluded.launched_by, launcher_pid = excluded.launcher_pid,
-        launched_at = clock_timestamp(), ended_at = null, outcome = null,
+        launched_at = clock_timestamp(), ended_at = null, reported_at = null, outcome = null,
         worker_pid = null, started_at = null, row_count = null, command_tag = null, sqlstate = null, message = null,
         detail = null, hint = null, context = null, schema_name = null, table_name = null, column_name = null,
         constraint_name = null;
@@ -508,9 +521,10 @@ create function @schema@.look(p_owners text[], p_jobs bytea[], p_series bytea[])
     returns table (
         number int, looked_at timestamptz, holder_pid int, holder_user text, holder_is_owner boolean,
         holder_job text, holder_generation bigint, holds_this_job boolean, marked_pid int,
-        status text, receipt_attempt int, receipt_pid int, receipt_started_at timestamptz,
+        may_begin boolean, status text, receipt_attempt int, receipt_pid int, receipt_started_at timestamptz,
         cause text, reason text, decided_by text, decided_at timestamptz,
-        newest bigint, generation bigint, attempt int, sql_digest bytea, outcome text, ended_at timestamptz, row_count bigint,
+        newest bigint, generation bigint, attempt int, sql_digest bytea, outcome text, ended_at timestamptz,
+        reported_at timestamptz, row_count bigint,
         command_tag text, sqlstate text, message text, detail text, hint text, context text, schema_name text,
         table_name text, column_name text, constraint_name text
     )
@@ -542,11 +556,14 @@ begin
                a.pid is null or @schema@.is_member(a.usesysid, w.owner),
                other.job_id, other.generation, h.pid is not null and h.pid = this.pid,
                case when r.status = 'launching' then
-                   @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by) end,
+                   @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by, r.supervisor_pid) end,
+               -- A restart of the server leaves nothing that could begin.
+               coalesce(r.status = 'launching' and r.worker_pid is null
+                   and r.server_started = pg_postmaster_start_time(), false),
                r.status, r.attempt, r.worker_pid, r.started_at, r.cause, r.reason, r.decided_by,
-               r.decided_at, s.newest, k.generation, k.attempt, coalesce(r.sql_digest, k.sql_digest), k.outcome, k.ended_at, k.row_count, k.command_tag,
-               k.sqlstate, k.message, k.detail, k.hint, k.context, k.schema_name, k.table_name, k.column_name,
-               k.constraint_name
+               r.decided_at, s.newest, k.generation, k.attempt, coalesce(r.sql_digest, k.sql_digest), k.outcome,
+               k.ended_at, k.reported_at, k.row_count, k.command_tag, k.sqlstate, k.message, k.detail, k.hint,
+               k.context, k.schema_name, k.table_name, k.column_name, k.constraint_name
         from wanted w
         left join @schema@.job k on k.owner = w.owner and k.job_digest = w.job
         -- Without a series given, the one that the job was registered with.
@@ -617,7 +634,7 @@ begin
         from @schema@.job j
         join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest and r.status = 'launching'
         where j.owner = v_owner and j.series_digest = v_series and j.generation < p_generation
-          and @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by) is not null);
+          and @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by, r.supervisor_pid) is not null);
 end $$;
 
 -- Takes a cancel back, for a retry of the same job; a superseded job stays cancelled.
@@ -633,18 +650,19 @@ begin
     return found;
 end $$;
 
--- Writes an attempt's outcome into the history, unless a later attempt has begun.
+-- Writes an attempt's outcome into the history, unless a later attempt has begun. p_reported_at: null, where nobody is
+-- told of it yet.
 create function @schema@.record(
     p_owner text, p_job_id text, p_attempt int, p_outcome text, p_worker_pid int, p_started_at timestamptz,
-    p_row_count bigint, p_command_tag text, p_error text[]
+    p_row_count bigint, p_command_tag text, p_error text[], p_reported_at timestamptz default clock_timestamp()
 ) returns boolean
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
 as $$
 begin
     update @schema@.job j set
-        outcome = p_outcome, ended_at = clock_timestamp(), worker_pid = p_worker_pid, started_at = p_started_at,
-        row_count = p_row_count, command_tag = p_command_tag, sqlstate = p_error[1], message = p_error[2],
+        outcome = p_outcome, ended_at = clock_timestamp(), reported_at = p_reported_at, worker_pid = p_worker_pid,
+        started_at = p_started_at, row_count = p_row_count, command_tag = p_command_tag, sqlstate = p_error[1], message = p_error[2],
         detail = p_error[3], hint = p_error[4], context = p_error[5], schema_name = p_error[6],
         table_name = p_error[7], column_name = p_error[8], constraint_name = p_error[9]
     where j.owner = @schema@.owner_for(p_owner) and j.job_digest = @schema@.digest(p_job_id)
@@ -652,6 +670,16 @@ begin
       and (j.attempt = p_attempt or j.outcome is null or p_outcome = 'committed');
     return found;
 end $$;
+
+-- Says that somebody was told how an attempt ended.
+create function @schema@.reported(p_owner text, p_job_id text, p_attempt int) returns void
+    language sql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+    update @schema@.job j set reported_at = clock_timestamp()
+        where j.owner = @schema@.owner_for(p_owner) and j.job_digest = @schema@.digest(p_job_id)
+          and j.attempt = p_attempt and j.reported_at is null
+$$;
 
 -- Forgets what ended longer ago than p_older_than. A retry that comes later than that runs the job again.
 create function @schema@.prune(p_older_than interval, out receipts bigint, out jobs bigint)
@@ -718,8 +746,9 @@ begin
         )
         select coalesce(j.owner, r.owner), coalesce(j.job_id, r.job_id), coalesce(j.label, r.label), j.series,
                j.generation, j.kind,
-               case -- The mark of a newer generation comes after how it ended.
-                    when r.status = 'cancelled' and r.cause = 'superseded' and j.outcome in ('failed', 'lost', 'unknown')
+               case -- The mark of a newer generation, or of a call that gives up, comes after how it ended.
+                    when r.status = 'cancelled' and r.cause in ('superseded', 'given up')
+                         and j.outcome in ('failed', 'lost', 'unknown')
                         then j.outcome
                     when r.status in ('committed', 'cancelled') then r.status
                     when h.pid is not null or m.pid is not null then 'running'
@@ -746,7 +775,7 @@ begin
         -- CASE, and no WHERE: the planner would call the function for every job and filter afterwards.
         cross join lateral (
             select case when r.status = 'launching'
-                then @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by) end as pid
+                then @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by, r.supervisor_pid) end as pid
         ) m
         -- Not by its start too, which the owner of this schema may not see.
         left join pg_stat_activity l on l.pid = j.launcher_pid

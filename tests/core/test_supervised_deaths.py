@@ -121,6 +121,27 @@ async def test_launching_process_killed(prepared: Watched, work: str, point: str
         assert end.launched is False
 
 
+@pytest.mark.majors
+async def test_failure_that_nobody_was_there_for_is_told_to_the_next_call(prepared: Watched) -> None:
+    """And not run again behind everybody's back; the call after that launches it again."""
+    job = call(10, fails_at=6, naps=0, id="j")
+    async with launching_process(prepared.conninfo, "after_launch:kill") as child:
+        child.run({"sql": job.sql, "id": "j"})
+        await child.killed()
+    await eventually(lambda: prepared.states().get("j") == "failed", "its worker has failed")
+    seen = Recorder()
+    told = await ended(asyncio.create_task(arun(prepared.conninfo, job, observer=seen)))
+    assert isinstance(told, errors.WorkerError), told
+    assert (told.sqlstate, told.fields.detail) == ("22012", "as it was told to")
+    assert "nobody was there" in str(told)
+    assert seen.kinds() == ["found_failed"]
+    assert prepared.effects() == 5
+    again = await ended(asyncio.create_task(arun(prepared.conninfo, job)))
+    assert isinstance(again, errors.WorkerError), again
+    assert "nobody was there" not in str(again)
+    assert prepared.effects() == 10
+
+
 @pytest.mark.parametrize("work", WORKS)
 async def test_launching_process_killed_before_the_launch(prepared: Watched, work: str) -> None:
     job = {"sql": WORKS[work], "id": "j"}
@@ -128,6 +149,22 @@ async def test_launching_process_killed_before_the_launch(prepared: Watched, wor
         child.run(job)
         await child.killed()
     assert_told(prepared, work, await ended(asyncio.create_task(arun(prepared.conninfo, Job(WORKS[work], id="j")))))
+
+
+@pytest.mark.parametrize("kind", ["supervised", "session"])
+async def test_session_lost_while_the_statement_is_looked_up(prepared: Watched, kind: str) -> None:
+    """That is no refusal of the statement: another session looks it up."""
+    with contextlib.closing(prepared.database.connect()) as holder:
+        holder.execute("begin")
+        holder.execute("lock table own")
+        running = asyncio.create_task(arun(prepared.conninfo, Job("select n from own", id="j", kind=kind)))
+        waiting = (
+            "select pid from pg_stat_activity where application_name = 'pgbg: launching' and wait_event_type = 'Lock'"
+        )
+        [(pid,)] = await eventually(lambda: prepared.sql(waiting), "the statement is looked up")
+        prepared.terminate([pid])
+        holder.execute("rollback")
+        assert (await within(running)).row_count == 100
 
 
 @pytest.mark.parametrize("work", WORKS)

@@ -94,6 +94,8 @@ RULES: list[tuple[str, Evidence, Step]] = [
     ("claimed: nobody is left, nobody knows", Evidence(receipt=Receipt.LAUNCHING), Step.UNKNOWN),
     ("claimed: nobody is left, verify_sql", Evidence(receipt=Receipt.LAUNCHING, can_verify=True), Step.VERIFY),
     ("claimed: verify_sql said so", Evidence(receipt=Receipt.LAUNCHING, can_verify=True, verified=False), Step.SETTLE),
+    ("claimed: not done, but it may begin yet", Evidence(receipt=Receipt.LAUNCHING, can_verify=True, verified=False, may_begin=True), Step.UNKNOWN),
+    ("claimed: done, by whomever", Evidence(receipt=Receipt.LAUNCHING, can_verify=True, verified=True, may_begin=True), Step.SETTLE),
     # Full output.
     ("blocked output is let go", replace(LAUNCHED, holder=Holder.THIS_JOB, output_blocked=True), Step.UNBLOCK),
     # The end is wanted.
@@ -118,6 +120,7 @@ RULES: list[tuple[str, Evidence, Step]] = [
     ("session: a lost handle, verify_sql", replace(SESSION, report=Report.GONE, can_verify=True), Step.VERIFY),
     ("session: verified", replace(SESSION, report=Report.GONE, can_verify=True, verified=True), Step.COMMITTED),
     ("session: not done", replace(SESSION, report=Report.GONE, can_verify=True, verified=False), Step.LAUNCH),
+    ("session: not done, but it may begin yet", replace(SESSION, report=Report.GONE, can_verify=True, verified=False, may_begin=True), Step.UNKNOWN),
     ("session: not done, and often", replace(SESSION, report=Report.GONE, can_verify=True, verified=False, launches_left=0), Step.LOST),
     ("session: not done, and not wanted", replace(SESSION, report=Report.GONE, can_verify=True, verified=False, intent=Intent.ASKED), Step.CANCELLED),
     ("session: cancel before launch", replace(SESSION, intent=Intent.ASKED), Step.CANCELLED),
@@ -148,14 +151,16 @@ NO = (False,)
 def every_evidence() -> Iterator[Evidence]:
     """All there is. Counters are 0 or not; a SQLSTATE is one of ours, a cancel's, another, or was not told.
 
-    What only some kinds of job can show is varied for those alone: verify_sql and a marker for a claimed receipt and
-    for jobs that carry none, strays for jobs that carry one.
+    What only some kinds of job can show is varied for those alone: verify_sql, a marker and a worker that may begin for a claimed
+    receipt and for jobs that carry none, strays for jobs that carry one.
     """
     decided = tuple(receipt for receipt in Receipt if receipt is not Receipt.LAUNCHING)
     plain = VERIFICATIONS[:1]
-    yield from _all((True,), decided, tuple(Holder), YES_NO, NO, plain, YES_NO)
-    yield from _all((True,), (Receipt.LAUNCHING,), tuple(Holder), YES_NO, YES_NO, VERIFICATIONS, NO)
-    yield from _all((False,), (Receipt.NONE, Receipt.COMMITTED), WITHOUT_LOCK, NO, NO, VERIFICATIONS, YES_NO)
+    yield from _all((True,), decided, tuple(Holder), YES_NO, NO, plain, YES_NO, NO)
+    yield from _all((True,), (Receipt.LAUNCHING,), tuple(Holder), YES_NO, YES_NO, VERIFICATIONS, NO, NO)
+    yield from _all((True,), (Receipt.LAUNCHING,), tuple(Holder), NO, YES_NO, VERIFICATIONS[1:], NO, (True,))
+    yield from _all((False,), (Receipt.NONE, Receipt.COMMITTED), WITHOUT_LOCK, NO, NO, VERIFICATIONS, YES_NO, NO)
+    yield from _all((False,), (Receipt.NONE,), WITHOUT_LOCK, NO, NO, VERIFICATIONS[1:], YES_NO, (True,))
 
 
 WITHOUT_LOCK = (Holder.NOBODY, Holder.THIS_JOB)
@@ -169,6 +174,7 @@ def _all(
     marks: Sequence[bool],
     verifications: Sequence[tuple[bool, bool | None]],
     strays: Sequence[bool],
+    beginnings: Sequence[bool],
 ) -> Iterator[Evidence]:
     values: dict[str, Sequence[Any]] = {
         "carries_receipt": carries,
@@ -187,6 +193,7 @@ def _all(
         "verification": verifications,
         "stray": strays,
         "gave_up": strays,
+        "may_begin": beginnings,
     }
     for chosen in product(*values.values()):
         fields_of = dict(zip(values, chosen, strict=True))
@@ -257,7 +264,15 @@ PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
     "a job with a receipt is unknown only while it is claimed": lambda e, s: (
         s is not Step.UNKNOWN or not e.carries_receipt or (e.receipt is Receipt.LAUNCHING and not e.marked)
     ),
-    "unknown is said only where nothing verifies": lambda e, s: s is not Step.UNKNOWN or not e.can_verify,
+    "unknown is said only where nothing verifies, or what does cannot be relied on": lambda e, s: (
+        s is not Step.UNKNOWN or not e.can_verify or (e.verified is False and e.may_begin)
+    ),
+    "no second launch beside a worker that nothing refuses and that may begin": lambda e, s: (
+        s is not Step.LAUNCH or e.carries_receipt or e.report is not Report.GONE or not e.may_begin
+    ),
+    "a claim is not freed while its worker may begin": lambda e, s: (
+        s is not Step.SETTLE or e.verified is True or not e.may_begin
+    ),
     "unknown is said of a job without a receipt only when its handle is lost": lambda e, s: (
         s is not Step.UNKNOWN or e.carries_receipt or e.report is Report.GONE
     ),
@@ -304,7 +319,7 @@ def test_every_field_is_enumerated() -> None:
     assert {field.name for field in fields(Evidence)} == {
         "carries_receipt", "receipt", "holder", "superseded", "registered", "report", "sqlstate", "recorded_failure",
         "output_blocked", "intent", "launches_left", "rejections_left", "lift", "can_verify", "verified", "marked",
-        "stray", "gave_up",
+        "stray", "gave_up", "may_begin",
     }  # fmt: skip
 
 
