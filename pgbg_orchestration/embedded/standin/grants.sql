@@ -6,4 +6,5 @@ REVOKE ALL ON FUNCTION @extschema@._pgbg_privileges(text, text, text, boolean) F
 REVOKE ALL ON FUNCTION @extschema@.@grant@(text, boolean), @extschema@.@revoke@(text, boolean) FROM public;
 
 -- The worker calls these before its SQL, and that SQL's role needs no privilege on the extension.
-GRANT EXECUTE ON FUNCTION @extschema@._pgbg_become(jsonb, text), @extschema@._pgbg_describe(text) TO public;
+GRANT EXECUTE ON FUNCTION @extschema@._pgbg_become(jsonb, text), @extschema@._pgbg_describe(text),
+    @extschema@._pgbg_describe_by_table(text) TO public;

@@ -135,21 +135,42 @@ LANGUAGE plpgsql AS $$
 DECLARE
     types text;
 BEGIN
-    IF current_setting('server_version_num')::integer >= 160000 THEN
-        EXECUTE 'PREPARE _pgbg_shape AS ' || statement;
-        SELECT CASE WHEN cardinality(p.result_types) > 0 THEN to_jsonb(p.result_types::text[])::text END INTO types
-          FROM pg_catalog.pg_prepared_statements AS p WHERE p.name = '_pgbg_shape';
-        EXECUTE 'DEALLOCATE _pgbg_shape';
-        RETURN types;
+    IF current_setting('server_version_num')::integer < 160000 THEN
+        RETURN coalesce(@extschema@._pgbg_describe_by_table(statement),
+                        @extschema@._pgbg_describe_by_table(format('WITH s AS (%s%s) SELECT * FROM s', statement, E'\n')));
     END IF;
-    -- Before 16 pg_prepared_statements has no result types: a view has them, and goes away with the block.
-    EXECUTE 'CREATE TEMPORARY VIEW _pgbg_shape AS ' || statement;
-    SELECT jsonb_agg(a.atttypid::regtype::text ORDER BY a.attnum)::text INTO types
-      FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = 'pg_temp._pgbg_shape'::regclass AND a.attnum > 0;
-    RAISE EXCEPTION USING ERRCODE = 'PBSHP', MESSAGE = coalesce(types, '');
+    EXECUTE 'PREPARE _pgbg_shape AS ' || statement;
+    SELECT CASE WHEN cardinality(p.result_types) > 0 THEN to_jsonb(p.result_types::text[])::text END INTO types
+      FROM pg_catalog.pg_prepared_statements AS p WHERE p.name = '_pgbg_shape';
+    EXECUTE 'DEALLOCATE _pgbg_shape';
+    RETURN types;
 EXCEPTION
-    WHEN SQLSTATE 'PBSHP' THEN
-        RETURN nullif(SQLERRM, '');
     WHEN OTHERS THEN
         RETURN NULL;  -- the statement itself fails, with the same error, in a moment
+END $$;
+
+-- Before 16 pg_prepared_statements has no result types: a table made of the query has them, and goes away with the block.
+CREATE FUNCTION @extschema@._pgbg_describe_by_table(query text) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    names text := '';
+    types text;
+BEGIN
+    FOR number IN 1 .. 1600 LOOP
+        BEGIN
+            EXECUTE concat('CREATE TEMPORARY TABLE _pgbg_shape ', '(' || nullif(names, '') || ')', ' AS ', query,
+                           E'\n WITH NO DATA');
+            SELECT jsonb_agg(a.atttypid::regtype::text ORDER BY a.attnum)::text INTO types
+              FROM pg_catalog.pg_attribute AS a WHERE a.attrelid = 'pg_temp._pgbg_shape'::regclass AND a.attnum > 0;
+            RAISE EXCEPTION USING ERRCODE = 'PBSHP', MESSAGE = coalesce(types, '');
+        EXCEPTION
+            WHEN SQLSTATE 'PBSHP' THEN
+                RETURN nullif(SQLERRM, '');
+            WHEN duplicate_column THEN
+                names := concat_ws(', ', nullif(names, ''), 'c' || number);  -- rows may have them, tables may not
+            WHEN OTHERS THEN
+                RETURN NULL;
+        END;
+    END LOOP;
+    RETURN NULL;
 END $$;
