@@ -150,8 +150,7 @@ class Job:
             wanted = None if self.kind is None else Kind(self.kind)
         except ValueError:
             raise InvalidJob(f"kind must be one of {', '.join(Kind)}, not {self.kind!r}") from None
-        # A procedure that commits cannot carry a receipt, and its text does not tell whether it does.
-        alone = len(parts) == 1 and (statements.outside_transaction(parts[0]) or parts[0].keywords[:1] == ("CALL",))
+        alone = len(parts) == 1 and statements.best_alone(parts[0])
         kind = wanted or (Kind.SUPERVISED if alone else Kind.RECEIPT)
         try:
             statements.check(parts, one_transaction=len(parts) > 1 or kind is Kind.RECEIPT)

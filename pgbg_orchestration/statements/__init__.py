@@ -1,7 +1,7 @@
 """SQL text as statements: splitting it, classifying them, and refusing what cannot run in a worker."""
 
 from .lexer import UnterminatedSql
-from .refuse import EmptySql, RefusedStatement, check, may_commit, outside_transaction
+from .refuse import EmptySql, RefusedStatement, best_alone, check, outside_transaction
 from .split import SEPARATOR, Statement, join, split
 
 __all__ = [
@@ -10,9 +10,9 @@ __all__ = [
     "RefusedStatement",
     "Statement",
     "UnterminatedSql",
+    "best_alone",
     "check",
     "join",
-    "may_commit",
     "outside_transaction",
     "split",
 ]

@@ -11,7 +11,7 @@ from itertools import pairwise
 from .lexer import Token, TokenKind, tokens
 from .split import Statement
 
-__all__ = ["EmptySql", "RefusedStatement", "check", "may_commit", "outside_transaction"]
+__all__ = ["EmptySql", "RefusedStatement", "best_alone", "check", "outside_transaction"]
 
 _EXCERPT = 60
 
@@ -98,7 +98,7 @@ def outside_transaction(statement: Statement) -> bool:
     """Tell whether the statement certainly fails in a transaction that holds anything else (25001).
 
     Source: each command's page in the manual ("cannot be executed inside a transaction block"). Not told, since the
-    text does not: CALL and DO (see `may_commit`), REINDEX and CLUSTER of a partitioned table or index, DROP
+    text does not: CALL and DO of code that commits, REINDEX and CLUSTER of a partitioned table or index, DROP
     SUBSCRIPTION of one with a replication slot.
 
     Parameters
@@ -134,21 +134,22 @@ def outside_transaction(statement: Statement) -> bool:
             return False
 
 
-def may_commit(statement: Statement) -> bool:
-    """Tell whether the statement may commit on its own: CALL and DO, whose code is not in the text or not SQL.
+def best_alone(statement: Statement) -> bool:
+    """Tell whether the statement, alone in its job, is better off without a receipt in its transaction.
 
-    Alone in a launch such a commit works; beside anything else it fails with 2D000 and all is rolled back.
+    Besides those that certainly fail there: CALL, whose procedure may commit, and DROP SUBSCRIPTION, which has a
+    replication slot to drop unless it was made without one. DO may commit as well, and seldom does.
 
     Parameters
     ----------
     statement:
         A statement from `split`.
-
-    Returns
-    -------
-    True for CALL and DO.
     """
-    return statement.keywords[:1] in {("CALL",), ("DO",)}
+    return (
+        outside_transaction(statement)
+        or statement.keywords[:2] == ("DROP", "SUBSCRIPTION")
+        or (statement.keywords[:1] == ("CALL",))
+    )
 
 
 def _refusal(statement: Statement, *, one_transaction: bool) -> str | None:

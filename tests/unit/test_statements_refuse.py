@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from pgbg_orchestration import statements
+from pgbg_orchestration import Job, Kind, statements
 from pgbg_orchestration.statements import EmptySql, RefusedStatement, UnterminatedSql
 
 # Tried on PostgreSQL 18.6 with pg_background 2.0.3: alone it works, beside another statement it fails with 25001.
@@ -170,9 +170,15 @@ def test_what_must_come_before_the_receipt(sql: str) -> None:
         statements.check(statements.split(sql), one_transaction=True)
 
 
-def test_may_commit() -> None:
-    found = {s.keywords[0]: statements.may_commit(s) for s in statements.split("call p(); do 'x'; select 1; commit")}
-    assert found == {"CALL": True, "DO": True, "SELECT": False, "COMMIT": False}
+@pytest.mark.parametrize("sql", [*ALONE, "call p()", "drop subscription if exists s"])
+def test_what_is_supervised_unasked(sql: str) -> None:
+    assert Job(sql).kind is Kind.SUPERVISED
+    assert Job(f"/* at night */ {sql};").kind is Kind.SUPERVISED
+
+
+@pytest.mark.parametrize("sql", [sql for sql in BESIDE if sql != "call p()"])
+def test_what_carries_a_receipt_unasked(sql: str) -> None:
+    assert Job(sql).kind is Kind.RECEIPT
 
 
 def test_empty_is_refused() -> None:
