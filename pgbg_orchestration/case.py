@@ -135,9 +135,10 @@ class Case:
         What this call saw of the job first.
     attached_since:
         Since when a worker of this job was seen that somebody else launched, on the server's clock.
-    session, readable, last_marked, verified:
+    session, readable, last_marked, verified, verified_of:
         Of the kinds without a receipt: the session of its own, how the statement's result is read, when its worker was
-        last seen (on the event loop's clock), what verify_sql said.
+        last seen (on the event loop's clock), what verify_sql said, and of which claim: its attempt, and whether its
+        worker might begin.
     """
 
     work: Work
@@ -162,6 +163,7 @@ class Case:
     readable: Readable | None = None
     last_marked: float = 0.0
     verified: bool | None = None
+    verified_of: tuple[int | None, bool] | None = None
     told: set[str] = field(default_factory=set)
 
     @property

@@ -14,7 +14,7 @@ from .errors import PgbgError
 from .job import Kind
 from .ledger import Ledger, Sighting
 from .outcome import ErrorFields, Outcome
-from .verdict import Intent, Report, Step
+from .verdict import OURS, Intent, Report, Step
 
 logger = logging.getLogger("pgbg_orchestration")
 
@@ -42,12 +42,13 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
         if step is Step.COMMITTED:
             return await _committed(case, ledger, seen)
         fields = case.launch.error
-        if step is Step.FAILED and fields is None and seen is not None:
-            fields = seen.error  # as the launching side of another process wrote it down
+        turned_away = fields is not None and fields.sqlstate in OURS
+        if step is Step.FAILED and seen is not None and (fields is None or (turned_away and seen.outcome == "failed")):
+            fields = seen.error  # as another process, or a supervisor, wrote it down
         fields = case.work.telling(fields) if fields else None
         if case.launched:
             await record(case, ledger, HISTORY[step], error=fields)
-        elif seen is not None and seen.is_untold:
+        if step is Step.FAILED and seen is not None and seen.is_untold:
             await _report(case, ledger, seen)
         left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
         raise _error(case, step, seen, fields, left)
@@ -157,7 +158,8 @@ def _error(
 
 async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:
     """Say that the failure is told which a supervisor wrote down for nobody: the next call launches the job again."""
-    case.tell("found_failed", "its last launch failed when nobody was there to be told", pid=seen.receipt_pid)
+    if not case.launched:
+        case.tell("found_failed", "its last launch failed when nobody was there to be told")
     try:
         await ledger.reported(case.work.key, seen.attempt or case.attempt)
     except (psycopg.Error, PgbgError) as failure:

@@ -151,7 +151,7 @@ async def close(conn: AsyncConnection[Any]) -> None:
 
 
 @asynccontextmanager
-async def for_a_question(conninfo: str, application_name: str) -> AsyncIterator[AsyncConnection[Any]]:
+async def for_a_question(conninfo: Conninfo, application_name: str) -> AsyncIterator[AsyncConnection[Any]]:
     """Lend a connection for a few statements beside the job's way.
 
     Raises

@@ -61,8 +61,6 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
     # Once verify_sql was asked, a worker had its time to show itself.
     seen = await look(ledger, case.work.key, pace.STARTING if case.verified is None else pace.COUNTS)
     case.first_look = case.first_look or seen
-    if seen.holds_this_job or seen.marked_pid is not None:
-        case.verified = None  # what it said was said before the worker that is at work now
     _check_digest(case, seen)
     holder = seen.holder(case.generation(seen))
     recorded = False
@@ -77,14 +75,17 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
         recorded = _failed_since(seen, case.attached_since)
         if not recorded:
             case.attached_since = None
-    if case.work.kind is Kind.SUPERVISED and evidence.report is Report.ENDED:
-        recorded = seen.outcome == "failed" and seen.attempt == case.attempt  # its supervisor wrote that down
+    if case.work.kind is Kind.SUPERVISED and case.launch.info is not None and case.launch.info.command_tag == "CALL":
+        recorded = True  # its supervisor came to its end: without a receipt, it wrote down how its worker failed
     # The same work, launched by a call that is gone: what came of it is told before it is launched again.
     recorded = recorded or (seen.is_untold and seen.sql_digest == case.work.sql_digest)
     sqlstate = seen.error.sqlstate if recorded else evidence.sqlstate
     if sqlstate == CANCELED and holder is Holder.NOBODY and seen.receipt is Receipt.NONE:
         # Whoever cancels a job signals its worker first and marks it then: the mark may be on its way.
         seen = await _await_mark(case, ledger, seen)
+    claim = (seen.receipt_attempt, seen.may_begin)
+    if seen.receipt is Receipt.LAUNCHING and (seen.holds_this_job or seen.marked_pid or claim != case.verified_of):
+        case.verified = None  # that was said before the worker ended that is, or was, at work
     return replace(
         evidence,
         receipt=seen.receipt,
@@ -103,17 +104,19 @@ async def look(ledger: Ledger, key: Key, starting: float = pace.STARTING) -> Sig
     """Look at a job; what may be half of a sign is believed only after a while.
 
     - A claimed receipt with nobody at work: a supervisor that starts between the look at its lock and the one at its
-      claim looks the same, and the worker of one that is gone shows its marker only once it has started: it gets
-      ``starting`` seconds, and is then named in the receipt.
+      claim looks the same, so it takes two looks at the same claim. The worker of one that is gone shows its marker
+      only once it has started: it gets ``starting`` seconds, and is then named in the receipt.
     - The lock of the series held by no job that is known: a worker takes the locks of series and job one after the
       other, and the server frees them so, in either order.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
     seen = await ledger.look(key)
-    while (seen.is_unsupervised and loop.time() < began + starting) or (
+    claim = None  # that an earlier look saw with nobody at work: whoever made it is gone
+    while (seen.is_unsupervised and (claim != seen.receipt_attempt or loop.time() < began + starting)) or (
         seen.is_between_locks and loop.time() < began + pace.COUNTS
     ):
+        claim = seen.receipt_attempt if seen.is_unsupervised else None
         await asyncio.sleep(pace.RETRY_SOONEST)
         seen = await ledger.look(key)
     if seen.may_begin and seen.marked_pid is not None and not seen.holds_this_job and seen.receipt_attempt is not None:
@@ -140,7 +143,7 @@ async def _await_history(case: Case, ledger: Ledger, seen: Sighting) -> Sighting
         and case.may_wait_for_history(until)
     ):
         await asyncio.sleep(pace.RETRY_SOONEST)
-        seen = await ledger.look(case.work.key)
+        seen = await look(ledger, case.work.key)
     return seen
 
 
@@ -150,7 +153,7 @@ async def _await_mark(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
     until = asyncio.get_running_loop().time() + patience
     while seen.receipt is Receipt.NONE and seen.holder_pid is None and case.may_wait_for_history(until):
         await asyncio.sleep(pace.RETRY_SOONEST)
-        seen = await ledger.look(case.work.key)
+        seen = await look(ledger, case.work.key)
     return seen
 
 

@@ -131,7 +131,8 @@ class Sighting:
 class Registration:
     """What came of registering a launch.
 
-    ``verdict`` is ``registered``, or why it was not: ``reused``, ``committed``, ``cancelled`` or ``superseded``.
+    ``verdict`` is ``registered``, or why it was not: ``reused``, ``committed``, ``cancelled``, ``superseded`` or
+    ``untold``.
     """
 
     verdict: str

@@ -146,7 +146,7 @@ class Run:
             case Step.READ_RESULT:
                 await self._read_result()
             case Step.VERIFY:
-                await self._verify()
+                await self._verify(seen)
             case Step.SETTLE:
                 await self._settle(_there(seen))
 
@@ -451,9 +451,10 @@ class Run:
         patience = pace.LOOK_LATEST if case.intent is Intent.NONE else pace.LOOK_SOONEST  # then it is signalled again
         await asyncio.wait({launch.reading}, timeout=case.bounded(min(patience, pace.CALL)))
 
-    async def _verify(self) -> None:
+    async def _verify(self, seen: Sighting | None) -> None:
         work = self._case.work
         try:
+            self._case.verified_of = (seen.receipt_attempt, seen.may_begin) if seen else None
             self._case.verified = await self._launcher.verify(_there(work.verify_sql), work.job.role)
         except psycopg.Error as error:
             raise blame.unverified(work, error) from error

@@ -238,6 +238,12 @@ begin
         raise exception using errcode = 'PB002', message = 'an earlier worker of this job is at work';
     end if;
     if exists (
+        select from @schema@.job j
+        where j.owner = v_owner and j.job_digest = v_job and j.outcome = 'failed' and j.reported_at is null
+    ) then
+        raise exception using errcode = 'PB002', message = 'an earlier launch of this job failed, and nobody was told yet';
+    end if;
+    if exists (
         select from @schema@.series s
         where s.owner = v_owner and s.series_digest = v_series and s.newest > p_generation
     ) then
@@ -449,7 +455,7 @@ end $$;
 
 -- Registers a launch: the series' newest generation, the job, and one more attempt of it, in one transaction that is
 -- committed before the launch. Writes nothing when the launch must not be: 'reused' (the id stands for other SQL),
--- 'committed' or 'cancelled' (there is a receipt), 'superseded'.
+-- 'committed' or 'cancelled' (there is a receipt), 'superseded', 'untold' (the same work failed, and nobody was told).
 create function @schema@.register(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_kind text, p_sql_digest bytea,
     p_accept_changed_sql boolean, p_launched_by text,
@@ -491,6 +497,7 @@ begin
     verdict := case when sql_changed and not p_accept_changed_sql then 'reused'
                     when v_status is not null then v_status  -- 'launching' too: its outcome is to be found out first
                     when generation < v_newest then 'superseded'
+                    when v_known.outcome = 'failed' and v_known.reported_at is null and not sql_changed then 'untold'
                     else 'registered' end;
     if verdict <> 'registered' then
         return;

@@ -104,6 +104,14 @@ class Scenario:
             faults=tuple(int(getattr(self, name)) for name in FAULTS),
         )
 
+    def is_done(self, state: State) -> bool:
+        """Whether everybody has an outcome, or is dead, and no worker is left."""
+        return (
+            all(launcher.phase >= Phase.DEAD for launcher in state.launchers)
+            and all(canceller.phase == len(_CANCELLING) for canceller in state.cancellers)
+            and all(worker is None or worker.at in ENDED for worker in state.workers)
+        )
+
     def moves(self, state: State) -> Iterator[Move]:
         """Everything that can happen next."""
         for number, worker in enumerate(state.workers):
@@ -431,15 +439,6 @@ class Scenario:
 
 
 _CANCELLING = ("look", "signal", "mark")
-
-
-def is_done(state: State) -> bool:
-    """Whether everybody has an outcome, or is dead, and no worker is left."""
-    return (
-        all(launcher.phase >= Phase.DEAD for launcher in state.launchers)
-        and all(canceller.phase == len(_CANCELLING) for canceller in state.cancellers)
-        and all(worker is None or worker.at in ENDED for worker in state.workers)
-    )
 
 
 # Looks --------------------------------------------------------------------------------------------------------------

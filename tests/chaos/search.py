@@ -1,13 +1,35 @@
-"""An exhaustive search through the model: every state that any order of steps leads to, and what is wrong in it."""
+"""An exhaustive search through a model: every state that any order of steps leads to, and what is wrong in it."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Protocol
 
-from tests.chaos.protocol import Scenario, is_done
-from tests.chaos.states import State
+
+class Step(Protocol):
+    """A move of a model's: what happens, whether it is a fault, where it leads, and what is wrong with it."""
+
+    @property
+    def what(self) -> str: ...
+    @property
+    def fault(self) -> bool: ...
+    @property
+    def after(self) -> Any: ...
+    @property
+    def wrong(self) -> str | None: ...
+
+
+class Model(Hashable, Protocol):
+    """A scenario of a model's: where it starts, what can happen next, and when everybody is done."""
+
+    @property
+    def name(self) -> str: ...
+    def start(self) -> Any: ...
+    def moves(self, state: Any, /) -> Iterable[Step]: ...
+    def is_done(self, state: Any, /) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +48,7 @@ class Found:
 
 
 @cache
-def search(scenario: Scenario, limit: int = 3_000_000) -> Found:
+def search(scenario: Model, limit: int = 3_000_000) -> Found:
     """Search breadth first.
 
     Wrong is a step that breaks an invariant, a state in which nobody can do anything though not everybody is done,
@@ -44,9 +66,9 @@ def search(scenario: Scenario, limit: int = 3_000_000) -> Found:
         gc.enable()
 
 
-def _search(scenario: Scenario, limit: int) -> Found:
+def _search(scenario: Model, limit: int) -> Found:
     start = scenario.start()
-    numbers: dict[State, int] = {start: 0}
+    numbers: dict[Any, int] = {start: 0}
     states = [start]
     came: list[tuple[int, str]] = [(-1, "")]
     before: list[list[int]] = [[]]  # without faults
@@ -69,7 +91,7 @@ def _search(scenario: Scenario, limit: int) -> Found:
             if not move.fault:
                 stuck = False
                 before[after].append(at)
-        if is_done(state):
+        if scenario.is_done(state):
             ends.append(at)
         elif stuck:
             return Found(len(states), "a deadlock: nobody can go on", _way(came, at))

@@ -107,5 +107,5 @@ class Move(NamedTuple):
 
     what: str
     fault: bool
-    after: State
+    after: NamedTuple
     wrong: str | None = None  # an invariant that this very step breaks

@@ -22,11 +22,13 @@ SQL = "call steps('j', 5, 0, 0.05)"
 async def worker_that_starts(db: Watched, job: Job) -> AsyncIterator[tuple[asyncio.Task[Outcome], int]]:
     """Run a job and kill its supervisor while the worker is on its way: it waits for a lock on a system catalog.
 
+    It needs that catalog to take over default_text_search_config, which comes before the marker.
+
     Yields the call and the worker's pid; the worker is stopped then, and waits for nothing else.
     """
     db.sql(PROCEDURE)
     with contextlib.closing(db.database.connect()) as holder, contextlib.closing(db.database.connect()) as locker:
-        # The supervisor waits to claim its receipt; only then is the door closed to new sessions.
+        # The supervisor waits to claim its receipt, past its own start.
         holder.execute("begin")
         holder.execute(
             "insert into pgbg.receipt (owner, job_digest, status, job_id)"
@@ -40,12 +42,14 @@ async def worker_that_starts(db: Watched, job: Job) -> AsyncIterator[tuple[async
         )
         [(supervisor,)] = await eventually(lambda: db.sql(waits), "a supervisor that waits to claim its receipt")
         locker.execute("begin")
-        locker.execute("lock table pg_db_role_setting in access exclusive mode")
+        locker.execute("lock table pg_ts_config in access exclusive mode")
         holder.execute("rollback")
-        starting = "select pid from pg_locks where not granted and relation = 'pg_db_role_setting'::regclass"
+        starting = "select pid from pg_locks where not granted and relation = 'pg_ts_config'::regclass"
         [(worker,)] = await eventually(lambda: db.sql(starting), "a worker that starts")
         os.kill(worker, signal.SIGSTOP)
         try:
+            shown = "select count(*) from pg_stat_activity where application_name ~ '^pgbg:[0-9a-f]{32}$'"
+            assert db.value(shown) == 0
             locker.execute("rollback")
             db.terminate([supervisor])
             yield call, worker
