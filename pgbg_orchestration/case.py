@@ -124,9 +124,10 @@ class Case:
     ----------
     registration, registered:
         The last registration, and whether the launch that comes next is registered.
-    launched, relaunches, rejections, slot_misses:
-        How many launches may have started a worker; how many of them came after one that was lost; how many workers
-        were turned away in a row while nobody was seen to hold the lock; how many supervisors found no second slot.
+    launches, relaunches, rejections, slot_misses:
+        The numbers of the attempts that may have started a worker; how many of them came after one that was lost; how
+        many workers were turned away in a row while nobody was seen to hold the lock; how many supervisors found no
+        second slot.
     paired:
         This job counts as one that needs two slots.
     stray, gave_up:
@@ -148,7 +149,7 @@ class Case:
     registration: Registration | None = None
     registered: bool = False
     launch: Launch = field(default_factory=Launch)
-    launched: int = 0
+    launches: list[int] = field(default_factory=list)
     relaunches: int = 0
     rejections: int = 0
     slot_misses: int = 0
@@ -169,7 +170,7 @@ class Case:
     @property
     def attempt(self) -> int:
         """The number of the last launch, from 1."""
-        return self.registration.attempt if self.registration else max(self.launched, 1)
+        return self.registration.attempt if self.registration else max(len(self.launches), 1)
 
     @property
     def found_no_slot(self) -> bool:

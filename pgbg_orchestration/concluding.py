@@ -46,7 +46,7 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
         if step is Step.FAILED and seen is not None and (fields is None or (turned_away and seen.outcome == "failed")):
             fields = seen.error  # as another process, or a supervisor, wrote it down
         fields = case.work.telling(fields) if fields else None
-        if case.launched:
+        if case.launches:
             await record(case, ledger, HISTORY[step], error=fields)
         if step is Step.FAILED and seen is not None and seen.is_untold:
             await _report(case, ledger, seen)
@@ -59,8 +59,9 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
 
 async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outcome:
     launch = case.launch
-    own = launch.worker is not None and (seen is None or seen.receipt_attempt == case.attempt)
-    if own and launch.report is Report.RUNNING and launch.worker is not None:
+    own = bool(case.launches) if seen is None else seen.receipt_attempt in case.launches
+    last = seen is None or seen.receipt_attempt == case.attempt
+    if last and launch.report is Report.RUNNING and launch.worker is not None:
         # The commit is visible a little before the worker has ended and its report is there.
         await asyncio.wait({launch.worker.ended}, timeout=pace.GRACE)
         await launch.read()
@@ -86,7 +87,7 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         launched=launched,
         proof="verify_sql" if case.verified else "receipt",
     )
-    info = case.launch.info
+    info = case.launch.info if seen.receipt_attempt == case.attempt else None
     if launched and info is not None and case.work.kind is Kind.RECEIPT:
         return replace(
             outcome,
@@ -96,7 +97,8 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         )
     # Whoever launched it writes the counts down after the commit.
     until = asyncio.get_running_loop().time() + pace.COUNTS
-    while seen.attempt is not None and seen.outcome is None and case.may_wait_for_history(until):
+    somebody_elses = not launched and seen.attempt is not None
+    while somebody_elses and seen.outcome is None and case.may_wait_for_history(until):
         await asyncio.sleep(pace.RETRY_SOONEST)
         seen = await ledger.look(case.work.key)
     finished = seen.ended_at or seen.looked_at
@@ -111,7 +113,7 @@ def _without_receipt(case: Case) -> Outcome:
     return Outcome(
         job_id=case.work.key.job_id,
         label=case.work.label,
-        launched=case.launched > 0,
+        launched=bool(case.launches),
         attempt=case.attempt,
         worker_pid=worker.handle.pid if worker else None,
         row_count=row_count,
@@ -144,7 +146,7 @@ def _error(
             return blame.failed(work, fields or ErrorFields(), invalid_indexes, found)
         case Step.SUPERSEDED:
             return blame.superseded(work, seen)
-        case Step.CANCELLED if ours and case.slot_missing and not case.launched:
+        case Step.CANCELLED if ours and case.slot_missing and not case.launches:
             return blame.no_slot(work)
         case Step.CANCELLED:
             return blame.deadline_passed(work, case.options.deadline) if ours else blame.cancelled(work, seen)

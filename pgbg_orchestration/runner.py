@@ -226,7 +226,7 @@ class Run:
         elif sqlstate in (TURNED_AWAY, REFUSED):
             case.rejections += 1
             await asyncio.sleep(pace.backoff(case.rejections))
-        elif case.launched:
+        elif case.launches:
             case.relaunches += 1
         if case.launch.worker is not None:
             case.launch.worker.release()
@@ -279,7 +279,7 @@ class Run:
         worker = case.launch.worker
         if case.launch.report is Report.NONE:
             return  # nothing was launched
-        case.launched += 1
+        case.launches.append(case.registration.attempt if case.registration else len(case.launches) + 1)
         case.registered = False
         case.stray = case.stray or case.launch.lost
         if worker is not None:

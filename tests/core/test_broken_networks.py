@@ -66,7 +66,9 @@ async def test_a_launch_that_gets_no_answer_stops_no_other_job(
         assert isinstance(await ended(other), Outcome)
         outcome = await within(launcher.run(Job(effect("later"), id="later")), 120)
         assert outcome.launched
-        assert isinstance(await within(ended(stuck), 150), Outcome)
+        end = await within(ended(stuck), 150)
+        assert isinstance(end, Outcome)
+        assert end.launched, "by this very call, though it never had the answer"
     assert db.effects_by_job() == {"warm": 1, "other": 1, "stuck": 1, "later": 1}
 
 
@@ -103,7 +105,8 @@ async def test_connections_cut_at_random(db: Watched, proxy: Proxy) -> None:
         finally:
             stop.set()
             await cutting
-    assert all(isinstance(end, Outcome) for end in ends), [end for end in ends if not isinstance(end, Outcome)][:3]
+    # Nobody else is there to launch them, however many handles were lost.
+    assert [end for end in ends if not (isinstance(end, Outcome) and end.launched)] == []
     assert db.effects_by_job() == {f"j{n}": 1 for n in range(jobs)}
 
 
