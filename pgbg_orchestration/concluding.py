@@ -142,7 +142,7 @@ def _error(
     work, ours = case.work, case.intent is Intent.DEADLINE
     match step:
         case Step.FAILED:
-            found = seen.ended_at if seen is not None and seen.is_untold and not case.launched else None
+            found = seen.ended_at if seen is not None and seen.is_untold and not case.launches else None
             return blame.failed(work, fields or ErrorFields(), invalid_indexes, found)
         case Step.SUPERSEDED:
             return blame.superseded(work, seen)
@@ -160,7 +160,7 @@ def _error(
 
 async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:
     """Say that the failure is told which a supervisor wrote down for nobody: the next call launches the job again."""
-    if not case.launched:
+    if not case.launches:
         case.tell("found_failed", "its last launch failed when nobody was there to be told")
     try:
         await ledger.reported(case.work.key, seen.attempt or case.attempt)
