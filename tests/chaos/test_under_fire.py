@@ -47,6 +47,9 @@ SIDE_BY_SIDE = 32
 MANY = 2_000
 """Jobs of which it is asserted that every point of the algorithm has killed a process."""
 
+ENOUGH = 300
+"""Jobs of which some meet each thing that is broken on purpose."""
+
 
 @dataclass(frozen=True)
 class Fire:
@@ -72,10 +75,6 @@ class Fire:
             rate=float(given.get("RATE", "0.5")),
             mix={group: float(factor) for group, _, factor in parts},
         )
-
-    def short(self, seconds: float) -> Self:
-        """Return the same for so many seconds, however many jobs these are."""
-        return replace(self, seconds=seconds, jobs=None)
 
     def lasts(self, began: float, jobs: int) -> bool:
         """Whether another job is begun."""
@@ -135,7 +134,7 @@ def judged(report: Report, fire: Fire) -> None:
 @pytest.mark.slow
 @pytest.mark.servers("real", "embedded")
 async def test_a_short_fire(stage: Stage) -> None:
-    fire = Fire.from_environment().short(15)
+    fire = replace(Fire.from_environment(), seconds=15, jobs=None)
     judged(await under_fire(stage, fire), fire)
 
 
@@ -186,7 +185,7 @@ class TooHopeful(Hand):
 @pytest.mark.servers("real")
 async def test_a_broken_ledger_is_noticed(stage: Stage) -> None:
     without_receipt_check(stage.db)
-    report = await under_fire(stage, Fire.from_environment().short(20))
+    report = await under_fire(stage, replace(Fire.from_environment(), jobs=ENOUGH))
     print(f"\n{report}")
     assert report.doubled
 
@@ -194,6 +193,6 @@ async def test_a_broken_ledger_is_noticed(stage: Stage) -> None:
 @pytest.mark.chaos
 @pytest.mark.servers("real")
 async def test_a_broken_verdict_is_noticed(stage: Stage) -> None:
-    report = await under_fire(stage, Fire.from_environment().short(20), TooHopeful)
+    report = await under_fire(stage, replace(Fire.from_environment(), jobs=ENOUGH), TooHopeful)
     print(f"\n{report}")
     assert report.false_successes
