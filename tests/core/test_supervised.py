@@ -230,8 +230,10 @@ async def test_more_jobs_than_pairs_of_slots(steps: Watched) -> None:
 
 
 @pytest.mark.real
-async def test_four_slots_and_twenty_supervised_jobs(own_db: object) -> None:
-    db: Watched = own_db(max_worker_processes=4)  # type: ignore[operator]
+@pytest.mark.parametrize("slots", [4, 8])
+async def test_few_slots_and_twenty_supervised_jobs(own_db: object, slots: int) -> None:
+    """Four, and PostgreSQL's default, which other background processes share."""
+    db: Watched = own_db(max_worker_processes=slots)  # type: ignore[operator]
     db.sql(PROCEDURE)
     jobs = [call(1) for _ in range(20)]
     async with Launcher(db.conninfo) as launcher, Launcher(db.conninfo) as other:
