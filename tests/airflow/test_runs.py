@@ -182,7 +182,8 @@ def test_every_example_runs(lab: Lab, dag_id: str) -> None:
     assert lab.processes.wait_for_run(dag_id, run, 200) == "success", lab.processes.task_states(dag_id, run)
 
 
-@pytest.mark.parametrize("dag_id", ["crowd_started", pytest.param("crowd", marks=only_long)])
+@only_long
+@pytest.mark.parametrize("dag_id", ["crowd_started", "crowd"])
 def test_three_hundred_deferred_tasks_share_twenty_slots(lab: Lab, dag_id: str) -> None:
     lab.processes.wait_for_dag(dag_id)
     lab.rows("delete from effect where run like 'crowd-%%' returning 1")
