@@ -163,13 +163,12 @@ def _completed_is_success(seen: Evidence) -> Step:
     return Step.COMMITTED if seen.report is Report.ENDED else judge(seen)
 
 
-@pytest.mark.since(postgres=17)
 @BOTH
 async def test_success_without_proof(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if broken:
         monkeypatch.setattr(runner, "judge", _completed_is_success)
     # It ends by a FATAL error, which bypasses the report: completed, no error, and a command tag.
-    job = Job(slow("j", 3), id="j", settings={"transaction_timeout": "400ms"})
+    job = Job(f"{effect('j')}; do $$begin perform 1/0; end$$", id="j", settings={"exit_on_error": "on"})
     end = await ended(arun(db.conninfo, job))
     with noticed(broken):
         assert not isinstance(end, Outcome), "noticed: a success"
