@@ -97,6 +97,8 @@ class PgBackgroundSensor(BaseSensorOperator):
         super().__init__(**kwargs)
         if sum(value is not None for value in (job_id, label, worker_pid, worker_label)) != 1:
             raise ValueError("a sensor waits for one thing: give job_id, label, worker_pid or worker_label")
+        if unknown := set(fail_on) - set(ENDED_BADLY):
+            raise ValueError(f"fail_on takes {', '.join(ENDED_BADLY)}, not {', '.join(sorted(unknown))}")
         self.job_id = job_id
         self.job_label = label  # `label` is Airflow's own: the name of the node in the graph
         self.worker_pid = worker_pid

@@ -56,11 +56,14 @@ class Watch:
         if self.worker_pid is not None or self.worker_label is not None:
             # Its launching session alone can tell how a worker ended.
             return None if await self._is_at_work(ledger) else {"jobs": None}
+        from pgbg_orchestration.entries import error_of
+
         found = await ledger.jobs(job_id=self.job_id, label=self.label)
         if self.label is not None:
             found = _newest(found)
-        if bad := next((entry for entry in found if entry.state in self.fail_on), None):
-            raise error_of(bad)
+        for entry in found:
+            if entry.state in self.fail_on and (error := error_of(entry)) is not None:
+                raise error
         if found and all(entry.state in self.states for entry in found):
             return {"jobs": [_told(entry) for entry in found]}
         return None
@@ -93,26 +96,6 @@ def _newest(found: Sequence[JobEntry]) -> list[JobEntry]:
     return [
         entry for entry in found if entry.series is None or (entry.generation or 0) >= newest[entry.owner, entry.series]
     ]
-
-
-def error_of(entry: JobEntry) -> Exception:
-    """Return the error that a job of ``pgbg.jobs`` ended with."""
-    from pgbg_orchestration import ErrorFields, errors
-
-    named: dict[str, Any] = {"job_id": entry.job_id, "label": entry.label}
-    match entry.state:
-        case "failed":
-            told = ErrorFields(sqlstate=entry.sqlstate, message=entry.message, detail=entry.detail, hint=entry.hint)
-            return errors.WorkerError(
-                "the SQL of the job that is waited for failed in its worker", fields=told, **named
-            )
-        case "cancelled":
-            why = f" by {entry.cancelled_by} ({entry.reason})" if entry.cancelled_by else ""
-            return errors.JobCancelled(f"the job that is waited for was cancelled{why}", sqlstate="57014", **named)
-        case "lost":
-            return errors.WorkerLost("the worker of the job that is waited for is gone", **named)
-        case _:
-            return errors.OutcomeUnknown(f"the job that is waited for is {entry.state}", **named)
 
 
 def _told(entry: JobEntry) -> dict[str, Any]:

@@ -6,19 +6,17 @@ import asyncio
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from pgbg_orchestration.errors import JobCancelled, OutcomeUnknown, PgbgError, WorkerError, WorkerLost
-from pgbg_orchestration.outcome import ErrorFields, Outcome
+from pgbg_orchestration.entries import ENDED_BADLY, error_of, outcome_of
+from pgbg_orchestration.outcome import Outcome
 
 from .batch import TERMINATED, Member
 from .driving import Talk
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Launcher
-    from pgbg_orchestration.ledger import JobEntry, Sighting
+    from pgbg_orchestration.ledger import Sighting
 
 BEGUN_WITHIN = 60.0  # seconds for a launched worker to be seen at work
-ENDED_BADLY = ("failed", "cancelled", "lost", "unknown")
-"""States of ``pgbg.jobs`` in which a job has ended without a commit, or nobody can tell."""
 POLL = (0.05, 5.0)  # seconds between two looks at somebody else's job: at first, and at most
 
 
@@ -124,45 +122,3 @@ async def wait_for(
                 raise error
             await asyncio.sleep(pause)
             pause = min(pause * 1.3, POLL[1])
-
-
-def outcome_of(entry: JobEntry) -> Outcome:
-    """Return the outcome of a job that committed, from its line in the list of jobs."""
-    return Outcome(
-        job_id=entry.job_id,
-        label=entry.label or entry.job_id,
-        row_count=entry.row_count,
-        command_tag=entry.command_tag,
-        started_at=entry.launched_at,
-        finished_at=entry.ended_at,
-        attempt=entry.attempt,
-        launched=False,
-    )
-
-
-def error_of(entry: JobEntry) -> PgbgError | None:
-    """Return how a job failed, from its line in the list of jobs; None while it has not."""
-    named: dict[str, Any] = {"job_id": entry.job_id, "label": entry.label}
-    match entry.state:
-        case "failed":
-            told = ErrorFields(
-                sqlstate=entry.sqlstate,
-                message=entry.message,
-                detail=entry.detail,
-                hint=entry.hint,
-                context=entry.context,
-            )
-            return WorkerError("the SQL failed in its worker", fields=told, **named)
-        case "cancelled":
-            who = f" by {entry.cancelled_by} ({entry.reason})" if entry.cancelled_by else ""
-            return JobCancelled(f"cancelled{who}", sqlstate="57014", **named)
-        case "lost":
-            return WorkerLost(
-                "its worker is gone without a commit, and nobody was there to hear why",
-                todo="The server's log has the reason. Running it again is safe.",
-                **named,
-            )
-        case "unknown":
-            return OutcomeUnknown("it leaves no receipt, and nobody saw its end", **named)
-        case _:
-            return None

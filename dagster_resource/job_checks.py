@@ -14,8 +14,9 @@ from dagster import (
     multi_asset_check,
 )
 
+from pgbg_orchestration.entries import error_of
+
 from . import external
-from .elsewhere import error_of
 
 if TYPE_CHECKING:
     from .external import ExternalAssets

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 from dagster import AssetCheckResult, AssetCheckSeverity, AssetKey, ConfigurableResource, EnvVar, RetryRequested
 from pydantic import Field, field_validator
 
+from pgbg_orchestration.entries import ENDED_BADLY
 from pgbg_orchestration.errors import PgbgError, StillRunning
 from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.retry import RetryPolicy
@@ -310,7 +311,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         job_id: str,
         *,
         timeout: float | None = None,
-        fail_on: Collection[str] = elsewhere.ENDED_BADLY,
+        fail_on: Collection[str] = ENDED_BADLY,
     ) -> PgBackgroundOutcome:
         """Wait for the end of a job that somebody else launched: another run, Airflow, ``pgbg run``.
 

@@ -25,8 +25,9 @@ from dagster import (
     sensor,
 )
 
+from pgbg_orchestration.entries import error_of, outcome_of
+
 from . import external
-from .elsewhere import error_of, outcome_of
 from .external import JOB_CHECK
 from .outcome import PgBackgroundOutcome
 

@@ -1,0 +1,55 @@
+"""How a job of the ``jobs`` view ended, as its outcome or its error: for those who did not run it themselves."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .errors import PgbgError
+from .outcome import ErrorFields, Outcome
+
+if TYPE_CHECKING:
+    from .ledger import JobEntry
+
+ENDED_BADLY = ("failed", "cancelled", "lost", "unknown")
+"""States in which a job has ended without a commit, or nobody can tell."""
+
+
+def outcome_of(entry: JobEntry) -> Outcome:
+    """Return the outcome of a job that committed; only its receipt makes its state so."""
+    return Outcome(
+        job_id=entry.job_id,
+        label=entry.label or entry.job_id,
+        row_count=entry.row_count,
+        command_tag=entry.command_tag,
+        started_at=entry.started_at or entry.launched_at,
+        finished_at=entry.ended_at,
+        worker_pid=entry.worker_pid,
+        attempt=entry.attempt,
+        launched=False,
+    )
+
+
+def error_of(entry: JobEntry) -> PgbgError | None:
+    """Return how a job ended without a commit; None while it has not, and of one that committed."""
+    named: dict[str, Any] = {"job_id": entry.job_id, "label": entry.label}
+    # Of a job that was only ever cancelled nothing is known but that: nothing of it ran.
+    ended = {**named, "data_state": errors.ROLLED_BACK if entry.kind in ("receipt", None) else errors.PARTLY}
+    match entry.state:
+        case "failed":
+            told = {field.name: getattr(entry, field.name, None) for field in fields(ErrorFields)}
+            return errors.WorkerError("the SQL failed in its worker", fields=ErrorFields(**told), **ended)
+        case "cancelled":
+            who = f" by {entry.cancelled_by} ({entry.reason})" if entry.cancelled_by else ""
+            return errors.JobCancelled(f"cancelled{who}", sqlstate="57014", **ended)
+        case "lost":
+            return errors.WorkerLost(
+                "its worker is gone without a commit, and nobody was there to hear why",
+                todo="The server's log has the reason. Running it again is safe.",
+                **ended,
+            )
+        case "unknown":
+            return errors.OutcomeUnknown("it leaves no receipt, and nobody saw its end", **named)
+        case _:
+            return None
