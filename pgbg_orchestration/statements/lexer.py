@@ -39,7 +39,8 @@ _WORD_TOKEN = re.compile(_WORD)
 _NUMBER_TOKEN = re.compile(r"\$?[0-9]+")
 _DOLLAR_TAG = re.compile(rf"\${_TAG_AFTER_DOLLAR}")
 _COMMENT_MARK = re.compile(r"/\*|\*/")
-_QUOTE_OR_BACKSLASH = re.compile(r"['\\]")
+# Inside of an escape string: a quote that is doubled, or behind a backslash, does not end it.
+_ESCAPED = re.compile(rf"(?:[^'\\]+|\\.|''){_SOME}", re.DOTALL)
 # `quotecontinue` in scan.l: the next segment of E'a' <newline> 'b\'' is read with backslash escapes too.
 _CONTINUATION = re.compile(r"(?:[ \t\f\v]++|--[^\n\r]*+)*[\n\r](?:[ \t\n\r\f\v]++|--[^\n\r]*+[\n\r])*(?=')")
 
@@ -204,15 +205,14 @@ def _end_of_quoted(sql: str, position: int, what: str) -> int:
 
 def _end_of_escape_string(sql: str, position: int) -> int:
     at = position + 2
-    while mark := _QUOTE_OR_BACKSLASH.search(sql, at):
-        at = mark.end()
-        if mark.group() == "\\" or sql.startswith("'", at):
-            at += 1
-        elif continuation := _CONTINUATION.match(sql, at):
-            at = continuation.end() + 1
-        else:
-            return at
-    raise _unterminated("string with escapes (E'…')", sql, position)
+    while True:
+        while inside := _ESCAPED.match(sql, at):
+            at = inside.end()
+        if not sql.startswith("'", at):
+            raise _unterminated("string with escapes (E'…')", sql, position)
+        if not (continuation := _CONTINUATION.match(sql, at + 1)):
+            return at + 1
+        at = continuation.end() + 1
 
 
 def _end_of_comment(sql: str, position: int) -> int:

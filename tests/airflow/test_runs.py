@@ -183,6 +183,7 @@ def test_every_example_runs(lab: Lab, dag_id: str) -> None:
 
 
 @only_long
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("dag_id", ["crowd_started", "crowd"])
 def test_three_hundred_deferred_tasks_share_twenty_slots(lab: Lab, dag_id: str) -> None:
     lab.processes.wait_for_dag(dag_id)

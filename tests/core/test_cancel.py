@@ -330,7 +330,9 @@ async def test_worker_that_catches_the_cancel_is_reported(db: Watched) -> None:
 async def test_ctrl_c_in_run(db: Watched) -> None:
     """SIGINT to a process in run(): the worker is cancelled, and that is decided before the process ends."""
     code = (
-        "import sys\nfrom pgbg_orchestration import Job, run\n"
+        # A suite that runs in the background of a script ignores SIGINT, and so would its children.
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pgbg_orchestration import Job, run\n"
         "try:\n    run(sys.argv[1], Job(sys.argv[2], id='j'))\n"
         "except KeyboardInterrupt:\n    sys.exit(42)\n"
     )
