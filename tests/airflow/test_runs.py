@@ -184,8 +184,8 @@ def test_every_example_runs(lab: Lab, dag_id: str) -> None:
 
 @only_long
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("dag_id", ["crowd_started", "crowd"])
-def test_three_hundred_deferred_tasks_share_twenty_slots(lab: Lab, dag_id: str) -> None:
+def test_three_hundred_deferred_tasks_share_twenty_slots(lab: Lab) -> None:
+    dag_id = "crowd"
     lab.processes.wait_for_dag(dag_id)
     lab.rows("delete from effect where run like 'crowd-%%' returning 1")
     held, deferred = [0], [0]

@@ -13,10 +13,6 @@ SQL = [f"insert into effect (run) values ('crowd-{n}'); select pg_sleep(5)" for 
 
 # For the long form of the tests only: others need not parse it.
 if os.environ.get("PGBG_LONG") == "1":
-    with DAG(dag_id="crowd_started", schedule=None, max_active_tasks=300) as dag_crowd_started:
-        for number, sql in enumerate(SQL):
-            PgBackgroundOperator(task_id=f"job_{number}", sql=sql, start_from_trigger=True)
-
     # Each of these needs a process before it is deferred.
     with DAG(dag_id="crowd", schedule=None, max_active_tasks=300) as dag_crowd:
         PgBackgroundOperator.partial(
