@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
-    from pgbg_orchestration.ledger import JobEntry, Ledger
+    from pgbg_orchestration.ledger.ledger import JobEntry, Ledger
 
 COMMITTED = ("committed",)
 ENDED_BADLY = ("cancelled", "failed", "lost", "unknown")
@@ -56,7 +56,7 @@ class Watch:
         if self.worker_pid is not None or self.worker_label is not None:
             # Its launching session alone can tell how a worker ended.
             return None if await self._is_at_work(ledger) else {"jobs": None}
-        from pgbg_orchestration.entries import error_of
+        from pgbg_orchestration.ledger.history import error_of
 
         found = await ledger.jobs(job_id=self.job_id, label=self.label)
         if self.label is not None:

@@ -16,9 +16,10 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from pgbg_orchestration import Job, Launcher, install
+from pgbg_orchestration import Job, Launcher
 from pgbg_orchestration.embedded.server import EmbeddedServer
-from pgbg_orchestration.extension import Extension
+from pgbg_orchestration.ledger import install
+from pgbg_orchestration.postgres.pg_background import Extension
 
 Way = Callable[[], Awaitable[None]]
 console = Console()

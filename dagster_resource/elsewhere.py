@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from pgbg_orchestration.entries import ENDED_BADLY, error_of, outcome_of
+from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
 from pgbg_orchestration.outcome import Outcome
 
 from .batch import TERMINATED, Member
@@ -14,7 +14,7 @@ from .driving import Talk
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Launcher
-    from pgbg_orchestration.ledger import Sighting
+    from pgbg_orchestration.ledger.ledger import Sighting
 
 BEGUN_WITHIN = 60.0  # seconds for a launched worker to be seen at work
 POLL = (0.05, 5.0)  # seconds between two looks at somebody else's job: at first, and at most

@@ -14,7 +14,7 @@ from dagster import (
     multi_asset_check,
 )
 
-from pgbg_orchestration.entries import error_of
+from pgbg_orchestration.ledger.history import error_of
 
 from . import external
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 from dagster import AssetCheckResult, AssetCheckSeverity, AssetKey, ConfigurableResource, EnvVar, RetryRequested
 from pydantic import Field, field_validator
 
-from pgbg_orchestration.entries import ENDED_BADLY
 from pgbg_orchestration.errors import PgbgError, StillRunning
+from pgbg_orchestration.ledger.history import ENDED_BADLY
 from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.retry import RetryPolicy
 

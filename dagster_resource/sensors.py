@@ -25,14 +25,14 @@ from dagster import (
     sensor,
 )
 
-from pgbg_orchestration.entries import error_of, outcome_of
+from pgbg_orchestration.ledger.history import error_of, outcome_of
 
 from . import external
 from .external import JOB_CHECK
 from .outcome import PgBackgroundOutcome
 
 if TYPE_CHECKING:
-    from pgbg_orchestration.ledger import JobEntry
+    from pgbg_orchestration.ledger.ledger import JobEntry
 
     from .external import ExternalAssets
     from .resource import PgBackgroundResource

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from psycopg import sql
 
 from pgbg_orchestration.embedded.server import EmbeddedServer, ExtensionChoice
-from pgbg_orchestration.install import install, plan
+from pgbg_orchestration.ledger.install import install, plan
 
 from .state import State
 

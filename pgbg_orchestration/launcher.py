@@ -10,18 +10,22 @@ from typing import Any, Literal, Self, Unpack
 import psycopg
 from psycopg import AsyncConnection
 
-from . import blame, connecting, describing, pace, server, verifying
-from .composing import Work, bind
+from . import pace
 from .errors import PoolerInTransactionMode
-from .extension import Extension
 from .job import Job, Kind
-from .launching import LaunchingSession, Worker
-from .ledger import Key, Ledger, Sighting
+from .ledger import readiness
+from .ledger.ledger import Key, Ledger, Sighting
+from .ledger.readiness import ServerFacts
 from .options import Options, RunOptions
 from .outcome import Outcome
-from .runner import cancel_job, run_job
-from .server import ServerFacts
-from .slots import SlotQueue
+from .postgres import connection, describe
+from .postgres.pg_background import Extension
+from .postgres.session import LaunchingSession, Worker
+from .postgres.slots import SlotQueue
+from .statements import index_builds
+from .walk import failures
+from .walk.run import cancel_job, run_job
+from .walk.work import Work, bind
 
 logger = logging.getLogger("pgbg_orchestration")
 SESSIONS = 3  # at most; a further one is opened when the others are busy launching
@@ -51,9 +55,9 @@ class Launcher:
         libpq cannot read the connection string.
     """
 
-    def __init__(self, conninfo: connecting.Conninfo, *, schema: str = "pgbg") -> None:
+    def __init__(self, conninfo: connection.Conninfo, *, schema: str = "pgbg") -> None:
         if isinstance(conninfo, str):
-            connecting.check(conninfo)
+            connection.check(conninfo)
         self.conninfo = conninfo
         self.schema = schema
         self.slots = SlotQueue()
@@ -112,7 +116,7 @@ class Launcher:
             return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series), "asked", reason)
         except psycopg.Error as error:
             self.forget_facts()
-            raise blame.ledger(error, job_id) from error
+            raise failures.ledger(error, job_id) from error
 
     async def cancel_all(self) -> int:
         """Cancel all workers of this launcher at one blow, by the extension's own ``cancel_all``; returns how many.
@@ -147,7 +151,7 @@ class Launcher:
                     self._facts = await self._look_at_server()
                 except (psycopg.OperationalError, OSError, TimeoutError) as error:
                     if getattr(error, "sqlstate", None) != ADMIN_SHUTDOWN or tries == LOOKS - 1:
-                        raise connecting.unreachable(error, "the server cannot be reached") from error
+                        raise connection.unreachable(error, "the server cannot be reached") from error
                     await asyncio.sleep(pace.backoff(tries))  # somebody terminated the session that looked
             assert self._facts is not None
             return self._facts
@@ -169,18 +173,18 @@ class Launcher:
         self._facts = None
 
     async def _look_at_server(self) -> ServerFacts:
-        conn = await connecting.connect(self.conninfo, "pgbg: looking")
+        conn = await connection.connect(self.conninfo, "pgbg: looking")
         try:
-            facts = await server.look_at(conn, self.schema)
+            facts = await readiness.look_at(conn, self.schema)
             if facts.through_pooler:
                 await self._refuse_transaction_pooling(conn)
         finally:
-            await connecting.close(conn)
+            await connection.close(conn)
         return facts
 
     async def _refuse_transaction_pooling(self, conn: AsyncConnection[Any]) -> None:
         """Hold the pool's last used server session in a transaction; in session mode ``conn`` keeps its own."""
-        other = await connecting.connect(self.conninfo, "pgbg: looking")
+        other = await connection.connect(self.conninfo, "pgbg: looking")
         try:
             before = await _backend_pid(conn)
             async with other.transaction():
@@ -191,7 +195,7 @@ class Launcher:
                 except TimeoutError:
                     after = None
         finally:
-            await connecting.close(other)
+            await connection.close(other)
         if held == before or after != before:
             raise PoolerInTransactionMode(
                 "this connection goes through a pooler in transaction mode, where a worker's handle is lost between "
@@ -209,7 +213,7 @@ class Launcher:
     async def _require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
         facts = await self.facts()
         try:
-            server.require(facts, self.schema, receipts=receipts, read_write=read_write)
+            readiness.require(facts, self.schema, receipts=receipts, read_write=read_write)
         except Exception:
             self.forget_facts()  # somebody may mend it
             raise
@@ -225,12 +229,12 @@ class Launcher:
         ConnectionLost
             The server is away.
         """
-        async with connecting.for_a_question(self.conninfo, "pgbg: verifying") as conn:
+        async with connection.for_a_question(self.conninfo, "pgbg: verifying") as conn:
             if role is not None:
                 await conn.execute("select pg_catalog.set_config('role', %s, false)", (role,))
-            return await describing.verify(conn, query)
+            return await describe.verify(conn, query)
 
-    async def drop_invalid_index(self, found: verifying.ConcurrentIndex, job: Job) -> str | None:
+    async def drop_invalid_index(self, found: index_builds.ConcurrentIndex, job: Job) -> str | None:
         """Drop the invalid index that an earlier build left, as the job's role; returns its name, if there was one.
 
         Raises
@@ -240,11 +244,11 @@ class Launcher:
         ConnectionLost
             The server is away.
         """
-        async with connecting.for_a_question(self.conninfo, "pgbg: dropping an invalid index") as conn:
+        async with connection.for_a_question(self.conninfo, "pgbg: dropping an invalid index") as conn:
             settings = {**(job.settings or {}), **({"role": job.role} if job.role else {})}
             if settings:
-                await connecting.settle(conn, tuple(settings.items()))
-            return await verifying.drop_invalid_index(conn, found)
+                await connection.settle(conn, tuple(settings.items()))
+            return await index_builds.drop_invalid_index(conn, found)
 
     async def session(self, *, exclusive: bool = False) -> LaunchingSession:
         """Return a launching session with room; ``exclusive``: one of its own, which the caller closes.
@@ -289,8 +293,8 @@ class Launcher:
             try:
                 return await LaunchingSession.open(self.conninfo, extension)
             except (psycopg.OperationalError, OSError, TimeoutError) as error:
-                if loop.time() >= until or getattr(error, "sqlstate", None) in connecting.REFUSED_LOGINS:
-                    raise connecting.unreachable(error, "no launching session can be opened") from error
+                if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
+                    raise connection.unreachable(error, "no launching session can be opened") from error
                 logger.warning("no launching session (%s), trying again", str(error).strip())
                 await asyncio.sleep(pace.backoff(attempt))
                 attempt += 1

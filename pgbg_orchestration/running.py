@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from typing import Unpack
 from weakref import WeakKeyDictionary
 
-from .connecting import Conninfo
 from .errors import InvalidJob
 from .job import Job
 from .launcher import Launcher
 from .options import RunOptions
 from .outcome import Outcome
+from .postgres.connection import Conninfo
 
 _shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Conninfo, str], tuple[Launcher, int]]] = (
     WeakKeyDictionary()

@@ -9,7 +9,7 @@ from itertools import groupby
 from rich.table import Table
 from rich.text import Text
 
-from pgbg_orchestration.doctor import Finding, Status, examine, worst
+from pgbg_orchestration.doctor.examination import Finding, Status, examine, worst
 
 from .codes import ExitCode
 from .options import Dsn, Json, Schema

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pgbg_orchestration import server
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.launcher import Launcher
-from pgbg_orchestration.ledger import STATES, JobEntry
+from pgbg_orchestration.ledger import readiness
+from pgbg_orchestration.ledger.ledger import STATES, JobEntry
 
 from .codes import ExitCode
 from .options import Dsn, Json, Owner, Schema, seconds_option
@@ -51,7 +51,7 @@ _SIGNS = {
 async def ready_launcher(dsn: str, schema: str) -> AsyncIterator[Launcher]:
     """Give a launcher for a server that has the schema; asked for once, so that a dead server is told at once."""
     async with Launcher(dsn, schema=schema) as launcher:
-        server.require(await launcher.facts(), schema, receipts=True, read_write=True)
+        readiness.require(await launcher.facts(), schema, receipts=True, read_write=True)
         yield launcher
 
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from pgbg_orchestration.connecting import what_to_check
 from pgbg_orchestration.errors import PgbgError, WorkerError
+from pgbg_orchestration.postgres.connection import what_to_check
 
 from .codes import ExitCode, code_for
 

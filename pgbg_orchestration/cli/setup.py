@@ -8,7 +8,7 @@ import psycopg
 import typer
 from rich.text import Text
 
-from pgbg_orchestration import install as schema_of
+from pgbg_orchestration.ledger import install as schema_of
 
 from .codes import ExitCode
 from .options import Dsn, Json, Schema

@@ -82,7 +82,7 @@ class Databases:
         if contents not in self._templates:
             name = f"pgbg_template_{contents}_{os.urandom(4).hex()}"
             if contents == "schema":
-                from pgbg_orchestration.install import install
+                from pgbg_orchestration.ledger.install import install
 
                 self.create("extension", name=name)
                 install(self._server.conninfo(name))

@@ -25,10 +25,7 @@ from psycopg import sql
 from pgbg_orchestration.embedded.binaries import Binaries, can_read, find_binaries, reachable_copy, unprivileged_user
 from pgbg_orchestration.embedded.cache import cache_directory
 from pgbg_orchestration.embedded.claims import Claim, claim_directory, file_lock
-from pgbg_orchestration.embedded.extension import (
-    RealExtensionUnavailableError,
-    real_extension,
-)
+from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError, real_extension
 from pgbg_orchestration.embedded.status import (
     PORT,
     STATE_FILE,

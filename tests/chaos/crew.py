@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Self
 
-from pgbg_orchestration import faults
+from pgbg_orchestration.testing import faults
 from tests.chaos.report import Report
 from tests.core.kit import ROOT, Child, within
 

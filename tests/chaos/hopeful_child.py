@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import runpy
 
-from pgbg_orchestration import runner
 from pgbg_orchestration.verdict import Evidence, Receipt, Report, Step, judge
+from pgbg_orchestration.walk import run
 
 
 def hopeful(seen: Evidence) -> Step:
@@ -14,5 +14,5 @@ def hopeful(seen: Evidence) -> Step:
 
 
 if __name__ == "__main__":
-    runner.judge = hopeful  # type: ignore[attr-defined]
+    run.judge = hopeful  # type: ignore[attr-defined]
     runpy.run_module("tests.core.child", run_name="__main__")

@@ -27,7 +27,7 @@ from typing import Self
 
 import pytest
 
-from pgbg_orchestration.faults import POINTS
+from pgbg_orchestration.testing.faults import POINTS
 from tests.chaos.breaker import GROUPS, Breaker, chosen
 from tests.chaos.crew import BOUND, Crew, Hand, fate
 from tests.chaos.plans import Plan

@@ -10,7 +10,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from pgbg_orchestration.extension import DEFAULT_QUEUE_BYTES, LIST_COLUMNS_1_9, Extension
+from pgbg_orchestration.postgres.pg_background import DEFAULT_QUEUE_BYTES, LIST_COLUMNS_1_9, Extension
 
 PATIENCE = 30.0
 """Seconds after which a condition that has to come true counts as never coming. No test asserts a time."""

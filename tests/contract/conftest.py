@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from pgbg_orchestration.embedded.standin import DIFFERENCES
-from pgbg_orchestration.extension import Extension
+from pgbg_orchestration.postgres.pg_background import Extension
 from tests.conftest import OLDER, Database
 from tests.contract.background import Background
 

@@ -39,7 +39,15 @@ def test_second_has_a_database_of_its_own(pgbg_database, pgbg_server):
 def users_pytest(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # Named outright and nothing else loaded: the test then does not depend on how the package is installed.
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "pgbg_orchestration.pytest_plugin", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "pgbg_orchestration.testing.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+    ]
     return subprocess.run(
         [*command, "--rootdir", str(directory), *arguments, str(directory)],
         capture_output=True,
@@ -71,6 +79,8 @@ def test_fixtures_in_a_users_project(users_project: Path, extension: str) -> Non
 
 def test_plugin_costs_a_run_nothing_that_does_not_use_it() -> None:
     """Every pytest run on a machine with our package loads the plugin."""
-    code = "import sys, pgbg_orchestration.pytest_plugin; print(sorted({'psycopg', 'asyncio'} & set(sys.modules)))"
+    code = (
+        "import sys, pgbg_orchestration.testing.pytest_plugin; print(sorted({'psycopg', 'asyncio'} & set(sys.modules)))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "psycopg" not in result.stdout

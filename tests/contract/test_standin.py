@@ -16,7 +16,7 @@ from pgbg_orchestration.embedded.standin import (
     install_standin,
     write_extension,
 )
-from pgbg_orchestration.extension import Extension
+from pgbg_orchestration.postgres.pg_background import Extension
 from tests.conftest import Database
 from tests.contract.background import Background
 from tests.contract.conftest import differences_used

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors
-from pgbg_orchestration.install import install
+from pgbg_orchestration.ledger.install import install
 from tests.core.kit import APP, Watched, effect, ended, eventually, slow, within
 
 pytestmark = pytest.mark.servers("real", "embedded")

@@ -8,7 +8,9 @@ import socket
 
 import pytest
 
-from pgbg_orchestration import Job, Launcher, Outcome, arun, connecting, errors, launching, pace
+from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
+from pgbg_orchestration.postgres import connection
+from pgbg_orchestration.postgres import session as launching
 from tests.core.kit import Watched, cancelled, count, effect, ended, eventually, seeded, slow, within
 from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 
@@ -163,14 +165,14 @@ async def test_one_connection_that_goes_silent(
 async def test_dead_hosts_are_noticed_by_the_kernel(db: Watched) -> None:
     """A connection that is idle, or that nobody acknowledges; what the connection string says wins."""
     for conninfo, idle in ((db.conninfo, 20), (f"{db.conninfo} keepalives_idle=7", 7)):
-        conn = await connecting.connect(conninfo, "pgbg: test")
+        conn = await connection.connect(conninfo, "pgbg: test")
         with socket.socket(fileno=os.dup(conn.fileno())) as ours:
             assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == idle
             assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 5
             assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
             assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
-        await connecting.close(conn)
+        await connection.close(conn)
 
 
 @pytest.mark.servers("real", "embedded")
@@ -180,7 +182,7 @@ async def test_another_server_session_behind_the_same_connection(db: Watched) ->
         task = asyncio.create_task(launcher.run(Job(slow("j", 2), id="j"), on_cancel="leave"))
         await db.at_work("j")
         (session,) = launcher._sessions
-        await connecting.settle(session._conn, ((launching.TOKEN, "another session's"),))
+        await connection.settle(session._conn, ((launching.TOKEN, "another session's"),))
         with pytest.raises(errors.PoolerInTransactionMode, match="another server session"):
             await within(task)
         await eventually(lambda: not db.workers(), "the worker has ended")

@@ -12,8 +12,9 @@ from typing import Self
 
 import pytest
 
-from pgbg_orchestration import Job, Launcher, Outcome, arun, case, errors
+from pgbg_orchestration import Job, Launcher, Outcome, arun, errors
 from pgbg_orchestration.errors import GOES_ON
+from pgbg_orchestration.walk import case
 from tests.core.kit import APP, Watched, effect, ended, eventually, slow, within
 
 pytestmark = pytest.mark.servers("real", "embedded")

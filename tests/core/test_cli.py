@@ -15,9 +15,9 @@ import psycopg
 import pytest
 from typer.testing import CliRunner, Result
 
-from pgbg_orchestration import install
 from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import ExitCode
+from pgbg_orchestration.ledger import install
 from tests.conftest import Database
 from tests.core.kit import APP, ROOT, Watched, effect, eventually, slow, within
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
-from pgbg_orchestration.faults import POINTS
+from pgbg_orchestration.testing.faults import POINTS
 from tests.core.kit import (
     Recorder,
     Watched,

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import ExitCode
-from pgbg_orchestration.doctor import Finding, Status, examine, worst
+from pgbg_orchestration.doctor.examination import Finding, Status, examine, worst
 from pgbg_orchestration.errors import PoolerInTransactionMode, ServerUnreachable
 from pgbg_orchestration.launcher import Launcher
 from tests.conftest import Database

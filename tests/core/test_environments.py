@@ -11,8 +11,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pgbg_orchestration import Job, arun, doctor, errors
-from pgbg_orchestration.install import install
+from pgbg_orchestration import Job, arun, errors
+from pgbg_orchestration.doctor import examination
+from pgbg_orchestration.ledger.install import install
 from tests.conftest import Database, FreshDatabases
 from tests.core.kit import APP, Watched, effect, within
 from tests.servers.kinds import Server
@@ -173,8 +174,8 @@ async def test_hot_standby_is_refused(own_db: Callable[..., Watched]) -> None:
                 await within(arun(db.conninfo, Job("select 1", id="j", kind=kind)))
             assert "hot standby" in str(caught.value)
             assert "target_session_attrs" in str(caught.value)
-        findings = await within(doctor.examine(db.conninfo))
-        assert [f.name for f in findings if f.status is doctor.Status.FAILS] == ["primary"]
+        findings = await within(examination.examine(db.conninfo))
+        assert [f.name for f in findings if f.status is examination.Status.FAILS] == ["primary"]
     finally:
         await asyncio.to_thread(server.stop, "fast")
         signal.unlink()

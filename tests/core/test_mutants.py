@@ -24,11 +24,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from pgbg_orchestration import Job, Launcher, Outcome, arun, concluding, errors, faults, launcher, runner
-from pgbg_orchestration.case import Case
-from pgbg_orchestration.launching import LaunchingSession
-from pgbg_orchestration.ledger import Key, Ledger
+from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, launcher
+from pgbg_orchestration.ledger.ledger import Key, Ledger
+from pgbg_orchestration.postgres.session import LaunchingSession
+from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Evidence, Report, Step, judge
+from pgbg_orchestration.walk import conclusion, run
+from pgbg_orchestration.walk.case import Case
 from tests.core.kit import APP, Watched, cancelled, effect, ended, eventually, slow, within
 
 pytestmark = pytest.mark.servers("real", "embedded")
@@ -166,7 +168,7 @@ def _completed_is_success(seen: Evidence) -> Step:
 @BOTH
 async def test_success_without_proof(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if broken:
-        monkeypatch.setattr(runner, "judge", _completed_is_success)
+        monkeypatch.setattr(run, "judge", _completed_is_success)
     # It ends by a FATAL error, which bypasses the report: completed, no error, and a command tag.
     job = Job(f"{effect('j')}; do $$begin perform 1/0; end$$", id="j", settings={"exit_on_error": "on"})
     end = await ended(arun(db.conninfo, job))
@@ -206,7 +208,7 @@ async def test_cancel_at_once(own_db: Callable[..., Watched], broken: bool, monk
 async def test_detach_before_the_outcome_is_written(
     db: Watched, sql: str, broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = concluding.record
+    record = conclusion.record
 
     async def too_late(case: Case, *arguments: Any, **named: Any) -> None:
         if case.launch.worker is not None:
@@ -214,7 +216,7 @@ async def test_detach_before_the_outcome_is_written(
         await record(case, *arguments, **named)
 
     if broken:
-        monkeypatch.setattr(concluding, "record", too_late)
+        monkeypatch.setattr(conclusion, "record", too_late)
     written: list[object] = []
 
     def look(point: str) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors
 from pgbg_orchestration.cli import app
-from pgbg_orchestration.install import install, uninstall
+from pgbg_orchestration.ledger.install import install, uninstall
 from tests.core.kit import APP, Recorder, Watched, count, effect, ended, eventually, within
 
 HOSTILE = [

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from pgbg_orchestration import Job, arun, errors
-from pgbg_orchestration.install import install
+from pgbg_orchestration.ledger.install import install
 from tests.conftest import Database
 from tests.core.kit import Watched, effect, within
 from tests.servers.kinds import Server

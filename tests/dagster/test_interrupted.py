@@ -29,7 +29,7 @@ from dagster import (
 
 from dagster_resource import PgBackgroundResource
 from dagster_resource.caller import Caller
-from pgbg_orchestration import faults
+from pgbg_orchestration.testing import faults
 from tests.conftest import Database
 
 pytestmark = [pytest.mark.servers("real"), pytest.mark.usefixtures("no_worker_left")]

@@ -16,7 +16,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from pgbg_orchestration.embedded.server import EmbeddedServer
-from pgbg_orchestration.install import install
+from pgbg_orchestration.ledger.install import install
 
 from . import snippets
 

@@ -13,9 +13,9 @@ import psycopg
 import pytest
 
 from pgbg_orchestration import Job, run
-from pgbg_orchestration.doctor import examine
+from pgbg_orchestration.doctor.examination import examine
 from pgbg_orchestration.embedded.server import EmbeddedServer
-from pgbg_orchestration.install import install
+from pgbg_orchestration.ledger.install import install
 
 from . import snippets
 

@@ -228,10 +228,10 @@ class TestPackaging:
 
     def test_the_pytest_plugin_is_announced(self, pyproject: dict[str, Any]) -> None:
         """Announced without being there, it would break pytest for everybody who installs the package."""
-        there = (ROOT / "pgbg_orchestration" / "pytest_plugin.py").exists()
+        there = (ROOT / "pgbg_orchestration" / "testing" / "pytest_plugin.py").exists()
         announced = pyproject["project"]["entry-points"].get("pytest11")
 
-        assert announced == ({"pgbg": "pgbg_orchestration.pytest_plugin"} if there else None)
+        assert announced == ({"pgbg": "pgbg_orchestration.testing.pytest_plugin"} if there else None)
 
     def test_only_tested_pythons_are_claimed(self, pyproject: dict[str, Any]) -> None:
         claimed = [

@@ -15,11 +15,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pgbg_orchestration import errors, install
+from pgbg_orchestration import errors
 from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import AFTERWARDS, MEANINGS, ExitCode, code_for
 from pgbg_orchestration.cli.options import _seconds, _seconds_with_unit, pairs
 from pgbg_orchestration.cli.screen import ago, duration, plain
+from pgbg_orchestration.ledger import install
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = ("run", "jobs", "cancel", "prune", "doctor", "install", "uninstall", "server")

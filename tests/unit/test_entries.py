@@ -10,8 +10,8 @@ import pytest
 
 from airflow_provider import watching
 from pgbg_orchestration import errors
-from pgbg_orchestration.entries import ENDED_BADLY, error_of, outcome_of
-from pgbg_orchestration.ledger import STATES, JobEntry
+from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
+from pgbg_orchestration.ledger.ledger import STATES, JobEntry
 
 BEGAN, ENDED = datetime(2013, 1, 1, 4, tzinfo=UTC), datetime(2013, 1, 1, 5, tzinfo=UTC)
 

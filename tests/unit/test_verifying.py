@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pgbg_orchestration import statements, verifying
+from pgbg_orchestration import statements
+from pgbg_orchestration.statements import index_builds
 
 
-def read(sql: str) -> verifying.ConcurrentIndex | None:
-    return verifying.concurrent_index(statements.split(sql))
+def read(sql: str) -> index_builds.ConcurrentIndex | None:
+    return index_builds.concurrent_index(statements.split(sql))
 
 
 @pytest.mark.parametrize(
@@ -50,21 +51,21 @@ def test_statement_is_read(sql: str, index: tuple[str, ...], table: tuple[str, .
 )
 def test_other_statements_are_not(sql: str) -> None:
     assert read(sql) is None
-    assert verifying.verify_sql(statements.split(sql)) is None
+    assert index_builds.verify_sql(statements.split(sql)) is None
 
 
 def test_query_quotes_what_it_is_given() -> None:
-    query = verifying.verify_sql(statements.split('create index concurrently "it\'s {x}" on "a\'b" (c)'))
+    query = index_builds.verify_sql(statements.split('create index concurrently "it\'s {x}" on "a\'b" (c)'))
     assert query is not None
     assert "c.relname = 'it''s {x}'::name" in query
     assert "to_regclass('\"a''b\"')" in query
 
 
 def test_unnamed_index_cannot_be_told() -> None:
-    assert verifying.verify_sql(statements.split("create index concurrently on t (a)")) is None
+    assert index_builds.verify_sql(statements.split("create index concurrently on t (a)")) is None
 
 
 def test_search_path_of_the_job_leaves_only_qualified_names() -> None:
     parts = statements.split("create index concurrently ix on t (a)")
-    assert verifying.verify_sql(parts, ["Search_Path"]) is None
-    assert verifying.verify_sql(statements.split("drop index concurrently s.ix"), ["search_path"]) is not None
+    assert index_builds.verify_sql(parts, ["Search_Path"]) is None
+    assert index_builds.verify_sql(statements.split("drop index concurrently s.ix"), ["search_path"]) is not None

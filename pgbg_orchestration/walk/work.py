@@ -13,11 +13,12 @@ from typing import Any
 import psycopg
 from psycopg import AsyncClientCursor, AsyncConnection, sql
 
-from . import pace, statements, verifying
-from .errors import InvalidJob, NoPrivilege
-from .job import Job, Kind
-from .ledger import SUPERVISES, Key, Registration
-from .outcome import WITHHELD, ErrorFields
+from pgbg_orchestration import pace, statements
+from pgbg_orchestration.errors import InvalidJob, NoPrivilege
+from pgbg_orchestration.job import Job, Kind
+from pgbg_orchestration.ledger.ledger import SUPERVISES, Key, Registration
+from pgbg_orchestration.outcome import WITHHELD, ErrorFields
+from pgbg_orchestration.statements import index_builds
 
 # Sent before the user's own settings, which win.
 BASE_SETTINGS: Mapping[str, str] = {
@@ -56,7 +57,7 @@ class Work:
     @property
     def verify_sql(self) -> str | None:
         """What tells whether the work is done: the job's own query, or one of the catalog."""
-        return self.job.verify_sql or verifying.verify_sql(self.statements, tuple(self.job.settings or ()))
+        return self.job.verify_sql or index_builds.verify_sql(self.statements, tuple(self.job.settings or ()))
 
     @property
     def marker(self) -> str:

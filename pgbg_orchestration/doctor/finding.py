@@ -9,9 +9,9 @@ from typing import Any, LiteralString
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from .errors import ExtensionMissing, ExtensionTooOld
-from .extension import Extension
-from .server import ServerFacts
+from pgbg_orchestration.errors import ExtensionMissing, ExtensionTooOld
+from pgbg_orchestration.ledger.readiness import ServerFacts
+from pgbg_orchestration.postgres.pg_background import Extension
 
 
 class Status(StrEnum):

@@ -8,13 +8,17 @@ from dataclasses import replace
 
 import psycopg
 
-from . import blame, faults, pace, verifying
+from pgbg_orchestration import pace
+from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.job import Kind
+from pgbg_orchestration.ledger.ledger import Ledger, Sighting
+from pgbg_orchestration.outcome import ErrorFields, Outcome
+from pgbg_orchestration.statements import index_builds
+from pgbg_orchestration.testing import faults
+from pgbg_orchestration.verdict import OURS, Intent, Report, Step
+
+from . import failures
 from .case import Case
-from .errors import PgbgError
-from .job import Kind
-from .ledger import Ledger, Sighting
-from .outcome import ErrorFields, Outcome
-from .verdict import OURS, Intent, Report, Step
 
 logger = logging.getLogger("pgbg_orchestration")
 
@@ -126,11 +130,11 @@ def _without_receipt(case: Case) -> Outcome:
 
 async def _invalid_indexes(case: Case, ledger: Ledger) -> list[str]:
     """Return what a failed build of an index has left, as far as it can be told."""
-    found = verifying.concurrent_index(case.work.statements)
+    found = index_builds.concurrent_index(case.work.statements)
     if found is None:
         return []
     try:
-        return await ledger.run(lambda conn: verifying.invalid_indexes(conn, found))
+        return await ledger.run(lambda conn: index_builds.invalid_indexes(conn, found))
     except (psycopg.Error, PgbgError) as failure:
         logger.warning("job %s: whether an invalid index is left is not known: %s", case.work.label, failure)
         return []
@@ -143,19 +147,19 @@ def _error(
     match step:
         case Step.FAILED:
             found = seen.ended_at if seen is not None and seen.is_untold and not case.launches else None
-            return blame.failed(work, fields or ErrorFields(), invalid_indexes, found)
+            return failures.failed(work, fields or ErrorFields(), invalid_indexes, found)
         case Step.SUPERSEDED:
-            return blame.superseded(work, seen)
+            return failures.superseded(work, seen)
         case Step.CANCELLED if ours and case.slot_missing and not case.launches:
-            return blame.no_slot(work)
+            return failures.no_slot(work)
         case Step.CANCELLED:
-            return blame.deadline_passed(work, case.options.deadline) if ours else blame.cancelled(work, seen)
+            return failures.deadline_passed(work, case.options.deadline) if ours else failures.cancelled(work, seen)
         case Step.LOST if case.launch_error is not None:
-            return blame.launch_failed(work, case.launch_error)
+            return failures.launch_failed(work, case.launch_error)
         case Step.LOST:
-            return blame.lost(work, output_dropped=case.launch.detached)
+            return failures.lost(work, output_dropped=case.launch.detached)
         case _:
-            return blame.unknown(work, verified=case.verified)
+            return failures.unknown(work, verified=case.verified)
 
 
 async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from .extension import ROLE
+from pgbg_orchestration.postgres.pg_background import ROLE
+
 from .finding import Finding, Patient, Status
 
 # Predefined roles with power over the server's files, other sessions' data or the data of all.

@@ -13,22 +13,27 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psycopg
 
-from . import blame, describing, faults, markers, pace, statements, verifying
+from pgbg_orchestration import pace, statements
+from pgbg_orchestration.errors import JobCancelled, PgbgError, ServerUnreachable
+from pgbg_orchestration.job import Job, Kind
+from pgbg_orchestration.ledger.ledger import Key, Ledger, Registration, Sighting
+from pgbg_orchestration.options import Options
+from pgbg_orchestration.outcome import Outcome
+from pgbg_orchestration.postgres import describe, markers
+from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
+from pgbg_orchestration.postgres.describe import Readable
+from pgbg_orchestration.postgres.session import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
+from pgbg_orchestration.statements import index_builds
+from pgbg_orchestration.testing import faults
+from pgbg_orchestration.verdict import OUTCOMES, REFUSED, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
+
+from . import failures
 from .case import Case, Launch, deadline_of
-from .concluding import conclude, record
-from .connecting import ConnectionLost, ExtensionMoved
-from .describing import Readable
-from .errors import JobCancelled, PgbgError, ServerUnreachable
-from .gathering import RELAUNCHES, gather, look
-from .job import Job, Kind
-from .launching import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
-from .ledger import Key, Ledger, Registration, Sighting
-from .options import Options
-from .outcome import Outcome
-from .verdict import OUTCOMES, REFUSED, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
+from .conclusion import conclude, record
+from .evidence import RELAUNCHES, gather, look
 
 if TYPE_CHECKING:
-    from .launcher import Launcher
+    from pgbg_orchestration.launcher import Launcher
 
 T = TypeVar("T")
 logger = logging.getLogger("pgbg_orchestration")
@@ -43,7 +48,7 @@ async def run_job(launcher: Launcher, job: Job, options: Options) -> Outcome:
             return await Run(launcher, Case(work, options, deadline)).outcome()
         except psycopg.Error as error:
             launcher.forget_facts()  # what was true of the server may not be now
-            raise blame.ledger(error, job.id or "", redact=job.redact_details) from error
+            raise failures.ledger(error, job.id or "", redact=job.redact_details) from error
     except PgbgError as error:
         if job.redact_details:
             error.__cause__ = error.__context__ = None  # a traceback shows these, the server's own words with them
@@ -165,7 +170,7 @@ class Run:
         )
         faults.point("after_register")
         if registration.verdict == "reused":
-            raise blame.reused(work)
+            raise failures.reused(work)
         # A superseded one is seen to be by the next look.
         case.registered = registration.verdict == "registered"
 
@@ -194,9 +199,9 @@ class Run:
         except MayBeLaunched as error:
             case.launch_error = error.error
         except LaunchRefused as error:
-            await record(case, self._ledger, "failed", error=work.telling(describing.error_fields(error.error)))
+            await record(case, self._ledger, "failed", error=work.telling(describe.error_fields(error.error)))
             facts = await self._launcher.facts()
-            raise blame.launch_refused(work, error.error, facts, called=error.called) from error.error
+            raise failures.launch_refused(work, error.error, facts, called=error.called) from error.error
         await self._take_over_call()
         faults.point("while_running")
         if case.launch.worker is not None:
@@ -323,7 +328,7 @@ class Run:
 
     async def _wait_for_series(self, seen: Sighting) -> None:
         if seen.holder(self._case.generation(seen)) is Holder.STRANGER and self._waited() > pace.STRANGER:
-            raise blame.stranger(self._case.work, seen)
+            raise failures.stranger(self._case.work, seen)
         message = "another session holds the series; waiting for it"
         self._case.tell_once("waiting_for_series", message, pid=seen.holder_pid)
         await self._sleep()
@@ -337,7 +342,7 @@ class Run:
         message = "cancelling the worker of an older generation"
         self._case.tell_once("cancelling_older", message, pid=seen.holder_pid)
         if self._waited() > pace.CANCEL:
-            raise blame.survivor(self._case.work.key, seen, "the worker of an older generation")
+            raise failures.survivor(self._case.work.key, seen, "the worker of an older generation")
         await _signal_worker(self._ledger, self._case.work.key, seen, seen.holder_job)
         await self._sleep()
 
@@ -360,7 +365,7 @@ class Run:
         faults.point("before_cancel")
         case.tell_once("cancelling", "cancelling the worker", pid=seen.holder_pid if seen else None)
         if self._waited() > pace.CANCEL:
-            raise blame.survivor(case.work.key, seen, "the worker")
+            raise failures.survivor(case.work.key, seen, "the worker")
         if case.work.carries_receipt:
             await _signal_worker(self._ledger, case.work.key, _there(seen), case.work.key.job_id)
         else:
@@ -402,18 +407,18 @@ class Run:
         try:
             columns = await self._on_session(lambda session: session.describe(last, work.meaning()))
             return Readable(text, columns)
-        except describing.UnreadableResult:
+        except describe.UnreadableResult:
             pass
         except psycopg.Error as error:
             if len(work.statements) == 1:
-                raise blame.statement_refused(work, error) from None  # its text quotes the line, parameters and all
+                raise failures.statement_refused(work, error) from None  # its text quotes the line, parameters and all
             # It may need what the statements before it make.
         # Behind a statement that gives no rows, the result is the statements' tags.
         return Readable(text + statements.SEPARATOR.rstrip(";"), None, padded=True)
 
     async def _drop_invalid_index(self) -> None:
         case, work = self._case, self._case.work
-        found = verifying.concurrent_index(work.statements)
+        found = index_builds.concurrent_index(work.statements)
         if found is None:
             return
         try:
@@ -422,7 +427,7 @@ class Run:
         except TimeoutError:
             return  # the next look sees that the deadline passed
         except psycopg.Error as error:
-            raise blame.cannot_drop(work, error) from error
+            raise failures.cannot_drop(work, error) from error
         if dropped is not None:
             case.tell("dropped_invalid_index", f"dropped {dropped}, which an earlier build left invalid")
 
@@ -432,7 +437,7 @@ class Run:
         case = self._case
         marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
         if marked is not None:
-            raise blame.already_at_work(case.work, marked.pid)
+            raise failures.already_at_work(case.work, marked.pid)
         if case.session is None or case.session.lost:
             case.session = await self._launcher.session(exclusive=True)
         case.readable = await self._make_readable()
@@ -457,7 +462,7 @@ class Run:
             self._case.verified_of = (seen.receipt_attempt, seen.may_begin) if seen else None
             self._case.verified = await self._launcher.verify(_there(work.verify_sql), work.job.role)
         except psycopg.Error as error:
-            raise blame.unverified(work, error) from error
+            raise failures.unverified(work, error) from error
 
     async def _settle(self, seen: Sighting) -> None:
         """Write down what verify_sql said; where the work is not done, the way is free for another launch."""
@@ -495,9 +500,9 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
         if seen.receipt in (Receipt.COMMITTED, Receipt.CANCELLED) and not seen.is_provisional:
             return "committed" if seen.receipt is Receipt.COMMITTED else "cancelled"
         if seen.is_unsupervised:
-            raise blame.untold(key)
+            raise failures.untold(key)
         if loop.time() - began > pace.CANCEL:
-            raise blame.survivor(key, seen, "the worker")
+            raise failures.survivor(key, seen, "the worker")
         faults.point("before_cancel")
         await _signal_worker(ledger, key, seen, key.job_id)
         if seen.receipt is Receipt.LAUNCHING:
@@ -513,7 +518,7 @@ async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str |
     try:
         await ledger.signal(key, job_id=job_id)
     except psycopg.errors.InsufficientPrivilege as error:
-        raise blame.may_not_cancel(key, seen) from error
+        raise failures.may_not_cancel(key, seen) from error
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:

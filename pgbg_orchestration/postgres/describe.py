@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 from psycopg import AsyncConnection, generators, pq, sql
 
-from .outcome import ErrorFields
+from pgbg_orchestration.outcome import ErrorFields
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ from typing import Any
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from . import install
-from .errors import (
+from pgbg_orchestration.errors import (
     ExtensionMissing,
     ExtensionTooOld,
     NoPrivilege,
@@ -17,7 +16,9 @@ from .errors import (
     SchemaMissing,
     SchemaVersionMismatch,
 )
-from .extension import OLDEST, ROLE, Extension
+from pgbg_orchestration.postgres.pg_background import OLDEST, ROLE, Extension
+
+from . import install
 
 _QUERY = """
 select session_user::text as login,

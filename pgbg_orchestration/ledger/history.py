@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from . import errors
-from .errors import PgbgError
-from .outcome import ErrorFields, Outcome
+from pgbg_orchestration import errors
+from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.outcome import ErrorFields, Outcome
 
 if TYPE_CHECKING:
     from .ledger import JobEntry

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from . import pace
-from .launching import SlotsUsedUp
+from pgbg_orchestration import pace
+
+from .session import SlotsUsedUp
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from typing import Any, LiteralString, NamedTuple
 from psycopg import AsyncConnection, errors, sql
 from psycopg.rows import dict_row, scalar_row, tuple_row
 
-from .outcome import ErrorFields
+from pgbg_orchestration.outcome import ErrorFields
 
 OLDEST = (1, 9)
 ROLE = "pgbackground_role"

@@ -16,12 +16,15 @@ import psycopg
 from psycopg import AsyncConnection, IsolationLevel, sql
 from psycopg.rows import scalar_row
 
-from . import connecting, describing, faults, pace
-from .connecting import ConnectionLost, ExtensionMoved
-from .describing import Readable
-from .errors import PoolerInTransactionMode
-from .extension import MAX_TRACKED, NO_SLOT, Extension, Handle, Progress, ResultInfo
-from .outcome import ErrorFields
+from pgbg_orchestration import pace
+from pgbg_orchestration.errors import PoolerInTransactionMode
+from pgbg_orchestration.outcome import ErrorFields
+from pgbg_orchestration.testing import faults
+
+from . import connection, describe
+from .connection import ConnectionLost, ExtensionMoved
+from .describe import Readable
+from .pg_background import MAX_TRACKED, NO_SLOT, Extension, Handle, Progress, ResultInfo
 
 T = TypeVar("T")
 TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
@@ -113,7 +116,7 @@ class LaunchingSession:
         self._releasing: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def open(cls, conninfo: connecting.Conninfo, extension: Extension) -> LaunchingSession:
+    async def open(cls, conninfo: connection.Conninfo, extension: Extension) -> LaunchingSession:
         """Connect.
 
         Raises
@@ -121,12 +124,12 @@ class LaunchingSession:
         psycopg.OperationalError
             The server cannot be reached.
         """
-        conn = await connecting.connect(conninfo, "pgbg: launching")
+        conn = await connection.connect(conninfo, "pgbg: launching")
         try:
             await conn.set_isolation_level(IsolationLevel.READ_COMMITTED)
             session = cls(conn, extension)
             # What is set here is inherited by workers: nothing but what cannot matter to a job's SQL.
-            await connecting.settle(
+            await connection.settle(
                 conn,
                 (
                     (TOKEN, session._token),
@@ -135,7 +138,7 @@ class LaunchingSession:
                 ),
             )
         except BaseException:
-            await connecting.close(conn)  # whoever wanted it may have gone away meanwhile
+            await connection.close(conn)  # whoever wanted it may have gone away meanwhile
             raise
         return session
 
@@ -145,7 +148,7 @@ class LaunchingSession:
         for task in (self._poller, *self._releasing):
             if task is not None:
                 task.cancel()
-        await connecting.close(self._conn)
+        await connection.close(self._conn)
 
     @property
     def stalled(self) -> bool:
@@ -212,14 +215,14 @@ class LaunchingSession:
             try:
                 async with asyncio.timeout(pace.CALL), self._conn.transaction():
                     values = {**settings, **({"role": role} if role else {})}
-                    await connecting.settle(self._conn, tuple(values.items()), local=True)
+                    await connection.settle(self._conn, tuple(values.items()), local=True)
                     faults.point("before_launch")
                     called = True
                     handle = await self.extension.launch(self._conn, text, label=label, queue_size=queue_size)
                     faults.point("after_launch")
             except (psycopg.Error, OSError, TimeoutError) as error:
                 lost = self._give_up_if_lost(error)
-                if not called and (lost or connecting.is_passing(error)):
+                if not called and (lost or connection.is_passing(error)):
                     raise ConnectionLost(str(error)) from error
                 if lost or not isinstance(error, psycopg.Error):
                     raise MayBeLaunched(error) from error
@@ -305,7 +308,7 @@ class LaunchingSession:
         self._wake.set()
 
     def _give_up_if_lost(self, error: BaseException) -> bool:
-        lost = connecting.is_lost(self._conn, error)
+        lost = connection.is_lost(self._conn, error)
         if lost:
             self._give_up()
         return lost
@@ -342,13 +345,13 @@ class LaunchingSession:
         async with self._turn:
             try:
                 async with asyncio.timeout(pace.CALL), self._conn.transaction(force_rollback=True):
-                    await connecting.settle(self._conn, (*settings.items(), ("statement_timeout", "0")), local=True)
-                    columns = await describing.columns_of(self._conn, text)
+                    await connection.settle(self._conn, (*settings.items(), ("statement_timeout", "0")), local=True)
+                    columns = await describe.columns_of(self._conn, text)
                     # So that types are qualified: whoever reads the result may have another search_path.
-                    await connecting.settle(self._conn, (("search_path", "pg_catalog"),), local=True)
-                    return await describing.column_list(self._conn, columns)
+                    await connection.settle(self._conn, (("search_path", "pg_catalog"),), local=True)
+                    return await describe.column_list(self._conn, columns)
             except (psycopg.Error, OSError, TimeoutError) as error:
-                if not self._give_up_if_lost(error) and not connecting.is_passing(error):
+                if not self._give_up_if_lost(error) and not connection.is_passing(error):
                     raise
                 raise ConnectionLost(str(error)) from error
 
@@ -416,6 +419,6 @@ class LaunchingSession:
                 async with asyncio.timeout(pace.CALL):
                     return await question()
             except (psycopg.Error, OSError, TimeoutError) as error:
-                if not self._give_up_if_lost(error) and not connecting.is_passing(error):
+                if not self._give_up_if_lost(error) and not connection.is_passing(error):
                     raise
                 return None

@@ -12,8 +12,8 @@ from typing import Any
 
 from psycopg import AsyncConnection, sql
 
-from .statements import Statement, UnterminatedSql
-from .statements.lexer import Token, TokenKind, tokens
+from . import Statement, UnterminatedSql
+from .lexer import Token, TokenKind, tokens
 
 _INVALID = """
 select pg_catalog.format('%%I.%%I', n.nspname, c.relname)

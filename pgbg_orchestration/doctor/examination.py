@@ -12,12 +12,15 @@ from typing import Any
 import psycopg
 from psycopg import AsyncConnection, sql
 
-from . import connecting, install, least_privileges, server
-from .embedded.standin import STANDIN_COMMENT
-from .errors import ExtensionMissing, ExtensionTooOld, PgbgError, PoolerInTransactionMode
-from .extension import MAX_TRACKED, ROLE
+from pgbg_orchestration.embedded.standin import STANDIN_COMMENT
+from pgbg_orchestration.errors import ExtensionMissing, ExtensionTooOld, PgbgError, PoolerInTransactionMode
+from pgbg_orchestration.launcher import Launcher
+from pgbg_orchestration.ledger import install, readiness
+from pgbg_orchestration.postgres import connection
+from pgbg_orchestration.postgres.pg_background import MAX_TRACKED, ROLE
+
+from . import privileges
 from .finding import Finding, Patient, Status
-from .launcher import Launcher
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (looked at, not written to)
 OLDEST_SERVER = 140000
@@ -67,21 +70,21 @@ async def examine(conninfo: str, *, schema: str = install.DEFAULT_SCHEMA) -> lis
         except PoolerInTransactionMode as error:
             pooler = Finding("server", "pooler", Status.FAILS, _sentence(error.message), error.todo)
     try:
-        conn = await connecting.connect(conninfo, "pgbg: doctor")
+        conn = await connection.connect(conninfo, "pgbg: doctor")
     except (psycopg.OperationalError, OSError, TimeoutError) as error:
-        raise connecting.unreachable(error, "the server cannot be reached") from error
+        raise connection.unreachable(error, "the server cannot be reached") from error
     try:
         patient = await _admit(conn, schema)
         findings = [_greeting(patient), pooler]
         for group, check in _CHECKS:
             findings += await _safely(patient, group, check)
     finally:
-        await connecting.close(conn)
+        await connection.close(conn)
     return findings
 
 
 async def _admit(conn: AsyncConnection[Any], schema: str) -> Patient:
-    facts = await server.look_at(conn, schema)
+    facts = await readiness.look_at(conn, schema)
     # In a new session, which has set nothing itself, these are what the login's sessions get.
     cursor = await conn.execute("select s.name, pg_catalog.current_setting(s.name) from pg_catalog.pg_settings as s")
     settings: dict[str, str | None] = dict(await cursor.fetchall())
@@ -462,10 +465,10 @@ _CHECKS: tuple[tuple[str, Callable[[Patient], Awaitable[list[Finding]]]], ...] =
     ("extension", _privilege),
     ("extension", _library),
     ("schema", _schema),
-    ("privileges", least_privileges.login),
-    ("privileges", least_privileges.grants),
-    ("privileges", least_privileges.search_path),
-    ("privileges", least_privileges.server_log),
+    ("privileges", privileges.login),
+    ("privileges", privileges.grants),
+    ("privileges", privileges.search_path),
+    ("privileges", privileges.server_log),
     ("workers", _worker_slots),
     ("workers", _shared_memory),
     ("settings", _timeouts),

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from .errors import ExtensionMissing, LedgerError, NoPrivilege, SchemaMissing, SchemaVersionMismatch
+from pgbg_orchestration.errors import ExtensionMissing, LedgerError, NoPrivilege, SchemaMissing, SchemaVersionMismatch
 
 VERSION = 1
 DEFAULT_SCHEMA = "pgbg"

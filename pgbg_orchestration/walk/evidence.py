@@ -7,11 +7,14 @@ import logging
 from dataclasses import replace
 from datetime import datetime
 
-from . import blame, markers, pace
+from pgbg_orchestration import pace
+from pgbg_orchestration.job import Kind
+from pgbg_orchestration.ledger.ledger import BLOCKED, Key, Ledger, Sighting
+from pgbg_orchestration.postgres import markers
+from pgbg_orchestration.verdict import CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
+
+from . import failures
 from .case import Case, Launch
-from .job import Kind
-from .ledger import BLOCKED, Key, Ledger, Sighting
-from .verdict import CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 
 logger = logging.getLogger("pgbg_orchestration")
 
@@ -128,7 +131,7 @@ def _check_digest(case: Case, seen: Sighting) -> None:
     if seen.sql_digest in (None, case.work.sql_digest) or "changed" in case.told:
         return
     if not case.options.accept_changed_sql:
-        raise blame.reused(case.work)
+        raise failures.reused(case.work)
     case.told.add("changed")
     logger.warning("job %s has other SQL than when it was first registered", case.work.label)
 

@@ -9,14 +9,15 @@ from typing import TypedDict
 import psycopg
 from psycopg import sql
 
-from . import errors
-from .composing import Work
-from .errors import PgbgError
-from .job import Kind
-from .ledger import Key, Sighting
-from .outcome import WITHHELD, ErrorFields
-from .server import ServerFacts
-from .verdict import CANCELED
+from pgbg_orchestration import errors
+from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.job import Kind
+from pgbg_orchestration.ledger.ledger import Key, Sighting
+from pgbg_orchestration.ledger.readiness import ServerFacts
+from pgbg_orchestration.outcome import WITHHELD, ErrorFields
+from pgbg_orchestration.verdict import CANCELED
+
+from .work import Work
 
 
 class _Named(TypedDict):

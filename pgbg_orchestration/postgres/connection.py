@@ -11,8 +11,8 @@ import psycopg
 from psycopg import AsyncConnection
 from psycopg import conninfo as libpq
 
-from . import pace
-from .errors import InvalidJob, ServerUnreachable
+from pgbg_orchestration import pace
+from pgbg_orchestration.errors import InvalidJob, ServerUnreachable
 
 Conninfo: TypeAlias = str | Callable[[], Awaitable[str]]
 """A libpq connection string or URI, or what is asked for one whenever a connection is opened: tokens expire."""

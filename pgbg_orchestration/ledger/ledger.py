@@ -19,10 +19,11 @@ import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from . import connecting, pace
-from .errors import ServerUnreachable
-from .outcome import ErrorFields
-from .verdict import Holder, Receipt
+from pgbg_orchestration import pace
+from pgbg_orchestration.errors import ServerUnreachable
+from pgbg_orchestration.outcome import ErrorFields
+from pgbg_orchestration.postgres import connection
+from pgbg_orchestration.verdict import Holder, Receipt
 
 T = TypeVar("T")
 RECEIPTS = {
@@ -188,7 +189,7 @@ class Ledger:
         Called with a sentence when the server cannot be reached for a while.
     """
 
-    def __init__(self, conninfo: connecting.Conninfo, schema: str, on_trouble: Callable[[str], None]) -> None:
+    def __init__(self, conninfo: connection.Conninfo, schema: str, on_trouble: Callable[[str], None]) -> None:
         self.schema = schema
         self._reader = _Line(conninfo, "pgbg: looking", on_trouble)
         self._writer = _Line(conninfo, "pgbg: ledger", on_trouble)
@@ -468,7 +469,7 @@ class Ledger:
 class _Line:
     """One connection that is made again when it is lost. What is asked must be sound when it is asked twice."""
 
-    def __init__(self, conninfo: connecting.Conninfo, name: str, on_trouble: Callable[[str], None]) -> None:
+    def __init__(self, conninfo: connection.Conninfo, name: str, on_trouble: Callable[[str], None]) -> None:
         self._conninfo = conninfo
         self._name = name
         self._on_trouble = on_trouble
@@ -484,7 +485,7 @@ class _Line:
     async def _drop(self) -> None:
         if self._conn is not None:
             conn, self._conn = self._conn, None
-            await connecting.close(conn)
+            await connection.close(conn)
 
     async def ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         # A question that is cancelled half way would cost the connection that all jobs share: it is let end.
@@ -505,20 +506,20 @@ class _Line:
             try:
                 async with self._turn, asyncio.timeout(pace.CALL):
                     if self._conn is None:
-                        self._conn = await connecting.connect(self._conninfo, self._name)
-                        await connecting.settle(self._conn, connecting.BOOKKEEPING)
+                        self._conn = await connection.connect(self._conninfo, self._name)
+                        await connection.settle(self._conn, connection.BOOKKEEPING)
                     return await question(self._conn)
             except (psycopg.Error, OSError, TimeoutError) as error:
-                lost = self._conn is None or connecting.is_lost(self._conn, error)
+                lost = self._conn is None or connection.is_lost(self._conn, error)
                 if lost:
                     await self._drop()
-                elif not connecting.is_passing(error):
+                elif not connection.is_passing(error):
                     raise
                 # Python 3.11's wait_for, which psycopg uses, can swallow a cancel: a closed line connects no more.
                 if asking is not None and asking.cancelling():
                     raise asyncio.CancelledError from error
-                if loop.time() >= until or getattr(error, "sqlstate", None) in connecting.REFUSED_LOGINS:
-                    raise connecting.unreachable(error, "the server cannot be reached") from error
+                if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
+                    raise connection.unreachable(error, "the server cannot be reached") from error
                 self._on_trouble(f"no connection to the server ({str(error).strip()}), trying again")
                 await asyncio.sleep(pace.backoff(attempt))
                 attempt += 1

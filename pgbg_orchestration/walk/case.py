@@ -10,17 +10,19 @@ from typing import Any
 
 import psycopg
 
-from . import describing, faults
-from .composing import Work
-from .connecting import ConnectionLost
-from .describing import Readable
-from .extension import ResultInfo
-from .job import Kind
-from .launching import LaunchingSession, MayBeLaunched, Worker
-from .ledger import Registration, Sighting
-from .options import Options
-from .outcome import ErrorFields, Event
-from .verdict import Intent, Report
+from pgbg_orchestration.job import Kind
+from pgbg_orchestration.ledger.ledger import Registration, Sighting
+from pgbg_orchestration.options import Options
+from pgbg_orchestration.outcome import ErrorFields, Event
+from pgbg_orchestration.postgres import describe
+from pgbg_orchestration.postgres.connection import ConnectionLost
+from pgbg_orchestration.postgres.describe import Readable
+from pgbg_orchestration.postgres.pg_background import ResultInfo
+from pgbg_orchestration.postgres.session import LaunchingSession, MayBeLaunched, Worker
+from pgbg_orchestration.testing import faults
+from pgbg_orchestration.verdict import Intent, Report
+
+from .work import Work
 
 logger = logging.getLogger("pgbg_orchestration")
 
@@ -85,7 +87,7 @@ class Launch:
             if error.sqlstate == "08006" or (error.sqlstate or "").startswith("42") or not error.diag.context:
                 self.lost = True
             else:
-                self.error = describing.error_fields(error)
+                self.error = describe.error_fields(error)
 
     async def stop_reading(self) -> None:
         """Break the reading of the result off; the worker goes on without its handle."""

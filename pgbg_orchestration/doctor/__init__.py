@@ -1,0 +1,1 @@
+"""What ``pgbg doctor`` looks at."""

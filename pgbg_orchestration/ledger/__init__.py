@@ -1,0 +1,1 @@
+"""The ``pgbg`` schema: receipts, series and history; the only room that knows its names."""

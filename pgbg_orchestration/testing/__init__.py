@@ -1,0 +1,1 @@
+"""What tests use: fault points, and the pytest plugin that we ship."""

@@ -1,0 +1,1 @@
+"""The way of one job, from its launch to its outcome."""
