@@ -15,7 +15,7 @@ __all__ = [
 
 # Imported when they are first used, so that a DAG file pays for what it names.
 _LATER = {
-    "PgBackgroundBatchOperator": "batch",
+    "PgBackgroundBatchOperator": "operators",
     "PgBackgroundHook": "hook",
     "PgBackgroundOperator": "operators",
     "PgBackgroundSensor": "sensors",

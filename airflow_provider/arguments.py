@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,12 @@ JOB_FIELDS = (
     "drop_invalid_index", "redact_details",
 )  # fmt: skip
 """Attributes that say what is to be run: of the operator and, so that Airflow renders them, of the start trigger."""
+
+LEAD = timedelta(seconds=5)
+"""From the deadline of a job that began in the triggerer to Airflow's own timeout.
+
+That one ends the trigger where it stands: no ``on_kill``, no outcome of the job's, and its worker left at work.
+"""
 
 _STORABLE = ("str", "int", "float", "bool", "NoneType", "datetime", "date", "timedelta", "Decimal", "UUID")
 

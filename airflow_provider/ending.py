@@ -41,7 +41,7 @@ def _is_extended(operator: Any) -> bool:
     return (
         operator._post_execute_hook is not None  # noqa: SLF001 - Airflow keeps the argument `post_execute` there
         or kind.post_execute is not BaseOperator.post_execute
-        or kind.execute_complete.__module__.partition(".")[0] != __package__
+        or kind.execute_complete.__module__.partition(".")[0] != __name__.partition(".")[0]
     )
 
 

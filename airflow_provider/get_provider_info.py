@@ -27,11 +27,13 @@ def get_provider_info() -> dict[str, Any]:
         "operators": [
             {
                 "integration-name": _NAME,
-                "python-modules": ["airflow_provider.operators", "airflow_provider.batch"],
+                "python-modules": ["airflow_provider.operators.job", "airflow_provider.operators.batch"],
             }
         ],
         "sensors": [{"integration-name": _NAME, "python-modules": ["airflow_provider.sensors"]}],
         "hooks": [{"integration-name": _NAME, "python-modules": ["airflow_provider.hook"]}],
         "triggers": [{"integration-name": _NAME, "python-modules": ["airflow_provider.triggers"]}],
-        "task-decorators": [{"name": "pg_background", "class-name": "airflow_provider.decorator.pg_background_task"}],
+        "task-decorators": [
+            {"name": "pg_background", "class-name": "airflow_provider.operators.decorated.pg_background_task"}
+        ],
     }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from airflow.sdk import dag
 
-from airflow_provider.batch import PgBackgroundBatchOperator
-from airflow_provider.operators import PgBackgroundOperator
+from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator
 
 MEASURES = {"sum": "sum(value)", "mean": "avg(value)", "deviation": "stddev(value)", "largest": "max(value)"}
 

@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 
-from airflow_provider.batch import PgBackgroundBatchOperator
-from airflow_provider.decorator import PgBackgroundDecoratedOperator
 from airflow_provider.hook import PgBackgroundHook
-from airflow_provider.operators import PgBackgroundOperator
+from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator
+from airflow_provider.operators.decorated import PgBackgroundDecoratedOperator
 from airflow_provider.retry_policy import SqlStateRetryPolicy
 from airflow_provider.sensors import PgBackgroundSensor
-from airflow_provider.trigger_base import JobTrigger, ServerTrigger
 from airflow_provider.triggers import (
     PgBackgroundBatchTrigger,
     PgBackgroundSensorTrigger,
     PgBackgroundStartTrigger,
     PgBackgroundTrigger,
 )
+from airflow_provider.triggers.base import JobTrigger, ServerTrigger
 
 pytestmark = pytest.mark.airflow
 

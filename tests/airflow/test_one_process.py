@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.airflow, pytest.mark.slow]
 DAG_FILE = """
     from airflow.sdk import DAG
 
-    from airflow_provider.batch import PgBackgroundBatchOperator
+    from airflow_provider.operators import PgBackgroundBatchOperator
     from airflow_provider.operators import PgBackgroundOperator
     from airflow_provider.sensors import PgBackgroundSensor
 

@@ -10,7 +10,6 @@ import pytest
 from airflow.sdk import Connection
 from psycopg.conninfo import conninfo_to_dict
 
-from airflow_provider import triggering
 from airflow_provider.hook import ENDPOINT_EXTRA, PgBackgroundHook
 from airflow_provider.triggers import PgBackgroundTrigger
 from pgbg_orchestration import Job, errors
@@ -59,8 +58,8 @@ def _connect(monkeypatch: pytest.MonkeyPatch, conninfo: str, **extra: str) -> No
         extra=json.dumps(extra),
     )
     monkeypatch.setattr(PgBackgroundHook, "get_connection", lambda *_: connection)
-    monkeypatch.setattr(triggering, "_conninfos", {})
-    monkeypatch.setattr(triggering, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
+    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
 
 
 def _endpoint(database: Database) -> str:

@@ -9,9 +9,8 @@ from uuid import UUID
 import pytest
 from airflow.sdk import DAG
 
-from airflow_provider.batch import PgBackgroundBatchOperator
 from airflow_provider.identity import identify_try
-from airflow_provider.operators import PgBackgroundOperator
+from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator
 from airflow_provider.triggers import PgBackgroundStartTrigger
 from tests.core.kit import only_long
 

@@ -14,11 +14,12 @@ import psycopg
 import pytest
 from airflow.triggers.base import TaskSuccessEvent
 
-from airflow_provider import triggering
-from airflow_provider.batch import PgBackgroundBatchOperator
 from airflow_provider.hook import PgBackgroundHook
+from airflow_provider.operators import PgBackgroundBatchOperator
 from airflow_provider.sensors import PgBackgroundSensor
 from airflow_provider.triggers import PgBackgroundBatchTrigger, PgBackgroundSensorTrigger, PgBackgroundTrigger
+from airflow_provider.triggers.login import Login
+from airflow_provider.triggers.task import GOES_ON
 from airflow_provider.waiting import TaskKilled, Waiting
 from airflow_provider.watching import Watch
 from pgbg_orchestration import Job, Launcher, Outcome, errors
@@ -31,8 +32,8 @@ pytestmark = [pytest.mark.airflow, pytest.mark.servers("real", "embedded"), pyte
 def _connection(monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
     """Every Airflow connection leads to the test's database, which has a table for what jobs did."""
     monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
-    monkeypatch.setattr(triggering, "_conninfos", {})
-    monkeypatch.setattr(triggering, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
+    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
     with database.connect() as admin:
         admin.execute("create table effect (what text)")
 
@@ -68,7 +69,7 @@ def xcoms(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     async def push(ti: Any, value: Any) -> None:
         stored.append((ti, value))
 
-    monkeypatch.setattr("airflow_provider.trigger_base.push_xcom", push)
+    monkeypatch.setattr("airflow_provider.triggers.base.push_xcom", push)
     return stored
 
 
@@ -82,7 +83,7 @@ def _state(monkeypatch: pytest.MonkeyPatch, state: str | None) -> None:
     async def answer(_ti: Any) -> str | None:
         return state
 
-    monkeypatch.setattr("airflow_provider.trigger_base.state_of", answer)
+    monkeypatch.setattr("airflow_provider.triggers.base.state_of", answer)
 
 
 class TestOneJob:
@@ -114,7 +115,7 @@ class TestOneJob:
         async def fail(_ti: Any, _value: Any) -> None:
             raise OSError("the bucket is away")
 
-        monkeypatch.setattr("airflow_provider.trigger_base.push_xcom", fail)
+        monkeypatch.setattr("airflow_provider.triggers.base.push_xcom", fail)
         (event,) = await _events(PgBackgroundTrigger(job=_job(), end_task=True))
 
         assert not isinstance(event, TaskSuccessEvent)
@@ -204,7 +205,7 @@ class TestLogins:
             return asked[-1]
 
         monkeypatch.setattr(PgBackgroundHook, "conninfo", conninfo)
-        monkeypatch.setattr(triggering, "CONNECTION_SECONDS", 0.0)
+        monkeypatch.setattr("airflow_provider.triggers.login.CONNECTION_SECONDS", 0.0)
         job = _job(sql="insert into effect values ('load'); select pg_sleep(1)")
         running = asyncio.create_task(_event(PgBackgroundTrigger(job=job)))
         await _until(database.workers)
@@ -218,9 +219,9 @@ class TestLogins:
     async def test_triggers_share_sessions_whatever_the_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
         tokens = iter(("first", "second", "third"))
         monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: f"host=db password={next(tokens)}")
-        monkeypatch.setattr(triggering, "CONNECTION_SECONDS", 0.0)
+        monkeypatch.setattr("airflow_provider.triggers.login.CONNECTION_SECONDS", 0.0)
 
-        one, two = [await triggering.Login.of("books", None, None) for _ in range(2)]
+        one, two = [await Login.of("books", None, None) for _ in range(2)]
 
         assert one == two
         assert "first" not in repr(one)
@@ -229,17 +230,17 @@ class TestLogins:
     async def test_a_connection_that_leads_elsewhere_is_another_login(self, monkeypatch: pytest.MonkeyPatch) -> None:
         places = iter(("host=old", "host=new", "host=new"))
         monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: next(places))
-        monkeypatch.setattr(triggering, "CONNECTION_SECONDS", 0.0)
+        monkeypatch.setattr("airflow_provider.triggers.login.CONNECTION_SECONDS", 0.0)
 
-        old, new = [await triggering.Login.of("books", None, None) for _ in range(2)]
+        old, new = [await Login.of("books", None, None) for _ in range(2)]
 
         assert old != new
         assert await old() == "host=old", "its jobs are there"
 
     async def test_an_airflow_that_is_away_keeps_nobody_from_the_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: "host=db password=old")
-        monkeypatch.setattr(triggering, "CONNECTION_SECONDS", 0.0)
-        login = await triggering.Login.of("books", None, None)
+        monkeypatch.setattr("airflow_provider.triggers.login.CONNECTION_SECONDS", 0.0)
+        login = await Login.of("books", None, None)
 
         def fail(_hook: PgBackgroundHook) -> str:
             raise OSError("no API server")
@@ -267,7 +268,7 @@ class TestOnKill:
             ("cancelled", f"the Airflow task is {state or 'gone'}")
         ]
 
-    @pytest.mark.parametrize("state", triggering.GOES_ON)
+    @pytest.mark.parametrize("state", GOES_ON)
     async def test_a_task_that_goes_on_keeps_its_worker(
         self, database: Database, monkeypatch: pytest.MonkeyPatch, state: str
     ) -> None:
@@ -289,7 +290,7 @@ class TestOnKill:
             await asyncio.sleep(1)
             return "failed"
 
-        monkeypatch.setattr("airflow_provider.trigger_base.state_of", answer_late)
+        monkeypatch.setattr("airflow_provider.triggers.base.state_of", answer_late)
         trigger = PgBackgroundTrigger(job=_job(sql="select pg_sleep(60)"))
         running = asyncio.create_task(_event(trigger))
         await _until(database.workers)

@@ -13,7 +13,6 @@ from tests.conftest import Database
 
 pytest.importorskip("airflow")
 
-from airflow_provider import triggering
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.identity import Identity, identify
 from airflow_provider.triggers import PgBackgroundSensorTrigger, PgBackgroundTrigger
@@ -31,8 +30,8 @@ SQL = "create table loaded as select generate_series(1, 3) as n; select pg_sleep
 def _connection(monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
     """Every Airflow connection leads to the test's database."""
     monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
-    monkeypatch.setattr(triggering, "_conninfos", {})
-    monkeypatch.setattr(triggering, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
+    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
 
 
 def task_instance() -> Identity:

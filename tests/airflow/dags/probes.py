@@ -8,8 +8,7 @@ from typing import Any
 
 from airflow.sdk import DAG
 
-from airflow_provider.batch import PgBackgroundBatchOperator
-from airflow_provider.operators import PgBackgroundOperator
+from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator
 from airflow_provider.sensors import PgBackgroundSensor
 
 PROBES: dict[str, dict[str, Any]] = {

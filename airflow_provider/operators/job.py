@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.sdk import BaseOperator, conf
 
-from . import starting
-from .arguments import JOB_FIELDS, job_arguments, not_storable
-from .ending import ends_in_trigger
-from .retry_policy import SqlStateRetryPolicy
+from airflow_provider.arguments import JOB_FIELDS, job_arguments, not_storable
+from airflow_provider.ending import ends_in_trigger
+from airflow_provider.retry_policy import SqlStateRetryPolicy
+
+from . import start
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
     from airflow.sdk.definitions.mappedoperator import OperatorPartial
 
+    from airflow_provider.triggers.base import JobTrigger
+    from airflow_provider.waiting import Waiting
     from pgbg_orchestration import Job
-
-    from .trigger_base import JobTrigger
-    from .waiting import Waiting
 
 MARGIN = timedelta(minutes=10)
 """From a job's deadline to Airflow's own, which ends the waiting where no triggerer is left to keep the deadline."""
@@ -182,9 +182,9 @@ class PgBackgroundOperator(BaseOperator):
             self.retry_policy = SqlStateRetryPolicy()
         if start_from_trigger:
             given = self._start_arguments()
-            starting.check(self, given, durable=durable, possible=self.can_start_from_trigger)
+            start.check(self, given, durable=durable, possible=self.can_start_from_trigger)
             self.deferrable = self.start_from_trigger = True
-            self.start_trigger_args = starting.trigger_args(given, timeout)
+            self.start_trigger_args = start.trigger_args(given, timeout)
 
     # Beginning in the triggerer --------------------------------------------------------------------------------------
 
@@ -200,14 +200,14 @@ class PgBackgroundOperator(BaseOperator):
             They are to begin in the triggerer.
         """
         mapped: OperatorPartial = super().partial(**kwargs)
-        starting.check_mapped(mapped.kwargs)
+        start.check_mapped(mapped.kwargs)
         return mapped
 
     def resolve_template_files(self) -> None:
         """Read template files; a triggerer that renders what was in them cannot find them itself."""
         super().resolve_template_files()
         if self.start_from_trigger:
-            self.start_trigger_args = starting.trigger_args(self._start_arguments(), self.timeout)
+            self.start_trigger_args = start.trigger_args(self._start_arguments(), self.timeout)
 
     def _start_arguments(self) -> dict[str, Any]:
         return {**{field: getattr(self, field) for field in JOB_FIELDS}, **self._trigger_arguments()}
@@ -216,8 +216,8 @@ class PgBackgroundOperator(BaseOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the job: defer to a trigger, or wait here."""
-        from .identity import identify
-        from .triggers import PgBackgroundTrigger
+        from airflow_provider.identity import identify
+        from airflow_provider.triggers import PgBackgroundTrigger
 
         job = job_arguments(self, identify(context, durable=self.durable), self)
         checked = self._check(job)
@@ -227,7 +227,7 @@ class PgBackgroundOperator(BaseOperator):
 
     def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return what the trigger found, or raise the job's error in its own type."""
-        from . import events
+        from airflow_provider import events
 
         result = events.result_of(event)
         self.log.info(
@@ -264,11 +264,10 @@ class PgBackgroundOperator(BaseOperator):
         return self.execute_complete(context, self._do_here(trigger))
 
     def _do_here(self, trigger: JobTrigger) -> dict[str, Any]:
+        from airflow_provider import events
+        from airflow_provider.hook import PgBackgroundHook
+        from airflow_provider.waiting import Waiting
         from pgbg_orchestration.errors import PgbgError
-
-        from . import events
-        from .hook import PgBackgroundHook
-        from .waiting import Waiting
 
         trigger.in_task = True
         hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
@@ -288,7 +287,7 @@ class PgBackgroundOperator(BaseOperator):
 
     def get_openlineage_facets_on_start(self) -> Any:
         """Return the tables that the SQL reads and writes, for OpenLineage's listener."""
-        from .lineage import facets_of
+        from airflow_provider.lineage import facets_of
 
         return facets_of(self._statements(), self.postgres_conn_id, self.database)
 

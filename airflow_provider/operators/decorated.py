@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, task_decorator_factory
 from airflow.sdk.definitions._internal.types import SET_DURING_EXECUTION
 
-from .operators import PgBackgroundOperator
+from .job import PgBackgroundOperator
 
 if TYPE_CHECKING:
     from airflow.sdk import Context

@@ -9,18 +9,13 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from .arguments import not_storable
+from airflow_provider.arguments import LEAD, not_storable
 
 if TYPE_CHECKING:
     from airflow.sdk import BaseOperator
     from airflow.triggers.base import StartTriggerArgs
 
 _WITHOUT = "Leave start_from_trigger out: the task then begins on a worker, for a moment, and waits in the triggerer."
-LEAD = timedelta(seconds=5)
-"""From the deadline of a job that began in the triggerer to Airflow's own timeout.
-
-That one ends the trigger where it stands: no ``on_kill``, no outcome of the job's, and its worker left at work.
-"""
 
 
 def check(operator: BaseOperator, given: Mapping[str, Any], *, durable: bool, possible: bool) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import events
-from .arguments import job_arguments, label_of
-from .operators import PgBackgroundOperator
+from airflow_provider import events
+from airflow_provider.arguments import job_arguments, label_of
+
+from .job import PgBackgroundOperator
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from .identity import Identity
+    from airflow_provider.identity import Identity
 
 
 class PgBackgroundBatchOperator(PgBackgroundOperator):
@@ -68,8 +69,8 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the jobs: defer to a trigger, or wait here."""
-        from .identity import identify
-        from .triggers import PgBackgroundBatchTrigger
+        from airflow_provider.identity import identify
+        from airflow_provider.triggers import PgBackgroundBatchTrigger
 
         if not self.jobs:
             self.log.info("The batch is empty: nothing to do.")

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TaskSuccessEvent, TriggerEvent
 
-from . import events
-from .hook import PgBackgroundHook
-from .triggering import GOES_ON, Login, load_core, push_xcom, settle, state_of, to_its_end
+from airflow_provider import events
+from airflow_provider.hook import PgBackgroundHook
+
+from .login import Login
+from .task import GOES_ON, load_core, push_xcom, settle, state_of, to_its_end
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Launcher, Outcome
@@ -68,7 +70,9 @@ class ServerTrigger(BaseTrigger):
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the trigger's class path and arguments."""
-        return f"{type(self).__module__}.{type(self).__name__}", {name: getattr(self, name) for name in self.arguments}
+        own = type(self).__module__.startswith(f"{__package__}.")
+        room = __package__ if own else type(self).__module__  # a subclass of a user's stays where it is
+        return f"{room}.{type(self).__name__}", {name: getattr(self, name) for name in self.arguments}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Do the work, and fire one event."""

@@ -1,0 +1,106 @@
+"""The triggers of one job: of a task that was on a worker first, and of one that begins in the triggerer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider import events
+from airflow_provider.arguments import JOB_FIELDS, LEAD, job_arguments
+from airflow_provider.identity import identify_try
+
+from .base import JobTrigger
+
+if TYPE_CHECKING:
+    from pgbg_orchestration import Launcher
+
+
+class PgBackgroundTrigger(JobTrigger):
+    """Runs one job and fires one event: its outcome, or the fields of its error.
+
+    What it carries is stored by Airflow in clear text, the SQL and its parameters included.
+
+    Parameters
+    ----------
+    job:
+        The arguments of :class:`pgbg_orchestration.Job`.
+    kwargs:
+        As :class:`~airflow_provider.triggers.base.JobTrigger` takes them.
+    """
+
+    arguments = ("job", *JobTrigger.arguments)
+
+    def __init__(self, *, job: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.job = job
+
+    def identities(self) -> list[Mapping[str, Any]]:
+        """Return the job's ``id``, ``series`` and ``owner``."""
+        return [self.job]
+
+    async def work(self, launcher: Launcher) -> dict[str, Any]:
+        """Launch the job or attach to it, and wait for its outcome."""
+        return events.of_outcome(await self.run_job(launcher, self.job))
+
+
+class PgBackgroundStartTrigger(PgBackgroundTrigger):
+    """Runs the job of a task that never was on a worker (``start_from_trigger``).
+
+    Airflow renders those attributes that bear the name of a template field of the operator. The job is made here, from
+    the id of the try, which stays when the trigger moves to another triggerer.
+
+    Parameters
+    ----------
+    sql, parameters, worker_label, settings, role, isolation, kind, queue_size, verify_sql, drop_invalid_index, \
+redact_details:
+        The attributes of :class:`~airflow_provider.operators.PgBackgroundOperator` of these names.
+    kwargs:
+        As :class:`PgBackgroundTrigger` takes them, without ``job``.
+    """
+
+    arguments = (*JOB_FIELDS, *(name for name in PgBackgroundTrigger.arguments if name != "job"))
+    follows_process = False
+
+    def __init__(
+        self,
+        *,
+        sql: str | list[str],
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+        worker_label: str | None = None,
+        settings: Mapping[str, str] | None = None,
+        role: str | None = None,
+        isolation: str | None = None,
+        kind: str | None = None,
+        queue_size: int | None = None,
+        verify_sql: str | None = None,
+        drop_invalid_index: bool = False,
+        redact_details: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(job={}, **kwargs)
+        self.sql = sql
+        self.parameters = parameters
+        self.worker_label = worker_label
+        self.settings = settings
+        self.role = role
+        self.isolation = isolation
+        self.kind = kind
+        self.queue_size = queue_size
+        self.verify_sql = verify_sql
+        self.drop_invalid_index = drop_invalid_index
+        self.redact_details = redact_details
+        self.timeout_after: datetime | None = None  # the triggerer sets it
+
+    def identities(self) -> list[Mapping[str, Any]]:
+        """Return the ``id`` and ``series`` of the job of this try."""
+        identity = identify_try(self.task_instance)
+        return [{"id": identity.job_id, "series": identity.series}]
+
+    async def work(self, launcher: Launcher) -> dict[str, Any]:
+        """Make the job, launch it or attach to it, and wait for its outcome."""
+        self.job = job_arguments(self, identify_try(self.task_instance), self.task_instance)
+        if self.timeout_after is not None:
+            self.deadline = self.timeout_after - LEAD
+        self.log.info("Job %s, label %r.", self.job["id"], self.job["label"])
+        return await super().work(launcher)
