@@ -15,7 +15,7 @@ ARGS      ?=
 JOBS      ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format chaos bench lock clean
+.PHONY: help venv demo test long check format chaos bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ demo: $(STAMP) ## run real Airflow and Dagster jobs on an embedded PostgreSQL
 
 test: $(STAMP) ## run the test suite but for chaos (ARGS="tests/unit -k retry" for less)
 	@JOBS=$(JOBS) $(PY) scripts/test.py $(ARGS)
+
+long: $(STAMP) ## run all that a push leaves out for its time, for hours (ARGS="suite chaos" for these steps)
+	@JOBS=$(JOBS) $(PY) scripts/long.py $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, imports, exported names
 	@$(VENV)/bin/ruff check .

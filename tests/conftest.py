@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from pgbg_orchestration.embedded.databases import Contents, Databases
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
 from tests.kit.proxy import Proxy
+from tests.matrix import LONG, at_a_push
 from tests.servers.debian import ServerUnavailableError
 from tests.servers.kinds import KINDS, Server
 from tests.servers.older import MAJORS
@@ -128,9 +130,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = []
+    lines = ["servers: all that a test is meant for" if LONG else "servers: a push's (tests/matrix.py)"]
     for kind in _named(config) or KINDS:
-        reason = KINDS[kind].why_not()
+        reason = _why_not()[kind]
         lines.append(f"server {kind}: {f'not here, {reason}' if reason else 'yes'}")
     return lines
 
@@ -160,7 +162,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that asks for a server once for each kind of server that it is meant for."""
+    """Run a test that asks for a server on the kinds that it is meant for: at a push on a few (tests/matrix.py)."""
     if "server_kind" not in metafunc.fixturenames:
         return
     wanted = {*MAJORS} if metafunc.definition.get_closest_marker("majors") else set()
@@ -172,7 +174,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         kinds = [kind for kind in kinds if {kind, KINDS[kind].like} & {*marker.args}]
     if metafunc.definition.get_closest_marker("real"):
         kinds = [kind for kind in kinds if {kind, KINDS[kind].like} & {"real", "embedded"}]
+    if not (LONG or _named(metafunc.config)):
+        differs = metafunc.definition.get_closest_marker("embedded_differs") is not None
+        kinds = at_a_push(kinds, _why_not(), embedded_differs=differs)
     metafunc.parametrize("server_kind", kinds, scope="session")
+
+
+@cache
+def _why_not() -> Mapping[str, str | None]:
+    """Why each kind of server cannot be had here, asked once."""
+    return {kind: KINDS[kind].why_not() for kind in KINDS}
 
 
 @pytest.fixture(scope="session")

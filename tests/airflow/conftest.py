@@ -15,7 +15,7 @@ import pytest
 from pgbg_orchestration.embedded.databases import Databases
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
 from tests.conftest import Running
-from tests.core.kit import LONG
+from tests.matrix import LONG
 from tests.servers.debian import ServerUnavailableError
 from tests.servers.kinds import Server
 

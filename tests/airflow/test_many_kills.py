@@ -11,7 +11,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.core.kit import LONG, seeded
+from tests.core.kit import seeded
+from tests.matrix import IN_THE_LONG_FORM, LONG
 
 from .conftest import Lab
 
@@ -19,7 +20,7 @@ pytestmark = [
     pytest.mark.airflow,
     pytest.mark.processes,
     pytest.mark.slow,
-    pytest.mark.skipif(not LONG, reason="takes half an hour: PGBG_LONG=1"),
+    pytest.mark.skipif(not LONG, reason=f"{IN_THE_LONG_FORM}: takes half an hour"),
 ]
 
 TIMES = 12

@@ -20,6 +20,8 @@ from tests.kit.processes import running
 from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 from tests.servers.kinds import Server
 
+pytestmark = pytest.mark.embedded_differs
+
 MakeServer = Callable[..., Server]
 MakeDatabase = FreshDatabases
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import psycopg
 import pytest
 
 from tests.conftest import Database
-from tests.core.kit import LONG, Watched
-from tests.servers.kinds import KINDS, Server
-from tests.servers.older import MAJORS
-
-HERE = Path(__file__).parent
+from tests.core.kit import Watched
+from tests.servers.kinds import Server
 
 
 @pytest.fixture
@@ -56,25 +52,3 @@ def enemy(db: Watched) -> Iterator[psycopg.Connection]:
     connection.close()
     db.sql("drop owned by pgbg_enemy")
     db.sql("drop role pgbg_enemy")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without ``--servers``, run on one server with the real extension and on the other surface only.
-
-    PGBG_LONG=1 runs on all of them.
-    """
-    if LONG or config.getoption("--servers"):
-        return
-    chosen = {"real" if KINDS["real"].why_not() is None else "embedded", "standin19"}
-    keep: list[pytest.Item] = []
-    drop: list[pytest.Item] = []
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        kind = callspec.params.get("server_kind") if callspec and HERE in item.path.parents else None
-        marker = item.get_closest_marker("servers")
-        other_surface = "standin20" if marker and "standin19" not in marker.args else "standin19"
-        majors = set(MAJORS) if item.get_closest_marker("majors") else set()
-        (keep if kind is None or kind in {*chosen, other_surface, *majors} else drop).append(item)
-    if drop:
-        config.hook.pytest_deselected(items=drop)
-        items[:] = keep

@@ -22,6 +22,7 @@ from psycopg import sql
 
 from pgbg_orchestration import errors
 from pgbg_orchestration.outcome import Event
+from tests.matrix import IN_THE_LONG_FORM, LONG
 
 if TYPE_CHECKING:
     from tests.conftest import Database
@@ -31,11 +32,10 @@ GENEROUS = 60.0
 """Seconds after which a wait of a test fails. Nothing is asserted about how long anything takes."""
 APP = "pgbg_app"
 """The login that the tests run jobs as: pgbackground_role, the effects table, and nothing else."""
-LONG = os.environ.get("PGBG_LONG") == "1"
 ROOT = Path(__file__).parents[2]
 
 
-only_long = pytest.mark.skipif(not LONG, reason="takes a minute of CI's few: PGBG_LONG=1")
+only_long = pytest.mark.skipif(not LONG, reason=f"{IN_THE_LONG_FORM}: takes a minute")
 """For a test with near relatives that always run."""
 
 

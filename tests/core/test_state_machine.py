@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from pgbg_orchestration import Job, Launcher, Outcome, errors
-from tests.core.kit import LONG, Recorder, Watched, cancelled, count, ended, eventually, seeded
+from tests.core.kit import Recorder, Watched, cancelled, count, ended, eventually, seeded
+from tests.matrix import LONG
 
 T = TypeVar("T")
 EXAMPLES = itertools.count()

@@ -1,0 +1,59 @@
+"""Which servers a test runs on: a few of them at every push, all of them in the long form (``make long``).
+
+The servers that a test is meant for follow from its marks. Of these a push needs
+
+* one with the real extension: ``real``, or ``embedded`` where there is no chroot. Both are PostgreSQL 18 with the same
+  library, so a test runs on both only where it is about the embedded server itself (``embedded_differs``);
+* one surface of the stand-in: 1.9's, since the real extension offers 2.0's, or 2.0's for a test not meant for 1.9's;
+* of the older majors, for a test marked ``majors``, the one that continuous integration installs.
+
+No test is left out at a push for its servers: what it is meant for, it runs on at least once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+
+LONG = os.environ.get("PGBG_LONG") == "1"
+"""True in the long form: every server, full repetitions, and the tests that take minutes."""
+IN_THE_LONG_FORM = "run by `make long`"
+"""How the reason starts for which a push skips a test."""
+
+REAL = ("real", "embedded")
+"""Kinds with the real extension; one of them is enough at a push, the first that can be had."""
+STANDIN = ("standin19", "standin20")
+"""Kinds with the stand-in, on the same PostgreSQL as ``embedded``; one is enough at a push."""
+MAJOR = ("standin15", "standin14", "standin16", "standin17")
+"""Kinds with an older PostgreSQL; one is enough at a push, the first that can be had."""
+
+
+def at_a_push(meant: Sequence[str], why_not: Mapping[str, str | None], *, embedded_differs: bool = False) -> list[str]:
+    """Choose the servers that a test runs on at a push.
+
+    Parameters
+    ----------
+    meant
+        The kinds of server that the test is meant for.
+    why_not
+        For each kind why it cannot be had here, or None when it can.
+    embedded_differs
+        True for a test that is about the embedded server itself.
+
+    Returns
+    -------
+    list of str
+        One of each group in ``meant``, in the order of ``meant``. Where none of a group can be had, its first: the
+        test is then skipped with the reason, and does not vanish.
+    """
+    chosen = {first_to_be_had(group, meant, why_not) for group in (REAL, STANDIN, MAJOR)}
+    if embedded_differs:
+        chosen.add("embedded")
+    return [kind for kind in meant if kind in chosen]
+
+
+def first_to_be_had(group: Collection[str], meant: Collection[str], why_not: Mapping[str, str | None]) -> str | None:
+    """Return the first of a group that a test is meant for and that can be had here, else the first it is meant for."""
+    candidates = [kind for kind in group if kind in meant]
+    there = [kind for kind in candidates if why_not[kind] is None]
+    return next(iter(there or candidates), None)

@@ -1,0 +1,65 @@
+"""Which servers a test runs on at a push."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from tests.matrix import MAJOR, REAL, STANDIN, at_a_push
+from tests.servers.kinds import KINDS
+
+EVERYWHERE = ["real", "embedded", "standin20", "standin19"]
+HERE = dict.fromkeys(KINDS)
+
+
+def without(*missing: str) -> dict[str, str | None]:
+    """A machine on which these kinds cannot be had."""
+    return {kind: "not here" if kind in missing else None for kind in KINDS}
+
+
+@pytest.mark.parametrize(
+    ("meant", "chosen"),
+    [
+        (EVERYWHERE, ["real", "standin19"]),
+        (["real", "embedded"], ["real"]),
+        (["embedded"], ["embedded"]),
+        (["real", "embedded", "standin20"], ["real", "standin20"]),
+        (["standin20", "standin19"], ["standin19"]),
+        ([*EVERYWHERE, *MAJOR], ["real", "standin19", "standin15"]),
+    ],
+)
+def test_one_of_each_group(meant: list[str], chosen: list[str]) -> None:
+    assert sorted(at_a_push(meant, HERE)) == sorted(chosen)
+
+
+@pytest.mark.parametrize(
+    ("meant", "missing", "chosen"),
+    [
+        (EVERYWHERE, ["real"], ["embedded", "standin19"]),
+        ([*EVERYWHERE, *MAJOR], ["standin15"], ["real", "standin19", "standin14"]),
+        # Kept although it cannot be had: its skip says why.
+        (["real"], ["real"], ["real"]),
+        (["real", "embedded"], ["real", "embedded"], ["real"]),
+    ],
+)
+def test_what_cannot_be_had_is_replaced_or_skipped(meant: list[str], missing: list[str], chosen: list[str]) -> None:
+    assert sorted(at_a_push(meant, without(*missing))) == sorted(chosen)
+
+
+def test_what_is_about_the_embedded_server_runs_there_too() -> None:
+    assert at_a_push(EVERYWHERE, HERE, embedded_differs=True) == ["real", "embedded", "standin19"]
+
+
+def test_no_test_vanishes_for_its_servers() -> None:
+    """Whatever a test is meant for, it is collected at least once."""
+    kinds = [*REAL, *STANDIN, *MAJOR]
+    for size in range(1, len(kinds) + 1):
+        for meant in combinations(kinds, size):
+            assert at_a_push(meant, HERE), meant
+            assert at_a_push(meant, without(*kinds)), meant
+
+
+def test_every_kind_is_in_one_group() -> None:
+    """But for a server of the developer's own, which only ``--servers`` names."""
+    assert sorted([*REAL, *STANDIN, *MAJOR, "installed"]) == sorted(KINDS)
