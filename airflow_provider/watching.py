@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from psycopg import AsyncConnection
 
-    from pgbg_orchestration.ledger.ledger import JobEntry, Ledger
+    from pgbg_orchestration.ledger.history import JobEntry
+    from pgbg_orchestration.ledger.ledger import Ledger
 
 COMMITTED = ("committed",)
 ENDED_BADLY = ("cancelled", "failed", "lost", "unknown")

@@ -14,7 +14,7 @@ from .driving import Talk
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Launcher
-    from pgbg_orchestration.ledger.ledger import Sighting
+    from pgbg_orchestration.ledger.sighting import Sighting
 
 BEGUN_WITHIN = 60.0  # seconds for a launched worker to be seen at work
 POLL = (0.05, 5.0)  # seconds between two looks at somebody else's job: at first, and at most

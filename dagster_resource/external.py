@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
 
     from pgbg_orchestration.errors import PgbgError
-    from pgbg_orchestration.ledger.ledger import JobEntry
+    from pgbg_orchestration.ledger.history import JobEntry
 
     from .resource import PgBackgroundResource
 

@@ -32,7 +32,7 @@ from .external import JOB_CHECK
 from .outcome import PgBackgroundOutcome
 
 if TYPE_CHECKING:
-    from pgbg_orchestration.ledger.ledger import JobEntry
+    from pgbg_orchestration.ledger.history import JobEntry
 
     from .external import ExternalAssets
     from .resource import PgBackgroundResource

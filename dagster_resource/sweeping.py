@@ -19,7 +19,7 @@ from .batch import RUN_IS_GONE
 from .sensors import asking_for
 
 if TYPE_CHECKING:
-    from pgbg_orchestration.ledger.ledger import JobEntry
+    from pgbg_orchestration.ledger.history import JobEntry
 
     from .resource import PgBackgroundResource
 

@@ -14,8 +14,9 @@ from . import pace
 from .errors import PoolerInTransactionMode
 from .job import Job, Kind
 from .ledger import readiness
-from .ledger.ledger import Key, Ledger, Sighting
+from .ledger.ledger import Ledger
 from .ledger.readiness import ServerFacts
+from .ledger.sighting import Key, Sighting
 from .options import Options, RunOptions
 from .outcome import Outcome
 from .postgres import connection, describe

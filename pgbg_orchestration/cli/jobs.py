@@ -17,7 +17,7 @@ from rich.text import Text
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.ledger import readiness
-from pgbg_orchestration.ledger.ledger import STATES, JobEntry
+from pgbg_orchestration.ledger.history import STATES, JobEntry
 
 from .codes import ExitCode
 from .options import Dsn, Json, Owner, Schema, seconds_option

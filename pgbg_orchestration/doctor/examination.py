@@ -98,7 +98,9 @@ async def _admit(conn: AsyncConnection[Any], schema: str) -> Patient:
 def _greeting(patient: Patient) -> Finding:
     info, facts = patient.conn.info, patient.facts
     where = info.host if info.host.startswith("/") else f"{info.host}:{info.port}"
-    text = f"PostgreSQL {facts.version_text} at {where}, database {facts.database}, login {facts.login}."
+    text = f"PostgreSQL {facts.version_text} at {where}, database {facts.database}, login {facts.login}"
+    # Set by ALTER ROLE … SET role: its privileges count, and not the login's.
+    text += "." if facts.role == facts.login else f", with the role {facts.role} in force."
     return Finding("server", "reached", Status.OK, text)
 
 
@@ -160,26 +162,27 @@ async def _privilege(patient: Patient) -> list[Finding]:
     row = await patient.one(
         "select coalesce(bool_and(pg_catalog.has_function_privilege(p.oid, 'EXECUTE')), false) as execute,"
         " exists (select from pg_catalog.pg_roles as r where r.rolname = %s"
-        "   and pg_catalog.pg_has_role(session_user, r.oid, 'MEMBER')) as member"
+        "   and pg_catalog.pg_has_role(current_user, r.oid, 'MEMBER')) as member"
         " from pg_catalog.pg_proc as p join pg_catalog.pg_namespace as n on n.oid = p.pronamespace"
         """ where '"' || n.nspname || '"."' || p.proname || '"' = any(%s)""",
         ROLE,
         names,
     )
-    grant = extension.grant_statement(facts.login)
+    grant = extension.grant_statement(facts.role)
     name = "role membership"
+    who = "The login" if facts.role == facts.login else f"The role in force, {facts.role},"
     if facts.superuser:
-        text = "The login is a superuser. Jobs run as well as an ordinary login with " + ROLE + "."
+        text = f"{who} is a superuser. Jobs run as well as an ordinary login with " + ROLE + "."
         found = [Finding("extension", name, Status.OK, text)]
     elif facts.in_role:
-        found = [Finding("extension", name, Status.OK, f"The login has the privileges of {ROLE}.")]
+        found = [Finding("extension", name, Status.OK, f"{who} has the privileges of {ROLE}.")]
     elif row["member"]:
-        text = f"The login is a member of {ROLE} but does not inherit its privileges."
-        login = sql.Identifier(facts.login).as_string(None)
+        text = f"{who} is a member of {ROLE} but does not inherit its privileges."
+        login = sql.Identifier(facts.role).as_string(None)
         todo = f"{grant.rstrip(';')} WITH INHERIT TRUE;" if facts.version >= 160000 else f"ALTER ROLE {login} INHERIT;"
         found = [Finding("extension", name, Status.FAILS, text, todo)]
     else:
-        found = [Finding("extension", name, Status.FAILS, f"The login is not a member of {ROLE}.", grant)]
+        found = [Finding("extension", name, Status.FAILS, f"{who} is not a member of {ROLE}.", grant)]
     if found[0].status is Status.OK and not row["execute"]:
         text = f"{ROLE} lacks EXECUTE on functions of the extension."
         function = extension.name("grant_privileges").as_string(None)
@@ -348,6 +351,7 @@ async def _schema(patient: Patient) -> list[Finding]:
         text = f"The schema {schema!r} with the receipts is not installed: only jobs of kind session can run."
         todo = "pgbg install (or, for your DBA: pgbg install --print)"
         return [Finding("schema", schema, Status.FAILS, text, todo)]
+    who = "The login" if facts.role == facts.login else f"The role in force, {facts.role},"
     login = sql.Identifier(facts.login).as_string(None)
     in_role = facts.in_role or facts.superuser
     name = sql.Identifier(schema).as_string(None)
@@ -357,7 +361,7 @@ async def _schema(patient: Patient) -> list[Finding]:
     )
     grant = anew if in_role else f"It comes with {ROLE}: see role membership."
     if not facts.schema_usage:
-        text = f"The login may not use the schema {schema!r}; its version is not visible."
+        text = f"{who} may not use the schema {schema!r}; its version is not visible."
         return [Finding("schema", schema, Status.FAILS, text, grant)]
     if facts.schema_version != install.VERSION:
         newer = (facts.schema_version or 0) > install.VERSION
@@ -375,7 +379,7 @@ async def _schema(patient: Patient) -> list[Finding]:
         schema,
     )
     if not row["execute"]:
-        text = f"The login may not call the functions of the schema {schema!r}."
+        text = f"{who} may not call the functions of the schema {schema!r}."
         found.append(Finding("schema", "functions", Status.FAILS, text, grant))
     owner = sql.Identifier(row["rolname"]).as_string(None)
     if row["rolsuper"]:

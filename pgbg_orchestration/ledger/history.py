@@ -1,19 +1,48 @@
-"""How a job of the ``jobs`` view ended, as its outcome or its error: for those who did not run it themselves."""
+"""A job of the ``jobs`` view, and how it ended as its outcome or its error, for those who did not run it themselves."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
 
 from pgbg_orchestration import errors
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.outcome import ErrorFields, Outcome
 
-if TYPE_CHECKING:
-    from .ledger import JobEntry
-
+STATES = ("running", "waiting", "committed", "cancelled", "failed", "lost", "unknown")
 ENDED_BADLY = ("failed", "cancelled", "lost", "unknown")
 """States in which a job has ended without a commit, or nobody can tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobEntry:
+    """A line of the ``jobs`` view: a job's true state, and what its launching side wrote down of it."""
+
+    owner: str
+    job_id: str
+    label: str | None
+    series: str | None
+    generation: int | None
+    kind: str | None
+    state: str
+    attempt: int | None
+    running_pid: int | None
+    launched_by: str | None
+    registered_at: datetime | None
+    launched_at: datetime | None
+    ended_at: datetime | None
+    row_count: int | None
+    command_tag: str | None
+    sqlstate: str | None
+    message: str | None
+    detail: str | None
+    hint: str | None
+    context: str | None
+    cancelled_by: str | None
+    reason: str | None
+    worker_pid: int | None
+    started_at: datetime | None
 
 
 def outcome_of(entry: JobEntry) -> Outcome:

@@ -18,48 +18,19 @@ from pgbg_orchestration.errors import (
 )
 from pgbg_orchestration.postgres.pg_background import OLDEST, ROLE, Extension
 
-from . import install
-
-_QUERY = """
-select session_user::text as login,
-       pg_catalog.current_setting('server_version_num')::int as version,
-       pg_catalog.current_setting('server_version') as version_text,
-       pg_catalog.pg_is_in_recovery() as in_recovery,
-       pg_catalog.current_database()::text as database,
-       pg_catalog.pg_backend_pid() as backend_pid,
-       pg_catalog.current_setting('statement_timeout') as statement_timeout,
-       -- What the login's sessions begin with; unset where no session has loaded the extension.
-       coalesce(pg_catalog.current_setting('pg_background.worker_timeout', true), '0') as worker_timeout,
-       pg_catalog.current_setting('default_transaction_isolation') as default_transaction_isolation,
-       pg_catalog.current_setting('max_worker_processes')::int as max_worker_processes,
-       e.extversion as extension_version, n.nspname::text as extension_schema,
-       (select a.default_version from pg_catalog.pg_available_extensions as a
-         where a.name = 'pg_background') as extension_available,
-       m.oid is not null as has_schema,
-       coalesce(pg_catalog.has_schema_privilege(m.relnamespace, 'USAGE')
-                and pg_catalog.has_table_privilege(m.oid, 'SELECT'), false) as schema_usage,
-       (select r.rolsuper from pg_catalog.pg_roles as r where r.rolname = session_user) as superuser,
-       coalesce((select pg_catalog.pg_has_role(session_user, r.oid, 'USAGE') from pg_catalog.pg_roles as r
-         where r.rolname = %(role)s), false) as in_role,
-       coalesce((select r.reset_val from pg_catalog.pg_settings as r
-         where r.name = 'default_transaction_read_only'), 'off') = 'on' as read_only
-  from (select) as one
-  left join pg_catalog.pg_extension as e on e.extname = 'pg_background'
-  left join pg_catalog.pg_namespace as n on n.oid = e.extnamespace
-  -- Not to_regclass: it fails for a login that may not use the schema, and that login is to be told what to grant.
-  left join pg_catalog.pg_class as m
-    on m.relname = 'meta' and m.relnamespace = pg_catalog.to_regnamespace(%(schema)s)
-"""
+from . import install, queries
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
     """What a login sees of its server and database.
 
+    ``role`` is the role in force, whose privileges count: the login, unless ALTER ROLE … SET role made it another.
     ``backend_pid`` is what the server says; behind a pooler it is not what the connection was told at its start.
     """
 
     login: str
+    role: str
     version: int
     version_text: str
     in_recovery: bool
@@ -79,6 +50,13 @@ class ServerFacts:
     in_role: bool
     read_only: bool
     through_pooler: bool
+
+    @property
+    def who(self) -> str:
+        """Whose privileges count, in words."""
+        if self.role == self.login:
+            return f"the login {self.login!r}"
+        return f"the role {self.role!r}, which is in force for the login {self.login!r} (ALTER ROLE … SET role),"
 
     @property
     def defaults(self) -> dict[str, str]:
@@ -124,11 +102,11 @@ async def look_at(conn: AsyncConnection[Any], schema: str) -> ServerFacts:
         "schema": sql.Identifier(schema).as_string(None),
         "role": ROLE,
     }
-    row = await (await conn.cursor(row_factory=dict_row).execute(_QUERY, arguments)).fetchone()
+    row = await (await conn.cursor(row_factory=dict_row).execute(queries.query("facts", schema), arguments)).fetchone()
     assert row is not None
     version = None
     if row["has_schema"] and row["schema_usage"]:
-        query = sql.SQL("select max(version) as version from {}").format(sql.Identifier(schema, "meta"))
+        query = queries.query("version", schema)
         found = await (await conn.cursor(row_factory=dict_row).execute(query)).fetchone()
         version = found["version"] if found else None
     return ServerFacts(**row, schema_version=version, through_pooler=conn.info.backend_pid != row["backend_pid"])
@@ -158,9 +136,9 @@ def require(facts: ServerFacts, schema: str, *, receipts: bool, read_write: bool
     extension = facts.extension
     if not facts.in_role and not facts.superuser:
         raise NoPrivilege(
-            f"the login {facts.login!r} may not use pg_background",
+            f"{facts.who} may not use pg_background",
             sqlstate="42501",
-            todo=extension.grant_statement(facts.login),
+            todo=extension.grant_statement(facts.role),
         )
     if not receipts:
         return
@@ -177,9 +155,9 @@ def require(facts: ServerFacts, schema: str, *, receipts: bool, read_write: bool
         )
     if not facts.schema_usage:
         raise NoPrivilege(
-            f"the login {facts.login!r} may not use the schema {schema!r}",
+            f"{facts.who} may not use the schema {schema!r}",
             sqlstate="42501",
-            todo=extension.grant_statement(facts.login),
+            todo=extension.grant_statement(facts.role),
         )
     if facts.schema_version != install.VERSION:
         raise SchemaVersionMismatch(

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 
 from pgbg_orchestration.job import Kind
-from pgbg_orchestration.ledger.ledger import Registration, Sighting
+from pgbg_orchestration.ledger.sighting import Registration, Sighting
 from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import ErrorFields, Event
 from pgbg_orchestration.postgres import describe

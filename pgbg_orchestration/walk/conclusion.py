@@ -11,7 +11,8 @@ import psycopg
 from pgbg_orchestration import pace
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Kind
-from pgbg_orchestration.ledger.ledger import Ledger, Sighting
+from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.ledger.sighting import Sighting
 from pgbg_orchestration.outcome import ErrorFields, Outcome
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults

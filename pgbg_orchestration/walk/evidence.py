@@ -9,7 +9,8 @@ from datetime import datetime
 
 from pgbg_orchestration import pace
 from pgbg_orchestration.job import Kind
-from pgbg_orchestration.ledger.ledger import BLOCKED, Key, Ledger, Sighting
+from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.ledger.sighting import BLOCKED, Key, Sighting
 from pgbg_orchestration.postgres import markers
 from pgbg_orchestration.verdict import CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 

@@ -12,8 +12,8 @@ from psycopg import sql
 from pgbg_orchestration import errors
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Kind
-from pgbg_orchestration.ledger.ledger import Key, Sighting
 from pgbg_orchestration.ledger.readiness import ServerFacts
+from pgbg_orchestration.ledger.sighting import Key, Sighting
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
 from pgbg_orchestration.verdict import CANCELED
 
@@ -186,8 +186,8 @@ def launch_refused(work: Work, error: psycopg.Error, facts: ServerFacts, *, call
     """The server refused the launch before a worker was started, or (not ``called``) one of the job's settings."""
     text = f"the launch was refused: {work.server_text(error)}"
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
-        login = sql.Identifier(facts.login).as_string(None)
-        todo = f"Grant what is missing: {facts.extension.grant_statement(facts.login)}"
+        login = sql.Identifier(facts.role).as_string(None)
+        todo = f"Grant what is missing: {facts.extension.grant_statement(facts.role)}"
         if not called:
             todo = f"Leave the setting out, or have it allowed (PostgreSQL 15): GRANT SET ON PARAMETER … TO {login};"
         return errors.NoPrivilege(text, sqlstate=error.sqlstate, todo=todo, **_named(work))

@@ -16,7 +16,8 @@ import psycopg
 from pgbg_orchestration import pace, statements
 from pgbg_orchestration.errors import JobCancelled, PgbgError, ServerUnreachable
 from pgbg_orchestration.job import Job, Kind
-from pgbg_orchestration.ledger.ledger import Key, Ledger, Registration, Sighting
+from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.ledger.sighting import Key, Registration, Sighting
 from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.postgres import describe, markers

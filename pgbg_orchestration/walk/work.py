@@ -16,7 +16,7 @@ from psycopg import AsyncClientCursor, AsyncConnection, sql
 from pgbg_orchestration import pace, statements
 from pgbg_orchestration.errors import InvalidJob, NoPrivilege
 from pgbg_orchestration.job import Job, Kind
-from pgbg_orchestration.ledger.ledger import SUPERVISES, Key, Registration
+from pgbg_orchestration.ledger.sighting import SUPERVISES, Key, Registration
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
 from pgbg_orchestration.statements import index_builds
 

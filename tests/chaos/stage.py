@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import psycopg
 
-from pgbg_orchestration.ledger.ledger import SUPERVISES
+from pgbg_orchestration.ledger.sighting import SUPERVISES
 from tests.chaos.plans import Plan
 from tests.chaos.report import Report
 from tests.core.kit import APP, Watched

@@ -25,7 +25,8 @@ import psycopg
 import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, launcher
-from pgbg_orchestration.ledger.ledger import Key, Ledger
+from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.ledger.sighting import Key
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Evidence, Report, Step, judge

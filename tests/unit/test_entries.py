@@ -10,8 +10,7 @@ import pytest
 
 from airflow_provider import watching
 from pgbg_orchestration import errors
-from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
-from pgbg_orchestration.ledger.ledger import STATES, JobEntry
+from pgbg_orchestration.ledger.history import ENDED_BADLY, STATES, JobEntry, error_of, outcome_of
 
 BEGAN, ENDED = datetime(2013, 1, 1, 4, tzinfo=UTC), datetime(2013, 1, 1, 5, tzinfo=UTC)
 

@@ -347,6 +347,7 @@ declare
     v_error   text[];
     v_polls   int := 0;  -- bigint % int is no operator of pg_catalog: somebody could make one
     v_name    text := pg_catalog.current_setting('application_name');
+    v_role    text := pg_catalog.current_setting('role');  -- ALTER ROLE … SET role
     v_withheld constant text := '(withheld: redact_details)';
 begin
     perform @schema@.begin_supervision(
@@ -366,7 +367,7 @@ begin
         v_ready := true;
         execute p_calls[1] into v_pid, v_cookie using p_sql, p_queue_size, p_label;
         if p_role is not null then
-            perform pg_catalog.set_config('role', 'none', false);
+            perform pg_catalog.set_config('role', v_role, false);
         end if;
         perform pg_catalog.set_config('application_name', v_name, false);
         for i in 1 .. pg_catalog.cardinality(p_settings) / 2 loop

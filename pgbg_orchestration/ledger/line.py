@@ -1,0 +1,74 @@
+"""A connection of the ledger's that comes back when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import AsyncConnection
+
+from pgbg_orchestration import pace
+from pgbg_orchestration.postgres import connection
+
+T = TypeVar("T")
+
+
+class Line:
+    """One connection that is made again when it is lost. What is asked must be sound when it is asked twice."""
+
+    def __init__(self, conninfo: connection.Conninfo, name: str, on_trouble: Callable[[str], None]) -> None:
+        self._conninfo = conninfo
+        self._name = name
+        self._on_trouble = on_trouble
+        self._conn: AsyncConnection[Any] | None = None
+        self._turn = asyncio.Lock()
+        self._asking: set[asyncio.Task[Any]] = set()
+
+    async def close(self) -> None:
+        for task in self._asking:
+            task.cancel()
+        await self._drop()
+
+    async def _drop(self) -> None:
+        if self._conn is not None:
+            conn, self._conn = self._conn, None
+            await connection.close(conn)
+
+    async def ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+        # A question that is cancelled half way would cost the connection that all jobs share: it is let end.
+        asking = asyncio.create_task(self._ask(question))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            raise
+
+    async def _ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+        loop, asking = asyncio.get_running_loop(), asyncio.current_task()
+        until = loop.time() + pace.RECONNECT
+        attempt = 0
+        while True:
+            try:
+                async with self._turn, asyncio.timeout(pace.CALL):
+                    if self._conn is None:
+                        self._conn = await connection.connect(self._conninfo, self._name)
+                        await connection.settle(self._conn, connection.BOOKKEEPING)
+                    return await question(self._conn)
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                lost = self._conn is None or connection.is_lost(self._conn, error)
+                if lost:
+                    await self._drop()
+                elif not connection.is_passing(error):
+                    raise
+                # Python 3.11's wait_for, which psycopg uses, can swallow a cancel: a closed line connects no more.
+                if asking is not None and asking.cancelling():
+                    raise asyncio.CancelledError from error
+                if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
+                    raise connection.unreachable(error, "the server cannot be reached") from error
+                self._on_trouble(f"no connection to the server ({str(error).strip()}), trying again")
+                await asyncio.sleep(pace.backoff(attempt))
+                attempt += 1

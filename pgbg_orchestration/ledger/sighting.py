@@ -1,0 +1,132 @@
+"""What the ledger tells of one job: its key, what one look saw of it, and what came of registering a launch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from pgbg_orchestration.outcome import ErrorFields
+from pgbg_orchestration.verdict import Holder, Receipt
+
+RECEIPTS = {
+    None: Receipt.NONE,
+    "launching": Receipt.LAUNCHING,
+    "committed": Receipt.COMMITTED,
+    "cancelled": Receipt.CANCELLED,
+}
+BLOCKED = ("MessageQueuePutMessage", "ClientWrite")  # a worker's own, and a stand-in's
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A job as the ledger knows it."""
+
+    owner: str
+    job_id: str
+    series: str | None = None  # None, for looking at it from outside: the one that it was registered with
+
+    @property
+    def digests(self) -> tuple[bytes, bytes | None]:
+        """SHA-256 of the job's id and of its series."""
+        series = None if self.series is None else hashlib.sha256(self.series.encode()).digest()
+        return hashlib.sha256(self.job_id.encode()).digest(), series
+
+
+SUPERVISES = "pgbg supervises: "
+"""What the application_name of a supervisor begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What one look saw of a job: the lock first, then the receipt, then the history."""
+
+    looked_at: datetime
+    holder_pid: int | None
+    holder_user: str | None
+    holder_is_owner: bool
+    holder_job: str | None
+    holder_generation: int | None
+    holds_this_job: bool
+    marked_pid: int | None
+    may_begin: bool
+    wait_event: str | None
+    status: str | None
+    receipt_attempt: int | None
+    receipt_pid: int | None
+    receipt_started_at: datetime | None
+    cause: str | None
+    reason: str | None
+    decided_by: str | None
+    decided_at: datetime | None
+    newest: int | None
+    generation: int | None
+    attempt: int | None
+    sql_digest: bytes | None
+    outcome: str | None
+    ended_at: datetime | None
+    reported_at: datetime | None
+    row_count: int | None
+    command_tag: str | None
+    error: ErrorFields
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Sighting:
+        """Read a row of the schema's ``look``."""
+        error = ErrorFields(**{field.name: row[field.name] for field in fields(ErrorFields)})
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name != "error"}, error=error)
+
+    @property
+    def receipt(self) -> Receipt:
+        """What the receipt says."""
+        return RECEIPTS[self.status]
+
+    @property
+    def is_unsupervised(self) -> bool:
+        """Whether the receipt is claimed, and nobody of the job is seen at work."""
+        return self.receipt is Receipt.LAUNCHING and not self.holds_this_job and self.marked_pid is None
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether the last launch failed, as its supervisor wrote down, and nobody was there to be told."""
+        return self.outcome == "failed" and self.reported_at is None
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether the job is cancelled by a mark that its next call takes back: nobody asked for that cancel."""
+        return self.receipt is Receipt.CANCELLED and self.cause in ("deadline", "given up")
+
+    @property
+    def is_between_locks(self) -> bool:
+        """Whether a session holds the lock of the series, and none of a job that is known."""
+        return self.holder_pid is not None and not self.holds_this_job and self.holder_job is None
+
+    def holder(self, generation: int | None) -> Holder:
+        """Return who holds the series, as a job of that generation sees it."""
+        if self.holder_pid is None:
+            return Holder.NOBODY
+        if not self.holder_is_owner:
+            return Holder.STRANGER
+        if self.holds_this_job:
+            return Holder.THIS_JOB
+        if self.holder_generation is None or generation is None:
+            return Holder.STRANGER if self.holder_generation is None else Holder.SIBLING
+        if self.holder_generation == generation:
+            return Holder.SIBLING
+        return Holder.OLDER if self.holder_generation < generation else Holder.NEWER
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What came of registering a launch.
+
+    ``verdict`` is ``registered``, or why it was not: ``reused``, ``committed``, ``cancelled``, ``superseded`` or
+    ``untold``.
+    """
+
+    verdict: str
+    generation: int
+    newest: int
+    attempt: int
+    sql_changed: bool

@@ -1,0 +1,121 @@
+-- The ledger's queries, by name: what stands between two lines `-- name:` is one query. {schema} stands for the name
+-- of the package's schema; parameters are psycopg's. queries.py reads this file.
+
+-- name: look
+select l.*, a.wait_event
+from {schema}.look(%s::text[], %s::bytea[], %s::bytea[]) as l
+left join pg_catalog.pg_stat_activity as a on a.pid = l.holder_pid
+order by l.number
+
+-- name: register
+select * from {schema}.register(%s, %s, %s, %s, %s, %s, %s, %s, %s)
+
+-- name: mark_cancelled
+select {schema}.mark_cancelled(%s, %s, %s, %s) as status
+from pg_catalog.set_config('lock_timeout', %s, true)
+
+-- name: mark_older
+select {schema}.mark_older(%s, %s, %s) as status
+from pg_catalog.set_config('lock_timeout', %s, true)
+
+-- name: lift_cancel
+select {schema}.lift_cancel(%s, %s) as lifted
+
+-- name: signal
+-- The one that holds the job's lock, unless that is a supervisor: then the worker below it. Anybody can take the lock,
+-- so its holder has to work for the owner. A supervisor bears the marker itself while it launches.
+with job as materialized (
+    select {schema}.lock_key('job', %(owner)s, {schema}.digest(%(job_id)s)) as key,
+           {schema}.marker(%(owner)s, %(job_id)s) as marker
+), holder as materialized (
+    select l.pid
+    from job, pg_catalog.pg_locks as l
+    where l.locktype = 'advisory' and l.objsubid = 1 and l.granted and l.pid is not null
+      and l.database = (select d.oid from pg_catalog.pg_database as d
+                        where d.datname = pg_catalog.current_database())
+      and (l.classid::bigint << 32) | l.objid::bigint = job.key
+), target as materialized (
+    select h.pid
+    from job, holder as h
+    join pg_catalog.pg_stat_activity as a on a.pid = h.pid
+    where {schema}.is_member(a.usesysid, %(owner)s)
+      and coalesce(a.application_name <> job.marker and not starts_with(a.application_name, %(supervises)s), true)
+    union all
+    select w.pid
+    from {schema}.supervised(%(owner)s, %(job_id)s) as w (pid)
+    where not exists (select from holder as h where h.pid = w.pid)
+)
+select coalesce(bool_or(pg_catalog.pg_cancel_backend(t.pid)), false) as sent from target as t
+
+-- name: follow
+select {schema}.follow(%s, %s, %s, %s)
+
+-- name: settle
+select {schema}.end_supervision(%s, %s, %s, %s, null, null, null, null)
+
+-- name: at_work
+-- A supervisor holds locks too, and is never said to be at work.
+select count(distinct l.pid) as holders
+from pg_catalog.pg_locks as l
+where l.locktype = 'advisory' and l.granted and l.pid = any(%(pids)s)
+  and not exists (
+      select from pg_catalog.pg_stat_activity as a
+      where a.pid = l.pid
+        and (starts_with(a.application_name, %(supervises)s) or a.application_name like 'pgbg:%%'))
+
+-- name: record
+select {schema}.record(%s, %s, %s, %s, %s, %s, %s, %s, %s::text[])
+
+-- name: reported
+select {schema}.reported(%s, %s, %s)
+
+-- name: jobs
+select j.owner, j.job_id, j.label, j.series, j.generation, j.kind, j.state, j.attempt, j.running_pid,
+       j.launched_by, j.registered_at, j.launched_at, j.ended_at, j.row_count, j.command_tag, j.sqlstate,
+       j.message, j.detail, j.hint, j.context, j.cancelled_by, j.reason, j.worker_pid, j.started_at
+from {schema}.jobs as j
+where (%(states)s::text[] = '{{}}' or j.state = any(%(states)s))
+  and (%(label)s::text is null or j.label like %(label)s)
+  and (%(series)s::text is null or j.series like %(series)s)
+  and (%(job_id)s::text is null or j.job_id = %(job_id)s)
+  and (%(since)s::timestamptz is null or coalesce(j.launched_at, j.ended_at) >= %(since)s)
+order by coalesce(j.launched_at, j.ended_at) desc, j.job_id
+limit %(limit)s
+
+-- name: prune
+select receipts, jobs, series from {schema}.prune(%s)
+
+-- name: facts
+-- What a login sees of its server and database, before anything is launched there. Privileges are those of the role in
+-- force, which ALTER ROLE … SET role can make another than the login. Not to_regclass: it fails for a login that may not
+-- use the schema, and that login is to be told what to grant. worker_timeout is unset where no session has loaded the
+-- extension.
+select session_user::text as login, current_user::text as role,
+       pg_catalog.current_setting('server_version_num')::int as version,
+       pg_catalog.current_setting('server_version') as version_text,
+       pg_catalog.pg_is_in_recovery() as in_recovery,
+       pg_catalog.current_database()::text as database,
+       pg_catalog.pg_backend_pid() as backend_pid,
+       pg_catalog.current_setting('statement_timeout') as statement_timeout,
+       coalesce(pg_catalog.current_setting('pg_background.worker_timeout', true), '0') as worker_timeout,
+       pg_catalog.current_setting('default_transaction_isolation') as default_transaction_isolation,
+       pg_catalog.current_setting('max_worker_processes')::int as max_worker_processes,
+       e.extversion as extension_version, n.nspname::text as extension_schema,
+       (select a.default_version from pg_catalog.pg_available_extensions as a
+         where a.name = 'pg_background') as extension_available,
+       m.oid is not null as has_schema,
+       coalesce(pg_catalog.has_schema_privilege(m.relnamespace, 'USAGE')
+                and pg_catalog.has_table_privilege(m.oid, 'SELECT'), false) as schema_usage,
+       (select r.rolsuper from pg_catalog.pg_roles as r where r.rolname = current_user) as superuser,
+       coalesce((select pg_catalog.pg_has_role(current_user, r.oid, 'USAGE') from pg_catalog.pg_roles as r
+         where r.rolname = %(role)s), false) as in_role,
+       coalesce((select r.reset_val from pg_catalog.pg_settings as r
+         where r.name = 'default_transaction_read_only'), 'off') = 'on' as read_only
+from (select) as one
+left join pg_catalog.pg_extension as e on e.extname = 'pg_background'
+left join pg_catalog.pg_namespace as n on n.oid = e.extnamespace
+left join pg_catalog.pg_class as m
+    on m.relname = 'meta' and m.relnamespace = pg_catalog.to_regnamespace(%(schema)s)
+
+-- name: version
+select max(version) as version from {schema}.meta
