@@ -8,16 +8,16 @@ from .assets import partition_parameters as partition_parameters
 from .assets import pg_background_asset as pg_background_asset
 from .assets import pg_background_asset_check as pg_background_asset_check
 from .component import PgBackgroundSqlComponent as PgBackgroundSqlComponent
-from .failures import PgBackgroundFailure as PgBackgroundFailure
-from .failures import RunTerminated as RunTerminated
-from .job_checks import build_pg_background_job_checks as build_pg_background_job_checks
-from .jobs import JobOptions as JobOptions
-from .jobs import Sql as Sql
-from .outcome import PgBackgroundOutcome as PgBackgroundOutcome
+from .external.checks import build_pg_background_job_checks as build_pg_background_job_checks
+from .external.reports import build_pg_background_sensor as build_pg_background_sensor
+from .external.sweep import build_pg_background_sweep_sensors as build_pg_background_sweep_sensors
 from .resource import PgBackgroundResource as PgBackgroundResource
-from .retry import RetryRule as RetryRule
-from .sensors import build_pg_background_sensor as build_pg_background_sensor
-from .sweeping import build_pg_background_sweep_sensors as build_pg_background_sweep_sensors
+from .steps.failures import PgBackgroundFailure as PgBackgroundFailure
+from .steps.failures import RunTerminated as RunTerminated
+from .steps.outcome import PgBackgroundOutcome as PgBackgroundOutcome
+from .steps.retry_rules import RetryRule as RetryRule
+from .steps.sql import JobOptions as JobOptions
+from .steps.sql import Sql as Sql
 
 __version__ = "0.1.0"
 

@@ -19,13 +19,13 @@ from dagster import (
     asset_check,
 )
 
-from .jobs import JobOptions, Sql, SqlLike
+from .steps.sql import JobOptions, Sql, SqlLike
 
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
 
-    from .queries import Expectation
     from .resource import PgBackgroundResource
+    from .steps.expectation import Expectation
 
 SqlFunction = Callable[..., SqlLike]
 KINDS = {"postgres", "sql"}

@@ -34,7 +34,7 @@ from dagster.components.resolved.core_models import (
 from dagster_shared.record import record
 
 from .assets import KINDS, partition_parameters, pg_background_asset, pg_background_asset_check
-from .jobs import JobOptions, Sql
+from .steps.sql import JobOptions, Sql
 
 
 def told(description: str) -> Resolver:

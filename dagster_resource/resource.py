@@ -15,21 +15,22 @@ from pgbg_orchestration.ledger.history import ENDED_BADLY
 from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.retry import RetryPolicy
 
-from . import elsewhere, identity
-from .batch import Batch, Member
-from .caller import Caller
-from .driving import Talk
-from .failures import PgBackgroundFailure, raise_for
-from .jobs import JobOptions, Sql, SqlLike, label_for
-from .metadata import sql_block
-from .outcome import PgBackgroundOutcome
-from .queries import Expectation, counting_query
-from .retry import RetryRule, policy_of
+from .external import submission
+from .steps import identity
+from .steps.batch import Batch, Member
+from .steps.caller import Caller
+from .steps.driving import Talk
+from .steps.expectation import Expectation, counting_query
+from .steps.failures import PgBackgroundFailure, raise_for
+from .steps.metadata import sql_block
+from .steps.outcome import PgBackgroundOutcome
+from .steps.retry_rules import RetryRule, policy_of
+from .steps.sql import JobOptions, Sql, SqlLike, label_for
 
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
 
-    from .caller import AnyContext
+    from .steps.caller import AnyContext
 
 
 class PgBackgroundResource(ConfigurableResource[Any]):
@@ -298,7 +299,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             from pgbg_orchestration import Launcher
 
             async with Launcher(self.conninfo, schema=self.pgbg_schema) as launcher:
-                return await elsewhere.submit(launcher, member, talk=talk, options=self._options())
+                return await submission.submit(launcher, member, talk=talk, options=self._options())
 
         try:
             return caller.drive(launch, interval=self.run_status_interval)
@@ -341,13 +342,13 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         ValueError
             ``fail_on`` names a state that no job ends in.
         """
-        elsewhere.check_states(fail_on)
+        submission.check_states(fail_on)
 
         async def wait(talk: Talk) -> Outcome:
             from pgbg_orchestration import Launcher
 
             async with Launcher(self.conninfo, schema=self.pgbg_schema) as launcher:
-                return await elsewhere.wait_for(
+                return await submission.wait_for(
                     launcher,
                     job_id,
                     patience=timeout,

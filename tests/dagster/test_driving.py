@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 from dagster import DagsterExecutionInterruptedError
 
-from dagster_resource.driving import Talk, drive
+from dagster_resource.steps.driving import Talk, drive
 
 
 class Step:

@@ -6,7 +6,7 @@ import pytest
 from dagster import RetryRequested, TableMetadataValue
 
 from dagster_resource import PgBackgroundFailure
-from dagster_resource.failures import raise_for
+from dagster_resource.steps.failures import raise_for
 from pgbg_orchestration.errors import InvalidJob, JobCancelled, NoWorkerSlot, PgbgError, WorkerError
 from pgbg_orchestration.outcome import ErrorFields
 from pgbg_orchestration.retry import RETRY, RetryPolicy, Rule

@@ -28,7 +28,7 @@ from dagster import (
 )
 
 from dagster_resource import PgBackgroundResource
-from dagster_resource.caller import Caller
+from dagster_resource.steps.caller import Caller
 from pgbg_orchestration.testing import faults
 from tests.conftest import Database
 

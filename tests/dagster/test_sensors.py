@@ -28,11 +28,11 @@ from dagster_resource import (
     build_pg_background_job_checks,
     build_pg_background_sensor,
     build_pg_background_sweep_sensors,
-    elsewhere,
 )
-from dagster_resource.batch import Member
-from dagster_resource.driving import Talk
-from dagster_resource.jobs import Sql
+from dagster_resource.external import submission
+from dagster_resource.steps.batch import Member
+from dagster_resource.steps.driving import Talk
+from dagster_resource.steps.sql import Sql
 from pgbg_orchestration import Job, Launcher, run
 from tests.conftest import Database
 
@@ -215,7 +215,7 @@ class TestSweep:
 
         async def launch() -> None:
             async with Launcher(pg.conninfo) as launcher:
-                await elsewhere.submit(launcher, Member("", Sql(""), job), talk=Talk(), options={})
+                await submission.submit(launcher, Member("", Sql(""), job), talk=Talk(), options={})
 
         asyncio.run(launch())
         return f"{series}#{run.run_id}"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pgbg_orchestration.errors import InvalidJob
 
-from .jobs import Sql
+from .sql import Sql
 
 Expectation = Literal["no_rows", "true"]
 

@@ -16,11 +16,12 @@ from dagster import (
 
 from pgbg_orchestration.ledger.history import error_of
 
-from . import external
+from . import asset_jobs
 
 if TYPE_CHECKING:
-    from .external import ExternalAssets
-    from .resource import PgBackgroundResource
+    from dagster_resource.resource import PgBackgroundResource
+
+    from .asset_jobs import ExternalAssets
 
 
 def build_pg_background_job_checks(
@@ -45,12 +46,16 @@ def build_pg_background_job_checks(
         A check ``pg_background_job`` for each asset, in one step.
     """
     description = "Whether the newest job that was submitted for the asset has committed."
-    specs = [AssetCheckSpec(external.JOB_CHECK, asset=key, description=description) for key in external.keys_of(assets)]
+    specs = [
+        AssetCheckSpec(asset_jobs.JOB_CHECK, asset=key, description=description) for key in asset_jobs.keys_of(assets)
+    ]
 
     @multi_asset_check(specs=specs, name=name, can_subset=True, required_resource_keys={resource_key})
     def look(context: AssetCheckExecutionContext) -> Iterator[AssetCheckResult]:
         pg: PgBackgroundResource = getattr(context.op_execution_context.resources, resource_key)
-        ended = {key: entry for entry, key in asyncio.run(external.jobs_of(pg, assets)) if external.is_settled(entry)}
+        ended = {
+            key: entry for entry, key in asyncio.run(asset_jobs.jobs_of(pg, assets)) if asset_jobs.is_settled(entry)
+        }
         for check in context.selected_asset_check_keys:
             if (entry := ended.get(check.asset_key)) is None:
                 continue
@@ -59,7 +64,7 @@ def build_pg_background_job_checks(
                 asset_key=check.asset_key,
                 check_name=check.name,
                 passed=error is None,
-                metadata=external.failure_metadata(entry, error) if error else {"pgbg/job_id": entry.job_id},
+                metadata=asset_jobs.failure_metadata(entry, error) if error else {"pgbg/job_id": entry.job_id},
             )
 
     return [look]

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from dagster import AssetKey
 
-from . import identity
+from dagster_resource.steps import identity
 
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
 
+    from dagster_resource.resource import PgBackgroundResource
     from pgbg_orchestration.errors import PgbgError
     from pgbg_orchestration.ledger.history import JobEntry
-
-    from .resource import PgBackgroundResource
 
     ExternalAssets = Sequence[CoercibleToAssetKey] | Mapping[str, str]
 

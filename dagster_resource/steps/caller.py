@@ -62,7 +62,7 @@ class Caller:
             raise RunTerminated(f"The run is {status.value}: nothing is launched for it any more.")
 
     def drive(self, work: Callable[[Talk], Coroutine[Any, Any, T]], *, interval: float) -> T:
-        """Run ``work`` and wait for it, as :func:`dagster_resource.driving.drive` does.
+        """Run ``work`` and wait for it, as :func:`dagster_resource.steps.driving.drive` does.
 
         Raises
         ------

@@ -13,7 +13,7 @@ from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.outcome import Outcome
 
 from .driving import Talk
-from .jobs import Sql
+from .sql import Sql
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Launcher

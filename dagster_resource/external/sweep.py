@@ -15,13 +15,13 @@ from dagster import (
     run_status_sensor,
 )
 
-from .batch import RUN_IS_GONE
-from .sensors import asking_for
+from dagster_resource.steps.batch import RUN_IS_GONE
+
+from .reports import asking_for
 
 if TYPE_CHECKING:
+    from dagster_resource.resource import PgBackgroundResource
     from pgbg_orchestration.ledger.history import JobEntry
-
-    from .resource import PgBackgroundResource
 
 
 def build_pg_background_sweep_sensors(

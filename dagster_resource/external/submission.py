@@ -6,11 +6,10 @@ import asyncio
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from dagster_resource.steps.batch import TERMINATED, Member
+from dagster_resource.steps.driving import Talk
 from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
 from pgbg_orchestration.outcome import Outcome
-
-from .batch import TERMINATED, Member
-from .driving import Talk
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Launcher

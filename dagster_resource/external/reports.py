@@ -25,17 +25,17 @@ from dagster import (
     sensor,
 )
 
+from dagster_resource.steps.outcome import PgBackgroundOutcome
 from pgbg_orchestration.ledger.history import error_of, outcome_of
 
-from . import external
-from .external import JOB_CHECK
-from .outcome import PgBackgroundOutcome
+from . import asset_jobs
+from .asset_jobs import JOB_CHECK
 
 if TYPE_CHECKING:
+    from dagster_resource.resource import PgBackgroundResource
     from pgbg_orchestration.ledger.history import JobEntry
 
-    from .external import ExternalAssets
-    from .resource import PgBackgroundResource
+    from .asset_jobs import ExternalAssets
 
 TICK = 40.0  # seconds that a tick may take; Dagster ends it after 60 and then forgets its cursor
 OVERLAP = timedelta(minutes=1)  # registrations become visible in another order than that of their times
@@ -108,7 +108,7 @@ def build_pg_background_sensor(
     def report(context: SensorEvaluationContext, **resources: PgBackgroundResource) -> SensorResult:
         pg = resources[resource_key]
         cursor = Cursor.read(context.cursor)
-        wanted = asyncio.run(external.jobs_of(pg, assets, cursor.since))
+        wanted = asyncio.run(asset_jobs.jobs_of(pg, assets, cursor.since))
         events: list[AssetMaterialization | AssetCheckEvaluation] = []
         newest: dict[AssetKey, JobEntry] = {}
         reported: set[str] = set()
@@ -119,13 +119,13 @@ def build_pg_background_sensor(
             mark = _mark(entry)
             if mark in cursor.reported:
                 reported.add(mark)
-            elif not external.is_settled(entry):
+            elif not asset_jobs.is_settled(entry):
                 unfinished.append(entry)
             elif len(reported - cursor.reported) >= max_events or time.monotonic() > deadline:
                 unfinished.extend(entry for entry, _ in wanted[number:])
                 break
             else:
-                events += _events(earlier, entry, key, partition_of or external.partition_of)
+                events += _events(earlier, entry, key, partition_of or asset_jobs.partition_of)
                 newest[key] = entry
                 reported.add(mark)
         # One for each asset: the daemon takes its time over every event, and the last one is what is shown.
@@ -144,7 +144,7 @@ def build_pg_background_sensor(
 
 def asking_for(resource_key: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with a parameter of that name: a sensor finds its resources by the signature alone."""
-    from .resource import PgBackgroundResource as Resource
+    from dagster_resource.resource import PgBackgroundResource as Resource
 
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ def _events(
     """Return what a job that has ended is reported by, but for the check that it passed."""
     error = error_of(entry)
     if error is not None:
-        return [_evaluation(key, external.failure_metadata(entry, error), passed=False)]
+        return [_evaluation(key, asset_jobs.failure_metadata(entry, error), passed=False)]
     if entry.job_id in earlier.of(key):
         return []
     outcome = PgBackgroundOutcome.of(outcome_of(entry), "", None)
@@ -193,7 +193,7 @@ class Earlier:
         self._context = context
         self._since: dict[AssetKey, datetime] = {}
         for entry, key in wanted:
-            at = entry.registered_at or external.launched(entry)
+            at = entry.registered_at or asset_jobs.launched(entry)
             self._since[key] = min(at, self._since.get(key, at))
         self._known: dict[AssetKey, set[str]] = {}
 
@@ -220,7 +220,7 @@ def _advance(cursor: Cursor, wanted: Sequence[JobEntry], unfinished: Sequence[Jo
     """Return the next cursor: nothing before it can still change."""
     if not wanted:
         return cursor
-    oldest = min((external.launched(entry) for entry in unfinished), default=external.launched(wanted[-1]))
+    oldest = min((asset_jobs.launched(entry) for entry in unfinished), default=asset_jobs.launched(wanted[-1]))
     since = max(filter(None, (oldest - OVERLAP, cursor.since)))
-    kept = {_mark(entry) for entry in wanted if external.launched(entry) >= since}
+    kept = {_mark(entry) for entry in wanted if asset_jobs.launched(entry) >= since}
     return Cursor(since, frozenset(reported & kept))

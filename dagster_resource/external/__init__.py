@@ -1,0 +1,1 @@
+"""Jobs that no step waits for: submitted, launched by somebody else, or left behind."""
