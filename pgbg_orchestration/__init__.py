@@ -14,13 +14,12 @@ from .job import Job, Kind
 from .outcome import ErrorFields, Event, Outcome
 
 if TYPE_CHECKING:
-    from .launcher import Launcher
-    from .running import arun, run
+    from .launcher import Launcher, arun, run
 
 __all__ = ["ErrorFields", "Event", "Job", "Kind", "Launcher", "Outcome", "arun", "errors", "run"]
 
 # Imported when they are first used: they need psycopg, and a DAG file that only names a Job does not.
-_LATER = {"Launcher": "launcher", "arun": "running", "run": "running"}
+_LATER = ("Launcher", "arun", "run")
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +27,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return getattr(import_module(".launcher", __name__), name)

@@ -1,39 +1,28 @@
-"""Many jobs over one connection string, sharing launching sessions, ledger and slot queue."""
+"""The door: ``run`` and ``arun`` for one job, :class:`Launcher` for many jobs over one connection string."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack
+from typing import Literal, Self, Unpack
+from weakref import WeakKeyDictionary
 
 import psycopg
-from psycopg import AsyncConnection
 
-from . import pace
-from .errors import PoolerInTransactionMode
-from .job import Job, Kind
-from .ledger import readiness
+from .errors import InvalidJob
+from .job import Job
 from .ledger.ledger import Ledger
 from .ledger.readiness import ServerFacts
 from .ledger.sighting import Key, Sighting
 from .options import Options, RunOptions
 from .outcome import Outcome
-from .postgres import connection, describe
-from .postgres.pg_background import Extension
-from .postgres.session import LaunchingSession, Worker
-from .postgres.slots import SlotQueue
-from .statements import index_builds
+from .postgres import connection
+from .postgres.connection import Conninfo
 from .walk import failures
+from .walk.host import Host
 from .walk.run import cancel_job, run_job
-from .walk.work import Work, bind
-
-logger = logging.getLogger("pgbg_orchestration")
-SESSIONS = 3  # at most; a further one is opened when the others are busy launching
-
-
-ADMIN_SHUTDOWN = "57P01"
-LOOKS = 4  # at the server, before it counts as out of reach
 
 
 class Launcher:
@@ -56,17 +45,10 @@ class Launcher:
         libpq cannot read the connection string.
     """
 
-    def __init__(self, conninfo: connection.Conninfo, *, schema: str = "pgbg") -> None:
+    def __init__(self, conninfo: Conninfo, *, schema: str = "pgbg") -> None:
         if isinstance(conninfo, str):
             connection.check(conninfo)
-        self.conninfo = conninfo
-        self.schema = schema
-        self.slots = SlotQueue()
-        self.ledger = Ledger(conninfo, schema, logger.warning)
-        self._facts: ServerFacts | None = None
-        self._pairs: asyncio.Semaphore | None = None
-        self._sessions: list[LaunchingSession] = []
-        self._opening = asyncio.Lock()
+        self._host = Host(conninfo, schema)
 
     async def __aenter__(self) -> Self:
         return self
@@ -78,12 +60,24 @@ class Launcher:
 
     async def close(self) -> None:
         """Close all connections. Workers go on."""
-        sessions, self._sessions = self._sessions, []
-        for session in sessions:
-            await session.close()
-        await self.ledger.close()
+        await self._host.close()
 
-    # For users ----------------------------------------------------------------------------------------------------
+    @property
+    def ledger(self) -> Ledger:
+        """The receipts, series and history of the database."""
+        return self._host.ledger
+
+    async def facts(self) -> ServerFacts:
+        """Return what is known of the server; asked for once.
+
+        Raises
+        ------
+        ServerUnreachable
+            It cannot be reached.
+        PoolerInTransactionMode
+            The connection goes through a pooler in transaction mode.
+        """
+        return await self._host.facts()
 
     async def run(self, job: Job, **options: Unpack[RunOptions]) -> Outcome:
         """Launch the job's SQL in a labelled worker, or attach to the one that runs it, and wait for its outcome.
@@ -100,7 +94,7 @@ class Launcher:
         PgbgError
             As :func:`pgbg_orchestration.arun`.
         """
-        return await run_job(self, job, Options(**options))
+        return await run_job(self._host, job, Options(**options))
 
     async def cancel(
         self, job_id: str, *, owner: str | None = None, series: str | None = None, reason: str = "cancelled"
@@ -112,11 +106,11 @@ class Launcher:
         StillRunning
             Its worker does not end, or runs as a login that this one may not signal.
         """
-        facts = await self._require(receipts=True)
+        facts = await self._host.require(receipts=True)
         try:
             return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series), "asked", reason)
         except psycopg.Error as error:
-            self.forget_facts()
+            self._host.forget_facts()
             raise failures.ledger(error, job_id) from error
 
     async def cancel_all(self) -> int:
@@ -125,183 +119,99 @@ class Launcher:
         For a launcher that one task has to itself, when that task is killed: it hits every job of a session. It is not
         final, and skips sessions with a worker that is still starting: cancel the calls of :meth:`run` besides.
         """
-        return sum([await session.cancel_all(self.ledger.at_work) for session in list(self._sessions)])
+        return await self._host.cancel_all()
 
     async def look(self, job_id: str, *, owner: str | None = None, series: str | None = None) -> Sighting:
         """Look at a job once: its lock, its receipt, its history."""
-        facts = await self._require(receipts=True)
+        facts = await self._host.require(receipts=True)
         return await self.ledger.look(Key(owner or facts.login, job_id, series))
 
-    # For the runner -----------------------------------------------------------------------------------------------
 
-    async def facts(self) -> ServerFacts:
-        """Return what is known of the server; asked for once.
-
-        Raises
-        ------
-        ServerUnreachable
-            It cannot be reached.
-        PoolerInTransactionMode
-            The connection goes through a pooler in transaction mode.
-        """
-        async with self._opening:
-            for tries in range(LOOKS):
-                if self._facts is not None:
-                    break
-                try:
-                    self._facts = await self._look_at_server()
-                except (psycopg.OperationalError, OSError, TimeoutError) as error:
-                    if getattr(error, "sqlstate", None) != ADMIN_SHUTDOWN or tries == LOOKS - 1:
-                        raise connection.unreachable(error, "the server cannot be reached") from error
-                    await asyncio.sleep(pace.backoff(tries))  # somebody terminated the session that looked
-            assert self._facts is not None
-            return self._facts
-
-    @property
-    def max_worker_processes(self) -> int | None:
-        """Worker slots of the whole server, as far as it was asked."""
-        return self._facts.max_worker_processes if self._facts else None
-
-    @property
-    def pairs(self) -> asyncio.Semaphore:
-        """Turns for jobs that need two worker slots, as many as the server can have at work at once."""
-        if self._pairs is None:
-            self._pairs = asyncio.Semaphore(max((self.max_worker_processes or 2) // 2, 1))
-        return self._pairs
-
-    def forget_facts(self) -> None:
-        """Ask the server anew before the next launch: what was true of it before may not be now."""
-        self._facts = None
-
-    async def _look_at_server(self) -> ServerFacts:
-        conn = await connection.connect(self.conninfo, "pgbg: looking")
-        try:
-            facts = await readiness.look_at(conn, self.schema)
-            if facts.through_pooler:
-                await self._refuse_transaction_pooling(conn)
-        finally:
-            await connection.close(conn)
-        return facts
-
-    async def _refuse_transaction_pooling(self, conn: AsyncConnection[Any]) -> None:
-        """Hold the pool's last used server session in a transaction; in session mode ``conn`` keeps its own."""
-        other = await connection.connect(self.conninfo, "pgbg: looking")
-        try:
-            before = await _backend_pid(conn)
-            async with other.transaction():
-                held = await _backend_pid(other)
-                try:
-                    async with asyncio.timeout(pace.STALLED):
-                        after = await _backend_pid(conn)
-                except TimeoutError:
-                    after = None
-        finally:
-            await connection.close(other)
-        if held == before or after != before:
-            raise PoolerInTransactionMode(
-                "this connection goes through a pooler in transaction mode, where a worker's handle is lost between "
-                "two statements",
-                todo="Connect to the server itself, or through a pool in session mode.",
-            )
-
-    async def bind(self, job: Job) -> Work:
-        """Check the server for this job, and bind it; nothing has been launched when this raises."""
-        read_only = str((job.settings or {}).get("default_transaction_read_only", "")).lower()
-        read_write = read_only in ("off", "false", "0", "no")
-        facts = await self._require(receipts=job.kind is not Kind.SESSION, read_write=read_write)
-        return await self.ledger.run(lambda conn: bind(job, conn, facts.login))
-
-    async def _require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
-        facts = await self.facts()
-        try:
-            readiness.require(facts, self.schema, receipts=receipts, read_write=read_write)
-        except Exception:
-            self.forget_facts()  # somebody may mend it
-            raise
-        return facts
-
-    async def verify(self, query: str, role: str | None) -> bool:
-        """Ask a job's ``verify_sql``, in a session with the login's own settings.
-
-        Raises
-        ------
-        psycopg.Error
-            The server refuses it.
-        ConnectionLost
-            The server is away.
-        """
-        async with connection.for_a_question(self.conninfo, "pgbg: verifying") as conn:
-            if role is not None:
-                await conn.execute("select pg_catalog.set_config('role', %s, false)", (role,))
-            return await describe.verify(conn, query)
-
-    async def drop_invalid_index(self, found: index_builds.ConcurrentIndex, job: Job) -> str | None:
-        """Drop the invalid index that an earlier build left, as the job's role; returns its name, if there was one.
-
-        Raises
-        ------
-        psycopg.Error
-            The server refuses.
-        ConnectionLost
-            The server is away.
-        """
-        async with connection.for_a_question(self.conninfo, "pgbg: dropping an invalid index") as conn:
-            settings = {**(job.settings or {}), **({"role": job.role} if job.role else {})}
-            if settings:
-                await connection.settle(conn, tuple(settings.items()))
-            return await index_builds.drop_invalid_index(conn, found)
-
-    async def session(self, *, exclusive: bool = False) -> LaunchingSession:
-        """Return a launching session with room; ``exclusive``: one of its own, which the caller closes.
-
-        Raises
-        ------
-        ServerUnreachable
-            The server did not answer for a long time.
-        ExtensionMissing
-            The extension was dropped.
-        """
-        extension = (await self.facts()).extension
-        if exclusive:
-            return await self._open(extension)
-        async with self._opening:
-            for session in [s for s in self._sessions if s.lost or (s.worn and not s.workers)]:
-                self._sessions.remove(session)
-                await session.close()
-            usable = [session for session in self._sessions if session.room]
-            if usable:
-                return min(usable, key=lambda session: len(session.workers))
-            if len([s for s in self._sessions if not s.worn and not s.stalled]) >= SESSIONS:
-                return min(self._sessions, key=lambda session: (session.worn, session.stalled, len(session.workers)))
-            session = await self._open(extension)
-            self._sessions.append(session)
-            return session
-
-    def abandon(self, call: asyncio.Task[Worker]) -> None:
-        """Forget the worker of a launch call that is on its way, as soon as there is one: nobody waits for it."""
-
-        def forget(ended: asyncio.Task[Worker]) -> None:
-            if not ended.cancelled() and ended.exception() is None:
-                ended.result().release()
-
-        call.add_done_callback(forget)
-
-    async def _open(self, extension: Extension) -> LaunchingSession:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + pace.RECONNECT
-        attempt = 0
-        while True:
-            try:
-                return await LaunchingSession.open(self.conninfo, extension)
-            except (psycopg.OperationalError, OSError, TimeoutError) as error:
-                if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
-                    raise connection.unreachable(error, "no launching session can be opened") from error
-                logger.warning("no launching session (%s), trying again", str(error).strip())
-                await asyncio.sleep(pace.backoff(attempt))
-                attempt += 1
+_shared: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Conninfo, str], tuple[Launcher, int]]] = (
+    WeakKeyDictionary()
+)
 
 
-async def _backend_pid(conn: AsyncConnection[Any]) -> int:
-    row = await (await conn.execute("select pg_catalog.pg_backend_pid()")).fetchone()
-    assert row is not None
-    return int(row[0])
+@asynccontextmanager
+async def shared_launcher(conninfo: Conninfo, *, schema: str = "pgbg") -> AsyncIterator[Launcher]:
+    """Lend the launcher that all callers in this event loop share for one connection string; the last one closes it.
+
+    Parameters
+    ----------
+    conninfo:
+        As :class:`Launcher` takes it; functions that are equal share one.
+    schema:
+        Name of the package's schema.
+    """
+    launchers = _shared.setdefault(asyncio.get_running_loop(), {})
+    key = (conninfo, schema)
+    launcher, users = launchers.get(key) or (Launcher(conninfo, schema=schema), 0)
+    launchers[key] = (launcher, users + 1)
+    try:
+        yield launcher
+    finally:
+        _, users = launchers[key]
+        if users > 1:
+            launchers[key] = (launcher, users - 1)
+        else:
+            del launchers[key]
+            await launcher.close()
+
+
+async def arun(conninfo: str, job: Job, *, schema: str = "pgbg", **options: Unpack[RunOptions]) -> Outcome:
+    """Launch a job's SQL in a labelled worker, or attach to the one that runs it already, and wait for its outcome.
+
+    Parameters
+    ----------
+    conninfo:
+        A libpq connection string or URI. Calls with the same one in one event loop share their connections.
+    job:
+        The job.
+    schema:
+        Name of the package's schema.
+    options:
+        As :class:`pgbg_orchestration.options.Options` takes them: ``on_cancel``, ``on_superseded``,
+        ``retry_cancelled``, ``accept_changed_sql``, ``slot_timeout``, ``poll_interval``, ``deadline``, ``observer``.
+
+    Returns
+    -------
+    Outcome
+        Proof that the job is committed; ``launched`` is False when somebody else launched it.
+
+    Raises
+    ------
+    WorkerError
+        The SQL failed; nothing of it is committed.
+    JobCancelled, Superseded, DeadlinePassed
+        It was ended before it committed, for good.
+    WorkerLost, LaunchFailed
+        Its worker is gone without a commit.
+    OutcomeUnknown
+        A job without a receipt lost its session.
+    NoWorkerSlot, StillRunning, SeriesHeld, ServerUnreachable
+        A bound on a wait was reached.
+    InvalidJob, JobIdReused, ExtensionMissing, ExtensionTooOld, SchemaMissing, SchemaVersionMismatch, NoPrivilege, \
+    PoolerInTransactionMode, ReadOnlyServer
+        Refused before anything was launched.
+    """
+    async with shared_launcher(conninfo, schema=schema) as launcher:
+        return await launcher.run(job, **options)
+
+
+def run(conninfo: str, job: Job, *, schema: str = "pgbg", **options: Unpack[RunOptions]) -> Outcome:
+    """Do what :func:`arun` does, from code without an event loop. Ctrl-C counts as a cancel.
+
+    Raises
+    ------
+    InvalidJob
+        There is a running event loop: use ``await arun(...)`` there.
+    PgbgError
+        As :func:`arun`.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        raise InvalidJob("run() was called in a running event loop", todo="Use `await arun(...)` there.")
+    return asyncio.run(arun(conninfo, job, schema=schema, **options))

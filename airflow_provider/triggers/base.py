@@ -130,7 +130,7 @@ class ServerTrigger(BaseTrigger):
     @asynccontextmanager
     async def launcher(self) -> AsyncIterator[Launcher]:
         """Lend the launcher that the triggers of this process share for one connection."""
-        from pgbg_orchestration.running import shared_launcher
+        from pgbg_orchestration.launcher import shared_launcher
 
         login = await Login.of(self.postgres_conn_id, self.database, self.endpoint)
         async with shared_launcher(login, schema=self.schema) as launcher:

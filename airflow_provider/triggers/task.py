@@ -41,8 +41,8 @@ async def settle(began: float) -> None:
 
 async def load_core() -> None:
     """Import what a trigger runs on, in a thread: for a first trigger that takes longer than a loop may stand still."""
-    if "pgbg_orchestration.running" not in sys.modules:
-        await asyncio.to_thread(importlib.import_module, "pgbg_orchestration.running")
+    if "pgbg_orchestration.launcher" not in sys.modules:
+        await asyncio.to_thread(importlib.import_module, "pgbg_orchestration.launcher")
 
 
 async def state_of(ti: Any) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psycopg
 
@@ -32,23 +32,21 @@ from . import failures
 from .case import Case, Launch, deadline_of
 from .conclusion import conclude, record
 from .evidence import RELAUNCHES, gather, look
-
-if TYPE_CHECKING:
-    from pgbg_orchestration.launcher import Launcher
+from .host import Host
 
 T = TypeVar("T")
 logger = logging.getLogger("pgbg_orchestration")
 
 
-async def run_job(launcher: Launcher, job: Job, options: Options) -> Outcome:
+async def run_job(host: Host, job: Job, options: Options) -> Outcome:
     """Bind a job and follow it until its outcome is certain."""
     deadline = deadline_of(job.timeout, options.deadline)
     try:
         try:
-            work = await launcher.bind(job)
-            return await Run(launcher, Case(work, options, deadline)).outcome()
+            work = await host.bind(job)
+            return await Run(host, Case(work, options, deadline)).outcome()
         except psycopg.Error as error:
-            launcher.forget_facts()  # what was true of the server may not be now
+            host.forget_facts()  # what was true of the server may not be now
             raise failures.ledger(error, job.id or "", redact=job.redact_details) from error
     except PgbgError as error:
         if job.redact_details:
@@ -59,9 +57,9 @@ async def run_job(launcher: Launcher, job: Job, options: Options) -> Outcome:
 class Run:
     """One call for one job: from its first look to its outcome."""
 
-    def __init__(self, launcher: Launcher, case: Case) -> None:
-        self._launcher = launcher
-        self._ledger = launcher.ledger
+    def __init__(self, host: Host, case: Case) -> None:
+        self._host = host
+        self._ledger = host.ledger
         self._case = case
         self._loop = asyncio.get_running_loop()
         self._step: tuple[Step | None, float] = (None, 0.0)  # the step that is being taken, and since when
@@ -81,7 +79,7 @@ class Run:
     async def _close(self) -> None:
         await self._case.launch.stop_reading()
         if self._case.paired:
-            self._launcher.pairs.release()
+            self._host.pairs.release()
         if self._case.session is not None:
             await self._case.session.close()
 
@@ -187,21 +185,21 @@ class Run:
                 await self._drop_invalid_index()
             text = await self._compose_supervisor(registration)
         else:
-            text = work.text(self._launcher.schema, registration)
+            text = work.text(self._host.schema, registration)
         await self._put_last_launch_away()
         try:
             async with asyncio.timeout(case.patience_for_slot()):
                 if work.kind is Kind.SUPERVISED and not case.paired:
-                    await self._launcher.pairs.acquire()
+                    await self._host.pairs.acquire()
                     case.paired = True
-                await self._launcher.slots.launch(lambda: self._call_launch(text), self._on_slots_used_up)
+                await self._host.slots.launch(lambda: self._call_launch(text), self._on_slots_used_up)
         except TimeoutError:
             case.intent = Intent.DEADLINE
         except MayBeLaunched as error:
             case.launch_error = error.error
         except LaunchRefused as error:
             await record(case, self._ledger, "failed", error=work.telling(describe.error_fields(error.error)))
-            facts = await self._launcher.facts()
+            facts = await self._host.facts()
             raise failures.launch_refused(work, error.error, facts, called=error.called) from error.error
         await self._take_over_call()
         faults.point("while_running")
@@ -259,15 +257,15 @@ class Run:
         """Ask a launching session, or another one when it ended between being chosen and being used."""
         case = self._case
         for attempt in range(RELAUNCHES * 2):
-            session = case.session or await self._launcher.session()
+            session = case.session or await self._host.session()
             try:
                 return await ask(session)
             except ConnectionLost as lost:
                 if isinstance(lost, ExtensionMoved):
-                    self._launcher.forget_facts()
+                    self._host.forget_facts()
                 if case.session is not None:
                     await case.session.close()
-                    case.session = await self._launcher.session(exclusive=True)
+                    case.session = await self._host.session(exclusive=True)
                 await asyncio.sleep(pace.backoff(attempt))
         raise ServerUnreachable("every launching session was lost before the launch call", job_id=case.work.key.job_id)
 
@@ -280,7 +278,7 @@ class Run:
         # stalled. Any other has to be known before it can be cancelled.
         call = await case.launch.end_call(patient=not case.work.carries_receipt)
         if call is not None:
-            self._launcher.abandon(call)
+            self._host.abandon(call)
             return
         worker = case.launch.worker
         if case.launch.report is Report.NONE:
@@ -289,13 +287,13 @@ class Run:
         case.registered = False
         case.stray = case.stray or case.launch.lost
         if worker is not None:
-            worker.ended.add_done_callback(lambda _: self._launcher.slots.freed())
+            worker.ended.add_done_callback(lambda _: self._host.slots.freed())
             case.tell("launched", f"launched attempt {case.attempt}", pid=worker.handle.pid)
 
     def _on_slots_used_up(self, error: SlotsUsedUp) -> None:
         self._case.slot_missing = True
         where = {"53400": "this session's table", "53100": "shared memory (/dev/shm)"}.get(
-            error.sqlstate or "", f"max_worker_processes ({self._launcher.max_worker_processes})"
+            error.sqlstate or "", f"max_worker_processes ({self._host.max_worker_processes})"
         )
         message = f"waiting for a worker slot: {where} is used up"
         self._case.tell_once("waiting_for_slot", message, sqlstate=error.sqlstate)
@@ -396,10 +394,10 @@ class Run:
     async def _compose_supervisor(self, registration: Registration) -> str:
         case, work = self._case, self._case.work
         readable = await self._make_readable()
-        facts = await self._launcher.facts()
+        facts = await self._host.facts()
         settings = {**facts.defaults, **work.settings(case.seconds_left())}
         calls = facts.extension.supervision(readable.columns, padded=readable.padded)
-        return work.supervisor(self._launcher.schema, registration, readable.text, calls, settings)
+        return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
 
     async def _make_readable(self) -> Readable:
         """Return the text to launch, with a result that can be read to its end."""
@@ -424,7 +422,7 @@ class Run:
             return
         try:
             async with asyncio.timeout(case.seconds_left()):
-                dropped = await self._launcher.drop_invalid_index(found, work.job)
+                dropped = await self._host.drop_invalid_index(found, work.job)
         except TimeoutError:
             return  # the next look sees that the deadline passed
         except psycopg.Error as error:
@@ -440,7 +438,7 @@ class Run:
         if marked is not None:
             raise failures.already_at_work(case.work, marked.pid)
         if case.session is None or case.session.lost:
-            case.session = await self._launcher.session(exclusive=True)
+            case.session = await self._host.session(exclusive=True)
         case.readable = await self._make_readable()
         return case.readable.text
 
@@ -461,7 +459,7 @@ class Run:
         work = self._case.work
         try:
             self._case.verified_of = (seen.receipt_attempt, seen.may_begin) if seen else None
-            self._case.verified = await self._launcher.verify(_there(work.verify_sql), work.job.role)
+            self._case.verified = await self._host.verify(_there(work.verify_sql), work.job.role)
         except psycopg.Error as error:
             raise failures.unverified(work, error) from error
 

@@ -171,7 +171,7 @@ async def test_extension_changed_while_jobs_run(db: Watched, how: str) -> None:
     async with Launcher(db.conninfo) as launcher:
         if how == "another name":
             # As of before an update from 1.10, whose names 2.0 still has.
-            launcher._facts = replace(await launcher.facts(), extension_version="1.10")
+            launcher._host._facts = replace(await launcher.facts(), extension_version="1.10")
         tasks = [
             asyncio.create_task(launcher.run(Job(slow(kind, 1), id=kind, kind=kind)))
             for kind in ("receipt", "supervised")
@@ -185,7 +185,7 @@ async def test_extension_changed_while_jobs_run(db: Watched, how: str) -> None:
             case "made anew":
                 db.sql("drop extension pg_background; create extension pg_background")
             case _:
-                launcher.forget_facts()
+                launcher._host.forget_facts()
         assert isinstance(await ended(tasks[0]), Outcome)
         # A supervisor calls the functions by the names that it was given.
         end = await ended(tasks[1])

@@ -12,7 +12,7 @@ from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import ExitCode
 from pgbg_orchestration.doctor.examination import Finding, Status, examine, worst
 from pgbg_orchestration.errors import PoolerInTransactionMode, ServerUnreachable
-from pgbg_orchestration.launcher import Launcher
+from pgbg_orchestration.walk.host import Host
 from tests.conftest import Database
 from tests.core.kit import APP, Watched
 from tests.servers.kinds import Server
@@ -188,10 +188,10 @@ async def test_known_faults_of_old_versions(database: Database, server: Server) 
 async def test_a_pooler_in_transaction_mode(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """No pooler can be had here: the launcher is made to see one. The rest is looked at all the same."""
 
-    async def refuse(_: Launcher) -> None:
+    async def refuse(_: Host) -> None:
         raise PoolerInTransactionMode("this connection goes through a pooler", todo="Connect to the server itself.")
 
-    monkeypatch.setattr(Launcher, "_look_at_server", refuse)
+    monkeypatch.setattr(Host, "_look_at_server", refuse)
 
     found = await look(db.conninfo)
 

@@ -89,14 +89,18 @@ class TestImports:
             ("orchestrator", "pgbg_orchestration/{name}.py", "from airflow.sdk import DAG"),
             ("verdict", "pgbg_orchestration/verdict.py", "import psycopg"),
             ("verdict", "pgbg_orchestration/verdict.py", "from time import time"),
+            ("rooms", "pgbg_orchestration/walk/{name}.py", "from pgbg_orchestration import launcher"),
+            ("rooms", "pgbg_orchestration/ledger/{name}.py", "from pgbg_orchestration.walk import run"),
+            ("rooms", "pgbg_orchestration/{name}.py", ""),  # in no room
         ],
     )
     def test_contracts_notice_a_breach(self, tmp_path: Path, module: str, source: str, complaint: str) -> None:
         """A contract that cannot fail proves nothing: break each rule in a copy and see it told."""
         for package in PACKAGES:
-            (tmp_path / package).mkdir()
-            (tmp_path / package / "__init__.py").touch()
-        (tmp_path / "pgbg_orchestration" / "verdict.py").touch()
+            for path in (ROOT / package).rglob("*.py"):  # every module is there, and imports nothing
+                empty = tmp_path / path.relative_to(ROOT)
+                empty.parent.mkdir(parents=True, exist_ok=True)
+                empty.touch()
         (tmp_path / source.format(name=f"breach_in_{module}")).write_text(complaint + "\n")
         (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
 

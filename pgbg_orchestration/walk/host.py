@@ -1,0 +1,241 @@
+"""What a walk is lent: the launching sessions, the slot queue and the ledger of one database, shared by many jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection
+
+from pgbg_orchestration import pace
+from pgbg_orchestration.errors import PoolerInTransactionMode
+from pgbg_orchestration.job import Job, Kind
+from pgbg_orchestration.ledger import readiness
+from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.ledger.readiness import ServerFacts
+from pgbg_orchestration.postgres import connection, describe
+from pgbg_orchestration.postgres.pg_background import Extension
+from pgbg_orchestration.postgres.session import LaunchingSession, Worker
+from pgbg_orchestration.postgres.slots import SlotQueue
+from pgbg_orchestration.statements import index_builds
+
+from .work import Work, bind
+
+logger = logging.getLogger("pgbg_orchestration")
+SESSIONS = 3  # at most; a further one is opened when the others are busy launching
+ADMIN_SHUTDOWN = "57P01"
+LOOKS = 4  # at the server, before it counts as out of reach
+
+
+class Host:
+    """What the jobs of one connection string share.
+
+    Parameters
+    ----------
+    conninfo:
+        A libpq connection string or URI, or an async function that returns one.
+    schema:
+        Name of the package's schema.
+    """
+
+    def __init__(self, conninfo: connection.Conninfo, schema: str) -> None:
+        self.conninfo = conninfo
+        self.schema = schema
+        self.slots = SlotQueue()
+        self.ledger = Ledger(conninfo, schema, logger.warning)
+        self._facts: ServerFacts | None = None
+        self._pairs: asyncio.Semaphore | None = None
+        self._sessions: list[LaunchingSession] = []
+        self._opening = asyncio.Lock()
+
+    async def close(self) -> None:
+        """Close all connections. Workers go on."""
+        sessions, self._sessions = self._sessions, []
+        for session in sessions:
+            await session.close()
+        await self.ledger.close()
+
+    async def facts(self) -> ServerFacts:
+        """Return what is known of the server; asked for once.
+
+        Raises
+        ------
+        ServerUnreachable
+            It cannot be reached.
+        PoolerInTransactionMode
+            The connection goes through a pooler in transaction mode.
+        """
+        async with self._opening:
+            for tries in range(LOOKS):
+                if self._facts is not None:
+                    break
+                try:
+                    self._facts = await self._look_at_server()
+                except (psycopg.OperationalError, OSError, TimeoutError) as error:
+                    if getattr(error, "sqlstate", None) != ADMIN_SHUTDOWN or tries == LOOKS - 1:
+                        raise connection.unreachable(error, "the server cannot be reached") from error
+                    await asyncio.sleep(pace.backoff(tries))  # somebody terminated the session that looked
+            assert self._facts is not None
+            return self._facts
+
+    @property
+    def max_worker_processes(self) -> int | None:
+        """Worker slots of the whole server, as far as it was asked."""
+        return self._facts.max_worker_processes if self._facts else None
+
+    @property
+    def pairs(self) -> asyncio.Semaphore:
+        """Turns for jobs that need two worker slots, as many as the server can have at work at once."""
+        if self._pairs is None:
+            self._pairs = asyncio.Semaphore(max((self.max_worker_processes or 2) // 2, 1))
+        return self._pairs
+
+    def forget_facts(self) -> None:
+        """Ask the server anew before the next launch: what was true of it before may not be now."""
+        self._facts = None
+
+    async def _look_at_server(self) -> ServerFacts:
+        conn = await connection.connect(self.conninfo, "pgbg: looking")
+        try:
+            facts = await readiness.look_at(conn, self.schema)
+            if facts.through_pooler:
+                await self._refuse_transaction_pooling(conn)
+        finally:
+            await connection.close(conn)
+        return facts
+
+    async def _refuse_transaction_pooling(self, conn: AsyncConnection[Any]) -> None:
+        """Hold the pool's last used server session in a transaction; in session mode ``conn`` keeps its own."""
+        other = await connection.connect(self.conninfo, "pgbg: looking")
+        try:
+            before = await _backend_pid(conn)
+            async with other.transaction():
+                held = await _backend_pid(other)
+                try:
+                    async with asyncio.timeout(pace.STALLED):
+                        after = await _backend_pid(conn)
+                except TimeoutError:
+                    after = None
+        finally:
+            await connection.close(other)
+        if held == before or after != before:
+            raise PoolerInTransactionMode(
+                "this connection goes through a pooler in transaction mode, where a worker's handle is lost between "
+                "two statements",
+                todo="Connect to the server itself, or through a pool in session mode.",
+            )
+
+    async def bind(self, job: Job) -> Work:
+        """Check the server for this job, and bind it; nothing has been launched when this raises."""
+        read_only = str((job.settings or {}).get("default_transaction_read_only", "")).lower()
+        read_write = read_only in ("off", "false", "0", "no")
+        facts = await self.require(receipts=job.kind is not Kind.SESSION, read_write=read_write)
+        return await self.ledger.run(lambda conn: bind(job, conn, facts.login))
+
+    async def require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
+        """Return what is known of the server, and refuse one on which a job cannot run.
+
+        Raises
+        ------
+        PgbgError
+            As :func:`pgbg_orchestration.ledger.readiness.require`; a later call looks at the server anew.
+        """
+        facts = await self.facts()
+        try:
+            readiness.require(facts, self.schema, receipts=receipts, read_write=read_write)
+        except Exception:
+            self.forget_facts()  # somebody may mend it
+            raise
+        return facts
+
+    async def verify(self, query: str, role: str | None) -> bool:
+        """Ask a job's ``verify_sql``, in a session with the login's own settings.
+
+        Raises
+        ------
+        psycopg.Error
+            The server refuses it.
+        ConnectionLost
+            The server is away.
+        """
+        async with connection.for_a_question(self.conninfo, "pgbg: verifying") as conn:
+            if role is not None:
+                await conn.execute("select pg_catalog.set_config('role', %s, false)", (role,))
+            return await describe.verify(conn, query)
+
+    async def drop_invalid_index(self, found: index_builds.ConcurrentIndex, job: Job) -> str | None:
+        """Drop the invalid index that an earlier build left, as the job's role; returns its name, if there was one.
+
+        Raises
+        ------
+        psycopg.Error
+            The server refuses.
+        ConnectionLost
+            The server is away.
+        """
+        async with connection.for_a_question(self.conninfo, "pgbg: dropping an invalid index") as conn:
+            settings = {**(job.settings or {}), **({"role": job.role} if job.role else {})}
+            if settings:
+                await connection.settle(conn, tuple(settings.items()))
+            return await index_builds.drop_invalid_index(conn, found)
+
+    async def session(self, *, exclusive: bool = False) -> LaunchingSession:
+        """Return a launching session with room; ``exclusive``: one of its own, which the caller closes.
+
+        Raises
+        ------
+        ServerUnreachable
+            The server did not answer for a long time.
+        ExtensionMissing
+            The extension was dropped.
+        """
+        extension = (await self.facts()).extension
+        if exclusive:
+            return await self._open(extension)
+        async with self._opening:
+            for session in [s for s in self._sessions if s.lost or (s.worn and not s.workers)]:
+                self._sessions.remove(session)
+                await session.close()
+            usable = [session for session in self._sessions if session.room]
+            if usable:
+                return min(usable, key=lambda session: len(session.workers))
+            if len([s for s in self._sessions if not s.worn and not s.stalled]) >= SESSIONS:
+                return min(self._sessions, key=lambda session: (session.worn, session.stalled, len(session.workers)))
+            session = await self._open(extension)
+            self._sessions.append(session)
+            return session
+
+    def abandon(self, call: asyncio.Task[Worker]) -> None:
+        """Forget the worker of a launch call that is on its way, as soon as there is one: nobody waits for it."""
+
+        def forget(ended: asyncio.Task[Worker]) -> None:
+            if not ended.cancelled() and ended.exception() is None:
+                ended.result().release()
+
+        call.add_done_callback(forget)
+
+    async def cancel_all(self) -> int:
+        """Cancel every worker of every session by the extension's own ``cancel_all``; returns how many."""
+        return sum([await session.cancel_all(self.ledger.at_work) for session in list(self._sessions)])
+
+    async def _open(self, extension: Extension) -> LaunchingSession:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + pace.RECONNECT
+        attempt = 0
+        while True:
+            try:
+                return await LaunchingSession.open(self.conninfo, extension)
+            except (psycopg.OperationalError, OSError, TimeoutError) as error:
+                if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
+                    raise connection.unreachable(error, "no launching session can be opened") from error
+                logger.warning("no launching session (%s), trying again", str(error).strip())
+                await asyncio.sleep(pace.backoff(attempt))
+                attempt += 1
+
+
+async def _backend_pid(conn: AsyncConnection[Any]) -> int:
+    row = await (await conn.execute("select pg_catalog.pg_backend_pid()")).fetchone()
+    assert row is not None
+    return int(row[0])
