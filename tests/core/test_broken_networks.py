@@ -181,7 +181,7 @@ async def test_another_server_session_behind_the_same_connection(db: Watched) ->
     async with Launcher(db.conninfo) as launcher:
         task = asyncio.create_task(launcher.run(Job(slow("j", 2), id="j"), on_cancel="leave"))
         await db.at_work("j")
-        (session,) = launcher._sessions
+        (session,) = launcher._host._sessions
         await connection.settle(session._conn, ((launching.TOKEN, "another session's"),))
         with pytest.raises(errors.PoolerInTransactionMode, match="another server session"):
             await within(task)
