@@ -11,11 +11,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidJob, shorten
+from .labels import LABEL_BYTES, shorten_label
 
 if TYPE_CHECKING:
     from . import statements
 
-LABEL_BYTES = 64  # pg_background raises 22001 for a longer one
 QUEUE_BYTES = (4 * 1024, 256 * 1024 * 1024)  # pg_background raises 22023 outside
 GENERATIONS = (0, 2**63 - 1)  # bigint
 ISOLATIONS = ("read committed", "repeatable read", "serializable")
@@ -50,7 +50,8 @@ class Job:
         commits twice. Default: ``series#generation`` where a series is given, else a fresh random id, which
         nobody can attach to after this process is gone.
     label:
-        What a person sees on the worker; at most 64 bytes of UTF-8. Default: the id, shortened.
+        What a person sees on the worker; at most 64 bytes of UTF-8, of which the server shows 49 (fewer where they are
+        not ASCII). Default: the id, shortened to what is seen.
     parameters:
         Values for ``%s`` or ``%(name)s`` placeholders, bound on the client with psycopg's own quoting. Without
         parameters a ``%`` in the SQL is an ordinary character.
@@ -121,7 +122,7 @@ class Job:
         if self.id is None:
             self._fill("id", _default_id(self.series, self.generation))
         if self.label is None:
-            self._fill("label", _first_bytes(self.id or "", LABEL_BYTES))
+            self._fill("label", shorten_label(self.id or ""))
         elif len(self.label.encode()) > LABEL_BYTES:
             size = len(self.label.encode())
             raise InvalidJob(f"the label has {size} bytes of UTF-8 and may have {LABEL_BYTES}: {shorten(self.label)!r}")
@@ -212,10 +213,6 @@ def _default_id(series: str | None, generation: int | None) -> str:
     if generation is None:
         raise InvalidJob("a series needs a generation, or an id for this run of it")
     return f"{series}#{generation}"
-
-
-def _first_bytes(text: str, limit: int) -> str:
-    return text.encode()[:limit].decode(errors="ignore")
 
 
 def _isolation(value: object) -> str:
