@@ -52,7 +52,7 @@ def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
         "id": identity.job_id,
         "series": identity.series,
         "generation": identity.generation,
-        "label": given.worker_label or label_of(ti.dag_id, ti.task_id),
+        "label": label_of(given, identity, ti),
         "settings": dict(given.settings) if given.settings else None,
         "role": given.role,
         "isolation": given.isolation,
@@ -64,11 +64,22 @@ def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
     }
 
 
-def label_of(dag_id: str, task_id: str, name: str = "") -> str:
-    """Return the DAG's and the task's id, shortened at its start: the end tells tasks of one DAG apart."""
-    from pgbg_orchestration.job import LABEL_BYTES
+def label_of(given: Any, identity: Identity, ti: Any, member: str = "") -> str:
+    """Return the label of a task's job: the one that is given, else the DAG's and the task's id and the map index.
 
-    full = f"{dag_id}.{task_id}{name}".encode()
-    if len(full) <= LABEL_BYTES:
-        return full.decode()
-    return f"…{full[-(LABEL_BYTES - 3) :].decode(errors='ignore')}"
+    Parameters
+    ----------
+    given, identity, ti:
+        As :func:`job_arguments` takes them.
+    member:
+        Name of the job in its batch; it stands at the end.
+    """
+    from pgbg_orchestration.labels import shorten_label
+
+    mapped = "" if identity.map_index is None else f"[{identity.map_index}]"
+    label: str = given.worker_label or f"{ti.dag_id}.{ti.task_id}{mapped}"
+    if member:
+        label = f"{label}.{member}"
+    elif given.worker_label:
+        return label  # as the user wants it, or an error that says how long it may be
+    return shorten_label(label)

@@ -25,16 +25,24 @@ class Identity:
         Which wanted run of it this is: automatic retries keep it, a clear starts a later one.
     job_id:
         Names the job: the same id never commits twice.
+    map_index:
+        Which of the tasks that one was mapped to; None for one that was not.
     """
 
     series: str
     generation: int
     job_id: str
+    map_index: int | None = None
 
 
 def series_of(dag_id: str, run_id: str, task_id: str, map_index: int | None = None) -> str:
     """Return the series of a task instance."""
     return f"airflow:{dag_id}/{run_id}/{task_id}/{-1 if map_index is None else map_index}"
+
+
+def mapped_index(ti: Any) -> int | None:
+    """Return the map index of a task instance; None where it was not mapped, for which Airflow has -1."""
+    return None if ti.map_index is None or ti.map_index < 0 else int(ti.map_index)
 
 
 def identify(context: Mapping[str, Any], *, durable: bool = True) -> Identity:
@@ -69,7 +77,7 @@ def identify(context: Mapping[str, Any], *, durable: bool = True) -> Identity:
     series = series_of(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
     number = ti.max_tries if durable else ti.try_number
     name = f"{first}.{number}" if durable else f"{first}.try{number}"
-    return Identity(series, first * _CLEARS + number, f"{series}#{name}")
+    return Identity(series, first * _CLEARS + number, f"{series}#{name}", mapped_index(ti))
 
 
 def identify_try(ti: Any) -> Identity:
@@ -87,4 +95,4 @@ def identify_try(ti: Any) -> Identity:
     """
     series = series_of(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
     milliseconds = ti.id.int >> 80
-    return Identity(series, milliseconds * _CLEARS // 1000 + ti.try_number, f"{series}#{ti.id}")
+    return Identity(series, milliseconds * _CLEARS // 1000 + ti.try_number, f"{series}#{ti.id}", mapped_index(ti))

@@ -121,7 +121,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         if not isinstance(own["sql"], str):
             own["sql"] = list(own["sql"])
         # Without a label of its own a job shows the task's, with its name.
-        label = own.get("label") or label_of(self.dag_id, self.task_id, f".{name}")
+        label = own.get("label") or label_of(self, identity, self, name)
         return {
             **arguments,
             **own,

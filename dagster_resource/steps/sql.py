@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from pgbg_orchestration import Job, Kind
-from pgbg_orchestration.job import LABEL_BYTES
+from pgbg_orchestration.labels import shorten_label
 
 from .identity import Identity
 
@@ -95,7 +95,7 @@ class Sql:
         job_id, series:
             Which work this is, and what it excludes.
         label:
-            What a person is to see, where the options have no label; cut to fit.
+            What a person is to see, where the options have no label; shortened to what is seen.
         owner:
             Role that owns the receipt; None for the login.
 
@@ -110,18 +110,13 @@ class Sql:
             A field or a statement cannot be used.
         """
         options: dict[str, Any] = {"parameters": self.parameters, **self.options}
-        options["label"] = options.get("label") or cut_label(label)
+        options["label"] = options.get("label") or shorten_label(label)
         return Job(self.text, id=job_id, series=series, owner=owner, **options)
 
 
 SqlLike = str | list[str] | tuple[str | Sequence[str], Sequence[Any] | Mapping[str, Any]] | Sql
 
 
-def cut_label(text: str) -> str:
-    """Return as much of ``text`` as fits into a label, without cutting a character in two."""
-    return text.encode()[:LABEL_BYTES].decode(errors="ignore")
-
-
 def label_for(identity: Identity, name: str | None) -> str:
-    """Return what a person is to see on the worker: the job's own name first, since labels are short."""
+    """Return what a person is to see on the worker: the job's own name first."""
     return f"{name}: {identity.label}" if name else identity.label

@@ -22,6 +22,7 @@ from airflow_provider.get_provider_info import get_provider_info
 from airflow_provider.identity import FIRST_RUN, identify
 from airflow_provider.triggers import PgBackgroundBatchTrigger
 from pgbg_orchestration import ErrorFields, Outcome, errors
+from pgbg_orchestration.labels import VISIBLE, worker_name
 
 pytestmark = pytest.mark.airflow
 
@@ -259,6 +260,36 @@ class TestDeferring:
 
         assert len(label.encode()) <= 64
         assert label.endswith("ß_end")
+
+    def test_long_names_of_one_dag_are_told_apart_where_the_server_shows_them(self) -> None:
+        names = [f"load_the_table_of_{table}_of_the_düsseldorf_office" for table in ("orders", "customers")]
+        labels = [
+            deferred(PgBackgroundOperator(task_id=name, sql="select 1", deferrable=True)).trigger.job["label"]
+            for name in names
+        ]
+
+        assert len({worker_name(label, 4711) for label in labels}) == 2
+
+    def test_a_mapped_tasks_label_tells_its_map_index(self) -> None:
+        operator = PgBackgroundOperator(task_id="a_task_of_a_name_that_is_far_too_long_to_be_seen", sql="select 1")
+        operator.deferrable = True
+        labels = [deferred(operator, context(map_index=index)).trigger.job["label"] for index in (-1, 0, 12)]
+
+        assert not labels[0].endswith("]")
+        assert [label[-4:] for label in labels[1:]] == ["n[0]", "[12]"]
+        assert all(len(label) <= VISIBLE for label in labels)
+
+    def test_a_label_that_is_given_stays_and_a_batch_puts_the_name_of_each_job_behind_it(self) -> None:
+        given: Any = {"task_id": "t", "deferrable": True, "label": "nightly"}
+        job = deferred(PgBackgroundOperator(sql="select 1", **given), context(map_index=3)).trigger.job
+        jobs = deferred(
+            PgBackgroundBatchOperator(jobs={"a": "select 1", "b" * 70: "select 2"}, **given), context(map_index=3)
+        ).trigger.jobs
+
+        assert job["label"] == "nightly"
+        assert jobs["a"]["label"] == "nightly.a"
+        assert jobs["b" * 70]["label"].startswith("nightly.b")
+        assert len(jobs["b" * 70]["label"]) <= VISIBLE
 
     def test_each_job_of_a_batch_has_its_name_in_its_id(self) -> None:
         operator = PgBackgroundBatchOperator(
