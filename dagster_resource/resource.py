@@ -30,6 +30,8 @@ from .steps.sql import JobOptions, Sql, SqlLike, label_for
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
 
+    from pgbg_orchestration import Launcher
+
     from .steps.caller import AnyContext
 
 
@@ -295,14 +297,14 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         except PgbgError as error:
             raise PgBackgroundFailure(error, allow_retries=False) from None
 
-        async def launch(talk: Talk) -> str:
-            from pgbg_orchestration import Launcher
-
-            async with Launcher(self.conninfo, schema=self.pgbg_schema) as launcher:
-                return await submission.submit(launcher, member, talk=talk, options=self._options())
-
+        submitted = submission.Submission(
+            member,
+            self._launcher,
+            keep_on_interrupt=self.cancel_on_termination == "never",
+            options=self._options(),
+        )
         try:
-            return caller.drive(launch, interval=self.run_status_interval)
+            return caller.hand_over(submitted.launch, submitted.withdraw, interval=self.run_status_interval)
         except PgbgError as error:
             self._raise_for([error], [member], caller, None)
 
@@ -345,9 +347,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         submission.check_states(fail_on)
 
         async def wait(talk: Talk) -> Outcome:
-            from pgbg_orchestration import Launcher
-
-            async with Launcher(self.conninfo, schema=self.pgbg_schema) as launcher:
+            async with self._launcher() as launcher:
                 return await submission.wait_for(
                     launcher,
                     job_id,
@@ -446,6 +446,11 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         member = Member(name=suffix, sql=sql, job=job(step.origin), anew=job(step.run_id) if step.by_hand else None)
         identity.claim(context, member.job_id)
         return member
+
+    def _launcher(self) -> Launcher:
+        from pgbg_orchestration import Launcher
+
+        return Launcher(self.conninfo, schema=self.pgbg_schema)
 
     def _options(self) -> dict[str, Any]:
         return {

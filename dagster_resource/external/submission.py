@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dagster_resource.steps.batch import TERMINATED, Member
+from dagster_resource.steps.batch import TERMINATED, Member, can_be_found, cancel_jobs
 from dagster_resource.steps.driving import Talk
 from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
 from pgbg_orchestration.outcome import Outcome
 
 if TYPE_CHECKING:
-    from pgbg_orchestration import Launcher
+    from pgbg_orchestration import Job, Launcher
     from pgbg_orchestration.ledger.sighting import Sighting
 
-BEGUN_WITHIN = 60.0  # seconds for a launched worker to be seen at work
 POLL = (0.05, 5.0)  # seconds between two looks at somebody else's job: at first, and at most
 
 
@@ -31,45 +30,86 @@ def check_states(states: Collection[str]) -> None:
         raise ValueError(f"fail_on takes {', '.join(ENDED_BADLY)}, not {', '.join(sorted(unknown))}")
 
 
-async def submit(launcher: Launcher, member: Member, *, talk: Talk, options: dict[str, Any]) -> str:
-    """Launch a job and go away as soon as its worker is at work; returns the job's id.
+class Submission:
+    """A job that is launched, and left as soon as its worker is at work.
 
     A worker that was launched and has not begun needs the session that launched it, so leaving earlier could lose it.
 
-    Raises
-    ------
-    PgbgError
-        It could not be launched, or it has failed already.
+    Parameters
+    ----------
+    member:
+        The job.
+    connect:
+        Makes a launcher for the database.
+    keep_on_interrupt:
+        Leave a worker at work that leaves no receipt, too.
+    options:
+        As :func:`pgbg_orchestration.arun` takes them.
     """
-    job, lift = await member.choose(launcher)
-    assert job.id is not None  # a Job gives itself one
-    running = asyncio.ensure_future(
-        launcher.run(job, on_cancel="leave", retry_cancelled=lift, observer=talk.event, **options)
-    )
-    try:
-        pause = POLL[0]
-        while not running.done():
-            await asyncio.wait({running}, timeout=pause)
-            if not running.done() and _is_at_work(await launcher.look(job.id, owner=job.owner, series=job.series)):
-                break
-            pause = min(pause * 1.5, 1.0)
-        if running.done():
-            running.result()
-    except asyncio.CancelledError:
-        if talk.cancel_workers:
-            await _stop(running)
-            await launcher.cancel(job.id, owner=job.owner, series=job.series, reason=TERMINATED)
-        raise
-    finally:
-        await _stop(running)
-    return job.id
+
+    def __init__(
+        self, member: Member, connect: Callable[[], Launcher], *, keep_on_interrupt: bool, options: Mapping[str, Any]
+    ) -> None:
+        self._member = member
+        self._keep_on_interrupt = keep_on_interrupt
+        self._connect = connect
+        self._options = options
+        self._chosen: Job | None = None
+
+    async def launch(self, talk: Talk) -> str:
+        """Launch the job; returns its id.
+
+        Raises
+        ------
+        PgbgError
+            It could not be launched, or it has failed already.
+        """
+        async with self._connect() as launcher:
+            self._chosen, lift = await self._member.choose(launcher)
+            running = asyncio.ensure_future(
+                launcher.run(
+                    self._chosen,
+                    # A worker is left here and cancelled afterwards, when it is known what the interruption was.
+                    on_cancel="leave" if can_be_found(self._chosen) or self._keep_on_interrupt else "cancel",
+                    retry_cancelled=lift,
+                    observer=talk.event,
+                    **self._options,
+                )
+            )
+            try:
+                await _until_at_work(launcher, self._chosen, running)
+            finally:
+                await _stop(running)
+        assert self._chosen.id is not None  # a Job gives itself one
+        return self._chosen.id
+
+    async def withdraw(self, talk: Talk) -> None:
+        """Cancel the job for good, whatever came of its launch."""
+        if self._chosen is None or not can_be_found(self._chosen):
+            return  # nothing was launched, or it has ended with its session
+        async with self._connect() as launcher:
+            await cancel_jobs(launcher, [self._chosen], talk, TERMINATED)
+
+
+async def _until_at_work(launcher: Launcher, job: Job, running: asyncio.Future[Outcome]) -> None:
+    assert job.id is not None
+    pause = POLL[0]
+    while not running.done():
+        await asyncio.wait({running}, timeout=pause)
+        if not running.done() and _is_at_work(await launcher.look(job.id, owner=job.owner, series=job.series)):
+            return
+        pause = min(pause * 1.5, 1.0)
+    running.result()
 
 
 async def _stop(running: asyncio.Future[Outcome]) -> None:
     """Stop waiting for a job; its worker goes on."""
-    if not running.done():
-        running.cancel()
-        await asyncio.wait({running})
+    running.cancel()
+    while not running.done():
+        try:
+            await asyncio.wait({running})
+        except asyncio.CancelledError:
+            continue  # the step is interrupted too: its job is dealt with by withdraw()
 
 
 def _is_at_work(seen: Sighting) -> bool:

@@ -103,17 +103,18 @@ class Batch:
         async with Launcher(self.conninfo, schema=self.schema) as launcher:
             tasks = [asyncio.ensure_future(self._run_one(launcher, member, turns, talk)) for member in self.members]
             try:
-                await self._wait_for(tasks)
-                if any(not task.done() for task in tasks):
-                    await _stop(tasks)
-                    await self._cancel_workers(launcher, talk, FAILED_BESIDE)
-            except asyncio.CancelledError:
+                try:
+                    await self._wait_for(tasks)
+                    if any(not task.done() for task in tasks):
+                        await _stop(tasks)
+                        await self._cancel_workers(launcher, talk, FAILED_BESIDE)
+                except Exception:
+                    await _stop(tasks)  # before the connections are closed under them
+                    raise
+            except asyncio.CancelledError:  # whatever it was that the step was interrupted in
                 await _stop(tasks)
                 if talk.cancel_workers:
                     await self._cancel_workers(launcher, talk, TERMINATED)
-                raise
-            except Exception:
-                await _stop(tasks)  # before the connections are closed under them
                 raise
 
     async def _wait_for(self, tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -143,18 +144,22 @@ class Batch:
 
     async def _cancel_workers(self, launcher: Launcher, talk: Talk, reason: str) -> None:
         """Cancel, for good, what was under way and can be found by its receipt."""
-        jobs = [job for job in self._under_way.values() if can_be_found(job)]
-        ends = await asyncio.gather(
-            *(launcher.cancel(job.id or "", owner=job.owner, series=job.series, reason=reason) for job in jobs),
-            return_exceptions=True,
-        )
-        for job, end in zip(jobs, ends, strict=True):
-            if end == "cancelled":
-                talk.note(logging.INFO, f"{job.label}: cancelled; nothing of it is committed")
-            elif end == "committed":
-                talk.note(logging.WARNING, f"{job.label}: the cancel came too late, it is committed")
-            else:
-                talk.note(logging.ERROR, f"{job.label}: could not be cancelled: {end}")
+        await cancel_jobs(launcher, [job for job in self._under_way.values() if can_be_found(job)], talk, reason)
+
+
+async def cancel_jobs(launcher: Launcher, jobs: Sequence[Job], talk: Talk, reason: str) -> None:
+    """Cancel jobs for good, and say in the step's log how each of them ended."""
+    ends = await asyncio.gather(
+        *(launcher.cancel(job.id or "", owner=job.owner, series=job.series, reason=reason) for job in jobs),
+        return_exceptions=True,
+    )
+    for job, end in zip(jobs, ends, strict=True):
+        if end == "cancelled":
+            talk.note(logging.INFO, f"{job.label}: cancelled; nothing of it is committed")
+        elif end == "committed":
+            talk.note(logging.WARNING, f"{job.label}: the cancel came too late, it is committed")
+        else:
+            talk.note(logging.ERROR, f"{job.label}: could not be cancelled: {end}")
 
 
 def can_be_found(job: Job) -> bool:

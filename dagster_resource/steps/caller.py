@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dagster import DagsterExecutionInterruptedError, DagsterRunStatus
 
 from . import identity
-from .driving import Talk, drive
+from .driving import Talk, drive, see_through
 from .failures import RunTerminated
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Caller:
         self._context: Any = context
         self._cancel_on_termination = cancel_on_termination
         self._has_run = identity.has_run(context)
+        self._decision: bool | None = None
 
     @property
     def retry_number(self) -> int | None:
@@ -69,14 +70,19 @@ class Caller:
         RunTerminated, DagsterExecutionInterruptedError, KeyboardInterrupt
             The step was interrupted.
         """
+        return self._drive(work, interval=interval)
+
+    def _drive(self, work: Callable[[Talk], Coroutine[Any, Any, T]], *, interval: float, look_again: bool = False) -> T:
         try:
-            return drive(
+            result = drive(
                 work,
                 log=self._log,
                 is_terminated=lambda: self._status() in CANCELLED,
-                should_cancel=self._should_cancel,
+                should_cancel=self._cancels,
                 interval=interval if self._has_run else math.inf,
             )
+            if look_again and self._status() in CANCELLED:
+                raise DagsterExecutionInterruptedError  # noqa: TRY301  (as if Dagster had sent it)
         except DagsterExecutionInterruptedError as interruption:
             # Dagster lets a retry policy run an interrupted step again, a terminated one too.
             if self._has_retry_policy() and self._status() in CANCELLED:
@@ -84,9 +90,41 @@ class Caller:
                     interruption
                 )
             raise
+        else:
+            return result
+
+    def hand_over(
+        self,
+        work: Callable[[Talk], Coroutine[Any, Any, T]],
+        withdraw: Callable[[Talk], Coroutine[Any, Any, None]],
+        *,
+        interval: float,
+    ) -> T:
+        """Run ``work``, which launches what nobody is to wait for, and take it back if the step is interrupted.
+
+        There is no moment of an interruption that leaves a worker which was to be cancelled: whenever it comes before
+        this returns, ``withdraw`` is run after ``work`` has ended, in whatever way it has. A termination that was
+        asked for meanwhile, and has not reached this process yet, counts too.
+
+        Raises
+        ------
+        RunTerminated, DagsterExecutionInterruptedError, KeyboardInterrupt
+            The step was interrupted.
+        """
+        try:
+            return self._drive(work, interval=interval, look_again=True)
+        except (RunTerminated, DagsterExecutionInterruptedError, KeyboardInterrupt):
+            if self._cancels():
+                see_through(withdraw, log=self._log)
+            raise
+
+    def _cancels(self) -> bool:
+        """Tell whether an interruption of this code is to end its workers; decided once."""
+        if self._decision is None:
+            self._decision = self._should_cancel()
+        return self._decision
 
     def _should_cancel(self) -> bool:
-        """Tell whether an interruption of this code is to end its workers."""
         if self._cancel_on_termination != "requested":
             return self._cancel_on_termination == "always"
         if not self._has_run:

@@ -109,6 +109,28 @@ def drive(
         raise
 
 
+def see_through(work: Callable[[Talk], Coroutine[Any, Any, Any]], *, log: Callable[[int, str], None]) -> None:
+    """Run ``work`` to its end, however often the step is interrupted meanwhile; every wait of it must be bounded.
+
+    Raises
+    ------
+    BaseException
+        Whatever ``work`` raises.
+    """
+    background = _Background(work, Talk())
+    started = False
+    while not background.ended.is_set():
+        try:
+            if not started:
+                started = True
+                background.start()
+            background.ended.wait(TICK)
+        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+            continue
+    _write(background.talk, log)
+    background.result()
+
+
 def _finish(background: _Background[Any], should_cancel: Callable[[], bool]) -> None:
     """Stop the work and wait for it, however often the step is interrupted: every wait of the work's is bounded."""
     asked = False

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 from dagster import DagsterExecutionInterruptedError
 
-from dagster_resource.steps.driving import Talk, drive
+from dagster_resource.steps.driving import Talk, drive, see_through
 
 
 class Step:
@@ -142,3 +142,17 @@ def test_an_error_of_the_steps_own_leaves_workers_alone() -> None:
     with pytest.raises(OSError, match="storage"):
         drive(work, log=log, is_terminated=lambda: False, should_cancel=lambda: True, interval=60)
     assert told == [False]
+
+
+def test_what_has_to_be_done_after_an_interruption_is_done_whatever_comes() -> None:
+    step = Step()
+
+    async def work(talk: Talk) -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await asyncio.sleep(0.02)
+        talk.note(logging.INFO, "dealt with")
+
+    with interruptible():
+        see_through(work, log=step.log)
+    assert step.lines == ["dealt with"]

@@ -1,5 +1,6 @@
 """A step that is interrupted at each named point of its job's way, as Dagster does it: by a signal to its process."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -28,7 +29,10 @@ from dagster import (
 )
 
 from dagster_resource import PgBackgroundResource
+from dagster_resource.external import submission
 from dagster_resource.steps.caller import Caller
+from dagster_resource.steps.driving import drive
+from pgbg_orchestration import Launcher
 from pgbg_orchestration.testing import faults
 from tests.conftest import Database
 
@@ -70,9 +74,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         faults.install(interruption)
         decide = Caller._should_cancel
 
-        def should_cancel(caller: Caller) -> bool:
+        def should_cancel(asked: Caller) -> bool:
             interruption.known.set()
-            return decide(caller)
+            return decide(asked)
 
         monkeypatch.setattr(Caller, "_should_cancel", should_cancel)
 
@@ -169,6 +173,118 @@ def test_interrupted_though_nobody_asked_for_it(
         assert run_asset(pg, instance, UNTIL_RELEASED, kind=kind) is DagsterRunStatus.FAILURE
         # A worker that was launched lives on, though the session that launched it is gone.
         assert (launches(sql), effects(sql)) == (1, 0)
+    wait_for_effect(sql)
+
+
+# A job that is submitted: the moments after its worker was seen at work ----------------------------------------------
+
+
+def send_interruption(instance: DagsterInstance) -> None:
+    (run,) = instance.get_runs()
+    instance.report_run_canceling(run)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def interrupt_a_submission(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Arranges for an interruption at a moment of a submission: ``arrange(moment, instance)``.
+
+    In the event loop's thread the loop is held until its cancel is on its way, so the moment is that one and no other.
+    """
+
+    def arrange(moment: str, instance: DagsterInstance) -> None:
+        seen = threading.Event()
+
+        def interrupt_and_hold() -> None:
+            if seen.is_set():
+                return
+            seen.set()
+            loop, asked = asyncio.get_running_loop(), threading.Event()
+            schedule = loop.call_soon_threadsafe
+
+            def call_soon_threadsafe(*args: Any, **kwargs: Any) -> Any:
+                handle = schedule(*args, **kwargs)
+                asked.set()
+                return handle
+
+            monkeypatch.setattr(loop, "call_soon_threadsafe", call_soon_threadsafe)
+            send_interruption(instance)
+            assert asked.wait(PATIENCE)
+
+        if moment == "seen_at_work":
+            is_at_work = submission._is_at_work
+
+            def after_the_look(sighting: Any) -> bool:
+                if at_work := is_at_work(sighting):
+                    interrupt_and_hold()
+                return at_work
+
+            monkeypatch.setattr(submission, "_is_at_work", after_the_look)
+        elif moment == "connections_are_closed":
+            close = Launcher.close
+
+            async def close_interrupted(launcher: Launcher) -> None:
+                interrupt_and_hold()
+                await close(launcher)
+
+            monkeypatch.setattr(Launcher, "close", close_interrupted)
+        else:
+
+            def drive_to_its_end(*args: Any, **kwargs: Any) -> Any:
+                result = drive(*args, **kwargs)
+                if moment == "handed_over":
+                    send_interruption(instance)
+                elif moment == "asked_for_and_not_yet_sent":
+                    (run,) = instance.get_runs()
+                    instance.report_run_canceling(run)
+                return result
+
+            monkeypatch.setattr("dagster_resource.steps.caller.drive", drive_to_its_end)
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    "moment", ["seen_at_work", "connections_are_closed", "handed_over", "asked_for_and_not_yet_sent"]
+)
+def test_a_submission_that_is_terminated_leaves_no_worker(
+    pg: PgBackgroundResource,
+    instance: DagsterInstance,
+    sql: psycopg.Connection[Any],
+    interrupt_a_submission: Any,
+    moment: str,
+) -> None:
+    sql.execute("create table effect (n int)")
+    interrupt_a_submission(moment, instance)
+
+    @asset
+    def submitted(context: AssetExecutionContext, pg: PgBackgroundResource) -> None:
+        pg.submit(context, LONG)
+
+    materialize([submitted], resources={"pg": pg}, instance=instance, raise_on_error=False)
+
+    (run,) = instance.get_runs()
+    assert run.status is DagsterRunStatus.CANCELED
+    assert sql.execute("select state, running_pid from pgbg.jobs").fetchall() == [("cancelled", None)]
+    assert effects(sql) == 0
+
+
+def test_a_submission_that_was_to_be_left_alone_goes_on(
+    instance: DagsterInstance, sql: psycopg.Connection[Any], database: Database, interrupt_a_submission: Any
+) -> None:
+    sql.execute("create table effect (n int)")
+    pg = PgBackgroundResource(conninfo=database.conninfo, cancel_on_termination="never")
+    interrupt_a_submission("seen_at_work", instance)
+
+    @asset
+    def submitted(context: AssetExecutionContext, pg: PgBackgroundResource) -> None:
+        pg.submit(context, UNTIL_RELEASED)
+
+    with database.connect() as holder:
+        holder.execute("select pg_advisory_lock(1)")
+        materialize([submitted], resources={"pg": pg}, instance=instance, raise_on_error=False)
+        (run,) = instance.get_runs()
+        assert run.status is DagsterRunStatus.CANCELED
     wait_for_effect(sql)
 
 

@@ -29,7 +29,7 @@ from dagster_resource import (
     build_pg_background_sensor,
     build_pg_background_sweep_sensors,
 )
-from dagster_resource.external import submission
+from dagster_resource.external.submission import Submission
 from dagster_resource.steps.batch import Member
 from dagster_resource.steps.driving import Talk
 from dagster_resource.steps.sql import Sql
@@ -213,11 +213,10 @@ class TestSweep:
         series = f"{pg.namespace}/{name}"
         job = Job("select pg_sleep(300)", id=f"{series}#{run.run_id}", series=series)
 
-        async def launch() -> None:
-            async with Launcher(pg.conninfo) as launcher:
-                await submission.submit(launcher, Member("", Sql(""), job), talk=Talk(), options={})
-
-        asyncio.run(launch())
+        launched = Submission(
+            Member("", Sql(""), job), lambda: Launcher(pg.conninfo), keep_on_interrupt=False, options={}
+        )
+        asyncio.run(launched.launch(Talk()))
         return f"{series}#{run.run_id}"
 
     @pytest.mark.parametrize(
