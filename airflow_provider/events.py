@@ -5,8 +5,6 @@ Airflow logs the dict in full and keeps it in its metadata database, so it carri
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,49 +26,25 @@ _KEPT_BACK = ("context",)
 
 def of_outcome(outcome: Outcome) -> dict[str, Any]:
     """Return the event, and XCom value, of a job that committed; times are ISO 8601 with their time zone."""
-    values = {
-        name: value.isoformat() if isinstance(value, datetime) else value for name, value in asdict(outcome).items()
-    }
-    return {"status": COMMITTED, **values}
+    return {"status": COMMITTED, **outcome.to_dict()}
 
 
 def of_error(error: PgbgError) -> dict[str, Any]:
     """Return the event of a job that did not commit."""
-    told = getattr(error, "fields", None)
-    return {
-        "status": FAILED,
-        "error": type(error).__name__,
-        "message": error.message,
-        "job_id": error.job_id,
-        "label": error.label,
-        "sqlstate": error.sqlstate,
-        "todo": error.todo,
-        "worker_pid": getattr(error, "worker_pid", None),
-        "fields": {name: value for name, value in asdict(told).items() if value and name not in _KEPT_BACK}
-        if told
-        else None,
-    }
+    told = error.to_dict()
+    if "fields" in told:
+        told["fields"] = {name: value for name, value in told["fields"].items() if name not in _KEPT_BACK}
+    return {"status": FAILED, **told}
 
 
 def to_error(event: Mapping[str, Any]) -> PgbgError:
     """Return the error that an event tells of, in its own type.
 
-    Fields and types that this version does not know come from a newer one and are left out: a task may be resumed by a
-    worker that is a release behind the triggerer.
+    A task may be resumed by a worker that is a release behind the triggerer: what it does not know is left out.
     """
-    from pgbg_orchestration import ErrorFields, errors
+    from pgbg_orchestration.errors import PgbgError
 
-    kind = getattr(errors, str(event.get("error")), errors.PgbgError)
-    named: dict[str, Any] = {name: event.get(name) for name in ("job_id", "label", "todo")}
-    if issubclass(kind, errors.WorkerError):
-        known = {field.name for field in fields(ErrorFields)}
-        told = {name: value for name, value in (event.get("fields") or {}).items() if name in known}
-        named["fields"] = ErrorFields(**told)
-    elif issubclass(kind, errors.StillRunning):
-        named["worker_pid"] = event.get("worker_pid")
-    else:
-        named["sqlstate"] = event.get("sqlstate")
-    return kind(str(event.get("message")), **named)
+    return PgbgError.from_dict(event)
 
 
 def result_of(event: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import errors
 from .job import Job, Kind
-from .outcome import ErrorFields, Event, Outcome
+from .outcome import Cause, ErrorFields, Event, EventKind, Outcome
 
 if TYPE_CHECKING:
     from .launcher import Launcher, arun, run
 
-__all__ = ["ErrorFields", "Event", "Job", "Kind", "Launcher", "Outcome", "arun", "errors", "run"]
+__all__ = ["Cause", "ErrorFields", "Event", "EventKind", "Job", "Kind", "Launcher", "Outcome", "arun", "errors", "run"]
 
 # Imported when they are first used: they need psycopg, and a DAG file that only names a Job does not.
 _LATER = ("Launcher", "arun", "run")

@@ -2,11 +2,17 @@
 
 Each one says what happened, to which job, what state the data is in and what to do next. A caller who only
 wants to know "did it commit?" reads :attr:`PgbgError.data_state`; a retry policy reads ``sqlstate``.
+
+Every one can be pickled, copied, and told as plain data and back (:meth:`PgbgError.to_dict`): this is the one converter
+that events, XComs, metadata and the history go through.
 """
 
 from __future__ import annotations
 
-from .outcome import NO_FIELDS, ErrorFields
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .outcome import NO_FIELDS, Cause, ErrorFields
 
 ROLLED_BACK = "Nothing of this job is committed."
 PARTLY = "This kind of job can commit on its way: what it had committed stays, the rest is rolled back."
@@ -68,6 +74,70 @@ class PgbgError(Exception):
         """Further lines between the message and the state of the data."""
         return []
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that the error tells, as plain data that JSON can carry; :meth:`from_dict` is the way back.
+
+        Returns
+        -------
+        dict[str, Any]
+            ``error`` (the class's name), ``message``, ``job_id``, ``label``, ``todo``, ``sqlstate``, ``data_state``,
+            ``notes`` (what :meth:`add_note` added), and what a class has besides: ``fields``, ``cause``,
+            ``worker_pid``.
+        """
+        return {
+            "error": type(self).__name__,
+            "message": self.message,
+            "job_id": self.job_id,
+            "label": self.label,
+            "todo": self.todo,
+            "sqlstate": self.sqlstate,
+            "data_state": self.data_state,
+            "notes": [*getattr(self, "__notes__", ())],
+            **self.own_entries(),
+        }
+
+    @staticmethod
+    def from_dict(given: Mapping[str, Any]) -> PgbgError:
+        """Return the error that :meth:`to_dict` told of, in its own type.
+
+        Types and entries that this version does not know come from a newer one: such a type becomes a ``PgbgError``,
+        such an entry is left out. What an older version did not tell is what the class says.
+
+        Parameters
+        ----------
+        given:
+            What ``to_dict`` returned.
+        """
+        kind = globals().get(str(given.get("error")))
+        if not (isinstance(kind, type) and issubclass(kind, PgbgError)):
+            kind = PgbgError
+        named = {name: given.get(name) for name in ("job_id", "label", "todo", "data_state")}
+        error: PgbgError = kind(str(given.get("message")), **named, **kind.own_arguments(given))
+        error.sqlstate = given.get("sqlstate") or error.sqlstate
+        if "data_state" in error.__dict__ and error.data_state == kind.data_state:
+            del error.data_state
+        for note in given.get("notes") or ():
+            error.add_note(str(note))
+        return error
+
+    def own_entries(self) -> dict[str, Any]:
+        """Return what this class tells besides what all do, as plain data."""
+        return {}
+
+    @classmethod
+    def own_arguments(cls, _given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that such entries stand for."""
+        return {}
+
+    def __reduce__(self) -> tuple[Callable[..., PgbgError], tuple[Any, ...], dict[str, Any]]:
+        # Exception's own way calls the class with the message alone, and a class that needs more cannot be made so.
+        return _bare, (type(self), self.args), self.__dict__
+
+
+def _bare(kind: type[PgbgError], args: tuple[Any, ...]) -> PgbgError:
+    """Return an error of a class without what its constructor fills in, which its state brings."""
+    return kind.__new__(kind, *args)
+
 
 class InvalidJob(PgbgError, ValueError):
     """The job was refused before anything was launched: a field or a statement of it is not usable."""
@@ -100,11 +170,39 @@ class WorkerError(PgbgError):
     def details(self) -> list[str]:
         return self.fields.lines()
 
+    def own_entries(self) -> dict[str, Any]:
+        return {"fields": self.fields.to_dict()}
+
+    @classmethod
+    def own_arguments(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"fields": ErrorFields.from_dict(given.get("fields") or {})}
+
 
 class JobCancelled(PgbgError):
-    """The job was cancelled, for good: a worker of it that starts later is refused."""
+    """The job was cancelled, for good: a worker of it that starts later is refused. ``cause`` tells why."""
 
     data_state = ROLLED_BACK
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: Cause | None = None,
+        job_id: str | None = None,
+        label: str | None = None,
+        todo: str | None = None,
+        sqlstate: str | None = None,
+        data_state: str | None = None,
+    ) -> None:
+        super().__init__(message, job_id=job_id, label=label, todo=todo, sqlstate=sqlstate, data_state=data_state)
+        self.cause = cause
+
+    def own_entries(self) -> dict[str, Any]:
+        return {"cause": self.cause}
+
+    @classmethod
+    def own_arguments(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"cause": Cause.known(given.get("cause"))}
 
 
 class Superseded(JobCancelled):
@@ -143,9 +241,17 @@ class StillRunning(PgbgError):
         label: str | None = None,
         todo: str | None = None,
         sqlstate: str | None = None,
+        data_state: str | None = None,
     ) -> None:
-        super().__init__(message, job_id=job_id, label=label, todo=todo, sqlstate=sqlstate)
+        super().__init__(message, job_id=job_id, label=label, todo=todo, sqlstate=sqlstate, data_state=data_state)
         self.worker_pid = worker_pid
+
+    def own_entries(self) -> dict[str, Any]:
+        return {"worker_pid": self.worker_pid}
+
+    @classmethod
+    def own_arguments(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"worker_pid": given.get("worker_pid")}
 
 
 class SeriesHeld(PgbgError):
@@ -211,6 +317,7 @@ def shorten(text: str | None, limit: int = 80) -> str:
 
 __all__ = [
     "NO_FIELDS",
+    "Cause",
     "DeadlinePassed",
     "ErrorFields",
     "ExtensionMissing",

@@ -17,7 +17,7 @@ from .ledger.ledger import Ledger
 from .ledger.readiness import ServerFacts
 from .ledger.sighting import Key, Sighting
 from .options import Options, RunOptions
-from .outcome import Outcome
+from .outcome import Cause, Outcome
 from .postgres import connection
 from .postgres.connection import Conninfo
 from .walk import failures
@@ -97,9 +97,27 @@ class Launcher:
         return await run_job(self._host, job, Options(**options))
 
     async def cancel(
-        self, job_id: str, *, owner: str | None = None, series: str | None = None, reason: str = "cancelled"
+        self,
+        job_id: str,
+        *,
+        owner: str | None = None,
+        series: str | None = None,
+        reason: str = "cancelled",
+        cause: Cause = Cause.ASKED,
+        of_try: str | None = None,
     ) -> Literal["cancelled", "committed"]:
         """Cancel a job, for good, whoever launched it; returns how it ended: it may have been committed already.
+
+        Parameters
+        ----------
+        job_id, owner, series:
+            The job.
+        reason:
+            For people, in the receipt; nothing is ever decided by it.
+        cause:
+            What decides who may take the cancel back.
+        of_try:
+            Names the try that is ended, as :class:`~pgbg_orchestration.options.Options` has it.
 
         Raises
         ------
@@ -108,7 +126,7 @@ class Launcher:
         """
         facts = await self._host.require(receipts=True)
         try:
-            return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series), "asked", reason)
+            return await cancel_job(self.ledger, Key(owner or facts.login, job_id, series), cause, reason, of_try)
         except psycopg.Error as error:
             self._host.forget_facts()
             raise failures.ledger(error, job_id) from error

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, TypedDict
 
 from . import pace
 from .errors import InvalidJob
-from .outcome import Event
+from .outcome import Cause, Event
+
+OnCancel = Literal["cancel", "leave"] | Callable[[], Cause | None]
+"""What is done with the worker of a caller that is cancelled; a function tells it at that moment."""
 
 
 class RunOptions(TypedDict, total=False):
     """The options of one call, as keyword arguments; :class:`Options` has their defaults."""
 
-    on_cancel: Literal["cancel", "leave"]
+    on_cancel: OnCancel
     on_superseded: Literal["cancel", "wait"]
-    retry_cancelled: bool
+    retry_cancelled: bool | Collection[Cause]
     accept_changed_sql: bool
     slot_timeout: float | None
     poll_interval: float | None
     deadline: datetime | None
     observer: Callable[[Event], None] | None
+    of_try: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,13 @@ class Options:
     ----------
     on_cancel:
         What happens to the worker when the awaiting task is cancelled: ``cancel`` it and wait until that is decided
-        (at most a minute), or ``leave`` it at work, to be attached to later.
+        (at most a minute), or ``leave`` it at work, to be attached to later. A function is asked at that moment: it
+        returns the :class:`~pgbg_orchestration.outcome.Cause` to cancel it for, or None to leave it.
     on_superseded:
         What to do with a worker of an older generation of the series: ``cancel`` it, or ``wait`` for it.
     retry_cancelled:
-        Run a job that was cancelled before all the same. One that only met its deadline is run again without it.
+        Run a job that was cancelled before all the same: whatever the cause (True), or only where it is one of these.
+        One that only met its deadline is run again without it.
     accept_changed_sql:
         Let an id that stands for other SQL pass, with a warning.
     slot_timeout:
@@ -50,6 +56,9 @@ class Options:
         The moment until which the job has time, with time zone; like ``Job.timeout``, but absolute.
     observer:
         Called with each event of the job's way.
+    of_try:
+        Names the caller's try of the work. It goes into the receipt with a cancel that this call makes, and a cancel
+        that this very try made is not taken back by ``retry_cancelled`` when the try goes on elsewhere.
 
     Raises
     ------
@@ -57,18 +66,19 @@ class Options:
         One of them cannot be used.
     """
 
-    on_cancel: Literal["cancel", "leave"] = "cancel"
+    on_cancel: OnCancel = "cancel"
     on_superseded: Literal["cancel", "wait"] = "cancel"
-    retry_cancelled: bool = False
+    retry_cancelled: bool | Collection[Cause] = False
     accept_changed_sql: bool = False
     slot_timeout: float | None = None
     poll_interval: float | None = None
     deadline: datetime | None = None
     observer: Callable[[Event], None] | None = None
+    of_try: str | None = None
 
     def __post_init__(self) -> None:
-        if self.on_cancel not in ("cancel", "leave"):
-            raise InvalidJob(f"on_cancel must be 'cancel' or 'leave', not {self.on_cancel!r}")
+        if self.on_cancel not in ("cancel", "leave") and not callable(self.on_cancel):
+            raise InvalidJob(f"on_cancel must be 'cancel', 'leave' or a function, not {self.on_cancel!r}")
         if self.on_superseded not in ("cancel", "wait"):
             raise InvalidJob(f"on_superseded must be 'cancel' or 'wait', not {self.on_superseded!r}")
         if self.slot_timeout is not None and not (_is_number(self.slot_timeout) and self.slot_timeout > 0):
@@ -83,6 +93,18 @@ class Options:
             raise InvalidJob(f"deadline must be a datetime with a time zone, not {self.deadline!r}")
         if self.observer is not None and not callable(self.observer):
             raise InvalidJob(f"observer must be callable, not {self.observer!r}")
+
+    def cause_of_cancel(self) -> Cause | None:
+        """Return why the job is to end now that its caller is cancelled; None: its worker is left at work."""
+        if callable(self.on_cancel):
+            return self.on_cancel()
+        return Cause.INTERRUPTED if self.on_cancel == "cancel" else None
+
+    def takes_back(self, cause: Cause | None) -> bool:
+        """Say whether the caller wants a job run that was cancelled for that cause."""
+        if isinstance(self.retry_cancelled, bool):
+            return self.retry_cancelled
+        return cause in self.retry_cancelled
 
 
 def _is_number(value: object) -> bool:

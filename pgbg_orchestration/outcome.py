@@ -1,13 +1,51 @@
-"""What a job's end looks like: the outcome of a success, the fields of a server's error, events on the way."""
+"""What a job's end looks like: the outcome of a success, the fields of a server's error, events on the way.
+
+What decides is a code here, an enum's member: no text of an error, a cancel or an event is ever compared.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from typing import Any
+from enum import StrEnum
+from typing import Any, Self
 
 WITHHELD = "(withheld: redact_details)"
 """What stands for a server's message that is not to be told; the SQL of the schema has the same text."""
+
+
+class Cause(StrEnum):
+    """Why a job was cancelled; it stands in the receipt, in a column of its own beside the reason in words."""
+
+    ASKED = "asked"
+    """Somebody asked for it: a person, or a program of theirs. Only ``retry_cancelled=True`` takes that back."""
+    DEADLINE = "deadline"
+    """The job's time was up; its next call takes the mark back by itself."""
+    GIVEN_UP = "given up"
+    """Another launch of it ended, and one that was lost must not commit any more; taken back like a deadline."""
+    SUPERSEDED = "superseded"
+    """A newer generation of its series is registered; this is never taken back."""
+    INTERRUPTED = "interrupted"
+    """Whoever waited for it was ended: a killed task, a terminated run, Ctrl-C."""
+    FAILED_BESIDE = "failed beside"
+    """Another job of the same batch failed, and one failure was to end all."""
+    RUN_GONE = "run gone"
+    """The orchestrator's run that it belonged to has ended without it."""
+
+    @property
+    def ended_a_try(self) -> bool:
+        """Whether it ended one try of the work, and not the work: whoever is let to try again may take it back."""
+        return self in OF_A_TRY
+
+    @classmethod
+    def known(cls, value: object) -> Cause | None:
+        """Return the cause of that value; None for none, and for one of a newer version."""
+        return cls(value) if value in {each.value for each in cls} else None
+
+
+OF_A_TRY = frozenset({Cause.INTERRUPTED, Cause.FAILED_BESIDE, Cause.RUN_GONE})
+"""Causes that ended one try of the work. A person's cancel is none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +71,15 @@ class ErrorFields:
         names = {f.name: getattr(self, f.name) for f in fields(self)}
         head = f"SQLSTATE {names.pop('sqlstate')}: {names.pop('message')}"
         return [head, *(f"{name.replace('_', ' ').upper()}: {value}" for name, value in names.items() if value)]
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the known fields, by their names."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> ErrorFields:
+        """Return the fields that ``given`` has; other entries are left out."""
+        return cls(**{f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None})
 
     def redacted(self) -> ErrorFields:
         """Return what can hold no data: the SQLSTATE, and the names of schema, table, column and constraint."""
@@ -77,17 +124,68 @@ class Outcome:
     launched: bool = True
     proof: str = "receipt"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the outcome as plain data that JSON can carry; moments are ISO 8601 with their time zone."""
+        told = {f.name: getattr(self, f.name) for f in fields(Outcome)}
+        return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in told.items()}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
+        """Return the outcome that :meth:`to_dict` told of; entries that this version does not know are left out."""
+        told = {f.name: given[f.name] for f in fields(Outcome) if f.name in given}
+        for name in ("started_at", "finished_at"):
+            if isinstance(told.get(name), str):
+                told[name] = datetime.fromisoformat(told[name])
+        return cls(**told)
+
+
+class EventKind(StrEnum):
+    """What an event of a job's way tells; docs/python.md has the list."""
+
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str = "") -> Self:
+        """Make a member of its value and of what it means to a reader."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    WAITING_FOR_SLOT = "waiting_for_slot", "no worker slot is free; it is launched as soon as one is"
+    LAUNCHED = "launched", "its worker was launched (`pid`)"
+    ATTACHED = "attached", "a worker that somebody else launched is at it, and is waited for (`pid`)"
+    PROGRESS = "progress", "what the worker says of its progress (`percent`)"
+    WAITING_FOR_SERIES = "waiting_for_series", "another job of its series is at work, and is waited for (`pid`)"
+    CANCELLING_OLDER = "cancelling_older", "the worker of an older generation is being cancelled (`pid`)"
+    OUTPUT_BLOCKED = "output_blocked", "the worker's output is full and nobody reads it: it is dropped"
+    SESSION_LOST = "session_lost", "the session that launched it is lost; it is followed by its lock and receipt"
+    CANCELLING = "cancelling", "its worker is being cancelled (`pid`)"
+    FOUND_FAILED = "found_failed", "its last launch had failed when nobody was there to be told"
+    DROPPED_INVALID_INDEX = "dropped_invalid_index", "an invalid index that an earlier build left was dropped"
+    COMMITTED = "committed", "it is committed (`pid`)"
+    LET_GO = (
+        "let_go",
+        "its caller was interrupted, and how it ended is decided (`outcome` or `error`, as `to_dict` tells them)",
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something a person who watches a job wants to know.
 
-    ``kind`` is one of ``waiting_for_slot``, ``launched``, ``attached``, ``progress``, ``waiting_for_series``,
-    ``output_blocked``, ``session_lost``, ``server_unreachable``, ``cancelling``, ``found_failed``,
-    ``dropped_invalid_index``, ``committed``.
+    Attributes
+    ----------
+    kind:
+        Which; :class:`EventKind` has all of them.
+    message:
+        For people.
+    job_id, label:
+        The job, and what a person sees on its worker.
+    data:
+        What the kind brings along, as :class:`EventKind` says.
     """
 
-    kind: str
+    kind: EventKind
     message: str
     job_id: str
     label: str

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from dagster import DagsterExecutionInterruptedError
 
-from pgbg_orchestration.outcome import Event
+from pgbg_orchestration.outcome import Event, EventKind
 
 T = TypeVar("T")
 
@@ -55,7 +55,9 @@ class Talk:
         self.note(level, f"{event.label}: {event.message}{f' (pid {pid})' if pid else ''}")
 
 
-WORTH_A_WARNING = ("waiting_for_slot", "waiting_for_series", "output_blocked", "session_lost", "server_unreachable")
+WORTH_A_WARNING = (
+    EventKind.WAITING_FOR_SLOT, EventKind.WAITING_FOR_SERIES, EventKind.OUTPUT_BLOCKED, EventKind.SESSION_LOST,
+)  # fmt: skip
 
 
 def drive(

@@ -16,8 +16,8 @@ from typer.core import TyperCommand
 from pgbg_orchestration.errors import JobCancelled, ServerUnreachable, WorkerError
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.launcher import Launcher
-from pgbg_orchestration.outcome import Outcome
-from pgbg_orchestration.verdict import Receipt
+from pgbg_orchestration.outcome import Cause, Outcome
+from pgbg_orchestration.verdict import CANCELED
 
 from .codes import ExitCode
 from .interrupts import Interrupts
@@ -227,11 +227,11 @@ async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watc
                 "its worker, if there is one, goes on",
                 todo=f"pgbg jobs --id '{job.id}', or the same command again with --id '{job.id}'",
             )
-        return await _decided(launcher, job, watch)
+        return _decided(job, watch)
 
 
-async def _decided(launcher: Launcher, job: Job, watch: Watch) -> Outcome:
-    """Say how a job ended whose wait was interrupted; the core has waited until it was decided.
+def _decided(job: Job, watch: Watch) -> Outcome:
+    """Say how a job ended whose wait was interrupted; the core has waited until it was decided, and told the watch.
 
     Raises
     ------
@@ -240,30 +240,24 @@ async def _decided(launcher: Launcher, job: Job, watch: Watch) -> Outcome:
     PgbgError
         Its worker does not end, or nobody knows.
     """
-    named = {"job_id": job.id, "label": job.label}
-    if job.kind is not Kind.SESSION:
-        assert job.id  # the job filled it in
-        seen = await launcher.look(job.id, owner=job.owner, series=job.series)
-        if seen.receipt is Receipt.COMMITTED:
-            watch.say("the interrupt came too late: it is committed")
-            return Outcome(
-                job_id=job.id,
-                label=job.label or job.id,
-                row_count=seen.row_count,
-                command_tag=seen.command_tag,
-                started_at=seen.receipt_started_at,
-                finished_at=seen.ended_at,
-                worker_pid=seen.receipt_pid,
-                attempt=seen.receipt_attempt,
-                launched=watch.launched,
-            )
-        if seen.receipt is Receipt.CANCELLED:
-            raise JobCancelled("cancelled by the interrupt", todo="To run it all the same: --retry-cancelled.", **named)
-    if isinstance(watch.decision, WorkerError) and watch.decision.sqlstate == "57014":
-        raise JobCancelled("cancelled by the interrupt", **named)
-    if watch.decision is not None:
-        raise watch.decision
-    raise JobCancelled("interrupted before anything was launched", **named)
+    decision = watch.decision
+    if isinstance(decision, Outcome):
+        watch.say("the interrupt came too late: it is committed")
+        return decision
+    if decision is None:
+        raise JobCancelled("interrupted before anything was launched", job_id=job.id, label=job.label)
+    ours = isinstance(decision, JobCancelled) and decision.cause is Cause.INTERRUPTED
+    unmarked = job.kind is Kind.SESSION and isinstance(decision, WorkerError) and decision.sqlstate == CANCELED
+    if not (ours or unmarked):
+        raise decision
+    raise JobCancelled(
+        "cancelled by the interrupt",
+        cause=Cause.INTERRUPTED,
+        todo="To run it all the same: --retry-cancelled." if ours else None,
+        job_id=job.id,
+        label=job.label,
+        data_state=decision.data_state if ours else None,
+    )
 
 
 def _show(outcome: Outcome) -> None:

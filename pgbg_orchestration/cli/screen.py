@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from pgbg_orchestration.errors import PgbgError, WorkerError
+from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.postgres.connection import what_to_check
 
 from .codes import ExitCode, code_for
@@ -80,19 +80,12 @@ def _fields_of(error: PgbgError, of_job: bool) -> dict[str, Any]:
     todo = error.todo
     for python, option in _AS_OPTIONS.items():
         todo = todo.replace(python, option) if todo else todo
-    found: dict[str, Any] = {
-        "error": type(error).__name__,
-        "message": error.message,
-        "job_id": error.job_id,
-        "label": error.label,
-        "sqlstate": error.sqlstate,
+    return {
+        **error.to_dict(),
         "data_state": error.data_state if of_job else None,
         "todo": todo,
+        "details": error.details(),
     }
-    if isinstance(error, WorkerError):
-        found["fields"] = asdict(error.fields)
-        found["details"] = error.details()
-    return found
 
 
 def _fields_of_server(error: psycopg.Error) -> dict[str, Any]:

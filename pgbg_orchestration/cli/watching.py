@@ -16,18 +16,18 @@ from rich.text import Text
 
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Job
-from pgbg_orchestration.outcome import Event
+from pgbg_orchestration.outcome import Event, EventKind, Outcome
 
 from .screen import duration, err, plain
 
 _STATES = {
-    "waiting_for_slot": "waiting for a slot",
-    "waiting_for_series": "waiting for its series",
-    "launched": "running",
-    "attached": "running",
-    "progress": "running",
-    "cancelling": "cancelling",
-    "session_lost": "running",
+    EventKind.WAITING_FOR_SLOT: "waiting for a slot",
+    EventKind.WAITING_FOR_SERIES: "waiting for its series",
+    EventKind.LAUNCHED: "running",
+    EventKind.ATTACHED: "running",
+    EventKind.PROGRESS: "running",
+    EventKind.CANCELLING: "cancelling",
+    EventKind.SESSION_LOST: "running",
 }
 
 
@@ -45,8 +45,8 @@ class Watch(logging.Handler):
     def __init__(self, job: Job, *, silent: bool) -> None:
         super().__init__(logging.INFO)
         self.launched = False
-        self.decision: PgbgError | None = None
-        """How the core ended a job that was let go."""
+        self.decision: PgbgError | Outcome | None = None
+        """How the core ended the job after an interrupt."""
         self._job = job
         self._silent = silent
         self._state = "starting"
@@ -84,14 +84,18 @@ class Watch(logging.Handler):
 
     def on_event(self, event: Event) -> None:
         """Take in an event of the job's way."""
+        if event.kind is EventKind.LET_GO:
+            error, outcome = event.data.get("error"), event.data.get("outcome")
+            self.decision = PgbgError.from_dict(error) if error else Outcome.from_dict(outcome or {})
+            return
         self._state = _STATES.get(event.kind, self._state)
         self._pid = event.data.get("pid") or self._pid
-        self.launched = self.launched or event.kind == "launched"
-        if event.kind == "progress":
+        self.launched = self.launched or event.kind is EventKind.LAUNCHED
+        if event.kind is EventKind.PROGRESS:
             self._percent = event.data.get("percent")
-        if event.kind == "committed":
+        if event.kind is EventKind.COMMITTED:
             return
-        self._note = "" if event.kind == "launched" else event.message
+        self._note = "" if event.kind is EventKind.LAUNCHED else event.message
         if self._live is None and not self._silent:
             self._print(event.message + (f" (pid {event.data['pid']})" if event.data.get("pid") else ""))
 
@@ -102,8 +106,6 @@ class Watch(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take in what the core logs; its news come as events, its warnings are shown."""
-        arguments = record.args if isinstance(record.args, tuple) else ()
-        self.decision = next((each for each in arguments if isinstance(each, PgbgError)), self.decision)
         if record.levelno >= logging.WARNING and self.decision is None:
             self._print(record.getMessage(), "yellow")
 

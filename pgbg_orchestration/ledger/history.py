@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
 from pgbg_orchestration import errors
 from pgbg_orchestration.errors import PgbgError
-from pgbg_orchestration.outcome import ErrorFields, Outcome
+from pgbg_orchestration.outcome import Cause, ErrorFields, Outcome
 
 STATES = ("running", "waiting", "committed", "cancelled", "failed", "lost", "unknown")
 ENDED_BADLY = ("failed", "cancelled", "lost", "unknown")
@@ -43,6 +43,12 @@ class JobEntry:
     reason: str | None
     worker_pid: int | None
     started_at: datetime | None
+    cause: Cause | None
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> JobEntry:
+        """Read a row of the ``jobs`` view."""
+        return cls(**{**row, "cause": Cause.known(row["cause"])})
 
 
 def outcome_of(entry: JobEntry) -> Outcome:
@@ -67,11 +73,11 @@ def error_of(entry: JobEntry) -> PgbgError | None:
     ended = {**named, "data_state": errors.ROLLED_BACK if entry.kind in ("receipt", None) else errors.PARTLY}
     match entry.state:
         case "failed":
-            told = {field.name: getattr(entry, field.name, None) for field in fields(ErrorFields)}
-            return errors.WorkerError("the SQL failed in its worker", fields=ErrorFields(**told), **ended)
+            told = ErrorFields.from_dict(asdict(entry))
+            return errors.WorkerError("the SQL failed in its worker", fields=told, **ended)
         case "cancelled":
             who = f" by {entry.cancelled_by} ({entry.reason})" if entry.cancelled_by else ""
-            return errors.JobCancelled(f"cancelled{who}", sqlstate="57014", **ended)
+            return errors.JobCancelled(f"cancelled{who}", cause=entry.cause, sqlstate="57014", **ended)
         case "lost":
             return errors.WorkerLost(
                 "its worker is gone without a commit, and nobody was there to hear why",

@@ -19,7 +19,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from pgbg_orchestration.errors import ServerUnreachable
-from pgbg_orchestration.outcome import ErrorFields
+from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
 
 from . import queries
@@ -137,10 +137,10 @@ class Ledger:
         row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
         return Registration(**row)
 
-    async def mark_cancelled(self, key: Key, cause: str, reason: str) -> str | None:
+    async def mark_cancelled(self, key: Key, cause: Cause, reason: str, *, of_try: str | None = None) -> str | None:
         """Make a cancel final; returns ``cancelled``, ``committed``, or None while a worker is at work."""
         query = self._query("mark_cancelled")
-        status: str | None = await self._patiently(query, (key.owner, key.job_id, cause, reason, MARK_PATIENCE))
+        status: str | None = await self._patiently(query, (key.owner, key.job_id, cause, reason, of_try, MARK_PATIENCE))
         return status
 
     async def mark_older(self, key: Key, generation: int) -> Sequence[str] | None:
@@ -264,7 +264,7 @@ class Ledger:
         async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
             return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
 
-        return [JobEntry(**row) for row in await self._reader.ask(ask)]
+        return [JobEntry.of(row) for row in await self._reader.ask(ask)]
 
     async def prune(self, older_than: timedelta) -> tuple[int, int]:
         """Forget what ended longer ago; returns how many receipts and how many jobs of the history went.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from pgbg_orchestration.outcome import ErrorFields
+from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.verdict import Holder, Receipt
 
 RECEIPTS = {
@@ -56,7 +56,8 @@ class Sighting:
     receipt_attempt: int | None
     receipt_pid: int | None
     receipt_started_at: datetime | None
-    cause: str | None
+    cause: Cause | None
+    of_try: str | None
     reason: str | None
     decided_by: str | None
     decided_at: datetime | None
@@ -75,7 +76,8 @@ class Sighting:
     def of(cls, row: dict[str, Any]) -> Sighting:
         """Read a row of the schema's ``look``."""
         error = ErrorFields(**{field.name: row[field.name] for field in fields(ErrorFields)})
-        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name != "error"}, error=error)
+        known = {field.name: row[field.name] for field in fields(cls) if field.name != "error"}
+        return cls(**{**known, "cause": Cause.known(row["cause"]), "error": error})
 
     @property
     def receipt(self) -> Receipt:
@@ -95,7 +97,7 @@ class Sighting:
     @property
     def is_provisional(self) -> bool:
         """Whether the job is cancelled by a mark that its next call takes back: nobody asked for that cancel."""
-        return self.receipt is Receipt.CANCELLED and self.cause in ("deadline", "given up")
+        return self.receipt is Receipt.CANCELLED and self.cause in (Cause.DEADLINE, Cause.GIVEN_UP)
 
     @property
     def is_between_locks(self) -> bool:

@@ -13,7 +13,7 @@ import psycopg
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.sighting import Registration, Sighting
 from pgbg_orchestration.options import Options
-from pgbg_orchestration.outcome import ErrorFields, Event
+from pgbg_orchestration.outcome import Cause, ErrorFields, Event, EventKind
 from pgbg_orchestration.postgres import describe
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
@@ -148,6 +148,7 @@ class Case:
     options: Options
     deadline: float | None  # on the event loop's clock, which no jump of the wall clock moves
     intent: Intent = Intent.NONE
+    cause: Cause = Cause.INTERRUPTED  # of the cancel, once the caller has gone away
     registration: Registration | None = None
     registered: bool = False
     launch: Launch = field(default_factory=Launch)
@@ -190,7 +191,7 @@ class Case:
     def is_superseded(self, seen: Sighting) -> bool:
         """Say whether a newer generation of the series is registered."""
         generation = self.generation(seen)
-        if seen.cause == "superseded":
+        if seen.cause is Cause.SUPERSEDED:
             return True
         return seen.newest is not None and generation is not None and seen.newest > generation
 
@@ -198,7 +199,11 @@ class Case:
         """Say whether this call takes the job's cancel back: one from before it, where its caller wants that."""
         # The very one that it saw first: by comparing times, a clock that is set back would make a new one an old one.
         before = self.first_look is not None and seen.decided_at == self.first_look.decided_at
-        return seen.is_provisional or (self.options.retry_cancelled and before)
+        if seen.is_provisional:
+            return True
+        # What this very try made final, before it was taken up elsewhere, stays so.
+        own = self.options.of_try is not None and seen.of_try == self.options.of_try
+        return before and not own and self.options.takes_back(seen.cause)
 
     # Time ---------------------------------------------------------------------------------------------------------
 
@@ -224,13 +229,13 @@ class Case:
 
     # Telling ------------------------------------------------------------------------------------------------------
 
-    def tell_once(self, kind: str, message: str, **data: Any) -> None:
+    def tell_once(self, kind: EventKind, message: str, **data: Any) -> None:
         """Tell an event, however often its step is taken, once."""
         if kind not in self.told:
             self.told.add(kind)
             self.tell(kind, message, **data)
 
-    def tell(self, kind: str, message: str, **data: Any) -> None:
+    def tell(self, kind: EventKind, message: str, **data: Any) -> None:
         """Tell the log and the caller's observer, whose faults are no fault of the job's."""
         pid = data.get("pid")
         logger.info("job %s: %s%s", self.work.label, message, f" (pid {pid})" if pid else "")

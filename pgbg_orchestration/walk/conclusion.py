@@ -13,7 +13,7 @@ from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Sighting
-from pgbg_orchestration.outcome import ErrorFields, Outcome
+from pgbg_orchestration.outcome import ErrorFields, EventKind, Outcome
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OURS, Intent, Report, Step
@@ -78,7 +78,7 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
         await record(case, ledger, "committed", outcome=outcome)
     rows = f", {outcome.row_count} rows" if outcome.row_count is not None else ""
     how = "" if outcome.launched else " by an earlier or another launch"
-    case.tell("committed", f"committed{how}: {outcome.command_tag or 'done'}{rows}", pid=outcome.worker_pid)
+    case.tell(EventKind.COMMITTED, f"committed{how}: {outcome.command_tag or 'done'}{rows}", pid=outcome.worker_pid)
     return outcome
 
 
@@ -166,7 +166,7 @@ def _error(
 async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:
     """Say that the failure is told which a supervisor wrote down for nobody: the next call launches the job again."""
     if not case.launches:
-        case.tell("found_failed", "its last launch failed when nobody was there to be told")
+        case.tell(EventKind.FOUND_FAILED, "its last launch failed when nobody was there to be told")
     try:
         await ledger.reported(case.work.key, seen.attempt or case.attempt)
     except (psycopg.Error, PgbgError) as failure:

@@ -11,6 +11,7 @@ from pgbg_orchestration import pace
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import BLOCKED, Key, Sighting
+from pgbg_orchestration.outcome import EventKind
 from pgbg_orchestration.postgres import markers
 from pgbg_orchestration.verdict import CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 
@@ -42,7 +43,7 @@ async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]
         case.registered = case.registration is not None
     if launch.lost:
         case.stray = True
-        case.tell_once("session_lost", "its handle is lost; following the worker by its lock and receipt")
+        case.tell_once(EventKind.SESSION_LOST, "its handle is lost; following the worker by its lock and receipt")
     evidence = Evidence(
         carries_receipt=case.work.carries_receipt,
         registered=case.registered,

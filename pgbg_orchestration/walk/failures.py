@@ -14,7 +14,7 @@ from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.readiness import ServerFacts
 from pgbg_orchestration.ledger.sighting import Key, Sighting
-from pgbg_orchestration.outcome import WITHHELD, ErrorFields
+from pgbg_orchestration.outcome import WITHHELD, Cause, ErrorFields
 from pgbg_orchestration.verdict import CANCELED
 
 from .work import Work
@@ -68,6 +68,7 @@ def cancelled(work: Work, seen: Sighting | None) -> PgbgError:
     who = f" by {seen.decided_by} ({seen.reason})" if seen and seen.decided_by else ""
     return errors.JobCancelled(
         f"cancelled{who}",
+        cause=seen.cause if seen else None,
         sqlstate=CANCELED,
         todo="To run it all the same: retry_cancelled=True, or a new generation.",
         **_ended(work),
@@ -96,7 +97,9 @@ def no_slot(work: Work) -> PgbgError:
 def superseded(work: Work, seen: Sighting | None) -> PgbgError:
     """A newer generation is there."""
     newest = f"generation {seen.newest}" if seen and seen.newest is not None else "a newer generation"
-    return errors.Superseded(f"superseded: {newest} of its series is registered", **_ended(work))
+    return errors.Superseded(
+        f"superseded: {newest} of its series is registered", cause=Cause.SUPERSEDED, **_ended(work)
+    )
 
 
 def lost(work: Work, *, output_dropped: bool) -> PgbgError:

@@ -19,7 +19,7 @@ from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Key, Registration, Sighting
 from pgbg_orchestration.options import Options
-from pgbg_orchestration.outcome import Outcome
+from pgbg_orchestration.outcome import OF_A_TRY, Cause, EventKind, Outcome
 from pgbg_orchestration.postgres import describe, markers
 from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
 from pgbg_orchestration.postgres.describe import Readable
@@ -86,18 +86,20 @@ class Run:
     async def _let_go(self, following: asyncio.Task[Outcome]) -> None:
         following.cancel()
         await asyncio.wait({following})
-        if self._case.options.on_cancel == "leave":
+        cause = self._case.options.cause_of_cancel()
+        if cause is None:
             await self._leave()
             return
-        self._case.intent = Intent.ASKED
+        self._case.intent, self._case.cause = Intent.ASKED, cause
         try:
-            await self._follow()
-        except JobCancelled as error:
-            logger.info("the job was let go: %s", error)
+            outcome = await self._follow()
         except PgbgError as error:
-            logger.error("the job was let go: %s", error)  # noqa: TRY400  (its text says it all)
+            # First for those who asked: what they have been told by an event they need not read in a log.
+            self._case.tell(EventKind.LET_GO, f"let go: {error.message}", error=error.to_dict())
+            if not isinstance(error, JobCancelled):
+                logger.error("the job was let go: %s", error)  # noqa: TRY400  (its text says it all)
         else:
-            logger.warning("the cancel came too late: job %s is committed", self._case.work.label)
+            self._case.tell(EventKind.LET_GO, "the cancel came too late: committed", outcome=outcome.to_dict())
 
     async def _leave(self) -> None:
         launch = self._case.launch
@@ -225,7 +227,7 @@ class Run:
         sqlstate = case.launch.error.sqlstate if case.launch.error else None
         if case.found_no_slot:
             case.slot_misses += 1
-            case.tell_once("waiting_for_slot", "waiting for a second worker slot, below the supervisor")
+            case.tell_once(EventKind.WAITING_FOR_SLOT, "waiting for a second worker slot, below the supervisor")
             await asyncio.sleep(pace.backoff(case.slot_misses))
         elif sqlstate in (TURNED_AWAY, REFUSED):
             case.rejections += 1
@@ -288,7 +290,7 @@ class Run:
         case.stray = case.stray or case.launch.lost
         if worker is not None:
             worker.ended.add_done_callback(lambda _: self._host.slots.freed())
-            case.tell("launched", f"launched attempt {case.attempt}", pid=worker.handle.pid)
+            case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=worker.handle.pid)
 
     def _on_slots_used_up(self, error: SlotsUsedUp) -> None:
         self._case.slot_missing = True
@@ -296,7 +298,7 @@ class Run:
             error.sqlstate or "", f"max_worker_processes ({self._host.max_worker_processes})"
         )
         message = f"waiting for a worker slot: {where} is used up"
-        self._case.tell_once("waiting_for_slot", message, sqlstate=error.sqlstate)
+        self._case.tell_once(EventKind.WAITING_FOR_SLOT, message, sqlstate=error.sqlstate)
 
     # Waiting ------------------------------------------------------------------------------------------------------
 
@@ -313,7 +315,7 @@ class Run:
             return
         if seen is not None and self._case.attached_since is not None:
             message = "attached to the worker that already runs this job"
-            self._case.tell_once("attached", message, pid=seen.holder_pid)
+            self._case.tell_once(EventKind.ATTACHED, message, pid=seen.holder_pid)
         await self._sleep()
 
     async def _look_at_progress(self, worker: Worker, age: float) -> None:
@@ -323,23 +325,23 @@ class Run:
         if progress is not None and progress != worker.progress:
             worker.progress = progress
             text = f"{progress.percent} % {progress.message or ''}".strip()
-            self._case.tell("progress", text, percent=progress.percent)
+            self._case.tell(EventKind.PROGRESS, text, percent=progress.percent)
 
     async def _wait_for_series(self, seen: Sighting) -> None:
         if seen.holder(self._case.generation(seen)) is Holder.STRANGER and self._waited() > pace.STRANGER:
             raise failures.stranger(self._case.work, seen)
         message = "another session holds the series; waiting for it"
-        self._case.tell_once("waiting_for_series", message, pid=seen.holder_pid)
+        self._case.tell_once(EventKind.WAITING_FOR_SERIES, message, pid=seen.holder_pid)
         await self._sleep()
 
     async def _clear_older(self, seen: Sighting) -> None:
         if self._case.options.on_superseded == "wait":
             message = "an older generation is at work; waiting for it"
-            self._case.tell_once("waiting_for_series", message, pid=seen.holder_pid)
+            self._case.tell_once(EventKind.WAITING_FOR_SERIES, message, pid=seen.holder_pid)
             await self._sleep()
             return
         message = "cancelling the worker of an older generation"
-        self._case.tell_once("cancelling_older", message, pid=seen.holder_pid)
+        self._case.tell_once(EventKind.CANCELLING_OLDER, message, pid=seen.holder_pid)
         if self._waited() > pace.CANCEL:
             raise failures.survivor(self._case.work.key, seen, "the worker of an older generation")
         await _signal_worker(self._ledger, self._case.work.key, seen, seen.holder_job)
@@ -354,7 +356,7 @@ class Run:
         worker = _there(launch.worker)
         launch.error = await worker.error()
         launch.detached = case.stray = True
-        case.tell_once("output_blocked", "the worker's output is full and nobody reads it: it is dropped")
+        case.tell_once(EventKind.OUTPUT_BLOCKED, "the worker's output is full and nobody reads it: it is dropped")
         await worker.detach()
 
     # Cancelling ---------------------------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ class Run:
     async def _signal(self, seen: Sighting | None) -> None:
         case = self._case
         faults.point("before_cancel")
-        case.tell_once("cancelling", "cancelling the worker", pid=seen.holder_pid if seen else None)
+        case.tell_once(EventKind.CANCELLING, "cancelling the worker", pid=seen.holder_pid if seen else None)
         if self._waited() > pace.CANCEL:
             raise failures.survivor(case.work.key, seen, "the worker")
         if case.work.carries_receipt:
@@ -380,15 +382,18 @@ class Run:
         case = self._case
         match case.intent:
             case Intent.ASKED:
-                cause, reason = "asked", "the caller was cancelled"
+                cause, reason = case.cause, "the caller was cancelled"
             case Intent.DEADLINE:
-                cause, reason = "deadline", "the deadline passed"
+                cause, reason = Cause.DEADLINE, "the deadline passed"
             case _ if case.is_superseded(_there(seen)):
-                cause, reason = "superseded", "a newer generation is registered"
+                cause, reason = Cause.SUPERSEDED, "a newer generation is registered"
             case _:
-                cause, reason = "given up", "another launch of it ended, and one that was lost must not commit any more"
-        status = await self._ledger.mark_cancelled(case.work.key, cause, reason)
-        case.gave_up = cause == "given up" and status == "cancelled"
+                cause, reason = (
+                    Cause.GIVEN_UP,
+                    "another launch of it ended, and one that was lost must not commit any more",
+                )
+        status = await self._ledger.mark_cancelled(case.work.key, cause, reason, of_try=case.options.of_try)
+        case.gave_up = cause is Cause.GIVEN_UP and status == "cancelled"
         faults.point("after_mark")
 
     async def _compose_supervisor(self, registration: Registration) -> str:
@@ -428,7 +433,7 @@ class Run:
         except psycopg.Error as error:
             raise failures.cannot_drop(work, error) from error
         if dropped is not None:
-            case.tell("dropped_invalid_index", f"dropped {dropped}, which an earlier build left invalid")
+            case.tell(EventKind.DROPPED_INVALID_INDEX, f"dropped {dropped}, which an earlier build left invalid")
 
     # Without a receipt --------------------------------------------------------------------------------------------
 
@@ -482,7 +487,9 @@ class Run:
         await asyncio.sleep(self._case.bounded(pause))
 
 
-async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Literal["cancelled", "committed"]:
+async def cancel_job(
+    ledger: Ledger, key: Key, cause: Cause, reason: str, of_try: str | None = None
+) -> Literal["cancelled", "committed"]:
     """Cancel a job from outside, for good; returns how it ended.
 
     Raises
@@ -496,8 +503,13 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
     began = loop.time()
     while True:
         seen = await look(ledger, key)
-        if seen.receipt in (Receipt.COMMITTED, Receipt.CANCELLED) and not seen.is_provisional:
-            return "committed" if seen.receipt is Receipt.COMMITTED else "cancelled"
+        if seen.receipt is Receipt.COMMITTED:
+            return "committed"
+        # A mark that somebody may take back becomes the one of whoever asks for good.
+        if seen.receipt is Receipt.CANCELLED and not (
+            seen.is_provisional or (cause is Cause.ASKED and seen.cause in OF_A_TRY)
+        ):
+            return "cancelled"
         if seen.is_unsupervised:
             raise failures.untold(key)
         if loop.time() - began > pace.CANCEL:
@@ -509,7 +521,7 @@ async def cancel_job(ledger: Ledger, key: Key, cause: str, reason: str) -> Liter
             await asyncio.sleep(pace.poll(loop.time() - began))
             continue
         faults.point("before_mark")
-        await ledger.mark_cancelled(key, cause, reason)
+        await ledger.mark_cancelled(key, cause, reason, of_try=of_try)
         faults.point("after_mark")
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 from typing import Any
 
 import pytest
 from psycopg import AsyncConnection
 
-from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, run
+from pgbg_orchestration import Cause, EventKind, Job, Launcher, Outcome, arun, errors, run
+from pgbg_orchestration.outcome import OF_A_TRY
 from tests.core.kit import (
     APP,
     GENEROUS,
@@ -123,6 +125,66 @@ async def test_a_cancel_of_a_job_that_is_marked_already_is_final(db: Watched, ca
         with pytest.raises(errors.JobCancelled, match="no longer wanted"):
             await within(launcher.run(Job(effect("j"), id="j")))
     assert db.effects() == 0
+
+
+@pytest.mark.parametrize("cause", sorted(OF_A_TRY))
+async def test_a_persons_cancel_is_not_taken_back_with_a_trys(db: Watched, cause: Cause) -> None:
+    """Whatever the words: a person's reason may read like one of ours, and ours like a person's."""
+    words = "another job of the batch failed"
+    async with Launcher(db.conninfo) as launcher:
+        assert await within(launcher.cancel("j", cause=cause, reason=words)) == "cancelled"
+        assert await within(launcher.cancel("j", reason=words)) == "cancelled"
+        with pytest.raises(errors.JobCancelled, match=words) as caught:
+            await within(launcher.run(Job(effect("j"), id="j"), retry_cancelled=OF_A_TRY))
+        assert caught.value.cause is Cause.ASKED
+        # The other way round too: what a try says after a person changes nothing.
+        assert await within(launcher.cancel("j", cause=cause, reason=words)) == "cancelled"
+        assert (await launcher.look("j")).cause is Cause.ASKED
+    assert db.effects() == 0
+
+
+@pytest.mark.parametrize("cause", sorted(OF_A_TRY))
+async def test_a_cancel_of_a_try_is_taken_back_by_the_next_one(db: Watched, cause: Cause) -> None:
+    async with Launcher(db.conninfo) as launcher:
+        assert await within(launcher.cancel("j", cause=cause, of_try="1")) == "cancelled"
+        for options in ({}, {"retry_cancelled": OF_A_TRY - {cause}}, {"retry_cancelled": OF_A_TRY, "of_try": "1"}):
+            with pytest.raises(errors.JobCancelled) as caught:
+                await within(launcher.run(Job(effect("j"), id="j"), **options))
+            assert caught.value.cause is cause
+        outcome = await within(launcher.run(Job(effect("j"), id="j"), retry_cancelled=OF_A_TRY, of_try="2"))
+    assert outcome.launched
+    assert db.effects() == 1
+
+
+@pytest.mark.parametrize("cause", [None, *sorted(OF_A_TRY)])
+async def test_a_caller_says_when_it_is_cancelled_whether_its_worker_ends(db: Watched, cause: Cause | None) -> None:
+    async with Launcher(db.conninfo) as launcher:
+        seen = Recorder()
+        call = asyncio.create_task(
+            launcher.run(Job(slow("j", 30), id="j"), on_cancel=lambda: cause, of_try="7", observer=seen)
+        )
+        await db.at_work("j")
+        await cancelled(call)
+        assert call.cancelled()
+        sighting = await launcher.look("j")
+        assert (sighting.cause, sighting.of_try) == ((cause, "7") if cause else (None, None))
+        decided = [event for event in seen.events if event.kind is EventKind.LET_GO]
+        if cause is None:
+            assert not decided
+            assert sighting.holds_this_job
+            assert await within(launcher.cancel("j")) == "cancelled"
+        else:
+            error = errors.PgbgError.from_dict(decided[0].data["error"])
+            assert isinstance(error, errors.JobCancelled)
+            assert error.cause is cause
+
+
+def test_the_receipts_column_takes_every_cause_and_no_other(db: Watched) -> None:
+    (definition,) = db.sql(
+        "select pg_get_constraintdef(oid) from pg_constraint where conrelid = 'pgbg.receipt'::regclass"
+        " and conname like '%%cause%%'"
+    )[0]
+    assert set(re.findall(r"'([^']+)'", definition)) == set(Cause)
 
 
 async def test_cancel_before_any_launch_is_final(db: Watched) -> None:

@@ -24,7 +24,9 @@ create table @schema@.receipt (
     started_at timestamptz,
     supervisor_pid int,
     server_started timestamptz,
-    cause      text check (cause in ('asked', 'deadline', 'given up', 'superseded')),
+    cause      text check (cause in
+        ('asked', 'deadline', 'given up', 'superseded', 'interrupted', 'failed beside', 'run gone')),
+    of_try     text,
     reason     text,
     decided_by text not null default session_user,
     decided_at timestamptz not null default clock_timestamp(),
@@ -33,7 +35,8 @@ create table @schema@.receipt (
 comment on table @schema@.receipt is
     'How a job ended: committed (written in the transaction of the work itself, or by its supervisor) or cancelled for '
     'good. launching: a supervisor (supervisor_pid, on the server that was started at server_started) has begun and has '
-    'not said how it ended; worker_pid is null until its worker was seen at work.';
+    'not said how it ended; worker_pid is null until its worker was seen at work. cause decides who may take a cancel '
+    'back, of_try names the try of the work that it ended; reason is for people, and nothing is decided by it.';
 
 create table @schema@.series (
     owner         text not null,
@@ -530,7 +533,7 @@ create function @schema@.look(p_owners text[], p_jobs bytea[], p_series bytea[])
         number int, looked_at timestamptz, holder_pid int, holder_user text, holder_is_owner boolean,
         holder_job text, holder_generation bigint, holds_this_job boolean, marked_pid int,
         may_begin boolean, status text, receipt_attempt int, receipt_pid int, receipt_started_at timestamptz,
-        cause text, reason text, decided_by text, decided_at timestamptz,
+        cause text, of_try text, reason text, decided_by text, decided_at timestamptz,
         newest bigint, generation bigint, attempt int, sql_digest bytea, outcome text, ended_at timestamptz,
         reported_at timestamptz, row_count bigint,
         command_tag text, sqlstate text, message text, detail text, hint text, context text, schema_name text,
@@ -568,7 +571,7 @@ begin
                -- A restart of the server leaves nothing that could begin.
                coalesce(r.status = 'launching' and r.worker_pid is null
                    and r.server_started = pg_postmaster_start_time(), false),
-               r.status, r.attempt, r.worker_pid, r.started_at, r.cause, r.reason, r.decided_by,
+               r.status, r.attempt, r.worker_pid, r.started_at, r.cause, r.of_try, r.reason, r.decided_by,
                r.decided_at, s.newest, k.generation, k.attempt, coalesce(r.sql_digest, k.sql_digest), k.outcome,
                k.ended_at, k.reported_at, k.row_count, k.command_tag, k.sqlstate, k.message, k.detail, k.hint,
                k.context, k.schema_name, k.table_name, k.column_name, k.constraint_name
@@ -595,7 +598,9 @@ end $$;
 
 -- Makes a cancel final: after it the job is 'cancelled', or it was 'committed' before. Waits for a worker that is at
 -- work (no longer than lock_timeout, then 55P03): signal it first.
-create function @schema@.mark_cancelled(p_owner text, p_job_id text, p_cause text, p_reason text) returns text
+create function @schema@.mark_cancelled(
+    p_owner text, p_job_id text, p_cause text, p_reason text, p_of_try text default null
+) returns text
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
 as $$
@@ -604,13 +609,15 @@ declare
     v_job   bytea := @schema@.digest(p_job_id);
 begin
     perform @schema@.require_read_committed();
-    insert into @schema@.receipt (owner, job_digest, status, job_id, cause, reason)
-        values (v_owner, v_job, 'cancelled', p_job_id, p_cause, p_reason)
-        -- A mark that the next call would take back by itself becomes one that it does not.
+    insert into @schema@.receipt (owner, job_digest, status, job_id, cause, reason, of_try)
+        values (v_owner, v_job, 'cancelled', p_job_id, p_cause, p_reason, p_of_try)
+        -- A mark that a later call could take back becomes one that it does not: the next call's own, then a try's.
         on conflict (owner, job_digest) do update set
-            cause = excluded.cause, reason = excluded.reason, decided_by = excluded.decided_by,
-            decided_at = excluded.decided_at
-            where receipt.status = 'cancelled' and receipt.cause in ('deadline', 'given up') and excluded.cause = 'asked';
+            cause = excluded.cause, reason = excluded.reason, of_try = excluded.of_try,
+            decided_by = excluded.decided_by, decided_at = excluded.decided_at
+            where receipt.status = 'cancelled' and (
+                receipt.cause in ('deadline', 'given up') and excluded.cause not in ('deadline', 'given up', 'superseded')
+                or receipt.cause in ('interrupted', 'failed beside', 'run gone') and excluded.cause = 'asked');
     return (select r.status from @schema@.receipt r where r.owner = v_owner and r.job_digest = v_job);
 end $$;
 
@@ -731,7 +738,7 @@ create function @schema@.list_jobs()
         owner text, job_id text, label text, series text, generation bigint, kind text, state text, attempt int,
         running_pid int, launched_by text, registered_at timestamptz, launched_at timestamptz, ended_at timestamptz,
         row_count bigint, command_tag text, sqlstate text, message text, detail text, hint text, context text,
-        cancelled_by text, reason text, worker_pid int, started_at timestamptz
+        cancelled_by text, reason text, worker_pid int, started_at timestamptz, cause text
     )
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -774,7 +781,7 @@ begin
                     else j.ended_at end,
                j.row_count, j.command_tag, j.sqlstate, j.message, j.detail, j.hint, j.context,
                case when r.status = 'cancelled' then r.decided_by end, r.reason,
-               coalesce(h.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at)
+               coalesce(h.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at), r.cause
         from @schema@.job j
         full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
         -- Anybody can take the lock.

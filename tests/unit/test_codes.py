@@ -1,0 +1,43 @@
+"""What decides is a code: events and causes are enums, and the pages list them as they are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pgbg_orchestration import Cause, Event, EventKind
+from pgbg_orchestration.options import Options
+
+ROOT = Path(__file__).parents[2]
+CORE = ROOT / "pgbg_orchestration"
+
+
+def test_the_page_lists_every_kind_of_event_as_the_code_means_it() -> None:
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([a-z_]+)` \| (.+) \|$", page.split("| `event.kind`")[1].split("\n\n")[0], re.MULTILINE)
+
+    assert listed == [(kind.value, kind.meaning) for kind in EventKind]
+
+
+@pytest.mark.parametrize("kind", EventKind)
+def test_every_kind_of_event_is_sent_somewhere(kind: EventKind) -> None:
+    sent = rf"tell(_once)?\(\s*EventKind\.{kind.name}\b"
+
+    assert any(re.search(sent, file.read_text(encoding="utf-8")) for file in CORE.rglob("*.py"))
+
+
+def test_an_event_kind_is_its_value_and_its_meaning_is_told() -> None:
+    assert Event(EventKind("launched"), "m", "j", "l").kind == "launched"
+    assert all(kind.meaning for kind in EventKind)
+
+
+def test_a_cancel_is_taken_back_by_its_cause() -> None:
+    of_a_try = {cause for cause in Cause if cause.ended_a_try}
+
+    assert of_a_try == {Cause.INTERRUPTED, Cause.FAILED_BESIDE, Cause.RUN_GONE}
+    assert Options(retry_cancelled=True).takes_back(Cause.ASKED)
+    assert not Options(retry_cancelled=of_a_try).takes_back(Cause.ASKED)
+    assert Options(retry_cancelled=of_a_try).takes_back(Cause.RUN_GONE)
+    assert not Options().takes_back(Cause.RUN_GONE)
