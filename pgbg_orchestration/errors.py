@@ -317,7 +317,6 @@ def shorten(text: str | None, limit: int = 80) -> str:
 
 __all__ = [
     "NO_FIELDS",
-    "Cause",
     "DeadlinePassed",
     "ErrorFields",
     "ExtensionMissing",

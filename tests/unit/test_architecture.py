@@ -127,8 +127,10 @@ class TestExports:
 
     def test_the_core(self) -> None:
         assert sorted(pgbg_orchestration.__all__) == [
+            "Cause",
             "ErrorFields",
             "Event",
+            "EventKind",
             "Job",
             "Kind",
             "Launcher",
