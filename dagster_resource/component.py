@@ -33,6 +33,8 @@ from dagster.components.resolved.core_models import (
 )
 from dagster_shared.record import record
 
+from pgbg_orchestration.statements import files
+
 from .assets import KINDS, partition_parameters, pg_background_asset, pg_background_asset_check
 from .steps.sql import JobOptions, Sql
 
@@ -200,4 +202,4 @@ def _read(sql: str | None, file: str | None, folder: Path, what: str) -> str:
     """
     if (sql is None) == (file is None):
         raise ValueError(f"{what}: give either sql or sql_file")
-    return (folder / file).read_text() if file is not None else str(sql)
+    return files.read(folder / file) if file is not None else str(sql)

@@ -43,8 +43,9 @@ class Job:
     Parameters
     ----------
     sql:
-        The statements: one text, split as psql would, or a list of statements. They run in one transaction
-        and see each other's rows.
+        The statements: one text, split as psql would, or a list of such texts. They run in one transaction
+        and see each other's rows. What holds no statement (nothing but blanks, comments, semicolons) is left out, in
+        a text and in a list; a job of nothing else is refused. A byte-order mark before a statement is dropped.
     id:
         Says which work this is. Whoever runs the same id again attaches to it or gets its outcome; it never
         commits twice. Default: ``series#generation`` where a series is given, else a fresh random id, which
@@ -113,6 +114,8 @@ class Job:
         for name in ("id", "label", "role", "verify_sql", "series", "owner"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
+        if self.verify_sql is not None:
+            self._fill("verify_sql", self.verify_sql.removeprefix("\ufeff"))  # as `sql`, it may come from a file
         if self.series is None and self.generation is not None and self.id is None:
             raise InvalidJob("a generation needs a series (or an id) that it is a generation of")
         if self.generation is not None and not (
@@ -133,11 +136,11 @@ class Job:
             self._fill("isolation", _isolation(self.isolation))
         self._fill("settings", MappingProxyType(_settings(self.settings)))
         self._fill("parameters", _parameters(self.parameters))
-        if not isinstance(self.sql, str):
-            self._fill("sql", _statement_list(self.sql))
-        for number, text in enumerate([self.sql] if isinstance(self.sql, str) else self.sql, 1):
-            _check_text("sql" if isinstance(self.sql, str) else f"sql statement {number}", text)
+        self._fill("sql", _sql(self.sql))
         self._fill("kind", self._choose_kind())
+        if not isinstance(self.sql, str):
+            # What renders to nothing takes no parameters either.
+            self._fill("sql", tuple(text for text in self.sql if self.split(text)))
 
     def _fill(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen for everybody else
@@ -187,7 +190,7 @@ def _is_int(value: object) -> bool:
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise InvalidJob(f"{name} must be text, not {type(value).__name__}")
-    if name != "sql" and not value.strip():
+    if not name.startswith("sql") and not value.strip():
         raise InvalidJob(f"{name} is empty")
     if "\0" in value:
         raise InvalidJob(f"{name} has a NUL byte, which PostgreSQL cannot store")
@@ -250,7 +253,12 @@ def _parameters(given: Sequence[Any] | Mapping[str, Any] | None) -> Sequence[Any
     return tuple(given)
 
 
-def _statement_list(sql: object) -> tuple[str, ...]:
-    if not isinstance(sql, Sequence) or isinstance(sql, bytes):
-        raise InvalidJob(f"sql must be text or a list of statements, not {type(sql).__name__}")
-    return tuple(sql)
+def _sql(given: object) -> str | tuple[str, ...]:
+    if isinstance(given, str):
+        _check_text("sql", given)
+        return given
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise InvalidJob(f"sql must be text or a list of statements, not {type(given).__name__}")
+    for number, text in enumerate(given, 1):
+        _check_text(f"sql statement {number}", text)
+    return tuple(given)

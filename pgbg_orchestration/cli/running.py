@@ -17,6 +17,7 @@ from pgbg_orchestration.errors import JobCancelled, ServerUnreachable, WorkerErr
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.outcome import Cause, Outcome
+from pgbg_orchestration.statements import files
 from pgbg_orchestration.verdict import CANCELED
 
 from .codes import ExitCode
@@ -27,6 +28,7 @@ from .watching import Watch
 
 _COMMENT = re.compile(r"--[^=\s]*\s")
 _GUARD = " "
+_STDIN = Path("-")
 
 
 class CommandWithSql(TyperCommand):
@@ -59,7 +61,15 @@ def run(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", metavar="FILE", exists=True, dir_okay=False, help="Read the SQL from a file."),
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            allow_dash=True,
+            help="Read the SQL from a file, in UTF-8; - is standard input.",
+        ),
     ] = None,
     dsn: Dsn = None,
     schema: Schema = "pgbg",
@@ -195,16 +205,16 @@ def run(
 def _read_sql(sql: str | None, file: Path | None) -> str:
     if sql is not None and file is not None:
         raise Stop(ExitCode.REFUSED, "SQL was given twice: as an argument and by --file")
+    if sql is not None and sql != "-":
+        return sql.removeprefix(_GUARD)
     try:
-        if file is not None:
-            return file.read_text(encoding="utf-8-sig")
-        if sql is not None and sql != "-":
-            return sql.removeprefix(_GUARD)
-        if sql is None and sys.stdin.isatty():
+        if file is not None and file != _STDIN:
+            return files.read(file)
+        if sql is None and file is None and sys.stdin.isatty():
             raise Stop(ExitCode.REFUSED, "no SQL", todo="pgbg run 'select 1', or -f FILE, or on standard input")
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Stop(ExitCode.REFUSED, f"the SQL is not UTF-8: byte {error.start}") from error
+        return files.decode(sys.stdin.buffer.read())
+    except files.UnreadableSql as error:
+        raise Stop(ExitCode.REFUSED, str(error)) from error
 
 
 async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch: Watch) -> Outcome:

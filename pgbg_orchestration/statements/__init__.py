@@ -1,5 +1,6 @@
 """SQL text as statements: splitting it, classifying them, and refusing what cannot run in a worker."""
 
+from .assignments import applied
 from .lexer import UnterminatedSql
 from .refuse import EmptySql, RefusedStatement, best_alone, check, outside_transaction
 from .split import SEPARATOR, Statement, join, split
@@ -10,6 +11,7 @@ __all__ = [
     "RefusedStatement",
     "Statement",
     "UnterminatedSql",
+    "applied",
     "best_alone",
     "check",
     "join",

@@ -8,6 +8,7 @@ the text (whether a procedure commits, whether a table is partitioned) is left t
 from collections.abc import Sequence
 from itertools import pairwise
 
+from .assignments import assignment, unhonoured
 from .lexer import Token, TokenKind, tokens
 from .split import Statement
 
@@ -90,8 +91,13 @@ def check(statements: Sequence[Statement], one_transaction: bool) -> None:
         reason = _refusal(statement, one_transaction=one_transaction)
         if reason is None and shared and outside_transaction(statement):
             reason = _ALONE_REASON if len(statements) > 1 else _RECEIPT_REASON
+            if len(statements) > 1 and all(s is statement or assignment(s) for s in statements):
+                reason += ", with what is set here as its settings"
         if reason is not None:
             raise RefusedStatement(number, statement.line, _excerpt(statement.text), reason)
+    if found := unhonoured(statements):
+        statement = statements[found.number - 1]
+        raise RefusedStatement(found.number, statement.line, _excerpt(statement.text), found.reason)
 
 
 def outside_transaction(statement: Statement) -> bool:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .files import BYTE_ORDER_MARK
 from .lexer import TokenKind, leading_words, skip_blank, skip_opaque, skip_run, tokens
 
 __all__ = ["SEPARATOR", "Statement", "join", "split"]
@@ -52,6 +53,8 @@ class Statement:
 def split(sql: str) -> tuple[Statement, ...]:
     """Split SQL text into its statements; empty ones and those of only comments are left out.
 
+    A byte-order mark before a statement is a blank.
+
     Text that PostgreSQL cannot parse is split as far as its quotes and parentheses tell; the server then names the
     error.
 
@@ -74,6 +77,10 @@ def split(sql: str) -> tuple[Statement, ...]:
     while (head := skip_blank(sql, position)) < len(sql):
         if sql[head] == ";":
             position = head + 1
+            continue
+        if sql[head] == BYTE_ORDER_MARK:
+            # Of a file that was included or appended. No statement can begin with it: it is a letter to the server.
+            sql = f"{sql[:head]} {sql[head + 1 :]}"
             continue
         keywords, after = leading_words(sql, head, _LEADING_WORDS)
         end = _end_of_statement(sql, after)

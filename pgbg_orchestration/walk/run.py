@@ -241,13 +241,14 @@ class Run:
 
     async def _call_launch(self, text: str) -> None:
         case, work = self._case, self._case.work
+        defaults = (await self._host.facts()).defaults
 
         async def call(session: LaunchingSession) -> None:
             case.launch.call = session.launch(
                 text,
                 label=work.label,
                 queue_size=work.job.queue_size,
-                settings=work.launch_settings(case.seconds_left()),
+                settings=work.launch_settings(case.seconds_left(), defaults),
                 role=work.job.role if work.kind is Kind.SESSION else None,
                 poll_interval=case.options.poll_interval,
             )
@@ -400,7 +401,7 @@ class Run:
         case, work = self._case, self._case.work
         readable = await self._make_readable()
         facts = await self._host.facts()
-        settings = {**facts.defaults, **work.settings(case.seconds_left())}
+        settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
         calls = facts.extension.supervision(readable.columns, padded=readable.padded)
         return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
 

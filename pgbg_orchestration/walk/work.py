@@ -18,6 +18,7 @@ from pgbg_orchestration.errors import InvalidJob, NoPrivilege
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger.sighting import SUPERVISES, Key, Registration
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
+from pgbg_orchestration.postgres.durations import milliseconds
 from pgbg_orchestration.statements import index_builds
 
 # Sent before the user's own settings, which win.
@@ -130,10 +131,10 @@ class Work:
             head.append(sql.SQL("set local role {}").format(sql.Identifier(self.job.role)).as_string(None))
         return "\n;".join([*head, statements.join(self.statements)])
 
-    def launch_settings(self, seconds_left: float | None) -> dict[str, str]:
-        """Return the settings of a launch: those of the work, or of its supervisor."""
+    def launch_settings(self, seconds_left: float | None, defaults: Mapping[str, str]) -> dict[str, str]:
+        """Return the settings of a launch: those of the work, or of its supervisor; ``defaults`` as in `settings`."""
         if self.kind is not Kind.SUPERVISED:
-            return self.settings(seconds_left)
+            return self.settings(seconds_left, defaults)
         return {**BASE_SETTINGS, **SUPERVISOR_SETTINGS, "application_name": f"{SUPERVISES}{self.label}"[:60]}
 
     def meaning(self) -> dict[str, str]:
@@ -141,16 +142,30 @@ class Work:
         role = {"role": self.job.role} if self.job.role else {}
         return {**BASE_SETTINGS, **(self.job.settings or {}), **role}
 
-    def settings(self, seconds_left: float | None) -> dict[str, str]:
-        """Return the settings of the work; ``seconds_left`` is the time until the job's deadline."""
+    def settings(self, seconds_left: float | None, defaults: Mapping[str, str]) -> dict[str, str]:
+        """Return the settings of the work.
+
+        Parameters
+        ----------
+        seconds_left:
+            The time until the job's deadline.
+        defaults:
+            What the login has of its own: its two timeouts.
+        """
         settings = dict(BASE_SETTINGS)
         if self.job.isolation is not None:
             settings["default_transaction_isolation"] = self.job.isolation
         if seconds_left is not None:
             # So that the SQL ends even when nobody is left to cancel it.
-            milliseconds = int((max(seconds_left, 0) + pace.DEADLINE_MARGIN) * 1000)
-            settings["pg_background.worker_timeout"] = str(min(milliseconds, 2**31 - 1))
+            bound = int((max(seconds_left, 0) + pace.DEADLINE_MARGIN) * 1000)
+            settings["pg_background.worker_timeout"] = str(min(bound, 2**31 - 1))
         settings |= self.job.settings or {}
+        settings |= statements.applied(self.statements)  # as in psql, where the text comes last
+        # In a worker the one takes the other's place, the shorter one's too.
+        clock = {**defaults, **settings}
+        statement = milliseconds(clock.get("statement_timeout", "0")) or 0
+        if 0 < statement < (milliseconds(clock.get("pg_background.worker_timeout", "0")) or 0):
+            settings["pg_background.worker_timeout"] = clock["statement_timeout"]
         if self.kind is Kind.SESSION:
             settings["application_name"] = self.marker  # without it, nobody could find or cancel the worker
         return settings

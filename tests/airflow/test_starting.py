@@ -148,6 +148,7 @@ class TestInARealAirflow:
         assert int(by.rpartition("/")[2]) in pids
 
     def test_without_any_worker_from_a_template_file(self, lab: Lab) -> None:
+        """The file begins with a byte-order mark, which is dropped."""
         lab.processes.wait_for_dag("started_from_file")
         run = lab.processes.trigger_dag("started_from_file", run_id="from-file")
 

@@ -51,10 +51,12 @@ class TestRun:
             pgbg("run", "-f", str(file)).exit_code,
             pgbg("run", stdin=effect("stdin")).exit_code,
             pgbg("run", "-", stdin=effect("a dash")).exit_code,
+            pgbg("run", "-f", "-", stdin="\ufeff" + effect("a dash for a file")).exit_code,
         ]
 
-        assert ends == [0, 0, 0, 0]
-        assert db.effects_by_job() == {"an argument": 1, "from a file": 1, "stdin": 1, "a dash": 1}
+        assert ends == [0, 0, 0, 0, 0]
+        where = ["an argument", "from a file", "stdin", "a dash", "a dash for a file"]
+        assert db.effects_by_job() == dict.fromkeys(where, 1)
 
     def test_the_outcome_for_people_and_machines(self, db: Watched, pgbg: Pgbg) -> None:
         people = pgbg("run", effect("j"), "--id", "j", "--label", "the label")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import shutil
 from pathlib import Path
@@ -101,6 +102,8 @@ def test_component(flights: Database, instance: DagsterInstance, sql: psycopg.Co
     with create_defs_folder_sandbox() as sandbox:
         folder = sandbox.defs_folder_path / "flights"
         shutil.copytree(EXAMPLES / "dagster_flights_component", folder)
+        file = folder / "carriers_by_month.sql"
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())  # as some editors begin a file
         with sandbox.load_component_and_build_defs(defs_path=folder) as (component, definitions):
             assert isinstance(component, PgBackgroundSqlComponent)
             merged = Definitions.merge(definitions, Definitions(resources=given))

@@ -84,7 +84,7 @@ set local work_mem = '4MB'
 set transaction read only
 set transaction isolation level read committed
 set local transaction_read_only = on
-set session characteristics as transaction isolation level serializable
+set session characteristics as transaction read write
 prepare transaction as select 1
 prepare transaction(text) as select $1
 copy t to '/tmp/x'
