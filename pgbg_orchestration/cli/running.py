@@ -65,9 +65,6 @@ def run(
             "--file",
             "-f",
             metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            allow_dash=True,
             help="Read the SQL from a file, in UTF-8; - is standard input.",
         ),
     ] = None,
@@ -215,6 +212,8 @@ def _read_sql(sql: str | None, file: Path | None) -> str:
         return files.decode(sys.stdin.buffer.read())
     except files.UnreadableSql as error:
         raise Stop(ExitCode.REFUSED, str(error)) from error
+    except OSError as error:
+        raise Stop(ExitCode.REFUSED, f"{file or 'standard input'} cannot be read: {error.strerror}") from error
 
 
 async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch: Watch) -> Outcome:
