@@ -19,6 +19,7 @@ RETRY_LATEST = 5.0
 
 CALL = 30.0  # one call to the server; then its connection counts as dead
 RECONNECT = 300.0  # a server that cannot be reached, after it could be
+TOLD_AGAIN = 30.0  # that a server cannot be reached
 STRANGER = 30.0  # somebody else's session on the lock of a series
 CANCEL = 60.0  # a worker that does not end when it is cancelled
 STALLED = 3.0  # a launching session that does not answer

@@ -132,6 +132,22 @@ async def _standby(patient: Patient) -> list[Finding]:
     return found
 
 
+async def _connections(patient: Patient) -> list[Finding]:
+    """Say whether the login may have the connections that a process needs."""
+    facts = patient.facts
+    need, comfortable = readiness.CONNECTIONS_NEEDED, readiness.CONNECTIONS_COMFORTABLE
+    holds = f"a process that runs jobs holds {need} to {comfortable}, and one more for each job of kind session at work"
+    limit = facts.connection_limit
+    if limit is None:
+        text = f"max_connections = {facts.max_connections}, and no limit of the login's or the database's; {holds}."
+        return [Finding("server", "connections", Status.OK, text)]
+    text = f"The login may have {limit[0]} to this database; {holds}."
+    if limit[0] >= comfortable:
+        return [Finding("server", "connections", Status.OK, text)]
+    status = Status.FAILS if limit[0] < need else Status.WARNING
+    return [Finding("server", "connections", status, text, f"{limit[1]} {comfortable};")]
+
+
 # The extension --------------------------------------------------------------------------------------------------
 
 
@@ -465,6 +481,7 @@ def _sentence(text: str) -> str:
 _CHECKS: tuple[tuple[str, Callable[[Patient], Awaitable[list[Finding]]]], ...] = (
     ("server", _standby),
     ("server", _supported),
+    ("server", _connections),
     ("extension", _extension),
     ("extension", _privilege),
     ("extension", _library),

@@ -7,6 +7,8 @@ with the checksum of what was run.
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -14,12 +16,22 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from pgbg_orchestration.errors import ExtensionMissing, LedgerError, NoPrivilege, SchemaMissing, SchemaVersionMismatch
+from pgbg_orchestration.errors import (
+    ExtensionMissing,
+    InvalidJob,
+    LedgerError,
+    NoPrivilege,
+    SchemaMissing,
+    SchemaVersionMismatch,
+)
 
 VERSION = 1
 DEFAULT_SCHEMA = "pgbg"
 DEFAULT_OWNER = "pgbg_owner"
+NAME_BYTES = 63  # what the server cuts a longer name to (NAMEDATALEN)
 LOCK_TIMEOUT = "5s"  # every look and every launch queues behind a migration's locks
+
+_TOKEN = re.compile(r"@(?:schema|owner|owner_text)@")
 
 # Roles are shared by all databases of a server: the owner may be there already.
 _OWNER = """\
@@ -80,6 +92,8 @@ def install(
 
     Raises
     ------
+    InvalidJob
+        A name cannot be used; nothing has been changed.
     ExtensionMissing
         pg_background is not installed in this database.
     SchemaVersionMismatch
@@ -89,7 +103,9 @@ def install(
     LedgerError
         Another session holds a lock that this needs; nothing has been changed.
     """
-    with psycopg.connect(conninfo, autocommit=True) as conn:
+    check_name("schema", schema)
+    check_name("schema's owner", owner)
+    with psycopg.connect(conninfo, autocommit=True, client_encoding="utf8") as conn:
         conn.execute("set client_min_messages to warning")
         if create_extension:
             conn.execute("create extension if not exists pg_background")
@@ -125,14 +141,47 @@ def install(
     return script
 
 
+def check_name(what: str, name: str) -> None:
+    """Refuse a name that cannot be put into the schema's SQL, or that the server would make another of.
+
+    Parameters
+    ----------
+    what:
+        What the name is of, for the error.
+
+    Raises
+    ------
+    InvalidJob
+        It is empty or longer than the server keeps; it holds a control character, which ends a line of the text; or a
+        ``$`` beside another or beside ``pgbg``, which ends the body of a function.
+    """
+    wrong = None
+    if not name:
+        wrong = "is empty"
+    elif any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+        wrong = "has a line break or another control character"
+    elif len(name.encode()) > NAME_BYTES:
+        wrong = f"has {len(name.encode())} bytes, and a name in PostgreSQL has {NAME_BYTES} at most"
+    elif "$$" in name or "$pgbg$" in name:
+        wrong = "has a dollar quote"
+    elif name.startswith("pg_"):
+        wrong = "begins with pg_, as only the server's own may"
+    if wrong is not None:
+        raise InvalidJob(f"the name of the {what} {wrong}: {name[:NAME_BYTES]!r}", todo="Choose another name.")
+
+
 def plan(from_version: int, *, schema: str = DEFAULT_SCHEMA, owner: str = DEFAULT_OWNER) -> Script:
     """Return the SQL that brings the schema from ``from_version`` (0: not there) to this package's version.
 
     Raises
     ------
+    InvalidJob
+        A name cannot be used.
     SchemaVersionMismatch
         ``from_version`` is newer than this package.
     """
+    check_name("schema", schema)
+    check_name("schema's owner", owner)
     if from_version > VERSION:
         raise SchemaVersionMismatch(
             f"the schema {schema} has version {from_version}, and this package knows versions up to {VERSION}",
@@ -147,8 +196,7 @@ def plan(from_version: int, *, schema: str = DEFAULT_SCHEMA, owner: str = DEFAUL
     for version in range(from_version + 1, VERSION + 1):
         text = _read(version)
         checksum = hashlib.sha256(text.encode()).hexdigest()
-        for token, value in filled.items():
-            text = text.replace(token, value)
+        text = _TOKEN.sub(lambda token: filled[token[0]], text)  # at one go: a name may look like a token
         parts += [text, sql.SQL(_RECORD).format(**names, version=version, checksum=checksum).as_string(None)]
     return Script(from_version, VERSION, "".join([*parts, _DONE]))
 
@@ -161,7 +209,7 @@ def uninstall(conninfo: str, *, schema: str = DEFAULT_SCHEMA, owner: str = DEFAU
     SchemaMissing
         There is no such schema of this package.
     """
-    with psycopg.connect(conninfo, autocommit=True) as conn:
+    with psycopg.connect(conninfo, autocommit=True, client_encoding="utf8") as conn:
         conn.execute("set client_min_messages to warning")
         if installed_version(conn, schema) == 0:
             raise SchemaMissing(f"the schema {schema} is not installed in this database")

@@ -50,7 +50,7 @@ class Line:
     async def _ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         loop, asking = asyncio.get_running_loop(), asyncio.current_task()
         until = loop.time() + pace.RECONNECT
-        attempt = 0
+        attempt, told = 0, -pace.TOLD_AGAIN
         while True:
             try:
                 async with self._turn, asyncio.timeout(pace.CALL):
@@ -69,6 +69,8 @@ class Line:
                     raise asyncio.CancelledError from error
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
                     raise connection.unreachable(error, "the server cannot be reached") from error
-                self._on_trouble(f"no connection to the server ({str(error).strip()}), trying again")
+                if loop.time() >= told + pace.TOLD_AGAIN:
+                    told = loop.time()
+                    self._on_trouble(f"no connection to the server ({connection.words(error)}), trying again")
                 await asyncio.sleep(pace.backoff(attempt))
                 attempt += 1

@@ -9,16 +9,23 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from pgbg_orchestration.errors import (
+    NOT_STARTED,
     ExtensionMissing,
     ExtensionTooOld,
     NoPrivilege,
     ReadOnlyServer,
     SchemaMissing,
     SchemaVersionMismatch,
+    ServerUnreachable,
 )
 from pgbg_orchestration.postgres.pg_background import OLDEST, ROLE, Extension
 
 from . import install, queries
+
+CONNECTIONS_NEEDED = 3
+"""Connections of a process that runs jobs: to look, to write, and to launch."""
+CONNECTIONS_COMFORTABLE = 6
+"""The most that a process holds besides jobs of kind session, with three sessions that launch, and one for a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,9 @@ class ServerFacts:
     worker_timeout: str
     default_transaction_isolation: str
     max_worker_processes: int
+    max_connections: int
+    login_limit: int | None
+    database_limit: int | None
     extension_version: str | None
     extension_schema: str | None
     extension_available: str | None
@@ -50,6 +60,18 @@ class ServerFacts:
     in_role: bool
     read_only: bool
     through_pooler: bool
+
+    @property
+    def connection_limit(self) -> tuple[int, str] | None:
+        """How many connections the login may have here at most, and what says so; None without such a limit."""
+        database = sql.Identifier(self.database).as_string(None)
+        login = sql.Identifier(self.login).as_string(None)
+        limits = [
+            (self.login_limit, f"ALTER ROLE {login} CONNECTION LIMIT"),
+            # The limit of a database is none for a superuser.
+            (None if self.superuser else self.database_limit, f"ALTER DATABASE {database} CONNECTION LIMIT"),
+        ]
+        return min(((limit, what) for limit, what in limits if limit is not None and limit >= 0), default=None)
 
     @property
     def who(self) -> str:
@@ -126,6 +148,8 @@ def require(facts: ServerFacts, schema: str, *, receipts: bool, read_write: bool
     ------
     ExtensionMissing, ExtensionTooOld, NoPrivilege, ReadOnlyServer, SchemaMissing, SchemaVersionMismatch
         As their names say; nothing was launched.
+    ServerUnreachable
+        The login or the database may have fewer connections than a process needs (SQLSTATE 53300).
     """
     if facts.in_recovery:
         raise ReadOnlyServer(
@@ -134,6 +158,16 @@ def require(facts: ServerFacts, schema: str, *, receipts: bool, read_write: bool
             todo="Connect to the primary (libpq: target_session_attrs=read-write).",
         )
     extension = facts.extension
+    if facts.connection_limit is not None and facts.connection_limit[0] < CONNECTIONS_NEEDED:
+        limit, what = facts.connection_limit
+        raise ServerUnreachable(
+            f"the login {facts.login!r} may have {limit} connections to the database {facts.database!r} at once, and "
+            f"jobs need {CONNECTIONS_NEEDED} at least",
+            sqlstate="53300",
+            todo=f"{what} {CONNECTIONS_COMFORTABLE}; (up to {CONNECTIONS_COMFORTABLE} are held by one process, and one "
+            "more for each job of kind session at work).",
+            data_state=NOT_STARTED,
+        )
     if not facts.in_role and not facts.superuser:
         raise NoPrivilege(
             f"{facts.who} may not use pg_background",

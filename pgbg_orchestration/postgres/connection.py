@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -49,6 +50,9 @@ REFUSED_LOGINS = ("28P01", "28000", "3D000")
 PASSING = ("57014", "40001", "40P01", "53200")
 
 
+SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+
+
 class ConnectionLost(Exception):
     """The connection is gone, or did not answer in time; what was asked may have happened."""
 
@@ -82,7 +86,7 @@ async def connect(conninfo: Conninfo, application_name: str) -> AsyncConnection[
     psycopg.OperationalError
         The server cannot be reached, or refuses.
     InvalidJob
-        The connection string cannot be read.
+        The connection string cannot be read, or asks for SSL of a server that has none.
     """
     given = _read(conninfo if isinstance(conninfo, str) else await conninfo())
     options = {**KEEPALIVE, "application_name": application_name, **given, "client_encoding": "utf8"}
@@ -98,6 +102,35 @@ async def connect(conninfo: Conninfo, application_name: str) -> AsyncConnection[
         opening.add_done_callback(_finish)
         await asyncio.wait({opening}, timeout=pace.LOOK_SOONEST)
         raise
+    except psycopg.OperationalError as error:
+        if await _wants_ssl_in_vain(options):
+            raise InvalidJob(
+                f"the connection asks for SSL (sslmode={options['sslmode']}), and the server has none",
+                todo="Turn SSL on in the server, or choose another sslmode where the network is trusted.",
+            ) from error
+        raise
+
+
+async def _wants_ssl_in_vain(options: Mapping[str, Any]) -> bool:
+    """Ask a server that could not be connected to whether it has SSL, where the connection demands that.
+
+    libpq has no code for it, only a localised message; the server answers with one byte (PostgreSQL manual, 54.2.10).
+    """
+    host, port = str(options.get("hostaddr") or options.get("host") or ""), str(options.get("port") or "5432")
+    if options.get("sslmode") not in ("require", "verify-ca", "verify-full") or not host or host.startswith(("/", "@")):
+        return False
+    if "," in host + port or options.get("sslnegotiation") == "direct":
+        return False
+    try:
+        async with asyncio.timeout(pace.STALLED):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            try:
+                writer.write(SSL_REQUEST)
+                return await reader.read(1) == b"N"
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
 
 
 def _read(conninfo: str) -> dict[str, Any]:
@@ -177,11 +210,16 @@ async def for_a_question(conninfo: Conninfo, application_name: str) -> AsyncIter
         await close(conn)
 
 
+def words(error: BaseException) -> str:
+    """Return an error's text; a timeout has none, and its name says what it is."""
+    return str(error).strip() or type(error).__name__
+
+
 def unreachable(error: BaseException, what: str) -> ServerUnreachable:
     """Return the error for a server that cannot be reached."""
     state = getattr(error, "sqlstate", None)
     return ServerUnreachable(
-        f"{what}: {str(error).strip() or type(error).__name__}",
+        f"{what}: {words(error)}",
         sqlstate=state or "08006",
         todo=what_to_check(error),
     )
@@ -196,4 +234,7 @@ def what_to_check(error: BaseException) -> str:
     pgconn = getattr(error, "pgconn", None)
     if pgconn is not None and pgconn.needs_password:
         return "The server wants a password: give it in ~/.pgpass or in PGPASSWORD."
-    return "Check that the server runs, and the host, port, database, login and password that it was asked with."
+    return (
+        "Check that the server runs and has connections left (a limit can be the server's, the database's or the "
+        "login's), and the host, port, database, login and password that it was asked with."
+    )

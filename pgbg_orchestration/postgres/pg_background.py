@@ -24,6 +24,10 @@ MAX_TRACKED = 1000  # the most that pg_background.max_workers takes
 NO_HANDLE = ("42704", "55000")  # not attached to this session; or another worker of that pid ("cookie mismatch")
 NO_SLOT = ("53000", "53400", "53100")  # server's worker slots, this session's table, /dev/shm
 
+ERROR_FIELDS = (
+    "sqlstate", "message", "detail", "hint", "context", "schema_name", "table_name", "column_name", "constraint_name",
+)  # fmt: skip
+
 # name in 2.0 → name in 1.9 and 1.10, where it is not the 2.0 name with "_v2"
 RENAMED = {"report_progress": "pg_background_progress", "grant_privileges": "grant_pg_background_privileges"}
 LIST_COLUMNS_1_9 = (
@@ -142,23 +146,40 @@ class Extension:
 
     async def error_info(self, conn: AsyncConnection[Any], handle: Handle) -> ErrorFields | None:
         """Return the worker's error, or None without one, or where the handle is not known any more."""
-        query = self.query("select * from {f}(%s, %s)", f="error_info")
+        names = ERROR_FIELDS[:5] if self.v2_names else ERROR_FIELDS
+        row = await self._texts_of(conn, "error_info", names, handle)
+        return ErrorFields(**row) if row and row["sqlstate"] else None
+
+    async def progress(self, conn: AsyncConnection[Any], handle: Handle) -> Progress | None:
+        """Return what the worker's SQL reported of its progress, or None."""
+        row = await self._texts_of(conn, "get_progress", ("progress_msg",), handle, "progress_pct")
+        return Progress(row["progress_pct"], row["progress_msg"]) if row and row["progress_pct"] is not None else None
+
+    async def _texts_of(
+        self, conn: AsyncConnection[Any], function: str, names: Sequence[str], handle: Handle, *others: str
+    ) -> dict[str, Any] | None:
+        """Return columns of what a function says of a handle, or None where the handle is not known any more.
+
+        In a database of the encoding SQL_ASCII a worker's text can hold any bytes, and the server refuses to send such
+        as are no UTF-8 (22021): there it is asked for the bytes, and what is no UTF-8 is escaped.
+        """
+        any_bytes = conn.info.parameter_status("server_encoding") == "SQL_ASCII"
+        columns = [
+            sql.SQL("pg_catalog.convert_to({0}, 'SQL_ASCII') as {0}" if any_bytes else "{}").format(
+                sql.Identifier(name)
+            )
+            for name in names
+        ] + [sql.Identifier(name) for name in others]
+        query = sql.SQL("select {} from {}(%s, %s)").format(sql.SQL(", ").join(columns), self.name(function))
         try:
             cursor = await conn.cursor(row_factory=dict_row).execute(query, handle)
             row = await cursor.fetchone()
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
             return None
-        return ErrorFields(**row) if row and row["sqlstate"] else None
-
-    async def progress(self, conn: AsyncConnection[Any], handle: Handle) -> Progress | None:
-        """Return what the worker's SQL reported of its progress, or None."""
-        query = self.query("select progress_pct, progress_msg from {f}(%s, %s)", f="get_progress")
-        try:
-            cursor = await conn.cursor(row_factory=tuple_row).execute(query, handle)
-            row = await cursor.fetchone()
-        except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
-            return None
-        return Progress(*row) if row and row[0] is not None else None
+        if row is not None and any_bytes:
+            told = {name: bytes(row[name]).decode(errors="backslashreplace") for name in names if row[name] is not None}
+            row.update(told)
+        return row
 
     async def result(
         self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable | None = None

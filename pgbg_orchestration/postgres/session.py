@@ -7,6 +7,7 @@ whoever waits for them here learns that the handle is gone and looks at lock and
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from .describe import Readable
 from .pg_background import MAX_TRACKED, NO_SLOT, Extension, Handle, Progress, ResultInfo
 
 T = TypeVar("T")
+logger = logging.getLogger("pgbg_orchestration")
 TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
 LAUNCHES = 2_000  # then the session is replaced when its workers have ended: old versions leak memory for each launch
 
@@ -249,6 +251,14 @@ class LaunchingSession:
     # Polling ------------------------------------------------------------------------------------------------------
 
     async def _poll_while_workers_run(self) -> None:
+        try:
+            await self._poll_in_turn()
+        except Exception:
+            # Whatever it was: nobody would poll these workers any more. Their receipts tell how they end.
+            logger.exception("the polling of a launching session failed; its workers are followed by their receipts")
+            self._give_up()
+
+    async def _poll_in_turn(self) -> None:
         loop = asyncio.get_running_loop()
         while not self.lost and (waiting := [w for w in self.workers.values() if not w.ended.done()]):
             # One query polls all: the one that is due first sets the pace.
@@ -394,7 +404,14 @@ class LaunchingSession:
         """Detach a worker as soon as this session has time, without a wait for that."""
         releasing = asyncio.create_task(self.detach(worker))
         self._releasing.add(releasing)
-        releasing.add_done_callback(self._releasing.discard)
+        releasing.add_done_callback(self._released)
+
+    def _released(self, releasing: asyncio.Task[None]) -> None:
+        self._releasing.discard(releasing)
+        if not releasing.cancelled() and releasing.exception() is not None:
+            # A handle that may be kept counts against pg_background.max_workers; the session can be done without.
+            logger.warning("a launching session is given up: it could not forget a worker: %s", releasing.exception())
+            self._give_up()
 
     async def cancel_all(self, at_work: Callable[[Sequence[int]], Awaitable[bool]]) -> int:
         """Cancel every worker of this session by the extension's own ``cancel_all``; returns how many.

@@ -10,7 +10,7 @@ import psycopg
 from psycopg import AsyncConnection
 
 from pgbg_orchestration import pace
-from pgbg_orchestration.errors import PoolerInTransactionMode
+from pgbg_orchestration.errors import NOT_STARTED, PoolerInTransactionMode, ServerUnreachable
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger import readiness
 from pgbg_orchestration.ledger.ledger import Ledger
@@ -25,7 +25,6 @@ from .work import Work, bind
 
 logger = logging.getLogger("pgbg_orchestration")
 SESSIONS = 3  # at most; a further one is opened when the others are busy launching
-ADMIN_SHUTDOWN = "57P01"
 LOOKS = 4  # at the server, before it counts as out of reach
 
 
@@ -73,10 +72,13 @@ class Host:
                     break
                 try:
                     self._facts = await self._look_at_server()
+                except connection.ConnectionLost as lost:
+                    # Somebody terminated the session that looked, or the network cut it.
+                    if tries == LOOKS - 1:
+                        raise connection.unreachable(lost.__cause__ or lost, "the server cannot be reached") from lost
+                    await asyncio.sleep(pace.backoff(tries))
                 except (psycopg.OperationalError, OSError, TimeoutError) as error:
-                    if getattr(error, "sqlstate", None) != ADMIN_SHUTDOWN or tries == LOOKS - 1:
-                        raise connection.unreachable(error, "the server cannot be reached") from error
-                    await asyncio.sleep(pace.backoff(tries))  # somebody terminated the session that looked
+                    raise connection.unreachable(error, "the server cannot be reached") from error
             assert self._facts is not None
             return self._facts
 
@@ -102,6 +104,10 @@ class Host:
             facts = await readiness.look_at(conn, self.schema)
             if facts.through_pooler:
                 await self._refuse_transaction_pooling(conn)
+        except psycopg.Error as error:
+            if connection.is_lost(conn, error):
+                raise connection.ConnectionLost(str(error)) from error
+            raise
         finally:
             await connection.close(conn)
         return facts
@@ -131,7 +137,11 @@ class Host:
         """Check the server for this job, and bind it; nothing has been launched when this raises."""
         read_only = str((job.settings or {}).get("default_transaction_read_only", "")).lower()
         read_write = read_only in ("off", "false", "0", "no")
-        facts = await self.require(receipts=job.kind is not Kind.SESSION, read_write=read_write)
+        try:
+            facts = await self.require(receipts=job.kind is not Kind.SESSION, read_write=read_write)
+        except ServerUnreachable as error:
+            error.data_state = NOT_STARTED
+            raise
         return await self.ledger.run(lambda conn: bind(job, conn, facts.login))
 
     async def require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
@@ -201,11 +211,17 @@ class Host:
             usable = [session for session in self._sessions if session.room]
             if usable:
                 return min(usable, key=lambda session: len(session.workers))
-            if len([s for s in self._sessions if not s.worn and not s.stalled]) >= SESSIONS:
+            if len([s for s in self._sessions if not s.worn and not s.stalled]) >= self._most_sessions():
                 return min(self._sessions, key=lambda session: (session.worn, session.stalled, len(session.workers)))
             session = await self._open(extension)
             self._sessions.append(session)
             return session
+
+    def _most_sessions(self) -> int:
+        """Return how many launching sessions to share: fewer where the login may not have so many connections."""
+        limit = self._facts.connection_limit if self._facts else None
+        spare = SESSIONS if limit is None else limit[0] - readiness.CONNECTIONS_NEEDED
+        return max(min(SESSIONS, spare), 1)
 
     def abandon(self, call: asyncio.Task[Worker]) -> None:
         """Forget the worker of a launch call that is on its way, as soon as there is one: nobody waits for it."""
@@ -223,14 +239,16 @@ class Host:
     async def _open(self, extension: Extension) -> LaunchingSession:
         loop = asyncio.get_running_loop()
         until = loop.time() + pace.RECONNECT
-        attempt = 0
+        attempt, told = 0, -pace.TOLD_AGAIN
         while True:
             try:
                 return await LaunchingSession.open(self.conninfo, extension)
             except (psycopg.OperationalError, OSError, TimeoutError) as error:
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
                     raise connection.unreachable(error, "no launching session can be opened") from error
-                logger.warning("no launching session (%s), trying again", str(error).strip())
+                if loop.time() >= told + pace.TOLD_AGAIN:
+                    told = loop.time()
+                    logger.warning("no launching session (%s), trying again", connection.words(error))
                 await asyncio.sleep(pace.backoff(attempt))
                 attempt += 1
 

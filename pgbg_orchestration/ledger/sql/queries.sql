@@ -83,7 +83,7 @@ order by coalesce(j.launched_at, j.ended_at) desc, j.job_id
 limit %(limit)s
 
 -- name: prune
-select receipts, jobs, series from {schema}.prune(%s)
+select receipts, jobs from {schema}.prune(%s)
 
 -- name: facts
 -- What a login sees of its server and database, before anything is launched there. Privileges are those of the role in
@@ -100,6 +100,11 @@ select session_user::text as login, current_user::text as role,
        coalesce(pg_catalog.current_setting('pg_background.worker_timeout', true), '0') as worker_timeout,
        pg_catalog.current_setting('default_transaction_isolation') as default_transaction_isolation,
        pg_catalog.current_setting('max_worker_processes')::int as max_worker_processes,
+       pg_catalog.current_setting('max_connections')::int as max_connections,
+       (select r.rolconnlimit from pg_catalog.pg_roles as r
+         where r.rolname = session_user and not r.rolsuper) as login_limit,
+       (select d.datconnlimit from pg_catalog.pg_database as d
+         where d.datname = pg_catalog.current_database()) as database_limit,
        e.extversion as extension_version, n.nspname::text as extension_schema,
        (select a.default_version from pg_catalog.pg_available_extensions as a
          where a.name = 'pg_background') as extension_available,

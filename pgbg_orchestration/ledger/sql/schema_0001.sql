@@ -1,8 +1,9 @@
 -- Version 1 of the schema: receipts, series, job history, and the functions that alone touch them.
--- @schema@ and @owner@ stand for quoted names; install.py fills them in.
+-- Words between two at-signs stand for the quoted names of the schema and its owner; install.py fills them in. None may
+-- stand in a comment, which a name with a line break would end.
 --
--- Every function is SECURITY DEFINER with a pinned search_path, runs as the NOLOGIN role @owner@, and lets a login
--- (session_user, which SET ROLE does not change) at the rows of an owner only when it is a member of that role.
+-- Every function is SECURITY DEFINER with a pinned search_path, runs as the schema's NOLOGIN owner, and lets a login
+-- (session_user, which SET ROLE does not change) at the rows of a job's owner only when it is a member of that role.
 
 create table @schema@.meta (
     version    int primary key,
@@ -30,8 +31,12 @@ create table @schema@.receipt (
     reason     text,
     decided_by text not null default session_user,
     decided_at timestamptz not null default clock_timestamp(),
+    found_at   timestamptz,
     primary key (owner, job_digest)
 );
+comment on column @schema@.receipt.found_at is
+    'When prune first found a receipt of the work''s own transaction whose end nobody had written into the history: '
+    'decided_at is the start of that transaction.';
 comment on table @schema@.receipt is
     'How a job ended: committed (written in the transaction of the work itself, or by its supervisor) or cancelled for '
     'good. launching: a supervisor (supervisor_pid, on the server that was started at server_started) has begun and has '
@@ -129,6 +134,29 @@ as $$
             select from pg_locks l where l.pid = a.pid and l.locktype = 'virtualxid'))
     order by a.application_name = m.marker desc limit 1
 $$;
+
+-- A text that every client can be sent. In a database of the encoding SQL_ASCII an error's text may hold any bytes, and
+-- the server sends a client none that its own encoding does not have: there, bytes of no character are written out.
+create function @schema@.sendable(p_text text) returns text
+    language plpgsql immutable strict
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_bytes bytea;
+begin
+    if getdatabaseencoding() <> 'SQL_ASCII' or p_text !~ '[^\x01-\x7f]' then
+        return p_text;
+    end if;
+    v_bytes := convert_to(p_text, 'SQL_ASCII');
+    begin
+        perform convert_from(v_bytes, 'UTF8');
+        return p_text;
+    exception when character_not_in_repertoire then
+        return (
+            select string_agg(case when b < 128 then chr(b) else '\x' || to_hex(b) end, '' order by n)
+            from (select n, get_byte(v_bytes, n) as b from generate_series(0, octet_length(v_bytes) - 1) as n) as c);
+    end;
+end $$;
 
 create function @schema@.owner_for(p_owner text) returns text
     language plpgsql stable
@@ -479,12 +507,15 @@ declare
     v_status text;
 begin
     perform @schema@.require_read_committed();
-    insert into @schema@.series (owner, series_digest, series, newest)
-        values (v_owner, v_series, p_series, coalesce(p_generation, 0))
-        on conflict do nothing;
-    -- The row's lock puts the registrations of one series in order.
-    select s.newest into v_newest from @schema@.series s
-        where s.owner = v_owner and s.series_digest = v_series for update;
+    loop
+        -- The row's lock puts the registrations of one series in order.
+        select s.newest into v_newest from @schema@.series s
+            where s.owner = v_owner and s.series_digest = v_series for update;
+        exit when found;
+        insert into @schema@.series (owner, series_digest, series, newest)
+            values (v_owner, v_series, p_series, coalesce(p_generation, 0))
+            on conflict do nothing;
+    end loop;  -- again: another call may have made it, and prune may have taken it away meanwhile
     select * into v_known from @schema@.job j where j.owner = v_owner and j.job_digest = v_job;
     generation := coalesce(p_generation, v_known.generation);
     if generation is null then
@@ -677,8 +708,9 @@ as $$
 begin
     update @schema@.job j set
         outcome = p_outcome, ended_at = clock_timestamp(), reported_at = p_reported_at, worker_pid = p_worker_pid,
-        started_at = p_started_at, row_count = p_row_count, command_tag = p_command_tag, sqlstate = p_error[1], message = p_error[2],
-        detail = p_error[3], hint = p_error[4], context = p_error[5], schema_name = p_error[6],
+        started_at = p_started_at, row_count = p_row_count, command_tag = p_command_tag, sqlstate = p_error[1],
+        message = @schema@.sendable(p_error[2]), detail = @schema@.sendable(p_error[3]),
+        hint = @schema@.sendable(p_error[4]), context = @schema@.sendable(p_error[5]), schema_name = p_error[6],
         table_name = p_error[7], column_name = p_error[8], constraint_name = p_error[9]
     where j.owner = @schema@.owner_for(p_owner) and j.job_digest = @schema@.digest(p_job_id)
       -- A launch that was turned away is a later attempt too, and must not hide how the one at work ended.
@@ -696,26 +728,34 @@ as $$
           and j.attempt = p_attempt and j.reported_at is null
 $$;
 
--- Forgets what ended longer ago than p_older_than. A retry that comes later than that runs the job again.
+-- Forgets what ended longer ago than p_older_than. A retry that comes later than that runs the job again. A receipt's age
+-- counts from the end of its job as somebody wrote it down, or from when this found that nobody had; it never goes before
+-- its line of the history is as old.
 create function @schema@.prune(p_older_than interval, out receipts bigint, out jobs bigint)
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
 as $$
 declare
     v_before timestamptz := clock_timestamp() - p_older_than;
+    v_held   bigint[];
+    v_empty  tid[];
 begin
     perform @schema@.require_read_committed();
-    -- A job without a receipt may still be running or be retried; its newest launch says how old it is.
-    delete from @schema@.job j
-        where @schema@.is_mine(j.owner) and greatest(j.launched_at, j.ended_at) < v_before
-          and not exists (
-              select from pg_locks l
-              where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
-                and (l.classid::bigint << 32) | l.objid::bigint = @schema@.lock_key('job', j.owner, j.job_digest)
-          );
-    get diagnostics jobs = row_count;
+    v_held := array(
+        select (l.classid::bigint << 32) | l.objid::bigint from pg_locks l
+        where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
+          and l.database = (select d.oid from pg_database d where d.datname = current_database()));
     delete from @schema@.receipt r
-        where @schema@.is_mine(r.owner) and r.decided_at < v_before
+        using (
+            select k.ctid as tid, greatest(j.launched_at, j.ended_at) as touched_at, j.outcome
+            from @schema@.receipt k
+            left join @schema@.job j on j.owner = k.owner and j.job_digest = k.job_digest
+        ) e
+        where e.tid = r.ctid and @schema@.is_mine(r.owner)
+          and coalesce(e.touched_at, '-infinity') < v_before
+          -- The work's own transaction (xid) wrote the receipt at its start.
+          and (r.xid is not null and e.outcome = 'committed'
+               or case when r.xid is null then r.decided_at else r.found_at end < v_before)
           -- A job that calls this does not take its own receipt away.
           and coalesce(r.xid <> pg_current_xact_id_if_assigned(), true)
           -- One that is at work claimed its receipt at its start, however long ago that was.
@@ -723,12 +763,29 @@ begin
               @schema@.marked(r.owner, r.job_id) is not null
               or exists (
                   select from pg_stat_activity a where a.pid = r.worker_pid and a.datname = current_database())
-              or exists (
-                  select from pg_locks l
-                  where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
-                    and (l.classid::bigint << 32) | l.objid::bigint = @schema@.lock_key('job', r.owner, r.job_digest)
-              )));
+              or @schema@.lock_key('job', r.owner, r.job_digest) = any (v_held)));
     get diagnostics receipts = row_count;
+    update @schema@.receipt r set found_at = clock_timestamp()
+        where r.xid is not null and r.found_at is null and @schema@.is_mine(r.owner)
+          and coalesce(r.xid <> pg_current_xact_id_if_assigned(), true)
+          and not exists (
+              select from @schema@.job j
+              where j.owner = r.owner and j.job_digest = r.job_digest and j.outcome = 'committed');
+    -- A job without a receipt may still be running or be retried; its newest launch says how old it is.
+    delete from @schema@.job j
+        where @schema@.is_mine(j.owner) and greatest(j.launched_at, j.ended_at) < v_before
+          and not exists (select from @schema@.receipt r where r.owner = j.owner and r.job_digest = j.job_digest)
+          and @schema@.lock_key('job', j.owner, j.job_digest) <> all (v_held);
+    get diagnostics jobs = row_count;
+    -- A registration holds the lock of its series' row until its job is there to see: first the locks, then a look.
+    v_empty := array(
+        select s.ctid from @schema@.series s
+        where @schema@.is_mine(s.owner) and not exists (
+            select from @schema@.job j where j.owner = s.owner and j.series_digest = s.series_digest)
+        for update skip locked);
+    delete from @schema@.series s
+        where s.ctid = any (v_empty) and not exists (
+            select from @schema@.job j where j.owner = s.owner and j.series_digest = s.series_digest);
 end $$;
 
 -- For people ---------------------------------------------------------------------------------------------------
