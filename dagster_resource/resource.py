@@ -106,6 +106,23 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         # An initialised resource holds the password in plain text.
         return [(name, "***" if name == "conninfo" else value) for name, value in super().__repr_args__()]
 
+    def launcher(self) -> Launcher:
+        """Return a launcher for the resource's database, to be used as an async context manager.
+
+        Returns
+        -------
+        Launcher
+            The core's; it opens its connections when they are needed.
+
+        Raises
+        ------
+        InvalidJob
+            libpq cannot read the connection string.
+        """
+        from pgbg_orchestration import Launcher
+
+        return Launcher(self.conninfo, schema=self.pgbg_schema)
+
     # Jobs of a step -----------------------------------------------------------------------------------------------
 
     def run(
@@ -299,7 +316,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
 
         submitted = submission.Submission(
             member,
-            self._launcher,
+            self.launcher,
             keep_on_interrupt=self.cancel_on_termination == "never",
             options=self._options(),
         )
@@ -347,7 +364,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         submission.check_states(fail_on)
 
         async def wait(talk: Talk) -> Outcome:
-            async with self._launcher() as launcher:
+            async with self.launcher() as launcher:
                 return await submission.wait_for(
                     launcher,
                     job_id,
@@ -446,11 +463,6 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         member = Member(name=suffix, sql=sql, job=job(step.origin), anew=job(step.run_id) if step.by_hand else None)
         identity.claim(context, member.job_id)
         return member
-
-    def _launcher(self) -> Launcher:
-        from pgbg_orchestration import Launcher
-
-        return Launcher(self.conninfo, schema=self.pgbg_schema)
 
     def _options(self) -> dict[str, Any]:
         return {

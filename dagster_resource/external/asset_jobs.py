@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -33,28 +34,75 @@ def keys_of(assets: ExternalAssets) -> list[AssetKey]:
     return [AssetKey.from_coercible(key) for key in assets]
 
 
-async def jobs_of(
-    pg: PgBackgroundResource, assets: ExternalAssets, since: datetime | None = None
-) -> list[tuple[JobEntry, AssetKey]]:
-    """Return the jobs launched since then, each with the asset that it makes, in the order of their launches."""
-    from pgbg_orchestration import Launcher
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An external asset, and the series of the jobs that make it.
 
-    async with Launcher(pg.conninfo, schema=pg.pgbg_schema) as launcher:
+    Attributes
+    ----------
+    key:
+        The asset.
+    series:
+        A pattern for their series; of submitted jobs the series itself, without the partition.
+    """
+
+    key: AssetKey
+    series: str
+
+    @property
+    def name(self) -> str:
+        """Tells it apart from others, and from what it was with another pattern."""
+        return f"{self.key.to_user_string()} {self.series}"
+
+
+def sources_of(pg: PgBackgroundResource, assets: ExternalAssets) -> list[Source]:
+    """Return where the jobs of external assets are found."""
+    if isinstance(assets, Mapping):
+        return [Source(AssetKey.from_user_string(key), pattern) for key, pattern in assets.items()]
+    return [Source(key, identity.external_series(pg.namespace, key, None)) for key in keys_of(assets)]
+
+
+async def jobs_of(
+    pg: PgBackgroundResource, assets: ExternalAssets, since: Mapping[str, datetime] | None = None
+) -> list[tuple[JobEntry, Source]]:
+    """Return the jobs of external assets, each with its source, in the order of their launches.
+
+    Parameters
+    ----------
+    pg:
+        For the database.
+    assets:
+        The assets.
+    since:
+        By a source's name, the moment from which on its jobs are wanted; all of them where there is none.
+    """
+    places = since or {}
+    sources = sources_of(pg, assets)
+    async with pg.launcher() as launcher:
         await launcher.facts()
         if isinstance(assets, Mapping):
             found = [
-                (entry, AssetKey.from_user_string(key))
-                for key, pattern in assets.items()
-                for entry in await launcher.ledger.jobs(series=pattern, since=since)
+                (entry, source)
+                for source in sources
+                for entry in await launcher.ledger.jobs(series=source.series, since=places.get(source.name))
             ]
         else:
-            by_series = {identity.external_series(pg.namespace, key, None): key for key in keys_of(assets)}
+            by_series = {source.series: source for source in sources}
+            known = [places.get(source.name) for source in sources]
+            # One look for all of them, as far back as the one that needs most.
+            first = None if None in known else min(filter(None, known), default=None)
+            entries = await launcher.ledger.jobs(series=f"{pg.namespace}/external/*", since=first)
             found = [
-                (entry, by_series[_unpartitioned(entry)])
-                for entry in await launcher.ledger.jobs(series=f"{pg.namespace}/external/*", since=since)
-                if _unpartitioned(entry) in by_series
+                (entry, source)
+                for entry in entries
+                if (source := by_series.get(_unpartitioned(entry))) is not None
+                and _is_since(entry, places.get(source.name))
             ]
     return sorted(found, key=lambda pair: launched(pair[0]))
+
+
+def _is_since(entry: JobEntry, moment: datetime | None) -> bool:
+    return moment is None or launched(entry) >= moment
 
 
 def launched(entry: JobEntry) -> datetime:

@@ -53,9 +53,8 @@ def build_pg_background_job_checks(
     @multi_asset_check(specs=specs, name=name, can_subset=True, required_resource_keys={resource_key})
     def look(context: AssetCheckExecutionContext) -> Iterator[AssetCheckResult]:
         pg: PgBackgroundResource = getattr(context.op_execution_context.resources, resource_key)
-        ended = {
-            key: entry for entry, key in asyncio.run(asset_jobs.jobs_of(pg, assets)) if asset_jobs.is_settled(entry)
-        }
+        jobs = asyncio.run(asset_jobs.jobs_of(pg, assets))
+        ended = {source.key: entry for entry, source in jobs if asset_jobs.is_settled(entry)}
         for check in context.selected_asset_check_keys:
             if (entry := ended.get(check.asset_key)) is None:
                 continue

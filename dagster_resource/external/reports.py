@@ -29,7 +29,7 @@ from dagster_resource.steps.outcome import PgBackgroundOutcome
 from pgbg_orchestration.ledger.history import error_of, outcome_of
 
 from . import asset_jobs
-from .asset_jobs import JOB_CHECK
+from .asset_jobs import JOB_CHECK, Source
 
 if TYPE_CHECKING:
     from dagster_resource.resource import PgBackgroundResource
@@ -45,24 +45,26 @@ PartitionOf = Callable[["JobEntry"], "str | None"]
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """What a tick leaves to the next: how far back to look, and what has been reported from there on."""
+    """What a tick leaves to the next: how far back to look for each asset, and what has been reported from there on.
 
-    since: datetime | None
+    Each asset has a place of its own: one that the sensor is given later begins at its first job, whatever the others
+    have come to.
+    """
+
+    places: Mapping[str, datetime]
     reported: frozenset[str]
 
     @classmethod
     def read(cls, text: str | None) -> Cursor:
         """Return the cursor that a tick left; the first tick has none."""
-        if not text:
-            return cls(None, frozenset())
-        known = json.loads(text)
-        since = known["since"]
-        return cls(datetime.fromisoformat(since) if since else None, frozenset(known["reported"]))
+        known = json.loads(text) if text else {}
+        places = {name: datetime.fromisoformat(place) for name, place in known.get("places", {}).items()}
+        return cls(places, frozenset(known.get("reported", ())))
 
     def write(self) -> str:
         """Return it as text."""
-        since = self.since.isoformat() if self.since else None
-        return json.dumps({"since": since, "reported": sorted(self.reported)})
+        places = {name: place.isoformat() for name, place in sorted(self.places.items())}
+        return json.dumps({"places": places, "reported": sorted(self.reported)})
 
 
 def build_pg_background_sensor(
@@ -108,31 +110,30 @@ def build_pg_background_sensor(
     def report(context: SensorEvaluationContext, **resources: PgBackgroundResource) -> SensorResult:
         pg = resources[resource_key]
         cursor = Cursor.read(context.cursor)
-        wanted = asyncio.run(asset_jobs.jobs_of(pg, assets, cursor.since))
+        wanted = asyncio.run(asset_jobs.jobs_of(pg, assets, cursor.places))
         events: list[AssetMaterialization | AssetCheckEvaluation] = []
         newest: dict[AssetKey, JobEntry] = {}
         reported: set[str] = set()
-        unfinished: list[JobEntry] = []
+        unfinished: list[tuple[JobEntry, Source]] = []
         deadline = time.monotonic() + TICK
         earlier = Earlier(context, wanted)
-        for number, (entry, key) in enumerate(wanted):
-            mark = _mark(entry)
+        for number, (entry, source) in enumerate(wanted):
+            mark = _mark(entry, source)
             if mark in cursor.reported:
                 reported.add(mark)
             elif not asset_jobs.is_settled(entry):
-                unfinished.append(entry)
+                unfinished.append((entry, source))
             elif len(reported - cursor.reported) >= max_events or time.monotonic() > deadline:
-                unfinished.extend(entry for entry, _ in wanted[number:])
+                unfinished.extend(wanted[number:])
                 break
             else:
-                events += _events(earlier, entry, key, partition_of or asset_jobs.partition_of)
-                newest[key] = entry
+                events += _events(earlier, entry, source.key, partition_of or asset_jobs.partition_of)
+                newest[source.key] = entry
                 reported.add(mark)
         # One for each asset: the daemon takes its time over every event, and the last one is what is shown.
         events += [_passed(entry, key) for key, entry in newest.items() if error_of(entry) is None]
-        return SensorResult(
-            asset_events=events, cursor=_advance(cursor, [entry for entry, _ in wanted], unfinished, reported).write()
-        )
+        sources = asset_jobs.sources_of(pg, assets)
+        return SensorResult(asset_events=events, cursor=_advance(cursor, sources, wanted, unfinished, reported).write())
 
     return sensor(
         name=name,
@@ -156,9 +157,9 @@ def asking_for(resource_key: str, function: Callable[..., Any]) -> Callable[...,
 # Reporting ----------------------------------------------------------------------------------------------------------
 
 
-def _mark(entry: JobEntry) -> str:
-    """Name one end of a job, in few characters: the cursor may hold thousands."""
-    text = f"{entry.owner}\0{entry.job_id}\0{entry.attempt}\0{entry.state}"
+def _mark(entry: JobEntry, source: Source) -> str:
+    """Name one end of a job, for one asset, in few characters: the cursor may hold thousands."""
+    text = f"{source.name}\0{entry.owner}\0{entry.job_id}\0{entry.attempt}\0{entry.state}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -189,12 +190,12 @@ def _evaluation(key: AssetKey, metadata: Mapping[str, Any], *, passed: bool) -> 
 class Earlier:
     """The jobs that an earlier tick has reported, and was ended before its cursor was kept."""
 
-    def __init__(self, context: SensorEvaluationContext, wanted: Sequence[tuple[JobEntry, AssetKey]]) -> None:
+    def __init__(self, context: SensorEvaluationContext, wanted: Sequence[tuple[JobEntry, Source]]) -> None:
         self._context = context
         self._since: dict[AssetKey, datetime] = {}
-        for entry, key in wanted:
+        for entry, source in wanted:
             at = entry.registered_at or asset_jobs.launched(entry)
-            self._since[key] = min(at, self._since.get(key, at))
+            self._since[source.key] = min(at, self._since.get(source.key, at))
         self._known: dict[AssetKey, set[str]] = {}
 
     def of(self, key: AssetKey) -> set[str]:
@@ -216,11 +217,22 @@ class Earlier:
         return self._known[key]
 
 
-def _advance(cursor: Cursor, wanted: Sequence[JobEntry], unfinished: Sequence[JobEntry], reported: set[str]) -> Cursor:
-    """Return the next cursor: nothing before it can still change."""
+def _advance(
+    cursor: Cursor,
+    sources: Sequence[Source],
+    wanted: Sequence[tuple[JobEntry, Source]],
+    unfinished: Sequence[tuple[JobEntry, Source]],
+    reported: set[str],
+) -> Cursor:
+    """Return the next cursor: before an asset's place in it nothing can still change."""
     if not wanted:
         return cursor
-    oldest = min((asset_jobs.launched(entry) for entry in unfinished), default=asset_jobs.launched(wanted[-1]))
-    since = max(filter(None, (oldest - OVERLAP, cursor.since)))
-    kept = {_mark(entry) for entry in wanted if asset_jobs.launched(entry) >= since}
-    return Cursor(since, frozenset(reported & kept))
+    # Where an asset has no job, its place is that of the newest of all: the list need not be read from its beginning.
+    newest = asset_jobs.launched(wanted[-1][0])
+    places: dict[str, datetime] = {}
+    for source in sources:
+        mine = (asset_jobs.launched(entry) for entry, other in unfinished if other == source)
+        moments = [min(mine, default=newest) - OVERLAP, cursor.places.get(source.name)]
+        places[source.name] = max(filter(None, moments))
+    kept = {_mark(entry, source) for entry, source in wanted if asset_jobs.launched(entry) >= places[source.name]}
+    return Cursor(places, frozenset(reported & kept))

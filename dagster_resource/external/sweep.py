@@ -97,9 +97,7 @@ def _will_retry(tags: Mapping[str, str]) -> bool:
 
 async def _sweep(pg: PgBackgroundResource, run_ids: set[str]) -> list[str]:
     """Cancel what still runs for these runs; returns what was done, in sentences."""
-    from pgbg_orchestration import Launcher
-
-    async with Launcher(pg.conninfo, schema=pg.pgbg_schema) as launcher:
+    async with pg.launcher() as launcher:
         await launcher.facts()
         entries = await launcher.ledger.jobs(states=["running", "waiting"], series=f"{pg.namespace}/*")
         mine = [entry for entry in entries if _run_of(entry) in run_ids and not _is_external(entry, pg.namespace)]

@@ -29,6 +29,7 @@ from dagster_resource import (
     build_pg_background_sensor,
     build_pg_background_sweep_sensors,
 )
+from dagster_resource.external.reports import Cursor
 from dagster_resource.external.submission import Submission
 from dagster_resource.steps.batch import Member
 from dagster_resource.steps.driving import Talk
@@ -141,6 +142,57 @@ def test_a_tick_that_is_cut_off_leaves_the_rest_to_the_next(
         seen += made(result)
         cursor = result.cursor
     assert sorted(seen) == [("many", str(number)) for number in range(5)]
+
+
+def submitted_long_ago(sql: psycopg.Connection[Any], asset: str) -> None:
+    """Make it so that the asset's jobs were launched an hour ago."""
+    sql.execute(
+        "update pgbg.job set launched_at = launched_at - interval '1 hour',"
+        " registered_at = registered_at - interval '1 hour' where right(series, length(%(end)s)) = %(end)s",
+        {"end": f"/{asset}"},
+    )
+
+
+def test_an_asset_that_is_added_later_begins_at_its_own_first_job(
+    pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any]
+) -> None:
+    pg.submit(None, "select 1", asset_key="added", key="1")
+    pg.submit(None, "select 1", asset_key="known", key="1")
+    settle(sql)
+    submitted_long_ago(sql, "added")
+    first = tick(build_pg_background_sensor(["known"]), instance, pg, None)
+    assert made(first) == [("known", None)]
+    both = build_pg_background_sensor(["known", "added"])
+    second = tick(both, instance, pg, first.cursor)
+    assert made(second) == [("added", None)]
+    assert tick(both, instance, pg, second.cursor).asset_events == []
+
+
+def test_an_asset_whose_pattern_is_another_one_later_begins_anew(
+    pg: PgBackgroundResource, instance: DagsterInstance, database: Database, sql: psycopg.Connection[Any]
+) -> None:
+    for series in ("airflow/load", "airflow/clean"):
+        run(database.conninfo, Job("select 1", series=series, generation=1))
+    submitted_long_ago(sql, "clean")
+    first = tick(build_pg_background_sensor({"books": "airflow/load"}), instance, pg, None)
+    assert made(first) == [("books", None)]
+    other = build_pg_background_sensor({"books": "airflow/clean", "again": "airflow/load"})
+    second = tick(other, instance, pg, first.cursor)
+    assert made(second) == [("again", None), ("books", None)]
+    assert tick(other, instance, pg, second.cursor).asset_events == []
+
+
+def test_an_asset_without_a_job_does_not_make_each_tick_read_all_of_them(
+    pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any]
+) -> None:
+    sensor = build_pg_background_sensor(["busy", "idle"])
+    pg.submit(None, "select 1", asset_key="busy", key="1")
+    settle(sql)
+    cursor = Cursor.read(tick(sensor, instance, pg, None).cursor)
+    assert sorted(name.partition(" ")[0] for name in cursor.places) == ["busy", "idle"]
+    pg.submit(None, "select 1", asset_key="idle", key="1")
+    settle(sql)
+    assert made(tick(sensor, instance, pg, cursor.write())) == [("idle", None)]
 
 
 def test_jobs_of_another_orchestrator(pg: PgBackgroundResource, instance: DagsterInstance, database: Database) -> None:
