@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .compat import refuse_what_cannot_work
+
 __all__ = [
     "PgBackgroundBatchOperator",
     "PgBackgroundHook",
@@ -12,6 +14,8 @@ __all__ = [
     "PgBackgroundTrigger",
     "SqlStateRetryPolicy",
 ]
+
+refuse_what_cannot_work()
 
 # Imported when they are first used, so that a DAG file pays for what it names.
 _LATER = {

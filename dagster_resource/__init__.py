@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dagster_shared.libraries import DagsterLibraryRegistry
+try:
+    from dagster_shared.libraries import DagsterLibraryRegistry
+except ModuleNotFoundError as missing:
+    raise ImportError(
+        "dagster_resource needs Dagster, which is not installed here: "
+        "pip install 'pg-background-orchestration[dagster]'"
+    ) from missing
 
 from .assets import partition_parameters as partition_parameters
 from .assets import pg_background_asset as pg_background_asset

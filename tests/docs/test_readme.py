@@ -20,6 +20,7 @@ from pgbg_orchestration.ledger.install import install
 from . import snippets
 
 ROOT = Path(__file__).resolve().parents[2]
+NAME = "pg-background-orchestration"
 README = ROOT / "README.md"
 SNIPPETS = snippets.of(README)
 DATABASE = "flights"
@@ -110,8 +111,10 @@ def test_the_two_commands_of_make() -> None:
 
 def test_what_is_installed_is_called_so() -> None:
     (command,) = block("sh", "pip install").commands
-    requirement = Requirement(command.removeprefix("pip install ").strip('"'))
-    extras = metadata.metadata(requirement.name).get_all("Provides-Extra") or []
+    # In a clone its name is a dot, until it is on PyPI.
+    assert command.startswith('pip install ".[')
+    requirement = Requirement(command.removeprefix("pip install ").strip('"').replace(".", NAME, 1))
+    extras = metadata.metadata(NAME).get_all("Provides-Extra") or []
 
     assert requirement.extras <= set(extras)
     told = re.search(r"\(extras:(.*?)\)", README.read_text(), re.DOTALL)
