@@ -11,7 +11,7 @@ from airflow.sdk import BaseSensorOperator, conf
 
 from .ending import ends_in_trigger
 from .retry_policy import SqlStateRetryPolicy
-from .watching import COMMITTED, ENDED_BADLY, Watch
+from .watching import COMMITTED, ENDED_BADLY, Watch, moment_of
 
 if TYPE_CHECKING:
     from airflow.sdk import Context, PokeReturnValue
@@ -27,8 +27,11 @@ class PgBackgroundSensor(BaseSensorOperator):
     job_id:
         Id of the job, as it stands in ``pgbg.jobs`` and in the XCom of the task that runs it.
     label:
-        Label of the jobs; ``*`` and ``?`` stand for any characters, and for one. All jobs that fit are waited for, and
-        at least one has to be there.
+        Label of the jobs; ``*`` and ``?`` stand for any characters, and for one. Of each series the newest job decides,
+        all series that fit are waited for, and at least one has to be there.
+    since:
+        The moment from which on a job with the label counts, by its registration: a datetime, or text as ISO 8601 has
+        it, with time zone, such as ``{{ run_after }}``. Default: when the DAG run began (again, where it was cleared).
     worker_pid:
         Process id of a worker that somebody launched by hand: waits until it is gone. How it ended only its launching
         session can tell.
@@ -65,7 +68,7 @@ class PgBackgroundSensor(BaseSensorOperator):
     """
 
     template_fields: Sequence[str] = (
-        "job_id", "job_label", "worker_pid", "worker_label", "postgres_conn_id", "database", "endpoint",
+        "job_id", "job_label", "worker_pid", "worker_label", "since", "postgres_conn_id", "database", "endpoint",
     )  # fmt: skip
     template_fields_renderers: ClassVar[dict[str, str]] = {}
     ui_color = "#d8e2ee"
@@ -77,6 +80,7 @@ class PgBackgroundSensor(BaseSensorOperator):
         label: str | None = None,
         worker_pid: int | str | None = None,
         worker_label: str | None = None,
+        since: datetime | str | None = None,
         states: Collection[str] = COMMITTED,
         fail_on: Collection[str] = ENDED_BADLY,
         postgres_conn_id: str = "postgres_default",
@@ -97,12 +101,15 @@ class PgBackgroundSensor(BaseSensorOperator):
         super().__init__(**kwargs)
         if sum(value is not None for value in (job_id, label, worker_pid, worker_label)) != 1:
             raise ValueError("a sensor waits for one thing: give job_id, label, worker_pid or worker_label")
+        if since is not None and label is None:
+            raise ValueError("since goes with a label: a job's id names one job, and a worker is at work or not")
         if unknown := set(fail_on) - set(ENDED_BADLY):
             raise ValueError(f"fail_on takes {', '.join(ENDED_BADLY)}, not {', '.join(sorted(unknown))}")
         self.job_id = job_id
         self.job_label = label  # `label` is Airflow's own: the name of the node in the graph
         self.worker_pid = worker_pid
         self.worker_label = worker_label
+        self.since = since
         self.states = states
         self.fail_on = fail_on
         self.postgres_conn_id = postgres_conn_id
@@ -112,6 +119,7 @@ class PgBackgroundSensor(BaseSensorOperator):
         self.poll_interval = poll_interval
         self.deferrable = deferrable
         self.end_from_trigger = end_from_trigger
+        self._watch: Watch | None = None
         if self.retry_policy is None:
             self.retry_policy = SqlStateRetryPolicy()
 
@@ -119,14 +127,16 @@ class PgBackgroundSensor(BaseSensorOperator):
         """Wait: defer to a trigger, or look here."""
         if self.deferrable:
             deadline = context["ti"].start_date + timedelta(seconds=self.timeout)
-            self.defer(trigger=self._trigger(deadline), method_name="execute_complete")
+            self.defer(trigger=self._trigger(context, deadline), method_name="execute_complete")
         return super().execute(context)
 
-    def _trigger(self, deadline: datetime) -> PgBackgroundSensorTrigger:
+    def _trigger(self, context: Context, deadline: datetime) -> PgBackgroundSensorTrigger:
         from .triggers import PgBackgroundSensorTrigger
 
+        since = self._counts_from(context)
         return PgBackgroundSensorTrigger(
             **self._watched(),
+            since=None if since is None else since.isoformat(),
             poll_interval=self.poll_interval,
             deadline=deadline,
             postgres_conn_id=self.postgres_conn_id,
@@ -144,14 +154,29 @@ class PgBackgroundSensor(BaseSensorOperator):
         from .hook import PgBackgroundHook
 
         hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
-        told = asyncio.run(self._look_once(hook.conninfo()))
+        if self._watch is None:
+            self._watch = Watch(**self._watched(), since=self._counts_from(context), log=self.log.info)
+        told = asyncio.run(self._look_once(self._watch, hook.conninfo()))
         return PokeReturnValue(told is not None, told and told["jobs"])
 
-    async def _look_once(self, conninfo: str) -> dict[str, Any] | None:
+    async def _look_once(self, watch: Watch, conninfo: str) -> dict[str, Any] | None:
         from pgbg_orchestration import Launcher
 
         async with Launcher(conninfo, schema=self.schema) as launcher:
-            return await Watch(**self._watched()).look(launcher.ledger)
+            return await watch.look(launcher.ledger)
+
+    def _counts_from(self, context: Context) -> datetime | None:
+        """Return the moment from which on a job with the label counts.
+
+        Raises
+        ------
+        ValueError
+            ``since`` is no moment, or has no time zone.
+        """
+        if self.job_label is None:
+            return None
+        since = context["dag_run"].start_date if self.since is None else self.since
+        return None if since is None else moment_of(since)
 
     def execute_complete(self, context: Context, event: dict[str, Any] | None = None) -> Any:
         """Return what was waited for, or raise the error that the trigger met."""
@@ -160,8 +185,10 @@ class PgBackgroundSensor(BaseSensorOperator):
         from . import events
 
         if event is not None and event.get("status") == events.TIMED_OUT:
-            what = self.job_id or self.job_label or self.worker_pid or self.worker_label
-            message = f"waited for {self.timeout:.0f} s for {what}"
+            since = self._counts_from(context)
+            message = f"waited {self.timeout:.0f} s for {Watch(**self._watched(), since=since).what}"
+            if event.get("seen"):
+                message += f"; last seen: {event['seen']}"
             raise AirflowSkipException(message) if self.soft_fail else AirflowSensorTimeout(message)
         return events.result_of(event).get("jobs")
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,26 +17,55 @@ if TYPE_CHECKING:
 
 COMMITTED = ("committed",)
 ENDED_BADLY = ("cancelled", "failed", "lost", "unknown")
-PREFIX = "pg_background:"
-"""What pg_background, from 1.10 on, calls a worker: this, its label and a process id, cut off after 63 bytes."""
+NAMED = 10  # jobs or workers that a line of the log names
 
 # A worker of another login shows its name, and its type to `pg_read_all_stats` alone: what is hidden may be a worker.
-# Of a name that was cut off the beginning alone can be compared.
 WORKERS = """
-    select 1 from pg_catalog.pg_stat_activity as a
-    where case when %(pid)s::int is not null
-        then a.pid = %(pid)s and (coalesce(a.backend_type = 'pg_background', true)
-            or starts_with(a.application_name, 'pg_background:'))
-        else a.application_name like %(name)s or octet_length(a.application_name) > 59
-            and (starts_with(a.application_name, %(start)s) or starts_with(%(start)s, a.application_name))
+    select a.pid, a.application_name from pg_catalog.pg_stat_activity as a
+    where case when %(pid)s::int is null then pg_catalog.starts_with(a.application_name, 'pg_background:')
+        else a.pid = %(pid)s and (coalesce(a.backend_type = 'pg_background', true)
+            or pg_catalog.starts_with(a.application_name, 'pg_background:'))
         end
-    limit 1
+    order by a.pid
+"""
+ENCODED = """
+    select pg_catalog.array_agg(pg_catalog.convert_to(t.part, pg_catalog.getdatabaseencoding()) order by t.number)
+    from pg_catalog.unnest(%s::text[]) with ordinality as t (part, number)
 """
 
 
-@dataclass(frozen=True, slots=True)
+def moment_of(since: datetime | str) -> datetime:
+    """Return the moment that a sensor's ``since`` says.
+
+    Raises
+    ------
+    ValueError
+        It is no moment, or has no time zone.
+    """
+    try:
+        moment = since if isinstance(since, datetime) else datetime.fromisoformat(since.strip())
+    except ValueError:
+        raise ValueError(
+            f"since must be a moment as ISO 8601 has it, such as {{{{ run_after }}}}, not {since!r}"
+        ) from None
+    if moment.tzinfo is None:
+        raise ValueError(f"since has no time zone: {since}. Write it as 2013-01-01T00:00:00+00:00.")
+    return datetime.fromtimestamp(moment.timestamp(), UTC)  # a plain one, whatever subclass it came as
+
+
+@dataclass(slots=True)
 class Watch:
-    """One thing to wait for; the attributes are as :class:`~airflow_provider.sensors.PgBackgroundSensor` takes them."""
+    """One thing to wait for; the first attributes are :class:`~airflow_provider.sensors.PgBackgroundSensor`'s own.
+
+    Attributes
+    ----------
+    since:
+        Of jobs by label: the moment from which on they count by their registration; None for all that there are.
+    log:
+        Is told what is waited for and, whenever that changes, what matches.
+    seen:
+        What the last look saw, in words.
+    """
 
     job_id: str | None = None
     label: str | None = None
@@ -45,6 +73,22 @@ class Watch:
     worker_label: str | None = None
     states: Collection[str] = COMMITTED
     fail_on: Collection[str] = ENDED_BADLY
+    since: datetime | None = None
+    log: Callable[[str], None] | None = None
+    seen: str = field(default="", init=False)
+
+    @property
+    def what(self) -> str:
+        """What is waited for, in words."""
+        if self.worker_pid is not None:
+            return f"the end of the worker with pid {self.worker_pid}"
+        if self.worker_label is not None:
+            return f"the end of all workers labelled {self.worker_label!r}"
+        states = " or ".join(self.states)
+        if self.job_id is not None:
+            return f"job {self.job_id} to be {states}"
+        since = "" if self.since is None else f", registered since {self.since.isoformat(' ', 'seconds')},"
+        return f"the newest job of each series labelled {self.label!r}{since} to be {states}"
 
     async def look(self, ledger: Ledger) -> dict[str, Any] | None:
         """Look once; returns what there is to tell, or None while it is not as wanted.
@@ -53,15 +97,26 @@ class Watch:
         ------
         PgbgError
             A job ended in a state of ``fail_on``: with its own SQLSTATE and message.
+        InvalidJob
+            No worker of this database can have the label.
         """
         if self.worker_pid is not None or self.worker_label is not None:
             # Its launching session alone can tell how a worker ended.
-            return None if await self._is_at_work(ledger) else {"jobs": None}
+            at_work = await self._at_work(ledger)
+            self._say([f"{name} (pid {pid})" for pid, name in at_work], "no worker at work")
+            return None if at_work else {"jobs": None}
         from pgbg_orchestration.ledger.history import error_of
 
         found = await ledger.jobs(job_id=self.job_id, label=self.label)
+        before: list[JobEntry] = []
         if self.label is not None:
             found = _newest(found)
+            before = [entry for entry in found if not self._counts(entry)]
+            found = [entry for entry in found if self._counts(entry)]
+        none = "no job"
+        if before:
+            none = f"no job (the newest before that: {_named(before[0])}; `since` says from when on they count)"
+        self._say([_named(entry) for entry in found], none)
         for entry in found:
             if entry.state in self.fail_on and (error := error_of(entry)) is not None:
                 raise error
@@ -69,23 +124,49 @@ class Watch:
             return {"jobs": [_told(entry) for entry in found]}
         return None
 
-    async def _is_at_work(self, ledger: Ledger) -> bool:
-        names = _names(self.worker_label or "")
+    def _counts(self, entry: JobEntry) -> bool:
+        # One that was cancelled before it was ever launched has a receipt and no registration.
+        registered = entry.registered_at or entry.ended_at
+        return self.since is None or registered is None or registered >= self.since
 
-        async def ask(conn: AsyncConnection[Any]) -> bool:
-            cursor = await conn.execute(WORKERS, {"pid": self.worker_pid, **names})
-            return await cursor.fetchone() is not None
+    def _say(self, matching: Sequence[str], none: str) -> None:
+        more = f" and {len(matching) - NAMED} more" if len(matching) > NAMED else ""
+        seen = f"{', '.join(matching[:NAMED])}{more}" or none
+        if self.log is not None and seen != self.seen:
+            self.log(f"Waiting for {self.what}. Now: {seen}.")
+        self.seen = seen
+
+    async def _at_work(self, ledger: Ledger) -> list[tuple[int, str]]:
+        async def ask(conn: AsyncConnection[Any]) -> list[tuple[int, str]]:
+            from pgbg_orchestration.labels import LabelPattern
+
+            rows = await (await conn.execute(WORKERS, {"pid": self.worker_pid})).fetchall()
+            if self.worker_label is None:
+                return rows
+            pattern = LabelPattern(self.worker_label, server_version=conn.info.server_version)
+            if conn.info.parameter_status("server_encoding") != "UTF8":
+                pattern = LabelPattern(
+                    pattern.label, await self._encoded(conn, pattern.texts()), server_version=pattern.server_version
+                )
+            return [(pid, name) for pid, name in rows if pattern.fits(name, pid)]
 
         return await ledger.run(ask)
 
+    async def _encoded(self, conn: AsyncConnection[Any], texts: list[str]) -> list[bytes]:
+        import psycopg
 
-def _names(label: str) -> dict[str, str]:
-    """Return what a worker of this label is called: a pattern, and the name's beginning up to the first wildcard."""
-    escaped = label.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-    return {
-        "name": PREFIX.replace("_", "\\_") + escaped.replace("*", "%").replace("?", "_") + ":%",
-        "start": PREFIX + re.split(r"[*?]", label)[0],
-    }
+        from pgbg_orchestration.errors import InvalidJob
+
+        try:
+            row = await (await conn.execute(ENCODED, (texts,))).fetchone()
+        except psycopg.errors.UntranslatableCharacter as error:
+            raise InvalidJob(
+                f"no worker of this database can have the label {self.worker_label!r}: its encoding,"
+                f" {conn.info.parameter_status('server_encoding')}, lacks a character of it",
+                sqlstate=error.sqlstate,
+            ) from error
+        assert row is not None
+        return [bytes(part) for part in row[0]]
 
 
 def _newest(found: Sequence[JobEntry]) -> list[JobEntry]:
@@ -97,6 +178,10 @@ def _newest(found: Sequence[JobEntry]) -> list[JobEntry]:
     return [
         entry for entry in found if entry.series is None or (entry.generation or 0) >= newest[entry.owner, entry.series]
     ]
+
+
+def _named(entry: JobEntry) -> str:
+    return f"{entry.job_id} ({entry.state})"
 
 
 def _told(entry: JobEntry) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class PgBackgroundSensorTrigger(ServerTrigger):
     ----------
     job_id, label, worker_pid, worker_label, states, fail_on:
         As :class:`~airflow_provider.sensors.PgBackgroundSensor` takes them.
+    since:
+        Of jobs by label: the moment from which on they count, as ISO 8601 has it, with time zone; None for all.
     poll_interval:
         Seconds between two looks; None for ``POLL_INTERVAL``.
     deadline:
@@ -35,7 +37,7 @@ class PgBackgroundSensorTrigger(ServerTrigger):
     """
 
     arguments = (
-        "job_id", "label", "worker_pid", "worker_label", "states", "fail_on", "poll_interval", "deadline",
+        "job_id", "label", "worker_pid", "worker_label", "states", "fail_on", "since", "poll_interval", "deadline",
         *ServerTrigger.arguments,
     )  # fmt: skip
 
@@ -48,6 +50,7 @@ class PgBackgroundSensorTrigger(ServerTrigger):
         worker_label: str | None = None,
         states: Collection[str] = COMMITTED,
         fail_on: Collection[str] = ENDED_BADLY,
+        since: str | None = None,
         poll_interval: float | None = None,
         deadline: datetime | None = None,
         **kwargs: Any,
@@ -59,15 +62,19 @@ class PgBackgroundSensorTrigger(ServerTrigger):
         self.worker_label = worker_label
         self.states = list(states)
         self.fail_on = list(fail_on)
+        self.since = since
         self.poll_interval = poll_interval
         self.deadline = deadline
 
     async def work(self, launcher: Launcher) -> dict[str, Any]:
         """Look until it is as wanted, or the deadline has passed."""
-        watch = Watch(self.job_id, self.label, self.worker_pid, self.worker_label, self.states, self.fail_on)
+        since = None if self.since is None else datetime.fromisoformat(self.since)
+        watch = Watch(
+            self.job_id, self.label, self.worker_pid, self.worker_label, self.states, self.fail_on, since, self.log.info
+        )
         while (told := await watch.look(launcher.ledger)) is None:
             if self.deadline is not None and datetime.now(UTC) >= self.deadline:
-                return {"status": events.TIMED_OUT}
+                return {"status": events.TIMED_OUT, "seen": watch.seen}
             await asyncio.sleep(self.poll_interval or POLL_INTERVAL)
         return {"status": events.COMMITTED, **told}
 

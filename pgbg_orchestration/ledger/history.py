@@ -69,22 +69,24 @@ def outcome_of(entry: JobEntry) -> Outcome:
 def error_of(entry: JobEntry) -> PgbgError | None:
     """Return how a job ended without a commit; None while it has not, and of one that committed."""
     named: dict[str, Any] = {"job_id": entry.job_id, "label": entry.label}
+    # Whoever waits for jobs by their label sees which one it was.
+    name = "" if entry.label in (None, entry.job_id) else f" (job id {entry.job_id})"
     # Of a job that was only ever cancelled nothing is known but that: nothing of it ran.
     ended = {**named, "data_state": errors.ROLLED_BACK if entry.kind in ("receipt", None) else errors.PARTLY}
     match entry.state:
         case "failed":
             told = ErrorFields.from_dict(asdict(entry))
-            return errors.WorkerError("the SQL failed in its worker", fields=told, **ended)
+            return errors.WorkerError(f"the SQL failed in its worker{name}", fields=told, **ended)
         case "cancelled":
             who = f" by {entry.cancelled_by} ({entry.reason})" if entry.cancelled_by else ""
-            return errors.JobCancelled(f"cancelled{who}", cause=entry.cause, sqlstate="57014", **ended)
+            return errors.JobCancelled(f"cancelled{who}{name}", cause=entry.cause, sqlstate="57014", **ended)
         case "lost":
             return errors.WorkerLost(
-                "its worker is gone without a commit, and nobody was there to hear why",
+                f"its worker is gone without a commit, and nobody was there to hear why{name}",
                 todo="The server's log has the reason. Running it again is safe.",
                 **ended,
             )
         case "unknown":
-            return errors.OutcomeUnknown("it leaves no receipt, and nobody saw its end", **named)
+            return errors.OutcomeUnknown(f"it leaves no receipt, and nobody saw its end{name}", **named)
         case _:
             return None

@@ -145,10 +145,10 @@ def test_a_sensor_waits_for_a_job_that_is_not_there_yet(lab: Lab) -> None:
 @only_long
 def test_a_sensor_fails_with_the_error_of_the_job(lab: Lab) -> None:
     lab.processes.wait_for_dag("sensor")
+    waiting = lab.processes.trigger_dag("sensor", run_id="sensing-in-vain", conf={"label": "waited-for-in-vain"})
+    lab.processes.wait_for_task("sensor", waiting, "job", ["deferred"])
     run = lab.start("deferred", "waited-for-in-vain", "select 1/0")
     assert lab.processes.wait_for_run("deferred", run) == "failed"
-
-    waiting = lab.processes.trigger_dag("sensor", run_id="sensing-in-vain", conf={"label": run})
 
     assert lab.processes.wait_for_run("sensor", waiting) == "failed"
     assert lab.processes.task("sensor", waiting, "job")["try_number"] < 3, "retries were left"
