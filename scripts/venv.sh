@@ -48,7 +48,7 @@ if has_uv; then
         fi
     fi
     echo "Installing into $venv with uv (constraints.txt) ..."
-    uv pip install --quiet --python "$venv/bin/python" --constraints constraints.txt --editable ".[dev]"
+    uv pip install --quiet --python "$venv/bin/python" --constraints constraints.txt --editable ./debian_extension --editable ".[dev]"
     uv pip install --quiet --python "$venv/bin/python" --no-deps "$data"
 elif [ -x "$venv/bin/python" ] || python=$(find_python can_make_environments || find_python is_new_enough); then
     if [ ! -e "$venv" ] && ! "$python" -m venv "$venv"; then
@@ -60,7 +60,7 @@ elif [ -x "$venv/bin/python" ] || python=$(find_python can_make_environments || 
         "$venv/bin/python" -m ensurepip >/dev/null
     fi
     echo "Installing into $venv with pip (constraints.txt), which takes a few minutes ..."
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ./debian_extension --editable ".[dev]"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 --no-deps "$data"
 else
     echo "This needs uv or a Python ${PYTHON:-of at least $least}, and neither is on the PATH: install one of them and run make again." >&2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgbg_orchestration.embedded.binaries import NoPostgresError
+from pgbg_orchestration.embedded.cache import default_data_directory
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
 from pgbg_orchestration.embedded.server import EmbeddedServer, EmbeddedServerError, ExtensionChoice
 from pgbg_orchestration.embedded.standin import StandinUnavailableError, Surface
@@ -29,16 +29,6 @@ app = typer.Typer(
     help="An embedded PostgreSQL server of your own, to try the package with. Never for data that you must keep.",
     no_args_is_help=True,
 )
-
-
-def default_data_dir() -> Path:
-    """Return where the server's data are by default: the platform's usual place for a user's data."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "pgbg" / "server"
-    if os.geteuid() == 0:
-        return Path("/var/lib/pgbg/server")  # the server runs as another user, who cannot look into root's home
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "pgbg" / "server"
-
 
 DataDir = Annotated[
     Path | None,
@@ -63,7 +53,7 @@ def _serving(json: bool) -> Iterator[None]:
 
 
 def _running(data_dir: Path | None) -> ServerStatus:
-    directory = data_dir or default_data_dir()
+    directory = data_dir or default_data_directory()
     found = status_of(directory)
     if found is None:
         raise Stop(ExitCode.UNREACHABLE, f"no server runs on {directory}", todo="pgbg server start")
@@ -84,7 +74,7 @@ def start(
     with _serving(json):
         try:
             server = EmbeddedServer(
-                data_dir or default_data_dir(),
+                data_dir or default_data_directory(),
                 max_worker_processes=max_worker_processes,
                 extension=cast(ExtensionChoice, extension),  # checked there
                 surface=cast(Surface, surface),

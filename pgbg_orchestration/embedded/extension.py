@@ -1,28 +1,24 @@
-"""The real pg_background for an embedded server: Debian's files, kept in a cache, loaded without installing them.
+"""The real pg_background for an embedded server: its files in a cache, loaded without installing them.
 
 PostgreSQL 18 takes extensions from directories of one's choice (``extension_control_path`` and
 ``dynamic_library_path``; PostgreSQL manual, "Client Connection Defaults"), so the server's own files stay untouched.
-The extension has its own licence (PostgreSQL) and is never part of our wheel.
+Where the files come from is no matter of this package: ``pgbg-debian-extension`` fetches them, where it is installed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
-import sys
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-from pgbg_orchestration.embedded import debian, elf
 from pgbg_orchestration.embedded.cache import cache_directory
 from pgbg_orchestration.embedded.claims import file_lock
 
-POSTGRES_MAJOR = 18
-PACKAGE = f"postgresql-{POSTGRES_MAJOR}-pg-background"
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-LIBRARY = "pg_background.so"
+FETCHER = "pgbg_debian_extension"
 _MANIFEST = "manifest.json"
 
 
@@ -54,7 +50,7 @@ class ExtensionFiles:
 
 
 def real_extension(postgres_major: int) -> ExtensionFiles:
-    """Get the real extension, from the cache or else from Debian's archive (0.1 MB, verified).
+    """Get the real extension, from the cache or else by ``pgbg-debian-extension``.
 
     Parameters
     ----------
@@ -64,33 +60,20 @@ def real_extension(postgres_major: int) -> ExtensionFiles:
     Raises
     ------
     RealExtensionUnavailableError
-        another version, platform or C library than Debian builds it for, or neither
-        cached nor to be downloaded.
+        another version, platform or C library than there is a build for, neither cached nor to be downloaded, or
+        nothing is installed that fetches it.
     """
-    architecture = ARCHITECTURES.get(platform.machine())
-    glibc = elf.host_glibc()
-    if sys.platform != "linux" or glibc is None:
-        raise RealExtensionUnavailableError("Debian's build of pg_background needs Linux with glibc")
-    if architecture is None:
-        raise RealExtensionUnavailableError(f"no build of pg_background is known for {platform.machine()}")
-    if postgres_major != POSTGRES_MAJOR:
-        raise RealExtensionUnavailableError(
-            f"Debian's build of pg_background is for PostgreSQL {POSTGRES_MAJOR}, this is {postgres_major}"
-        )
-    cache = cache_directory()
-    # The library is edited to fit the C library: a home directory that machines share keeps one copy for each.
-    directory = cache / f"pg_background-{architecture}-glibc{'.'.join(map(str, glibc))}"
-    if ":" in str(directory):
-        raise RealExtensionUnavailableError(f"{directory} cannot stand in a path list, for its colon")
-    with file_lock(cache / f"{directory.name}.lock"):
-        if files := verified(directory):
-            return files
-        try:
-            package, content = debian.fetch(PACKAGE, architecture)
-            unpacked = _select(content, glibc)
-        except (debian.PackageUnavailableError, elf.CannotRelaxError) as error:
-            raise RealExtensionUnavailableError(str(error)) from error
-        return _store(directory, package, unpacked)
+    fetcher = _fetcher()
+    try:
+        build = fetcher.build_for(postgres_major)
+        cache = cache_directory()
+        directory = cache / build.name
+        if ":" in str(directory):
+            raise RealExtensionUnavailableError(f"{directory} cannot stand in a path list, for its colon")
+        with file_lock(cache / f"{build.name}.lock"):
+            return verified(directory) or _store(directory, build.fetch())
+    except fetcher.UnavailableError as error:
+        raise RealExtensionUnavailableError(str(error)) from error
 
 
 def verified(directory: Path) -> ExtensionFiles | None:
@@ -105,41 +88,34 @@ def verified(directory: Path) -> ExtensionFiles | None:
         return None  # never stored, or not whole: it is fetched again
 
 
-def _select(deb: bytes, glibc: tuple[int, ...]) -> dict[str, bytes]:
-    """Return the files that a server needs, and the licence, by their path in the cache."""
-    selected: dict[str, bytes] = {}
-    for path, content in debian.members(deb):
-        name = PurePosixPath(path).name
-        if name == LIBRARY:
-            selected[f"lib/{name}"] = elf.relax_glibc(content, glibc)
-        elif name.startswith("pg_background") and name.endswith((".control", ".sql")):
-            selected[f"share/extension/{name}"] = content
-        elif name == "copyright":
-            selected[name] = content
-    if f"lib/{LIBRARY}" not in selected or "share/extension/pg_background.control" not in selected:
-        raise debian.PackageUnavailableError(
-            f"Debian's package does not hold the expected files, but {sorted(selected)}"
-        )
-    return selected
+def _fetcher() -> Any:
+    """Return the package that fetches the files, which not everybody has."""
+    try:
+        return import_module(FETCHER)
+    except ModuleNotFoundError as missing:
+        raise RealExtensionUnavailableError(
+            "pgbg-debian-extension, which fetches it, is not installed: "
+            "pip install ./debian_extension in a clone of this project"
+        ) from missing
 
 
-def _store(directory: Path, package: debian.Package, files: dict[str, bytes]) -> ExtensionFiles:
+def _store(directory: Path, fetched: Any) -> ExtensionFiles:
     building = directory.with_name(f"{directory.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    for name, content in files.items():
+    for name, content in fetched.files.items():
         target = building / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     manifest = {
-        "package": package.name,
-        "version": package.upstream_version,
-        "package_version": package.version,
-        "package_sha256": package.sha256,
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "package": fetched.package,
+        "version": fetched.version,
+        "package_version": fetched.package_version,
+        "package_sha256": fetched.package_sha256,
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in fetched.files.items()},
     }
     (building / _MANIFEST).write_text(json.dumps(manifest, indent=2))
     for path in (building, *building.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)  # whatever the umask: the server may run as another user
     shutil.rmtree(directory, ignore_errors=True)
     building.rename(directory)
-    return ExtensionFiles(directory, package.upstream_version)
+    return ExtensionFiles(directory, fetched.version)

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pgbg_orchestration.embedded import debian
+from pgbg_debian_extension import debian
 from pgbg_orchestration.embedded.server import EmbeddedServer, EmbeddedServerError
 from pgbg_orchestration.embedded.status import SOCKET_PATH_LIMIT, socket_directory, status
 from tests.conftest import Database, FreshDatabases

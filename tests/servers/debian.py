@@ -12,7 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pgbg_orchestration.embedded import debian
+from platformdirs import user_cache_path
+
+from pgbg_debian_extension import debian
 from pgbg_orchestration.embedded.claims import file_lock
 
 DIRECTORY_VARIABLE = "PGBG_SERVERS_DIR"
@@ -34,9 +36,9 @@ class ServerUnavailableError(Exception):
 
 
 def servers_directory() -> Path:
-    """Where the tree is kept: ``PGBG_SERVERS_DIR``, else ``~/.cache/pgbg/servers``."""
+    """Where the tree is kept: ``PGBG_SERVERS_DIR``, else in the user's cache: only we ourselves enter it."""
     chosen = os.environ.get(DIRECTORY_VARIABLE)
-    return Path(chosen) if chosen else Path.home() / ".cache" / "pgbg" / "servers"
+    return Path(chosen) if chosen else user_cache_path("pgbg", appauthor=False) / "servers"
 
 
 class DebianTree:

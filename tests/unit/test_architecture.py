@@ -26,6 +26,7 @@ FOLDERS = {
     "airflow_provider",
     "benchmarks",
     "dagster_resource",
+    "debian_extension",
     "demo",
     "docs",
     "example_dags",

@@ -13,12 +13,14 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from platformdirs import user_cache_path
 
-from pgbg_orchestration.embedded import debian, elf
-from pgbg_orchestration.embedded.binaries import find_binaries
+from pgbg_debian_extension import debian, elf
+from pgbg_debian_extension.debian import Package, PackageUnavailableError
+from pgbg_orchestration.embedded.binaries import NoPostgresError, find_binaries
+from pgbg_orchestration.embedded.cache import cache_directory
 from pgbg_orchestration.embedded.claims import claim_directory
-from pgbg_orchestration.embedded.debian import Package, PackageUnavailableError
-from pgbg_orchestration.embedded.extension import verified
+from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError, real_extension, verified
 
 MIRROR = "http://mirror.invalid/debian"
 NAME = "postgresql-18-pg-background"
@@ -199,6 +201,34 @@ def test_a_spoiled_cache_is_not_used(tmp_path: Path) -> None:
     assert files.version == "2.0.3"
     (tmp_path / "lib" / "pg_background.so").write_bytes(b"bad")
     assert verified(tmp_path) is None
+
+
+def test_without_what_fetches_the_extension_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pgbg_debian_extension", None)
+    with pytest.raises(RealExtensionUnavailableError, match="debian_extension in a clone"):
+        real_extension(18)
+
+
+def test_what_debian_does_not_build_is_refused() -> None:
+    with pytest.raises(RealExtensionUnavailableError, match=r"for PostgreSQL 18, this is 17|needs Linux|no build of"):
+        real_extension(17)
+
+
+def test_the_cache_is_where_the_platform_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PGBG_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert cache_directory() == user_cache_path("pgbg", appauthor=False)
+    assert cache_directory().is_dir()
+    monkeypatch.setenv("PGBG_CACHE_DIR", str(tmp_path / "mine"))
+    assert cache_directory() == tmp_path / "mine"
+
+
+def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PGBG_CACHE_DIR", raising=False)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    with pytest.raises(NoPostgresError, match=r"\[embedded\]"):
+        cache_directory()
 
 
 @pytest.mark.skipif(elf.host_glibc() is None, reason="needs glibc")

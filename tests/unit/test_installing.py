@@ -195,6 +195,14 @@ class TestTheWheel:
             "pgbg_orchestration",
         }
 
+    def test_it_brings_nothing_that_fetches_or_edits_native_code(self, wheel: Path) -> None:
+        """That is in ./debian_extension, a distribution of its own: whoever only runs jobs needs none of it."""
+        with zipfile.ZipFile(wheel) as archive:
+            sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
+
+        telling = re.compile(r"\b(?:urllib\.request|lzma|tarfile|ELF|gpgv|glibc)\b")
+        assert {name for name, source in sources.items() if telling.search(source)} == set()
+
     def test_types_and_sql_travel_along(self, in_wheel: set[str]) -> None:
         for package in ("airflow_provider", "dagster_resource", "pgbg_orchestration"):
             assert f"{package}/py.typed" in in_wheel
