@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from . import diagnosis, jobs, running, server, setup
+from . import diagnosis, jobs, running, server, setup, views
 from .codes import AFTERWARDS, MEANINGS, ExitCode
 from .screen import out
 
@@ -59,6 +59,9 @@ def _add(name: str, function: Callable[..., None], panel: str, kind: type[TyperC
 
 _add("run", running.run, "Jobs", running.CommandWithSql)
 _add("jobs", jobs.jobs, "Jobs")
+_add("top", views.top, "Jobs")
+_add("web", views.web, "Jobs")
+_add("timeline", views.timeline, "Jobs")
 _add("cancel", jobs.cancel, "Jobs")
 _add("prune", jobs.prune, "Jobs")
 _add("doctor", diagnosis.doctor, "Servers")

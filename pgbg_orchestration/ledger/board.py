@@ -1,0 +1,147 @@
+"""All that is to be seen of a server at one moment: jobs, workers whoever launched them, and slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+from importlib import resources
+from typing import Any, LiteralString
+
+from psycopg import AsyncConnection, sql
+from psycopg.rows import dict_row
+
+from .ledger import JobEntry
+
+HIDDEN = "<insufficient privilege>"
+"""What ``pg_stat_activity`` gives in the place of a query that the login may not see."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """The first process that a worker waits for; what the login may not see of it is None."""
+
+    pid: int
+    login: str | None
+    application_name: str | None
+    state: str | None
+    query: str | None
+    since: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeen:
+    """A worker in this database, as ``pg_stat_activity`` shows it; what the login may not see of it is None."""
+
+    pid: int
+    login: str | None
+    application_name: str
+    began_at: datetime | None
+    state: str | None
+    wait_event_type: str | None
+    wait_event: str | None
+    query: str | None
+    blocker: Blocker | None
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """A server at one moment.
+
+    Attributes
+    ----------
+    looked_at:
+        The moment, on the server's clock.
+    slots, slots_used, not_visible:
+        ``max_worker_processes``; how many of them are seen in use, by whatever; how many processes the login may not
+        see well enough to tell whether they hold one.
+    jobs:
+        Jobs that have not ended, and those that ended a short while ago.
+    workers:
+        By process id.
+    """
+
+    looked_at: datetime
+    database: str
+    server_version: str
+    slots: int
+    slots_used: int
+    not_visible: int
+    jobs: tuple[JobEntry, ...]
+    workers: Mapping[int, WorkerSeen]
+
+
+async def look_at_all(conn: AsyncConnection[Any], schema: str, *, ended_within: timedelta) -> Board:
+    """Look at everything, in one query.
+
+    Parameters
+    ----------
+    conn:
+        A connection in autocommit mode.
+    schema:
+        Name of the package's schema.
+    ended_within:
+        Jobs that ended within this time are listed too.
+
+    Raises
+    ------
+    psycopg.Error
+        The server refuses the query, or is away.
+    """
+    query = sql.SQL(_query()).format(s=sql.Identifier(schema))
+    cursor = await conn.cursor(row_factory=dict_row).execute(query, {"ended_within": ended_within})
+    row = await cursor.fetchone()
+    assert row is not None
+    jobs = tuple(_entry(job) for job in row.pop("jobs"))
+    workers = {worker["pid"]: _worker(worker) for worker in row.pop("workers")}
+    return Board(**row, jobs=jobs, workers=workers)
+
+
+async def cancel_worker(conn: AsyncConnection[Any], worker: WorkerSeen) -> bool:
+    """Cancel what a worker runs that no job is known of; returns whether the signal was accepted.
+
+    The process has to be the one that was seen: pids are used again.
+
+    Raises
+    ------
+    psycopg.errors.InsufficientPrivilege
+        The login may not signal it.
+    """
+    cursor = await conn.execute(
+        "select pg_catalog.pg_cancel_backend(a.pid) from pg_catalog.pg_stat_activity as a"
+        " where a.pid = %s and a.backend_start = %s and a.application_name = %s",
+        (worker.pid, worker.began_at, worker.application_name),
+    )
+    row = await cursor.fetchone()
+    return bool(row and row[0])
+
+
+def _query() -> LiteralString:
+    return resources.files(__package__).joinpath("sql", "board.sql").read_text(encoding="utf-8")
+
+
+_TIMES = tuple(field.name for field in fields(JobEntry) if "datetime" in str(field.type))
+
+
+def _entry(job: dict[str, Any]) -> JobEntry:
+    known: dict[str, Any] = {field.name: job.get(field.name) for field in fields(JobEntry)}
+    return JobEntry(**{**known, **{name: _time(known[name]) for name in _TIMES}})
+
+
+def _worker(worker: dict[str, Any]) -> WorkerSeen:
+    blocker = worker.pop("blocker")
+    query = worker.pop("query")
+    return WorkerSeen(
+        **{**worker, "began_at": _time(worker["began_at"])},
+        query=None if query == HIDDEN else query,
+        blocker=_blocker(blocker) if blocker else None,
+    )
+
+
+def _blocker(blocker: dict[str, Any]) -> Blocker:
+    query = None if blocker["query"] == HIDDEN else blocker["query"]
+    return Blocker(**{**blocker, "query": query, "since": _time(blocker["since"])})
+
+
+def _time(value: str | None) -> datetime | None:
+    return None if value is None else datetime.fromisoformat(value)

@@ -1,0 +1,188 @@
+"""The lines that a view shows: jobs, and workers that no job is known of; pure, without I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pgbg_orchestration.ledger.board import Board, WorkerSeen
+from pgbg_orchestration.ledger.ledger import STATES, JobEntry
+
+BY_HAND = "by hand"
+"""The state of a worker that no job is known of: somebody launched it without this package."""
+ALL_STATES = (*STATES, BY_HAND)
+
+
+class Order(StrEnum):
+    """What lines are sorted by; jobs at work come before those that ended, whatever the order."""
+
+    SINCE = "time"
+    LABEL = "label"
+    STATE = "state"
+    ROWS = "rows"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line: a job, a worker that no job is known of, or a job with its worker.
+
+    Attributes
+    ----------
+    key:
+        Tells lines apart, from one look to the next.
+    seconds:
+        For how long it has run, or ran; None where that is not known.
+    waits_for:
+        What its worker waits for, and for whom; empty while it works, or where the login may not see it.
+    by_orchestrator:
+        The Airflow task or the Dagster step that wants it, where its series tells.
+    """
+
+    key: str
+    state: str
+    label: str
+    series: str
+    by: str
+    by_orchestrator: str
+    seconds: float | None
+    waits_for: str
+    rows: int | None
+    pid: int | None
+    attempt: int | None
+    sqlstate: str | None
+    message: str | None
+    job: JobEntry | None
+    worker: WorkerSeen | None
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it has not ended."""
+        return self.state in ("running", "waiting", BY_HAND)
+
+
+def lines_of(board: Board) -> list[Line]:
+    """Return a line for each job and for each worker that no job is known of, in no order."""
+    lines = [line_of_job(job, board) for job in board.jobs]
+    known = {job.running_pid for job in board.jobs}
+    return lines + [_of_worker(worker, board) for pid, worker in board.workers.items() if pid not in known]
+
+
+def chosen(lines: Iterable[Line], *, pattern: str = "", states: frozenset[str] = frozenset()) -> list[Line]:
+    """Return the lines whose label or series fits, and whose state is one of ``states``.
+
+    Parameters
+    ----------
+    pattern:
+        Stands anywhere in the label or the series, whatever the case; ``*`` and ``?`` stand for any characters, and for
+        one. Empty: all.
+    states:
+        Of ``ALL_STATES``; none: all.
+    """
+    wanted = f"*{pattern.lower()}*"
+    return [
+        line
+        for line in lines
+        if (not states or line.state in states)
+        and (not pattern or fnmatchcase(line.label.lower(), wanted) or fnmatchcase(line.series.lower(), wanted))
+    ]
+
+
+def arranged(lines: Iterable[Line], order: Order = Order.SINCE, *, reverse: bool = False) -> list[Line]:
+    """Return the lines in an order: those at work first, in each part the longest, the first or the most first."""
+    keys: dict[Order, Callable[[Line], Any]] = {
+        Order.SINCE: lambda line: -(line.seconds or 0.0),
+        Order.LABEL: lambda line: line.label,
+        Order.STATE: lambda line: ALL_STATES.index(line.state),
+        Order.ROWS: lambda line: -(line.rows if line.rows is not None else -1),
+    }
+    sort = keys[order]
+    by_key = sorted(lines, key=lambda line: line.key)
+    ordered = sorted(by_key, key=sort, reverse=reverse)
+    return sorted(ordered, key=lambda line: not line.is_at_work)
+
+
+def orchestrator_of(series: str | None) -> str:
+    """Return which Airflow task or Dagster step a series stands for; empty for any other.
+
+    Airflow's are ``airflow:DAG/RUN/TASK/MAP_INDEX``, Dagster's begin with ``dagster:``.
+    """
+    if series is None:
+        return ""
+    if series.startswith("airflow:"):
+        parts = series.removeprefix("airflow:").split("/")
+        if len(parts) < 4:
+            return series
+        task, index = parts[-2], parts[-1]
+        return f"Airflow {parts[0]}.{task}" + ("" if index == "-1" else f"[{index}]")
+    if series.startswith("dagster:"):
+        return f"Dagster {series.removeprefix('dagster:')}"
+    return ""
+
+
+def wait_of(worker: WorkerSeen | None, now: datetime) -> str:
+    """Return what a worker waits for, and for whom, in words; empty while it waits for nothing."""
+    if worker is None or worker.wait_event is None:
+        return ""
+    if worker.blocker is None:
+        return f"{worker.wait_event_type}: {worker.wait_event}"
+    other = worker.blocker
+    who = f"pid {other.pid}"
+    if other.login:
+        who += f" of {other.login}"
+    if other.application_name:
+        who += f" ({other.application_name})"
+    if other.since is not None:
+        who += f", {max((now - other.since).total_seconds(), 0):.0f} s"
+    return f"lock: {who}"
+
+
+def line_of_job(job: JobEntry, board: Board | None = None) -> Line:
+    """Return the line of a job; ``board``: where its worker is seen, and what time it is."""
+    worker = board.workers.get(job.running_pid) if board is not None and job.running_pid is not None else None
+    end = job.ended_at or (board.looked_at if board is not None and job.state == "running" else None)
+    began = job.started_at or job.launched_at
+    return Line(
+        key=f"{job.owner}/{job.job_id}",
+        state=job.state,
+        label=job.label or job.job_id,
+        series=job.series or "",
+        by=job.launched_by or "",
+        by_orchestrator=orchestrator_of(job.series),
+        seconds=max((end - began).total_seconds(), 0) if end is not None and began is not None else None,
+        waits_for=wait_of(worker, board.looked_at) if board is not None and job.state == "running" else "",
+        rows=job.row_count,
+        pid=job.running_pid,
+        attempt=job.attempt,
+        sqlstate=job.sqlstate,
+        message=job.message,
+        job=job,
+        worker=worker,
+    )
+
+
+def _of_worker(worker: WorkerSeen, board: Board) -> Line:
+    # pg_background names it pg_background:LABEL:PID; before 1.10, and where a job sets the name, there is no label.
+    parts = worker.application_name.split(":")
+    label = ":".join(parts[1:-1]) if len(parts) > 2 else worker.application_name
+    age = None if worker.began_at is None else max((board.looked_at - worker.began_at).total_seconds(), 0)
+    return Line(
+        key=f"worker/{worker.pid}/{worker.began_at}",
+        state=BY_HAND,
+        label=label or "(no label)",
+        series="",
+        by=worker.login or "",
+        by_orchestrator="",
+        seconds=age,
+        waits_for=wait_of(worker, board.looked_at),
+        rows=None,
+        pid=worker.pid,
+        attempt=None,
+        sqlstate=None,
+        message=None,
+        job=None,
+        worker=worker,
+    )

@@ -1,0 +1,99 @@
+"""Where a view gets what it shows, and what it may do: one launcher, one query a look."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Literal, Protocol
+
+from pgbg_orchestration.launcher import Launcher
+from pgbg_orchestration.ledger import board
+from pgbg_orchestration.ledger.board import Board, WorkerSeen
+from pgbg_orchestration.ledger.ledger import JobEntry
+
+ENDED_WITHIN = timedelta(minutes=15)
+"""How long a job that ended stays on the board."""
+REASON = "cancelled by a person who watched"
+
+
+class Source(Protocol):
+    """What a view needs of a server; a test may stand in for one."""
+
+    async def board(self) -> Board:
+        """Look at everything."""
+
+    async def history(self, *, since: datetime | None, label: str | None, limit: int) -> list[JobEntry]:
+        """Return jobs launched since then whose label fits, newest first."""
+
+    async def job(self, owner: str, job_id: str) -> JobEntry | None:
+        """Return one job; None where there is none, or none that the login may see."""
+
+    async def cancel(self, job: JobEntry) -> Literal["cancelled", "committed"]:
+        """Cancel a job for good; returns how it was decided."""
+
+    async def cancel_worker(self, worker: WorkerSeen) -> bool:
+        """Cancel a worker that no job is known of; returns whether the signal was accepted."""
+
+
+class ServerSource:
+    """A database, seen through a launcher.
+
+    Parameters
+    ----------
+    launcher:
+        Open; whoever opened it closes it.
+    """
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+
+    async def board(self) -> Board:
+        """Look at everything.
+
+        Raises
+        ------
+        PgbgError
+            The server is out of reach, or not ready.
+        """
+        schema = self._launcher.schema
+        return await self._launcher.ledger.run(lambda conn: board.look_at_all(conn, schema, ended_within=ENDED_WITHIN))
+
+    async def history(self, *, since: datetime | None, label: str | None, limit: int) -> list[JobEntry]:
+        """Return jobs launched since then whose label fits, newest first.
+
+        Raises
+        ------
+        PgbgError
+            As :meth:`board`.
+        """
+        return await self._launcher.ledger.jobs(since=since, label=label, limit=limit)
+
+    async def job(self, owner: str, job_id: str) -> JobEntry | None:
+        """Return one job; None where there is none, or none that the login may see.
+
+        Raises
+        ------
+        PgbgError
+            As :meth:`board`.
+        """
+        found = await self._launcher.ledger.jobs(job_id=job_id)
+        return next((entry for entry in found if entry.owner == owner), None)
+
+    async def cancel(self, job: JobEntry) -> Literal["cancelled", "committed"]:
+        """Cancel a job for good; returns how it was decided.
+
+        Raises
+        ------
+        PgbgError
+            As :meth:`pgbg_orchestration.Launcher.cancel`.
+        """
+        return await self._launcher.cancel(job.job_id, owner=job.owner, series=job.series, reason=REASON)
+
+    async def cancel_worker(self, worker: WorkerSeen) -> bool:
+        """Cancel a worker that no job is known of; returns whether the signal was accepted.
+
+        Raises
+        ------
+        psycopg.errors.InsufficientPrivilege
+            The login may not signal it.
+        """
+        return await self._launcher.ledger.run(lambda conn: board.cancel_worker(conn, worker))

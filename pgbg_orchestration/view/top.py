@@ -1,0 +1,339 @@
+"""``pgbg top``: every job and every worker of a database, live in a terminal."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import psycopg
+from rich.text import Text
+from textual import on, work
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Button, DataTable, Footer, Input, Label, ProgressBar, Static
+
+from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.ledger.board import Board
+
+from .lines import ALL_STATES, Line, Order, arranged, chosen, lines_of
+from .source import Source
+from .words import SIGNS, facts_of, took
+
+EVERY = 2.0  # seconds from one look to the next
+
+STYLES = {
+    "running": "bold dodger_blue1",
+    "waiting": "cyan",
+    "committed": "green",
+    "cancelled": "yellow",
+    "failed": "bold red",
+    "lost": "bold red",
+    "unknown": "bold magenta",
+    "by hand": "bold white",
+}
+COLUMNS = ("STATE", "LABEL", "TIME", "WAITS FOR", "ROWS", "TRY", "WANTED BY", "LAUNCHED BY", "WORKER", "WHAT")
+
+
+class Details(ModalScreen[None]):
+    """All that is known of a line: its fields, its error, and what its worker runs, as far as the login may see it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,enter", "dismiss", "close")]
+
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self._line = line
+
+    def compose(self) -> ComposeResult:
+        """Lay the fields out, the SQL below them."""
+        with VerticalScroll(id="details"):
+            yield Static(Text(self._line.label, "bold"))
+            for name, value in facts_of(self._line):
+                yield Static(Text.assemble((f"{name:<18}", "dim"), value))
+            worker = self._line.worker
+            if worker is not None:
+                yield Static(Text("\nwhat the worker runs", "dim"))
+                yield Static(Text(worker.query if worker.query is not None else "not visible to this login"))
+        yield Footer()
+
+
+class Question(ModalScreen[bool]):
+    """Asks whether to cancel."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,n", "answer(False)", "no"),
+        Binding("y", "answer(True)", "yes"),
+    ]
+
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self._line = line
+
+    def compose(self) -> ComposeResult:
+        """Ask, with the answer that changes nothing in front."""
+        line = self._line
+        what = "job" if line.job is not None else "worker, which no job is known of,"
+        with Vertical(id="question"):
+            yield Label(Text.assemble(f"Cancel the {what} ", (line.label, "bold"), f" (pid {line.pid or '–'})?"))
+            yield Label(
+                Text(
+                    "A job is cancelled for good: a worker of it that starts later is refused."
+                    if line.job is not None
+                    else "Its statement is cancelled; who launched it may launch it again.",
+                    "dim",
+                )
+            )
+            with Horizontal():
+                yield Button("No", id="no", variant="primary")
+                yield Button("Yes, cancel", id="yes", variant="error")
+        yield Footer()
+
+    @on(Button.Pressed)
+    def _pressed(self, event: Button.Pressed) -> None:
+        self.dismiss(event.button.id == "yes")
+
+    def action_answer(self, answer: bool) -> None:
+        """Close with an answer."""
+        self.dismiss(answer)
+
+
+class Top(App[None]):
+    """The live view.
+
+    Parameters
+    ----------
+    source:
+        Where it looks.
+    every:
+        Seconds from one look to the next.
+    """
+
+    TITLE = "pgbg top"
+    CSS = """
+    #head { height: 1; }
+    #where { width: 1fr; }
+    #slots { width: auto; }
+    #gauge { width: 24; margin: 0 1; }
+    #pattern { display: none; height: 3; }
+    #pattern.open { display: block; }
+    #trouble { height: auto; color: $error; }
+    #table { height: 1fr; }
+    #details { border: round $primary; padding: 1 2; margin: 2 6; background: $surface; }
+    Question { align: center middle; }
+    #question { width: 72; height: auto; border: round $error; padding: 1 2; background: $surface; }
+    #question Horizontal { height: auto; margin-top: 1; }
+    #question Button { margin-right: 2; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "find", "find"),
+        Binding("f", "next_state", "state"),
+        Binding("s", "next_order", "sort"),
+        Binding("r", "reverse", "reverse"),
+        Binding("c", "cancel", "cancel"),
+        Binding("space", "pause", "pause"),
+        Binding("escape", "clear", "all", show=False),
+        Binding("q", "quit", "quit"),
+    ]
+
+    def __init__(self, source: Source, *, every: float = EVERY) -> None:
+        super().__init__()
+        self._source = source
+        self._every = every
+        self._board: Board | None = None
+        self._lines: dict[str, Line] = {}
+        self._shown: dict[str, tuple[Text, ...]] = {}
+        self._pattern = ""
+        self._state: str | None = None
+        self._order = Order.SINCE
+        self._reversed = False
+        self._paused = False
+
+    def compose(self) -> ComposeResult:
+        """Lay out the head, the table and the keys."""
+        with Horizontal(id="head"):
+            yield Static(id="where")
+            yield Static(id="slots")
+            yield ProgressBar(id="gauge", show_eta=False, show_percentage=False)
+        yield Input(id="pattern", placeholder="part of a label or series; * and ? stand in")
+        yield Static(id="trouble")
+        yield DataTable(id="table", cursor_type="row", zebra_stripes=True)
+        yield Footer()
+
+    def on_mount(self) -> None:
+        """Look, and go on looking."""
+        self.query_one("#table", DataTable).add_columns(*((name, name) for name in COLUMNS))
+        self.set_interval(self._every, self._tick)
+        self.look()
+        self.query_one("#table", DataTable).focus()
+
+    def _tick(self) -> None:
+        if not self._paused:
+            self.look()
+
+    @work(exclusive=True, group="look")
+    async def look(self) -> None:
+        """Look once and show it; trouble is shown in the place of nothing."""
+        try:
+            board = await self._source.board()
+        except (PgbgError, psycopg.Error) as error:
+            self._say(str(error), trouble=True)
+            return
+        self._board = board
+        self._say("")
+        self.show()
+
+    def show(self) -> None:
+        """Put what was seen last on the screen: only what changed is drawn again."""
+        if self._board is None:
+            return
+        states = frozenset({self._state}) if self._state else frozenset[str]()
+        lines = arranged(
+            chosen(lines_of(self._board), pattern=self._pattern, states=states), self._order, reverse=self._reversed
+        )
+        self._lines = {line.key: line for line in lines}
+        cells = {line.key: cells_of(line) for line in lines}
+        table = self.query_one("#table", DataTable)
+        with self.batch_update():
+            if list(cells) == list(self._shown):
+                for key, row in cells.items():
+                    for column, old, new in zip(COLUMNS, self._shown[key], row, strict=True):
+                        if old != new:
+                            table.update_cell(key, column, new)
+            else:
+                self._draw_anew(table, cells)
+            self._shown = cells
+            self._show_head(self._board, len(lines))
+
+    def _draw_anew(self, table: DataTable[Text], cells: dict[str, tuple[Text, ...]]) -> None:
+        under = self._under_cursor()
+        table.clear()
+        for key, row in cells.items():
+            table.add_row(*row, key=key)
+        if under is not None and under.key in cells:
+            table.move_cursor(row=list(cells).index(under.key), animate=False)
+
+    def _show_head(self, board: Board, count: int) -> None:
+        chosen_by = [f"sorted by {self._order}{' reversed' if self._reversed else ''}"]
+        chosen_by += [f"state {self._state}"] if self._state else []
+        chosen_by += [f"like {self._pattern!r}"] if self._pattern else []
+        chosen_by += ["PAUSED"] if self._paused else []
+        waiting = sum(job.state == "waiting" for job in board.jobs)
+        where = f"{board.database} on PostgreSQL {board.server_version} · {count} lines · {' · '.join(chosen_by)}"
+        self.query_one("#where", Static).update(Text(where))
+        # A process that the login may not see can hold a slot too.
+        least = "≥ " if board.not_visible else ""
+        slots = f"slots {least}{board.slots_used} of {board.slots}, {waiting} waiting"
+        self.query_one("#slots", Static).update(Text(slots, "bold red" if board.slots_used >= board.slots else ""))
+        self.query_one("#gauge", ProgressBar).update(total=board.slots, progress=board.slots_used)
+
+    def _say(self, text: str, *, trouble: bool = False) -> None:
+        self.query_one("#trouble", Static).update(Text(f"✗ {text}" if trouble else text))
+
+    def _under_cursor(self) -> Line | None:
+        table = self.query_one("#table", DataTable)
+        if not table.is_valid_coordinate(table.cursor_coordinate):
+            return None
+        key = table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
+        return self._lines.get(key or "")
+
+    # Keys ---------------------------------------------------------------------------------------------------------
+
+    def action_find(self) -> None:
+        """Open the line in which a pattern is typed."""
+        field = self.query_one("#pattern", Input)
+        field.add_class("open")
+        field.focus()
+
+    @on(Input.Changed)
+    def _changed(self, event: Input.Changed) -> None:
+        self._pattern = event.value
+        self.show()
+
+    @on(Input.Submitted)
+    def _submitted(self) -> None:
+        self.query_one("#pattern", Input).remove_class("open")
+        self.query_one("#table", DataTable).focus()
+
+    def action_clear(self) -> None:
+        """Show all lines again."""
+        field = self.query_one("#pattern", Input)
+        field.value = ""
+        field.remove_class("open")
+        self._pattern, self._state = "", None
+        self.query_one("#table", DataTable).focus()
+        self.show()
+
+    def action_next_state(self) -> None:
+        """Show the lines of the next state only, and all after the last."""
+        states: list[str | None] = [None, *ALL_STATES]
+        self._state = states[(states.index(self._state) + 1) % len(states)]
+        self.show()
+
+    def action_next_order(self) -> None:
+        """Sort by the next thing."""
+        orders = list(Order)
+        self._order = orders[(orders.index(self._order) + 1) % len(orders)]
+        self.show()
+
+    def action_reverse(self) -> None:
+        """Sort the other way round."""
+        self._reversed = not self._reversed
+        self.show()
+
+    def action_pause(self) -> None:
+        """Stand still, or go on."""
+        self._paused = not self._paused
+        self.show()
+
+    @on(DataTable.RowSelected)
+    def _selected(self, event: DataTable.RowSelected) -> None:
+        line = self._lines.get(event.row_key.value or "")
+        if line is not None:
+            self.push_screen(Details(line))
+
+    @work
+    async def action_cancel(self) -> None:
+        """Ask, and cancel what the cursor is on."""
+        line = self._under_cursor()
+        if line is None or not line.is_at_work:
+            self.notify("It has ended: there is nothing to cancel.", severity="warning")
+            return
+        if not await self.push_screen_wait(Question(line)):
+            return
+        self.notify(f"Cancelling {line.label} …")
+        try:
+            said = await self._cancel(line)
+        except (PgbgError, psycopg.Error) as error:
+            self.notify(str(error), title="Not cancelled", severity="error", timeout=20)
+            return
+        self.notify(said, timeout=20)
+        self.look()
+
+    async def _cancel(self, line: Line) -> str:
+        if line.job is not None:
+            if await self._source.cancel(line.job) == "cancelled":
+                return f"{line.label}: cancelled, and its worker has ended."
+            return f"{line.label}: too late, it is committed."
+        assert line.worker is not None
+        if await self._source.cancel_worker(line.worker):
+            return f"{line.label}: its worker was asked to cancel its statement."
+        return f"{line.label}: its worker has ended, or is not this login's to cancel."
+
+
+def cells_of(line: Line) -> tuple[Text, ...]:
+    """Return the cells of a line, one for each of ``COLUMNS``."""
+    what = (
+        f"{line.sqlstate} {line.message or ''}" if line.sqlstate else (line.job.command_tag if line.job else None) or ""
+    )
+    return (
+        Text(f"{SIGNS[line.state]} {line.state}", STYLES[line.state]),
+        Text(line.label),
+        Text(took(line.seconds), justify="right"),
+        Text(line.waits_for, "yellow"),
+        Text("" if line.rows is None else f"{line.rows:,}", justify="right"),
+        Text(str(line.attempt or ""), justify="right"),
+        Text(line.by_orchestrator),
+        Text(line.by, "dim"),
+        Text(str(line.pid or ""), justify="right"),
+        Text(" ".join(what.split()), "red" if line.sqlstate else ""),
+    )

@@ -1,0 +1,101 @@
+"""What the page gets as JSON: neither SQL that a worker runs, which holds parameters, nor anything of a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote
+
+from pgbg_orchestration.ledger.board import Board
+from pgbg_orchestration.ledger.ledger import JobEntry
+from pgbg_orchestration.view.lines import Line, arranged, lines_of
+from pgbg_orchestration.view.words import facts_of
+
+Links = Mapping[str, str]
+"""Base addresses of orchestrators' UIs, by ``airflow`` and ``dagster``."""
+
+
+def of_board(board: Board, links: Links) -> dict[str, Any]:
+    """Return what runs now, and ended a short while ago."""
+    return {
+        "looked_at": board.looked_at.isoformat(),
+        "database": board.database,
+        "server_version": board.server_version,
+        "slots": board.slots,
+        "slots_used": board.slots_used,
+        "not_visible": board.not_visible,
+        "lines": [of_line(line, links) for line in arranged(lines_of(board))],
+    }
+
+
+def of_line(line: Line, links: Links) -> dict[str, Any]:
+    """Return a line of the table."""
+    return {
+        "key": line.key,
+        "owner": line.job.owner if line.job else None,
+        "job_id": line.job.job_id if line.job else None,
+        "state": line.state,
+        "label": line.label,
+        "series": line.series,
+        "wanted_by": line.by_orchestrator,
+        "by": line.by,
+        "link": link_of(line.series, line.job.job_id if line.job else "", links),
+        "seconds": line.seconds,
+        "waits_for": line.waits_for,
+        "rows": line.rows,
+        "attempt": line.attempt,
+        "pid": line.pid,
+        "sqlstate": line.sqlstate,
+        "message": line.message,
+        "can_cancel": line.is_at_work and line.job is not None,
+    }
+
+
+def of_history(entries: Iterable[JobEntry], links: Links) -> list[dict[str, Any]]:
+    """Return the bars of the timeline."""
+    return [
+        {
+            "owner": entry.owner,
+            "job_id": entry.job_id,
+            "label": entry.label or entry.job_id,
+            "series": entry.series or "",
+            "state": entry.state,
+            "kind": entry.kind,
+            "attempt": entry.attempt,
+            "registered_at": _time(entry.registered_at),
+            "launched_at": _time(entry.launched_at),
+            "started_at": _time(entry.started_at),
+            "ended_at": _time(entry.ended_at),
+            "rows": entry.row_count,
+            "sqlstate": entry.sqlstate,
+            "link": link_of(entry.series or "", entry.job_id, links),
+        }
+        for entry in entries
+    ]
+
+
+def of_job(line: Line, links: Links) -> dict[str, Any]:
+    """Return the page of one job."""
+    # The blocker's query is somebody's SQL with its values.
+    facts = [[name, value] for name, value in facts_of(line) if name != "blocker's query"]
+    return {**of_line(line, links), "facts": facts}
+
+
+def link_of(series: str, job_id: str, links: Links) -> str | None:
+    """Return the address of the Airflow task instance or the Dagster run that wants a job; None where none is known.
+
+    Airflow's series are ``airflow:DAG/RUN/TASK/MAP_INDEX``; Dagster's ids end with ``#RUN``.
+    """
+    if series.startswith("airflow:") and "airflow" in links:
+        dag, *run, task, index = series.removeprefix("airflow:").split("/")
+        mapped = "" if index == "-1" else f"/mapped/{index}"
+        of_run = f"{links['airflow'].rstrip('/')}/dags/{quote(dag)}/runs/{quote('/'.join(run), safe='')}"
+        return f"{of_run}/tasks/{quote(task)}{mapped}"
+    if series.startswith("dagster:") and "dagster" in links and "#" in job_id:
+        return f"{links['dagster'].rstrip('/')}/runs/{quote(job_id.rpartition('#')[2], safe='')}"
+    return None
+
+
+def _time(value: datetime | None) -> str | None:
+    return value.isoformat() if value is not None else None

@@ -1,0 +1,310 @@
+// The page: a timeline of jobs, a table of what runs, a dialog for one job. It asks its own server and nobody else; as
+// a file it has its data in itself (window.PGBG_FILE) and asks nobody at all.
+"use strict";
+
+const EVERY = 2000; // milliseconds between two looks at what runs
+const TIMELINE_EVERY = 15000;
+const SIGNS = { running: "▶", waiting: "…", committed: "✓", cancelled: "⊘", failed: "✗", lost: "✗", unknown: "?", "by hand": "☞" };
+const MOST_LANES = 30; // labels on the timeline, the busiest first
+const FILE = window.PGBG_FILE;
+
+const $ = (id) => document.getElementById(id);
+const state = { lines: [], jobs: [], slots: 0, mayCancel: false, sort: null, down: false, open: null, asked: 0 };
+
+async function ask(path) {
+  const answer = await fetch(path, { headers: { accept: "application/json" } });
+  const found = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(found.error || `the server answered ${answer.status}`);
+  return found;
+}
+
+function took(seconds) {
+  if (seconds === null || seconds === undefined) return "";
+  if (seconds < 60) return `${seconds.toFixed(1)} s`;
+  const whole = Math.floor(seconds), two = (n) => String(n).padStart(2, "0");
+  if (whole < 3600) return `${Math.floor(whole / 60)} m ${two(whole % 60)} s`;
+  if (whole < 86400) return `${Math.floor(whole / 3600)} h ${two(Math.floor((whole % 3600) / 60))} m`;
+  return `${Math.floor(whole / 86400)} d ${two(Math.floor((whole % 86400) / 3600))} h`;
+}
+
+function fits(line) {
+  const pattern = $("pattern").value.trim().toLowerCase(), wanted = $("state").value;
+  if (wanted && line.state !== wanted) return false;
+  return !pattern || line.label.toLowerCase().includes(pattern) || line.series.toLowerCase().includes(pattern);
+}
+
+// The table --------------------------------------------------------------------------------------------------------
+
+function sorted(lines) {
+  if (!state.sort) return lines;
+  const key = state.sort, sign = state.down ? -1 : 1;
+  const value = (line) => (line[key] === null || line[key] === undefined ? "" : line[key]);
+  return [...lines].sort((a, b) => {
+    const x = value(a), y = value(b);
+    if (x === "" || y === "") return x === y ? 0 : x === "" ? 1 : -1;
+    return x < y ? -sign : x > y ? sign : 0;
+  });
+}
+
+function cell(text, kind) {
+  const made = document.createElement("td");
+  if (kind) made.className = kind;
+  made.textContent = text;
+  return made;
+}
+
+function row(line) {
+  const made = document.createElement("tr");
+  made.append(cell(`${SIGNS[line.state]} ${line.state}`, `state ${line.state.replace(" ", "-")}`));
+  const name = document.createElement("td");
+  if (line.job_id) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "link";
+    button.textContent = line.label;
+    button.dataset.key = line.key;
+    button.addEventListener("click", () => open(line.owner, line.job_id));
+    name.append(button);
+  } else {
+    name.textContent = line.label;
+  }
+  made.append(name, cell(took(line.seconds), "number"), cell(line.waits_for),
+    cell(line.rows === null ? "" : line.rows.toLocaleString("en"), "number"), cell(line.attempt ?? "", "number"),
+    cell(line.wanted_by || line.by), cell(line.pid ?? "", "number"),
+    cell(line.sqlstate ? `${line.sqlstate} ${line.message ?? ""}` : "", "what"));
+  return made;
+}
+
+function showTable() {
+  const lines = sorted(state.lines.filter(fits)), shown = lines.slice(0, 500);
+  const focused = document.activeElement?.dataset?.key;
+  $("lines").replaceChildren(...shown.map(row));
+  if (focused) [...$("lines").querySelectorAll("button.link")].find((b) => b.dataset.key === focused)?.focus();
+  $("table-note").textContent = lines.length === 0 ? "nothing runs, and nothing ended a short while ago"
+    : lines.length > shown.length ? `the first ${shown.length} of ${lines.length} lines: narrow them by label or state` : "";
+  for (const button of document.querySelectorAll("[data-sort]")) {
+    const head = button.closest("th");
+    if (button.dataset.sort === state.sort) head.setAttribute("aria-sort", state.down ? "descending" : "ascending");
+    else head.removeAttribute("aria-sort");
+  }
+}
+
+function showHead(board) {
+  $("where").textContent = `${board.database} on PostgreSQL ${board.server_version}`;
+  const waiting = board.lines.filter((line) => line.state === "waiting").length;
+  const least = board.not_visible ? "at least " : "";
+  $("slots-text").textContent = `worker slots: ${least}${board.slots_used} of ${board.slots} used, ${waiting} jobs waiting`;
+  const gauge = $("gauge");
+  gauge.max = board.slots;
+  gauge.high = board.slots * 0.85;
+  gauge.value = board.slots_used;
+}
+
+async function look() {
+  try {
+    take(await ask("api/board"));
+    $("trouble").textContent = "";
+  } catch (error) {
+    $("trouble").textContent = `What is shown is old: ${error.message}`;
+  }
+  setTimeout(look, EVERY);
+}
+
+function take(board) {
+  state.lines = board.lines;
+  state.mayCancel = board.may_cancel === true;
+  state.slots = board.slots;
+  showHead(board);
+  showTable();
+}
+
+// The timeline -----------------------------------------------------------------------------------------------------
+
+function colours() {
+  const style = getComputedStyle(document.documentElement);
+  return (name) => style.getPropertyValue(`--${name}`).trim();
+}
+
+function slotsOverTime(jobs, now) {
+  const steps = [];
+  for (const job of jobs) {
+    const from = job.started_at || job.launched_at;
+    if (!from) continue;
+    const until = job.ended_at || (job.state === "running" ? now : null);
+    if (!until) continue;
+    const worth = job.kind === "supervised" ? 2 : 1; // a second worker launches it
+    steps.push([Date.parse(from), worth], [Date.parse(until), -worth]);
+  }
+  steps.sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+  const x = [], y = [];
+  let used = 0;
+  for (const [at, change] of steps) {
+    used += change;
+    x.push(new Date(at).toISOString());
+    y.push(used);
+  }
+  return { x, y };
+}
+
+function showTimeline() {
+  const colour = colours(), by = $("by").value, now = new Date().toISOString();
+  const jobs = state.jobs.filter(fits).filter((job) => job.launched_at || job.registered_at);
+  const counts = new Map();
+  for (const job of jobs) counts.set(job[by], (counts.get(job[by]) ?? 0) + 1);
+  const lanes = [...counts.entries()].sort((a, b) => b[1] - a[1]).slice(0, MOST_LANES).map(([lane]) => lane).sort().reverse();
+  const place = new Map(lanes.map((lane, index) => [lane, index]));
+  const bars = (name, chosen, span, more = {}, least = 0) => {
+    const trace = { type: "bar", orientation: "h", name, x: [], y: [], base: [], text: [], customdata: [], textposition: "none",
+      hovertemplate: "%{text}<extra></extra>", ...more };
+    for (const job of chosen) {
+      const [from, until] = span(job);
+      if (!from || !until || !place.has(job[by]) || Date.parse(until) - Date.parse(from) < least) continue;
+      trace.base.push(from);
+      trace.x.push(Math.max(Date.parse(until) - Date.parse(from), 1));
+      trace.y.push(place.get(job[by]));
+      trace.customdata.push([job.owner, job.job_id]);
+      trace.text.push(escaped(`${job.label}: ${name}, ${took((Date.parse(until) - Date.parse(from)) / 1000)}`
+        + (job.attempt > 1 ? `, try ${job.attempt}` : "") + (job.sqlstate ? `, ${job.sqlstate}` : "")
+        + (job.rows !== null ? `, ${job.rows} rows` : "")));
+    }
+    return trace;
+  };
+  const traces = [bars("waited, or tried before", jobs, (job) => [job.registered_at, job.started_at || job.launched_at],
+    { marker: { color: colour("quiet") }, width: 0.25 }, 1000)];
+  for (const name of Object.keys(SIGNS)) {
+    const chosen = jobs.filter((job) => job.state === name);
+    if (!chosen.length) continue;
+    traces.push(bars(name, chosen, (job) => [job.started_at || job.launched_at, job.ended_at || (name === "running" ? now : job.launched_at)],
+      { marker: { color: colour(name.replace(" ", "-")) }, width: 0.7 }));
+  }
+  const used = slotsOverTime(jobs, now);
+  traces.push({ type: "scatter", mode: "lines", line: { shape: "hv", color: colour("accent"), width: 1.5 }, fill: "tozeroy", name: "slots used by jobs",
+    x: used.x, y: used.y, yaxis: "y2", hovertemplate: "%{y} slots<extra></extra>" });
+  const layout = {
+    barmode: "overlay", paper_bgcolor: colour("ground"), plot_bgcolor: colour("ground"), font: { color: colour("text"), size: 12 },
+    height: Math.max(360, 170 + 22 * lanes.length), margin: { l: 10, r: 10, t: 10, b: 40 }, showlegend: true,
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, hovermode: "closest",
+    xaxis: { type: "date", gridcolor: colour("line"), automargin: true },
+    yaxis: { tickvals: lanes.map((_, index) => index), ticktext: lanes.map((lane) => escaped(lane.length > 40 ? `…${lane.slice(-39)}` : lane)),
+      automargin: true, domain: [Math.min(0.35, 90 / (170 + 22 * lanes.length) + 0.12), 1], gridcolor: colour("line"), range: [-0.7, Math.max(lanes.length - 0.3, 0.7)] },
+    yaxis2: { domain: [0, Math.min(0.25, 90 / (170 + 22 * lanes.length))], rangemode: "tozero", gridcolor: colour("line"), automargin: true, title: { text: "slots" } },
+    shapes: state.slots ? [{ type: "line", xref: "paper", x0: 0, x1: 1, yref: "y2", y0: state.slots, y1: state.slots, line: { color: colour("failed"), dash: "dot", width: 1 } }] : [],
+  };
+  Plotly.react($("chart"), traces, layout, { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"] });
+  if (!$("chart").dataset.listens) {
+    $("chart").dataset.listens = "yes";
+    $("chart").on("plotly_click", (event) => {
+      const job = event.points[0]?.customdata;
+      if (job && !FILE) open(job[0], job[1]);
+    });
+  }
+  const left = counts.size - lanes.length;
+  $("chart-note").textContent = `${jobs.length} jobs` + (left > 0 ? `; ${left} ${by === "label" ? "labels" : "series"} with fewer jobs are not drawn` : "")
+    + (state.more ? "; older ones are left out" : "") + (jobs.length ? "" : " in this time");
+}
+
+// Plotly reads some tags in texts; a label is only text.
+function escaped(text) {
+  return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+}
+
+async function lookBack(once) {
+  const number = ++state.asked;
+  try {
+    const found = await ask(`api/timeline?hours=${encodeURIComponent($("hours").value)}`);
+    if (number === state.asked) {
+      state.jobs = found.jobs;
+      state.more = found.more;
+      showTimeline();
+    }
+  } catch (error) {
+    $("trouble").textContent = `The timeline is old: ${error.message}`;
+  }
+  if (!once) setTimeout(lookBack, TIMELINE_EVERY);
+}
+
+// One job ----------------------------------------------------------------------------------------------------------
+
+async function open(owner, id) {
+  const dialog = $("job");
+  $("job-said").textContent = "";
+  try {
+    const job = await ask(`api/job?owner=${encodeURIComponent(owner)}&id=${encodeURIComponent(id)}`);
+    state.open = job;
+    $("job-label").textContent = job.label;
+    $("job-label").className = job.state.replace(" ", "-");
+    const facts = [];
+    for (const [name, value] of job.facts) {
+      const term = document.createElement("dt"), told = document.createElement("dd");
+      term.textContent = name;
+      told.textContent = value;
+      facts.push(term, told);
+    }
+    $("facts").replaceChildren(...facts);
+    const link = $("job-link");
+    link.hidden = !job.link;
+    if (job.link) link.href = job.link;
+    $("cancel").hidden = !(state.mayCancel && job.can_cancel);
+    location.hash = `job=${encodeURIComponent(owner)}/${encodeURIComponent(id)}`;
+    if (!dialog.open) dialog.showModal();
+  } catch (error) {
+    $("trouble").textContent = error.message;
+  }
+}
+
+async function cancel() {
+  const job = state.open;
+  if (!window.confirm(`Cancel ${job.label} for good?`)) return;
+  $("job-said").textContent = "cancelling …";
+  try {
+    const answer = await fetch("api/cancel", {
+      method: "POST", headers: { "content-type": "application/json", "x-pgbg-action": "cancel" },
+      body: JSON.stringify({ owner: job.owner, job_id: job.job_id }),
+    });
+    const found = await answer.json();
+    if (!answer.ok) throw new Error(found.error);
+    await open(job.owner, job.job_id);
+    $("job-said").textContent = found.decided === "cancelled" ? "Cancelled; its worker has ended." : "Too late: it is committed.";
+  } catch (error) {
+    $("job-said").textContent = `Not cancelled: ${error.message}`;
+  }
+}
+
+function openFromAddress() {
+  const found = /^#job=([^/]*)\/(.*)$/.exec(location.hash);
+  if (found && !FILE) open(decodeURIComponent(found[1]), decodeURIComponent(found[2]));
+}
+
+// Beginning --------------------------------------------------------------------------------------------------------
+
+for (const name of Object.keys(SIGNS)) {
+  const option = document.createElement("option");
+  option.value = option.textContent = name;
+  $("state").append(option);
+}
+for (const button of document.querySelectorAll("[data-sort]")) {
+  button.addEventListener("click", () => {
+    state.down = state.sort === button.dataset.sort && !state.down;
+    state.sort = button.dataset.sort;
+    showTable();
+  });
+}
+for (const id of ["pattern", "state", "by"]) $(id).addEventListener("input", () => { showTable(); showTimeline(); });
+$("choice").addEventListener("submit", (event) => event.preventDefault());
+$("close").addEventListener("click", () => $("job").close());
+$("job").addEventListener("close", () => history.replaceState(null, "", location.pathname + location.search));
+$("cancel").addEventListener("click", cancel);
+window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTimeline);
+
+if (FILE) {
+  $("hours").closest("label").hidden = true;
+  state.jobs = FILE.jobs;
+  state.more = FILE.more;
+  take(FILE.board);
+  showTimeline();
+} else {
+  $("hours").addEventListener("input", () => lookBack(true));
+  look();
+  lookBack(false);
+  openFromAddress();
+}
