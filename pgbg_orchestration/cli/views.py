@@ -20,6 +20,7 @@ from .screen import Stop, err, reporting
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from pgbg_orchestration.ledger.history import JobEntry
     from pgbg_orchestration.view.source import Source
 
 MOST_JOBS = 5_000
@@ -65,7 +66,7 @@ def web(
 
             from pgbg_orchestration.view.web.app import build_app
 
-        async def anybody(_: Request) -> None:
+        async def anybody(_: Request, __: JobEntry) -> None:
             """Whoever reaches the page may: the option says so."""
 
         named = {"airflow": airflow_url, "dagster": dagster_url}

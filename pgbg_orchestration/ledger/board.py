@@ -11,7 +11,7 @@ from typing import Any, LiteralString
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
-from .ledger import JobEntry
+from .history import JobEntry
 
 HIDDEN = "<insufficient privilege>"
 """What ``pg_stat_activity`` gives in the place of a query that the login may not see."""

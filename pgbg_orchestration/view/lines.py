@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
-from pgbg_orchestration.ledger.ledger import STATES, JobEntry
+from pgbg_orchestration.ledger.history import STATES, JobEntry
 
 BY_HAND = "by hand"
 """The state of a worker that no job is known of: somebody launched it without this package."""
@@ -105,19 +105,37 @@ def arranged(lines: Iterable[Line], order: Order = Order.SINCE, *, reverse: bool
     return sorted(ordered, key=lambda line: not line.is_at_work)
 
 
+@dataclass(frozen=True, slots=True)
+class AirflowTask:
+    """The task instance that an Airflow series stands for."""
+
+    dag_id: str
+    run_id: str
+    task_id: str
+    map_index: int | None
+
+
+def airflow_task(series: str) -> AirflowTask | None:
+    """Return the task instance of a series ``airflow:DAG/RUN/TASK/MAP_INDEX``; None for any other series."""
+    parts = series.removeprefix("airflow:").split("/")
+    if not series.startswith("airflow:") or len(parts) < 4 or not parts[-1].lstrip("-").isdigit():
+        return None
+    index = int(parts[-1])
+    # A run's id may have slashes in it; ids of DAGs and tasks have none.
+    return AirflowTask(parts[0], "/".join(parts[1:-2]), parts[-2], None if index < 0 else index)
+
+
 def orchestrator_of(series: str | None) -> str:
     """Return which Airflow task or Dagster step a series stands for; empty for any other.
 
-    Airflow's are ``airflow:DAG/RUN/TASK/MAP_INDEX``, Dagster's begin with ``dagster:``.
+    Dagster's begin with ``dagster:``.
     """
     if series is None:
         return ""
+    if task := airflow_task(series):
+        return f"Airflow {task.dag_id}.{task.task_id}" + ("" if task.map_index is None else f"[{task.map_index}]")
     if series.startswith("airflow:"):
-        parts = series.removeprefix("airflow:").split("/")
-        if len(parts) < 4:
-            return series
-        task, index = parts[-2], parts[-1]
-        return f"Airflow {parts[0]}.{task}" + ("" if index == "-1" else f"[{index}]")
+        return series
     if series.startswith("dagster:"):
         return f"Dagster {series.removeprefix('dagster:')}"
     return ""

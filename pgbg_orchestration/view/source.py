@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.ledger import board
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
-from pgbg_orchestration.ledger.ledger import JobEntry
+from pgbg_orchestration.ledger.history import JobEntry
 
 ENDED_WITHIN = timedelta(minutes=15)
 """How long a job that ended stays on the board."""

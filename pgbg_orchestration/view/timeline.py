@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 
 from pgbg_orchestration.ledger.board import Board
-from pgbg_orchestration.ledger.ledger import JobEntry
+from pgbg_orchestration.ledger.history import JobEntry
 
 from .web import data
 from .web.assets import text_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import psycopg
 from rich.text import Text
@@ -11,6 +11,7 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
+from textual.widget import Widget
 from textual.widgets import Button, DataTable, Footer, Input, Label, ProgressBar, Static
 
 from pgbg_orchestration.errors import PgbgError
@@ -20,6 +21,7 @@ from .lines import ALL_STATES, Line, Order, arranged, chosen, lines_of
 from .source import Source
 from .words import SIGNS, facts_of, took
 
+W = TypeVar("W", bound=Widget)
 EVERY = 2.0  # seconds from one look to the next
 
 STYLES = {
@@ -161,10 +163,14 @@ class Top(App[None]):
 
     def on_mount(self) -> None:
         """Look, and go on looking."""
-        self.query_one("#table", DataTable).add_columns(*((name, name) for name in COLUMNS))
+        self._below("#table", DataTable).add_columns(*((name, name) for name in COLUMNS))
         self.set_interval(self._every, self._tick)
         self.look()
-        self.query_one("#table", DataTable).focus()
+        self._below("#table", DataTable).focus()
+
+    def _below(self, selector: str, kind: type[W]) -> W:
+        """Return a widget of the view itself, also while a question or a job's details lie upon it."""
+        return self.screen_stack[0].query_one(selector, kind)
 
     def _tick(self) -> None:
         if not self._paused:
@@ -178,6 +184,8 @@ class Top(App[None]):
         except (PgbgError, psycopg.Error) as error:
             self._say(str(error), trouble=True)
             return
+        if not self.screen_stack[0].is_attached:
+            return  # closed meanwhile
         self._board = board
         self._say("")
         self.show()
@@ -192,7 +200,7 @@ class Top(App[None]):
         )
         self._lines = {line.key: line for line in lines}
         cells = {line.key: cells_of(line) for line in lines}
-        table = self.query_one("#table", DataTable)
+        table = self._below("#table", DataTable)
         with self.batch_update():
             if list(cells) == list(self._shown):
                 for key, row in cells.items():
@@ -219,18 +227,18 @@ class Top(App[None]):
         chosen_by += ["PAUSED"] if self._paused else []
         waiting = sum(job.state == "waiting" for job in board.jobs)
         where = f"{board.database} on PostgreSQL {board.server_version} · {count} lines · {' · '.join(chosen_by)}"
-        self.query_one("#where", Static).update(Text(where))
+        self._below("#where", Static).update(Text(where))
         # A process that the login may not see can hold a slot too.
         least = "≥ " if board.not_visible else ""
         slots = f"slots {least}{board.slots_used} of {board.slots}, {waiting} waiting"
-        self.query_one("#slots", Static).update(Text(slots, "bold red" if board.slots_used >= board.slots else ""))
-        self.query_one("#gauge", ProgressBar).update(total=board.slots, progress=board.slots_used)
+        self._below("#slots", Static).update(Text(slots, "bold red" if board.slots_used >= board.slots else ""))
+        self._below("#gauge", ProgressBar).update(total=board.slots, progress=board.slots_used)
 
     def _say(self, text: str, *, trouble: bool = False) -> None:
-        self.query_one("#trouble", Static).update(Text(f"✗ {text}" if trouble else text))
+        self._below("#trouble", Static).update(Text(f"✗ {text}" if trouble else text))
 
     def _under_cursor(self) -> Line | None:
-        table = self.query_one("#table", DataTable)
+        table = self._below("#table", DataTable)
         if not table.is_valid_coordinate(table.cursor_coordinate):
             return None
         key = table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
@@ -240,7 +248,7 @@ class Top(App[None]):
 
     def action_find(self) -> None:
         """Open the line in which a pattern is typed."""
-        field = self.query_one("#pattern", Input)
+        field = self._below("#pattern", Input)
         field.add_class("open")
         field.focus()
 
@@ -251,16 +259,16 @@ class Top(App[None]):
 
     @on(Input.Submitted)
     def _submitted(self) -> None:
-        self.query_one("#pattern", Input).remove_class("open")
-        self.query_one("#table", DataTable).focus()
+        self._below("#pattern", Input).remove_class("open")
+        self._below("#table", DataTable).focus()
 
     def action_clear(self) -> None:
         """Show all lines again."""
-        field = self.query_one("#pattern", Input)
+        field = self._below("#pattern", Input)
         field.value = ""
         field.remove_class("open")
         self._pattern, self._state = "", None
-        self.query_one("#table", DataTable).focus()
+        self._below("#table", DataTable).focus()
         self.show()
 
     def action_next_state(self) -> None:

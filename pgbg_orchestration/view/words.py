@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from datetime import datetime
 
-from pgbg_orchestration.ledger.ledger import JobEntry
+from pgbg_orchestration.ledger.history import JobEntry
 
 from .lines import Line
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.ledger.history import JobEntry
 from pgbg_orchestration.view.lines import line_of_job, lines_of
 from pgbg_orchestration.view.source import Source
 
@@ -49,8 +51,10 @@ HEADERS = (
     (b"cache-control", b"no-store"),
 )
 
-Guard = Callable[[Request], Awaitable[None]]
+SeeGuard = Callable[[Request], Awaitable[None]]
 """Lets a request pass, or raises ``HTTPException``."""
+CancelGuard = Callable[[Request, JobEntry], Awaitable[None]]
+"""Lets a request cancel a job, or raises ``HTTPException``."""
 
 
 class _Hardened:
@@ -69,11 +73,31 @@ class _Hardened:
         await self._app(scope, receive, hardened)
 
 
+class _Opened:
+    """A source that is opened when it is first asked for: an app that is mounted in another one has no beginning."""
+
+    def __init__(self, open_source: Callable[[], AbstractAsyncContextManager[Source]]) -> None:
+        self._open = open_source
+        self._opening = asyncio.Lock()
+        self._stack = AsyncExitStack()
+        self._source: Source | None = None
+
+    async def get(self) -> Source:
+        async with self._opening:
+            if self._source is None:
+                self._source = await self._stack.enter_async_context(self._open())
+            return self._source
+
+    async def close(self) -> None:
+        self._source = None
+        await self._stack.aclose()
+
+
 def build_app(
     open_source: Callable[[], AbstractAsyncContextManager[Source]],
     *,
-    may_see: Guard | None = None,
-    may_cancel: Guard | None = None,
+    may_see: SeeGuard | None = None,
+    may_cancel: CancelGuard | None = None,
     links: data.Links | None = None,
     hosts: Sequence[str] = ("*",),
 ) -> Starlette:
@@ -93,19 +117,17 @@ def build_app(
         The names that a browser may reach the app under; a page of another name that points here is refused.
     """
     known_links = links or {}
-    opened: list[Source] = []
+    opened = _Opened(open_source)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with open_source() as source:
-            opened.append(source)
-            yield
-            opened.clear()
+        yield
+        await opened.close()
 
     async def seen(request: Request) -> Source:
         if may_see is not None:
             await may_see(request)
-        return opened[0]
+        return await opened.get()
 
     async def page(request: Request) -> Response:
         await seen(request)
@@ -148,13 +170,13 @@ def build_app(
             raise HTTPException(403, "this page is read-only")
         if request.headers.get(ASKED) != "cancel":
             raise HTTPException(403, f"the header {ASKED} is missing")
-        await may_cancel(request)
         wanted: Any = await request.json()
         if not isinstance(wanted, dict) or not all(isinstance(wanted.get(name), str) for name in ("owner", "job_id")):
             raise HTTPException(400, "owner and job_id are wanted")
         entry = await source.job(wanted["owner"], wanted["job_id"])
         if entry is None:
             raise HTTPException(404, "no such job, or it is not this login's to see")
+        await may_cancel(request, entry)
         return JSONResponse({"decided": await source.cancel(entry)})
 
     return Starlette(

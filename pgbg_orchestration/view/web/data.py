@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import quote
 
 from pgbg_orchestration.ledger.board import Board
-from pgbg_orchestration.ledger.ledger import JobEntry
-from pgbg_orchestration.view.lines import Line, arranged, lines_of
+from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.view.lines import Line, airflow_task, arranged, lines_of
 from pgbg_orchestration.view.words import facts_of
 
 Links = Mapping[str, str]
@@ -85,13 +85,12 @@ def of_job(line: Line, links: Links) -> dict[str, Any]:
 def link_of(series: str, job_id: str, links: Links) -> str | None:
     """Return the address of the Airflow task instance or the Dagster run that wants a job; None where none is known.
 
-    Airflow's series are ``airflow:DAG/RUN/TASK/MAP_INDEX``; Dagster's ids end with ``#RUN``.
+    Dagster's ids end with ``#RUN``.
     """
-    if series.startswith("airflow:") and "airflow" in links:
-        dag, *run, task, index = series.removeprefix("airflow:").split("/")
-        mapped = "" if index == "-1" else f"/mapped/{index}"
-        of_run = f"{links['airflow'].rstrip('/')}/dags/{quote(dag)}/runs/{quote('/'.join(run), safe='')}"
-        return f"{of_run}/tasks/{quote(task)}{mapped}"
+    if "airflow" in links and (task := airflow_task(series)):
+        mapped = "" if task.map_index is None else f"/mapped/{task.map_index}"
+        run = f"{links['airflow'].rstrip('/')}/dags/{quote(task.dag_id)}/runs/{quote(task.run_id, safe='')}"
+        return f"{run}/tasks/{quote(task.task_id)}{mapped}"
     if series.startswith("dagster:") and "dagster" in links and "#" in job_id:
         return f"{links['dagster'].rstrip('/')}/runs/{quote(job_id.rpartition('#')[2], safe='')}"
     return None

@@ -1,0 +1,122 @@
+"""One look at everything, on a server: jobs, workers launched by hand, who blocks whom, and what may be seen."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import psycopg
+
+from pgbg_orchestration import Job, Launcher
+from pgbg_orchestration.ledger.board import Board, look_at_all
+from pgbg_orchestration.view.lines import BY_HAND, lines_of
+from pgbg_orchestration.view.source import ServerSource
+from tests.core.kit import GENEROUS, Watched, effect, slow, within
+
+
+async def look(db: Watched, user: str | None = None) -> Board:
+    conninfo = db.conninfo if user is None else db.database.conninfo_as(user)
+    async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as conn:
+        return await look_at_all(conn, "pgbg", ended_within=timedelta(minutes=5))
+
+
+async def look_until(db: Watched, wanted: Callable[[Board], bool], what: str) -> Board:
+    """Look again and again until what is seen is what is wanted, and return it."""
+    seen = await look(db)
+    until = time.monotonic() + GENEROUS
+    while not wanted(seen):
+        assert time.monotonic() < until, f"not seen: {what}"
+        await asyncio.sleep(0.1)
+        seen = await look(db)
+    return seen
+
+
+async def test_jobs_that_run_and_that_ended(db: Watched) -> None:
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job(effect("done"), id="done", label="all done")))
+        running = asyncio.create_task(launcher.run(Job(slow("runs", 60), id="runs", label="at work")))
+        pid = await db.at_work("runs")
+
+        seen = await look(db)
+
+        assert {(job.job_id, job.state) for job in seen.jobs} == {("done", "committed"), ("runs", "running")}
+        line = next(line for line in lines_of(seen) if line.label == "at work")
+        assert line.pid == pid
+        assert line.worker is not None
+        assert line.worker.query is not None
+        assert "pg_sleep" in line.worker.query
+        assert seen.database == db.database.name
+        assert seen.slots == db.value("select current_setting('max_worker_processes')::int")
+        assert (
+            await ServerSource(launcher).cancel(next(job for job in seen.jobs if job.job_id == "runs")) == "cancelled"
+        )
+        await asyncio.wait({running})
+        assert running.exception() is not None
+
+
+async def test_a_job_that_waits_for_a_lock_names_its_blocker(db: Watched) -> None:
+    with psycopg.connect(db.database.conninfo_as("postgres"), application_name="somebody's psql") as other:
+        other.execute("lock table effects in access exclusive mode")
+        async with Launcher(db.conninfo) as launcher:
+            waiting = asyncio.create_task(launcher.run(Job(effect("j"), id="j")))
+            await db.at_work("j")
+
+            seen = await look_until(db, lambda seen: any(w.blocker for w in seen.workers.values()), "its blocker")
+
+            [line] = lines_of(seen)
+            assert line.worker is not None
+            assert line.worker.blocker is not None
+            assert line.worker.blocker.pid == other.info.backend_pid
+            assert "somebody's psql" in line.waits_for
+            # What another login's session runs is not this login's to see.
+            assert line.worker.blocker.query is None
+            other.rollback()
+            assert (await within(waiting)).launched
+
+
+async def test_a_worker_launched_by_hand(db: Watched) -> None:
+    async with (
+        Launcher(db.conninfo) as launcher,
+        await psycopg.AsyncConnection.connect(db.conninfo, autocommit=True) as by_hand,
+    ):
+        extension = (await launcher.facts()).extension
+        await extension.launch(by_hand, "select pg_sleep(60)", label="mine", queue_size=None)
+
+        seen = await look_until(db, lambda seen: bool(seen.workers), "the worker")
+
+        [line] = lines_of(seen)
+        assert line.state == BY_HAND
+        assert line.job is None
+        assert line.worker is not None
+        assert await ServerSource(launcher).cancel_worker(line.worker) is True
+        await look_until(db, lambda seen: not seen.workers, "its end")
+
+
+async def test_another_login_sees_that_there_is_something_and_no_more(db: Watched) -> None:
+    db.role("pgbg_visitor", "login", ["pgbackground_role"])
+    async with Launcher(db.conninfo) as launcher:
+        running = asyncio.create_task(launcher.run(Job(slow("j", 60), id="j", label="theirs")))
+        await db.at_work("j")
+
+        seen = await look(db, "pgbg_visitor")
+
+        assert seen.jobs == ()
+        assert all(worker.query is None for worker in seen.workers.values())
+        assert seen.not_visible > 0
+        running.cancel()
+        await asyncio.wait({running})
+
+
+async def test_one_query_a_look_with_two_thousand_jobs(db: Watched) -> None:
+    db.sql(
+        "insert into pgbg.job (owner, job_digest, job_id, series_digest, series, generation, label, kind, sql_digest,"
+        " attempt, launched_by, launcher_pid, ended_at, outcome)"
+        " select 'pgbg_app', pgbg.digest(i::text), i::text, pgbg.digest(i::text), i::text, 1, 'load ' || i, 'receipt',"
+        " '', 1, 'host/1', 0, clock_timestamp(), 'failed' from generate_series(1, 2000) as i"
+    )
+
+    seen = await look(db)
+
+    assert len(lines_of(seen)) == 2000

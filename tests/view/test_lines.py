@@ -1,0 +1,174 @@
+"""The lines of a view: made, chosen, arranged and put into words, without a server."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from pgbg_orchestration.ledger.board import Blocker, Board, WorkerSeen
+from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.view.lines import BY_HAND, Order, arranged, chosen, lines_of, orchestrator_of, wait_of
+from pgbg_orchestration.view.web.data import link_of, of_board
+from pgbg_orchestration.view.words import facts_of, took
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def job(job_id: str, state: str = "running", **more: Any) -> JobEntry:
+    known = {field.name: None for field in fields(JobEntry)}
+    began = NOW - timedelta(seconds=more.pop("seconds", 10))
+    given = {"owner": "etl", "job_id": job_id, "label": job_id, "state": state, "launched_at": began, **more}
+    return JobEntry(**{**known, **given})
+
+
+def worker(pid: int, **more: Any) -> WorkerSeen:
+    seen = WorkerSeen(
+        pid, "etl", f"pg_background:load:{pid}", NOW - timedelta(seconds=5), "active", None, None, None, None
+    )
+    return replace(seen, **more)
+
+
+def board(*jobs: JobEntry, workers: tuple[WorkerSeen, ...] = ()) -> Board:
+    return Board(NOW, "warehouse", "18.6", 64, 3, 0, jobs, {seen.pid: seen for seen in workers})
+
+
+def test_a_worker_of_a_job_is_no_line_of_its_own() -> None:
+    lines = lines_of(board(job("a", running_pid=7), workers=(worker(7), worker(8))))
+
+    assert [(line.state, line.pid) for line in lines] == [("running", 7), (BY_HAND, 8)]
+    assert lines[1].label == "load"
+    assert lines[1].job is None
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("pg_background:nightly:12", "nightly"),
+        ("pg_background:a:b:12", "a:b"),
+        ("etl batch", "etl batch"),
+        ("", "(no label)"),
+    ],
+)
+def test_the_label_of_a_worker_launched_by_hand(name: str, label: str) -> None:
+    assert lines_of(board(workers=(worker(12, application_name=name),)))[0].label == label
+
+
+def test_times() -> None:
+    running, ended, waiting = lines_of(
+        board(
+            job("running", seconds=10),
+            job("ended", "committed", seconds=100, ended_at=NOW - timedelta(seconds=40)),
+            job("waiting", "waiting", seconds=3),
+        )
+    )
+
+    assert (running.seconds, ended.seconds, waiting.seconds) == (10, 60, None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, ""),
+        (0, "0.0 s"),
+        (59.94, "59.9 s"),
+        (60, "1 m 00 s"),
+        (3599, "59 m 59 s"),
+        (3600, "1 h 00 m"),
+        (90000, "1 d 01 h"),
+    ],
+)
+def test_durations_in_words(seconds: float | None, text: str) -> None:
+    assert took(seconds) == text
+
+
+def test_what_is_chosen() -> None:
+    lines = lines_of(board(job("Load A"), job("load b", "failed"), job("x", series="airflow:flights/r/load/-1")))
+
+    assert [line.label for line in chosen(lines, pattern="load")] == ["Load A", "load b", "x"]
+    assert [line.label for line in chosen(lines, pattern="load ?")] == ["Load A", "load b"]
+    assert [line.label for line in chosen(lines, pattern="load", states=frozenset({"failed"}))] == ["load b"]
+    assert [line.label for line in chosen(lines, pattern="[")] == []
+
+
+def test_what_is_at_work_comes_first_in_every_order() -> None:
+    lines = lines_of(
+        board(
+            job("b", seconds=5),
+            job("a", seconds=9),
+            job("c", "committed", seconds=100, ended_at=NOW, row_count=7),
+            job("0", "failed", seconds=50, ended_at=NOW),
+        )
+    )
+
+    def order(by: Order, *, reverse: bool = False) -> str:
+        return "".join(line.label for line in arranged(lines, by, reverse=reverse))
+
+    assert order(Order.SINCE) == "abc0"
+    assert order(Order.SINCE, reverse=True) == "ba0c"
+    assert order(Order.LABEL) == "ab0c"
+    assert order(Order.ROWS) == "abc0"
+    assert order(Order.STATE) == "abc0"
+
+
+@pytest.mark.parametrize(
+    ("series", "words"),
+    [
+        ("airflow:flights/scheduled__2026-01-01/load/-1", "Airflow flights.load"),
+        ("airflow:flights/manual/with/slashes/load/3", "Airflow flights.load[3]"),
+        ("airflow:odd", "airflow:odd"),
+        ("dagster:asset/2026", "Dagster asset/2026"),
+        ("nightly", ""),
+        (None, ""),
+    ],
+)
+def test_who_wants_it(series: str | None, words: str) -> None:
+    assert orchestrator_of(series) == words
+
+
+def test_whom_it_waits_for() -> None:
+    blocker = Blocker(4, "ann", "psql", "idle in transaction", "select 1", NOW - timedelta(seconds=90))
+
+    assert wait_of(worker(1), NOW) == ""
+    assert wait_of(worker(1, wait_event_type="IO", wait_event="DataFileRead"), NOW) == "IO: DataFileRead"
+    assert (
+        wait_of(worker(1, wait_event_type="Lock", wait_event="relation", blocker=blocker), NOW)
+        == "lock: pid 4 of ann (psql), 90 s"
+    )
+    hidden = Blocker(4, None, None, None, None, None)
+    assert wait_of(worker(1, wait_event_type="Lock", wait_event="relation", blocker=hidden), NOW) == "lock: pid 4"
+
+
+def test_the_page_shows_no_sql_of_a_worker() -> None:
+    secret = "insert into card values ('4711')"
+    blocker = Blocker(4, "ann", "psql", "active", secret, NOW)
+    seen = board(
+        job("a", running_pid=7),
+        workers=(worker(7, query=secret, wait_event_type="Lock", wait_event="x", blocker=blocker),),
+    )
+
+    assert "4711" not in str(of_board(seen, {}))
+    assert ("blocker's query", secret) in facts_of(lines_of(seen)[0])
+
+
+@pytest.mark.parametrize(
+    ("series", "job_id", "address"),
+    [
+        (
+            "airflow:flights/scheduled__2026-01-01T00:00:00+00:00/load/-1",
+            "x",
+            "https://airflow.example.com/dags/flights/runs/scheduled__2026-01-01T00%3A00%3A00%2B00%3A00/tasks/load",
+        ),
+        ("airflow:flights/r/load/2", "x", "https://airflow.example.com/dags/flights/runs/r/tasks/load/mapped/2"),
+        ("dagster:asset", "dagster:asset#run-1", "https://dagster.example.com/runs/run-1"),
+        ("nightly", "nightly#1", None),
+        ("airflow:odd", "x", None),
+    ],
+)
+def test_links(series: str, job_id: str, address: str | None) -> None:
+    links = {"airflow": "https://airflow.example.com/", "dagster": "https://dagster.example.com"}
+
+    assert link_of(series, job_id, links) == address
+    assert link_of(series, job_id, {}) is None

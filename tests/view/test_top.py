@@ -1,0 +1,124 @@
+"""``pgbg top`` as a person uses it: keys pressed, the screen read."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from textual.widgets import DataTable, Static
+
+from pgbg_orchestration import Job, Launcher, errors
+from pgbg_orchestration.view.source import ServerSource
+from pgbg_orchestration.view.top import COLUMNS, Details, Question, Top
+from tests.core.kit import GENEROUS, Watched, effect, slow, within
+
+pytestmark = pytest.mark.servers("real")
+
+
+def cells(app: Top, column: str) -> list[str]:
+    """What stands in a column, from top to bottom."""
+    table = app.screen_stack[0].query_one("#table", DataTable)
+    at = COLUMNS.index(column)
+    return [str(table.get_row_at(row)[at]) for row in range(table.row_count)]
+
+
+async def shown(look: Callable[[], bool], what: str) -> None:
+    """Wait until something stands on the screen."""
+    until = time.monotonic() + GENEROUS
+    while not look():
+        assert time.monotonic() < until, f"not on the screen: {what}"
+        await asyncio.sleep(0.05)
+
+
+async def test_a_day_at_the_terminal(db: Watched) -> None:
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job(effect("done"), id="done", label="facts")))
+        with pytest.raises(errors.WorkerError):
+            await within(launcher.run(Job("select 1/0", id="bad", label="bad")))
+        running = asyncio.create_task(launcher.run(Job(slow("runs", 120), id="runs", label="nightly load")))
+        pid = await db.at_work("runs")
+
+        app = Top(ServerSource(launcher), every=0.2)
+        async with app.run_test(size=(160, 30)) as pilot:
+            await shown(lambda: len(cells(app, "LABEL")) == 3, "three jobs")
+            assert cells(app, "LABEL")[0] == "nightly load"
+            assert cells(app, "STATE")[0] == "▶ running"
+            assert cells(app, "WORKER")[0] == str(pid)
+            assert "22012" in "".join(cells(app, "WHAT"))
+            assert f"of {db.value('show max_worker_processes')}" in str(
+                app.screen_stack[0].query_one("#slots", Static).render()
+            )
+
+            await pilot.press("slash", *"fact", "enter")
+            await shown(lambda: cells(app, "LABEL") == ["facts"], "what was looked for")
+            await pilot.press("escape")
+            await shown(lambda: len(cells(app, "LABEL")) == 3, "all again")
+
+            # The cursor stays on the line that it was on.
+            await pilot.press("ctrl+home", "enter")
+            await pilot.pause()
+            assert isinstance(app.screen, Details)
+            text = " ".join(str(field.render()) for field in app.screen.query(Static))
+            assert "pg_sleep(120)" in text
+            await pilot.press("escape")
+
+            # "No" is what a hasty Enter says.
+            await pilot.press("c")
+            await pilot.pause()
+            assert isinstance(app.screen, Question)
+            await pilot.press("enter")
+            await pilot.pause()
+            assert db.workers()
+
+            await pilot.press("c")
+            await pilot.pause()
+            await pilot.press("y")
+            await shown(lambda: "⊘ cancelled" in cells(app, "STATE"), "the end of the job")
+        with pytest.raises(errors.JobCancelled):
+            await within(running)
+
+
+async def test_a_server_that_goes_away_is_said_and_what_was_seen_stays(db: Watched) -> None:
+    class Away:
+        def __init__(self, source: ServerSource) -> None:
+            self.source = source
+            self.away = False
+
+        async def board(self):  # type: ignore[no-untyped-def]
+            if self.away:
+                raise psycopg.OperationalError("the server closed the connection")
+            return await self.source.board()
+
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job(effect("done"), id="done", label="facts")))
+        source = Away(ServerSource(launcher))
+        app = Top(source, every=0.1)  # type: ignore[arg-type]
+        async with app.run_test():
+            await shown(lambda: cells(app, "LABEL") == ["facts"], "the job")
+            source.away = True
+            await shown(
+                lambda: "closed the connection" in str(app.screen_stack[0].query_one("#trouble", Static).render()),
+                "trouble",
+            )
+            assert cells(app, "LABEL") == ["facts"]
+            source.away = False
+            await shown(lambda: not str(app.screen_stack[0].query_one("#trouble", Static).render()), "that it is back")
+
+
+async def test_two_thousand_lines(db: Watched) -> None:
+    db.sql(
+        "insert into pgbg.job (owner, job_digest, job_id, series_digest, series, generation, label, kind, sql_digest,"
+        " attempt, launched_by, launcher_pid, ended_at, outcome)"
+        " select 'pgbg_app', pgbg.digest(i::text), i::text, pgbg.digest(i::text), i::text, 1, 'load ' || i, 'receipt',"
+        " '', 1, 'host/1', 0, clock_timestamp(), 'failed' from generate_series(1, 2000) as i"
+    )
+    async with Launcher(db.conninfo) as launcher:
+        app = Top(ServerSource(launcher), every=0.5)
+        async with app.run_test(size=(160, 40)) as pilot:
+            await shown(lambda: len(cells(app, "LABEL")) == 2000, "all of them")
+            await pilot.press("s", "end")
+            await pilot.press("slash", *"1999", "enter")
+            await shown(lambda: cells(app, "LABEL") == ["load 1999"], "the one that was looked for")

@@ -1,0 +1,157 @@
+"""The page's server: what it tells, what it refuses, and what it lets nobody do unasked."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.testclient import TestClient
+
+from pgbg_orchestration import Job, Launcher, run
+from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.view.source import ServerSource
+from pgbg_orchestration.view.timeline import file_of
+from pgbg_orchestration.view.web.app import ASKED, build_app
+from tests.core.kit import Watched, effect, within
+
+pytestmark = pytest.mark.servers("real")
+LOCAL = ("localhost", "127.0.0.1")
+
+
+def app_for(db: Watched, **options: object) -> Starlette:
+    @asynccontextmanager
+    async def source() -> AsyncIterator[ServerSource]:
+        async with Launcher(db.conninfo) as launcher:
+            yield ServerSource(launcher)
+
+    return build_app(source, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def client(db: Watched) -> Iterator[TestClient]:
+    """A browser at a page that may be read only."""
+    with TestClient(app_for(db, hosts=LOCAL), base_url="http://localhost") as made:
+        yield made
+
+
+async def allow(_: Request, __: JobEntry) -> None:
+    """Let anybody cancel."""
+
+
+async def refuse(_: Request) -> None:
+    raise HTTPException(401, "log in first")
+
+
+def test_the_page_and_its_files(client: TestClient) -> None:
+    page = client.get("/")
+
+    assert page.status_code == 200
+    for name in re.findall(r'(?:src|href)="(static/[^"]+)"', page.text):
+        assert client.get(f"/{name}").status_code == 200
+    assert client.get("/static/app.py").status_code == 404
+    assert client.get("/static/..%2Fapp.py").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/static/pgbg.js", "/api/board", "/api/timeline", "/api/job", "/nothing"])
+def test_every_answer_keeps_other_sites_out(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "script-src 'self';" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert client.get(path, headers={"host": "rebound.example.com"}).status_code == 400
+
+
+def test_what_it_tells_of_jobs(db: Watched, client: TestClient) -> None:
+    job = Job(
+        "insert into effects (job, n) values (%(job)s, 1)",
+        id="j/1",
+        label="<b>facts</b>",
+        series="airflow:flights/r/load/-1",
+        generation=1,
+        parameters={"job": "secret value"},
+    )
+    run(db.conninfo, job)
+
+    board = client.get("/api/board").json()
+    timeline = client.get("/api/timeline?hours=1").json()
+    found = client.get("/api/job", params={"owner": "pgbg_app", "id": "j/1"}).json()
+
+    assert [(line["label"], line["state"], line["rows"]) for line in board["lines"]] == [
+        ("<b>facts</b>", "committed", 1)
+    ]
+    assert board["may_cancel"] is False
+    assert [job["job_id"] for job in timeline["jobs"]] == ["j/1"]
+    assert found["wanted_by"] == "Airflow flights.load"
+    assert dict(map(tuple, found["facts"]))["command tag"] == "INSERT"
+    assert "secret value" not in f"{board} {timeline} {found}"
+    assert client.get("/api/job", params={"owner": "pgbg_app", "id": "none"}).status_code == 404
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "x", "1e9"])
+def test_times_that_make_no_sense(client: TestClient, hours: str) -> None:
+    assert client.get("/api/timeline", params={"hours": hours}).status_code == 400
+
+
+def test_read_only_unless_started_otherwise(client: TestClient) -> None:
+    answer = client.post("/api/cancel", json={"owner": "pgbg_app", "job_id": "j"}, headers={ASKED: "cancel"})
+
+    assert answer.status_code == 403
+    assert "read-only" in answer.json()["error"]
+
+
+def test_whoever_may_not_see_gets_nothing(db: Watched) -> None:
+    with TestClient(app_for(db, may_see=refuse, may_cancel=allow)) as client:
+        for path in ("/", "/static/pgbg.js", "/api/board", "/api/timeline", "/api/job?owner=pgbg_app&id=j"):
+            assert client.get(path).status_code == 401, path
+        assert client.post("/api/cancel", json={}, headers={ASKED: "cancel"}).status_code == 401
+
+
+async def test_cancelling(db: Watched) -> None:
+    async with Launcher(db.conninfo) as launcher:
+        running = asyncio.create_task(launcher.run(Job("select pg_sleep(120)", id="j")))
+        await db.at_work("j")
+        wanted = {"owner": "pgbg_app", "job_id": "j"}
+
+        def ask() -> list[int]:
+            with TestClient(app_for(db, may_cancel=allow)) as client:
+                assert client.get("/api/board").json()["may_cancel"] is True
+                codes = [
+                    # A form of another site can send neither the header nor this content type.
+                    client.post("/api/cancel", json=wanted).status_code,
+                    client.get("/api/cancel").status_code,
+                    client.post("/api/cancel", json=["j"], headers={ASKED: "cancel"}).status_code,
+                    client.post(
+                        "/api/cancel", json={**wanted, "job_id": "none"}, headers={ASKED: "cancel"}
+                    ).status_code,
+                ]
+                assert db.workers()
+                answer = client.post("/api/cancel", json=wanted, headers={ASKED: "cancel"})
+                assert answer.json() == {"decided": "cancelled"}
+                return codes
+
+        assert await asyncio.to_thread(ask) == [403, 405, 400, 404]
+        await asyncio.wait({running})
+        assert type(running.exception()).__name__ == "JobCancelled"
+
+
+async def test_the_timeline_as_one_file(db: Watched) -> None:
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job(effect("j"), id="j", label="</script><script>alert(1)</script>")))
+        source = ServerSource(launcher)
+        jobs = await source.history(since=None, label=None, limit=10)
+        page = file_of(await source.board(), jobs, more=False)
+
+    assert "alert(1)</script>" not in page
+    assert re.search(r'\b(?:src|href)="(?!data:|#)', page.split("<script>")[0]) is None
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
+    assert policy is not None
+    assert "connect-src" not in policy[1]
+    assert "default-src 'none'" in policy[1]
