@@ -10,6 +10,7 @@ from airflow.sdk import BaseOperator, conf
 
 from airflow_provider.arguments import JOB_FIELDS, job_arguments, not_storable
 from airflow_provider.ending import ends_in_trigger
+from airflow_provider.link import BackgroundJobLink
 from airflow_provider.retry_policy import SqlStateRetryPolicy
 
 from . import start
@@ -117,6 +118,7 @@ class PgBackgroundOperator(BaseOperator):
         "settings": "json",
     }
     ui_color = "#cdd9e8"
+    operator_extra_links = (BackgroundJobLink(),)
 
     def __init__(
         self,

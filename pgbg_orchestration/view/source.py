@@ -54,7 +54,7 @@ class ServerSource:
         PgbgError
             The server is out of reach, or not ready.
         """
-        schema = self._launcher.schema
+        schema = self._launcher.ledger.schema
         return await self._launcher.ledger.run(lambda conn: board.look_at_all(conn, schema, ended_within=ENDED_WITHIN))
 
     async def history(self, *, since: datetime | None, label: str | None, limit: int) -> list[JobEntry]:

@@ -273,6 +273,8 @@ async function cancel() {
 function openFromAddress() {
   const found = /^#job=([^/]*)\/(.*)$/.exec(location.hash);
   if (found && !FILE) open(decodeURIComponent(found[1]), decodeURIComponent(found[2]));
+  const wanted = /^#find=(.*)$/.exec(location.hash);
+  if (wanted) $("pattern").value = decodeURIComponent(wanted[1]);
 }
 
 // Beginning --------------------------------------------------------------------------------------------------------
@@ -304,7 +306,7 @@ if (FILE) {
   showTimeline();
 } else {
   $("hours").addEventListener("input", () => lookBack(true));
+  openFromAddress();
   look();
   lookBack(false);
-  openFromAddress();
 }

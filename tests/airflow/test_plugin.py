@@ -1,0 +1,197 @@
+"""The page in Airflow: who may see it and cancel there, and that it is really behind Airflow's login."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from pytest_mock import MockerFixture
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from airflow_provider import plugin
+from airflow_provider.link import BackgroundJobLink
+from demo.airflow_processes import AirflowProcesses
+from pgbg_orchestration import Job, errors, run
+from pgbg_orchestration.view.web.app import ASKED
+from tests.conftest import Running
+from tests.servers.kinds import Server
+from tests.view.test_lines import job
+
+pytestmark = pytest.mark.airflow
+
+
+class Manager:
+    """Airflow's auth manager as seen from outside: it notes what it is asked, and says what it was told to say."""
+
+    def __init__(self, *allowed: str) -> None:
+        self.allowed = set(allowed)
+        self.asked: list[str] = []
+
+    def is_authorized_connection(self, *, method: str, details: Any, user: Any) -> bool:
+        return self._says(f"{user}: {method} connection {details.conn_id}")
+
+    def is_authorized_dag(self, *, method: str, access_entity: Any, details: Any, user: Any) -> bool:
+        return self._says(f"{user}: {method} {access_entity.value} {details.id}")
+
+    def _says(self, what: str) -> bool:
+        self.asked.append(what)
+        return what in self.allowed
+
+
+def request() -> Request:
+    return Request({"type": "http", "method": "GET", "path": "/", "headers": []})
+
+
+@pytest.fixture
+def ask(mocker: MockerFixture) -> Any:
+    """Has ann ask a guard of the page."""
+
+    def asked(manager: Manager, guard: str, *more: Any) -> list[str]:
+        mocker.patch("airflow.api_fastapi.app.get_auth_manager", return_value=manager)
+        mocker.patch("airflow.api_fastapi.core_api.security.get_user", return_value="ann")
+        asyncio.run(getattr(plugin.ConnectionPage("warehouse"), guard)(request(), *more))
+        return manager.asked
+
+    return asked
+
+
+def test_whoever_may_see_the_connection_sees_its_jobs(ask: Any) -> None:
+    assert ask(Manager("ann: GET connection warehouse"), "may_see") == ["ann: GET connection warehouse"]
+    with pytest.raises(HTTPException) as refused:
+        ask(Manager("ann: GET connection another"), "may_see")
+    assert refused.value.status_code == 403
+
+
+def test_a_job_of_a_task_is_cancelled_by_whoever_may_edit_its_task_instances(ask: Any) -> None:
+    of_task = job("j", series="airflow:flights/r/load/-1")
+
+    assert ask(Manager("ann: PUT TASK_INSTANCE flights"), "may_cancel", of_task) == ["ann: PUT TASK_INSTANCE flights"]
+    with pytest.raises(HTTPException):
+        ask(Manager("ann: PUT connection warehouse", "ann: GET connection warehouse"), "may_cancel", of_task)
+
+
+def test_any_other_job_is_cancelled_by_whoever_may_edit_the_connection(ask: Any) -> None:
+    assert ask(Manager("ann: PUT connection warehouse"), "may_cancel", job("j")) == ["ann: PUT connection warehouse"]
+    with pytest.raises(HTTPException):
+        ask(Manager("ann: GET connection warehouse"), "may_cancel", job("j"))
+
+
+def test_there_is_no_page_unless_a_connection_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plugin.web_conn_ids() == []
+    monkeypatch.setenv("AIRFLOW__PG_BACKGROUND__WEB_CONN_IDS", "warehouse, lake ,")
+
+    assert plugin.web_conn_ids() == ["warehouse", "lake"]
+
+
+def test_the_link_of_a_task_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = SimpleNamespace(postgres_conn_id="warehouse")
+    key = SimpleNamespace(dag_id="flights", run_id="r/1", task_id="load", map_index=-1)
+    link = BackgroundJobLink()
+
+    assert link.get_link(operator, ti_key=key) == ""  # type: ignore[arg-type]
+    monkeypatch.setenv("AIRFLOW__PG_BACKGROUND__WEB_CONN_IDS", "warehouse")
+    found = link.get_link(operator, ti_key=key)  # type: ignore[arg-type]
+    assert found == "/pg_background/warehouse/#find=airflow%3Aflights%2Fr%2F1%2Fload%2F-1"
+
+
+@dataclass
+class Web:
+    """Airflow's web server with real users, and the database whose jobs its page shows."""
+
+    url: str
+    conninfo: str
+
+    def client(self, user: str | None) -> httpx.Client:
+        """A browser of somebody who has logged in, or of a stranger."""
+        headers = {}
+        if user is not None:
+            answer = httpx.post(f"{self.url}/auth/token", json={"username": user, "password": user}, timeout=60)
+            headers["authorization"] = f"Bearer {answer.raise_for_status().json()['access_token']}"
+        return httpx.Client(base_url=f"{self.url}/pg_background/warehouse", headers=headers, timeout=60)
+
+
+@pytest.fixture
+def web(airflow_server: Server, running: Running, tmp_path: Path) -> Iterator[Web]:
+    """Ann administers this Airflow, Otto operates it, Vera may look at DAGs."""
+    databases = running.databases(airflow_server)
+    jobs, metadata = databases.create("schema"), databases.create("empty")
+    passwords = tmp_path / "passwords.json"
+    passwords.write_text(json.dumps({name: name for name in ("ann", "otto", "vera")}))
+    processes = AirflowProcesses(
+        tmp_path,
+        tmp_path / "dags",
+        airflow_server.conninfo(metadata),
+        connections={"warehouse": airflow_server.conninfo(jobs)},
+        settings={
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "False",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "ann:admin,otto:op,vera:viewer",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords),
+            "AIRFLOW__PG_BACKGROUND__WEB_CONN_IDS": "warehouse",
+            "AIRFLOW__PG_BACKGROUND__WEB_ALLOW_CANCEL": "true",
+        },
+    )
+    (tmp_path / "processes").mkdir()
+    try:
+        processes.command("db", "migrate")
+        processes.start_component("api-server")
+        until = time.monotonic() + 120
+        while not _answers(processes.url):
+            assert time.monotonic() < until, processes.log("api-server")
+            time.sleep(0.2)
+        yield Web(processes.url, airflow_server.conninfo(jobs))
+    finally:
+        processes.stop()
+        for name in (jobs, metadata):
+            databases.drop(name)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/api/v2/version", timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_page_is_behind_airflows_login(web: Web) -> None:
+    job = Job("select pg_sleep(600)", id="j", label="on the page", series="airflow:flights/r/load/-1", generation=1)
+    paths = ("/", "/static/pgbg.js", "/api/board", "/api/timeline", "/api/job?owner=postgres&id=j")
+    wanted = {"owner": "postgres", "job_id": "j"}
+    with (
+        ThreadPoolExecutor() as pool,
+        web.client(None) as stranger,
+        web.client("vera") as vera,
+        web.client("otto") as otto,
+    ):
+        running = pool.submit(run, web.conninfo, job)
+        until = time.monotonic() + 60
+        while not (lines := otto.get("/api/board").raise_for_status().json()["lines"]):
+            assert time.monotonic() < until
+        assert [(line["label"], line["wanted_by"]) for line in lines] == [("on the page", "Airflow flights.load")]
+        assert lines[0]["link"].endswith("/dags/flights/runs/r/tasks/load")
+
+        assert [stranger.get(path).status_code for path in paths] == [401] * len(paths)
+        # Vera may look at DAGs, and not at connections.
+        assert [vera.get(path).status_code for path in paths] == [403] * len(paths)
+        for client, code in ((stranger, 401), (vera, 403)):
+            assert client.post("/api/cancel", json=wanted, headers={ASKED: "cancel"}).status_code == code
+        assert stranger.get("/api/board", headers={"authorization": "Bearer nonsense"}).status_code == 403
+
+        assert otto.post("/api/cancel", json=wanted, headers={ASKED: "cancel"}).json() == {"decided": "cancelled"}
+        with pytest.raises(errors.JobCancelled):
+            running.result(60)
+    with web.client("ann") as ann:
+        plugins = ann.get(f"{web.url}/api/v2/plugins").raise_for_status().json()["plugins"]
+    [ours] = [one for one in plugins if one["name"] == "pg_background"]
+    assert [view["href"] for view in ours["external_views"]] == ["/pg_background/warehouse/"]
