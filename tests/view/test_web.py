@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -155,3 +163,53 @@ async def test_the_timeline_as_one_file(db: Watched) -> None:
     assert policy is not None
     assert "connect-src" not in policy[1]
     assert "default-src 'none'" in policy[1]
+
+
+def test_the_commands_of_the_page(db: Watched, tmp_path: Path) -> None:
+    """What docs/views.md tells to type."""
+    run(db.conninfo, Job(effect("j"), id="j", label="facts"))
+    pgbg = [sys.executable, "-m", "pgbg_orchestration"]
+
+    drawn = subprocess.run([*pgbg, "timeline", "--since", "7d", "--dsn", db.conninfo], capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "facts" in drawn.stdout
+    no_terminal = subprocess.run(
+        [*pgbg, "top", "--dsn", db.conninfo], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert no_terminal.returncode == 2
+    assert "top needs a terminal" in no_terminal.stderr
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serving = subprocess.Popen([*pgbg, "web", "--port", str(port), "--dsn", db.conninfo], stderr=subprocess.PIPE)
+    try:
+        until = time.monotonic() + 60
+        while (answer := _board(port)) is None:
+            assert time.monotonic() < until
+            assert serving.poll() is None, serving.communicate()[1]
+            time.sleep(0.1)
+        assert [line["label"] for line in answer["lines"]] == ["facts"]
+        assert answer["may_cancel"] is False
+    finally:
+        serving.send_signal(signal.SIGINT)
+        serving.communicate(timeout=60)
+
+
+def _board(port: int) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = httpx.get(f"http://127.0.0.1:{port}/api/board", timeout=30).raise_for_status().json()
+    except httpx.TransportError:
+        return None
+    return found
+
+
+def test_a_server_that_is_away_is_told_at_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pgbg_orchestration", "web", "--dsn", "host=/nonexistent dbname=x", "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert done.returncode == 8

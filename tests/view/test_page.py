@@ -1,0 +1,188 @@
+"""The page in a real browser: what a person sees, clicks and types, and whom the browser talks to."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from pgbg_orchestration import Job, Launcher, errors, run
+from pgbg_orchestration.view.source import ServerSource
+from pgbg_orchestration.view.timeline import file_of
+from pgbg_orchestration.view.web.app import build_app
+from tests.core.kit import Watched, effect
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.servers("real"),
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian's package chromium)"),
+]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def faults() -> list[str]:
+    """What the browser complains about, and each request that leaves the page's own server."""
+    return []
+
+
+@pytest.fixture
+def page(browser: Browser, faults: list[str]) -> Iterator[Page]:
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("request", lambda request: None if _is_own(request.url) else faults.append(request.url))
+    yield opened
+    opened.close()
+
+
+def _is_own(url: str) -> bool:
+    return url.startswith(("http://127.0.0.1:", "data:", "file:", "blob:"))
+
+
+def in_a_thread(db: Watched, job: Job) -> None:
+    """Run a job: the browser's driver has an event loop in this thread."""
+    with ThreadPoolExecutor() as pool:
+        pool.submit(run, db.conninfo, job).result()
+
+
+class Serving:
+    """The page's server in a thread."""
+
+    def __init__(self, conninfo: str) -> None:
+        @asynccontextmanager
+        async def source() -> AsyncIterator[ServerSource]:
+            async with Launcher(conninfo) as launcher:
+                yield ServerSource(launcher)
+
+        async def anybody(*_: Any) -> None:
+            """Whoever clicks may cancel."""
+
+        app = build_app(source, may_cancel=anybody, links={"airflow": "https://airflow.example.com"})
+        self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+        self._thread = threading.Thread(target=self._server.run)
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive()
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}/"
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+def test_a_day_at_the_page(db: Watched, page: Page, faults: list[str]) -> None:
+    in_a_thread(db, Job(effect("a"), id="a", label="<i>facts</i>", series="airflow:flights/r/load/-1", generation=1))
+    with pytest.raises(errors.WorkerError):
+        in_a_thread(db, Job("select 1/0", id="bad", label="bad"))
+    ends: list[BaseException] = []
+
+    def at_work() -> None:
+        try:
+            in_a_thread(db, Job("select pg_sleep(300)", id="slow", label="nightly load"))
+        except errors.JobCancelled as error:
+            ends.append(error)
+
+    working = threading.Thread(target=at_work)
+    working.start()
+    with Serving(db.conninfo) as url:
+        page.goto(url)
+        rows = page.locator("#lines tr")
+        expect(rows).to_have_count(3)
+        expect(rows.first).to_contain_text("nightly load")
+        # A label is text, whatever is in it.
+        expect(page.get_by_role("button", name="<i>facts</i>")).to_be_visible()
+        expect(page.locator("#chart .barlayer")).to_be_attached()
+        expect(page.locator("#slots-text")).to_contain_text("worker slots:")
+
+        page.get_by_label("label or series").fill("nightly")
+        expect(rows).to_have_count(1)
+        page.get_by_label("label or series").fill("")
+        expect(rows).to_have_count(3)
+        page.get_by_role("button", name="state").press("Enter")
+        expect(page.locator("th[aria-sort=ascending]")).to_have_text("state")
+
+        page.get_by_role("button", name="<i>facts</i>").press("Enter")
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("Airflow flights.load")
+        link = dialog.get_by_role("link")
+        assert link.get_attribute("href") == "https://airflow.example.com/dags/flights/runs/r/tasks/load"
+        expect(dialog.get_by_role("button", name="Cancel this job")).to_be_hidden()
+        page.keyboard.press("Escape")
+        expect(dialog).to_be_hidden()
+
+        page.once("dialog", lambda question: question.dismiss())
+        page.get_by_role("button", name="nightly load").click()
+        dialog.get_by_role("button", name="Cancel this job").click()
+        assert db.workers()
+        page.once("dialog", lambda question: question.accept())
+        dialog.get_by_role("button", name="Cancel this job").click()
+        expect(page.locator("#job-said")).to_have_text("Cancelled; its worker has ended.")
+        dialog.get_by_role("button", name="Close").click()
+        expect(rows.filter(has_text="nightly load")).to_contain_text("cancelled")
+        page.goto("about:blank")
+    working.join()
+    assert [type(end) for end in ends] == [errors.JobCancelled]
+    assert faults == []
+
+
+def test_a_server_that_goes_away_is_said(db: Watched, page: Page) -> None:
+    in_a_thread(db, Job(effect("a"), id="a", label="facts"))
+    with Serving(db.conninfo) as url:
+        page.goto(url)
+        expect(page.locator("#lines tr")).to_have_count(1)
+    expect(page.locator("#trouble")).to_contain_text("What is shown is old")
+    expect(page.locator("#lines tr")).to_have_count(1)
+
+
+@pytest.mark.parametrize(("scheme", "ground"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(18, 22, 29)")])
+def test_a_file_needs_nobody(
+    db: Watched, page: Page, faults: list[str], tmp_path: Path, scheme: Literal["light", "dark"], ground: str
+) -> None:
+    in_a_thread(db, Job(effect("a"), id="a", label="</script>facts"))
+
+    async def drawn() -> str:
+        async with Launcher(db.conninfo) as launcher:
+            source = ServerSource(launcher)
+            jobs = await source.history(since=None, label=None, limit=10)
+            return file_of(await source.board(), jobs, more=False)
+
+    # In a thread: this one has the browser's event loop.
+    with ThreadPoolExecutor() as pool:
+        text = pool.submit(lambda: asyncio.run(drawn())).result()
+    (tmp_path / "timeline.html").write_text(text, encoding="utf-8")
+    page.emulate_media(color_scheme=scheme)
+    page.goto((tmp_path / "timeline.html").as_uri())
+
+    expect(page.locator("#lines tr")).to_have_count(1)
+    expect(page.locator("#lines tr")).to_contain_text("</script>facts")
+    expect(page.locator("#chart .barlayer")).to_be_attached()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
+    assert faults == []
