@@ -17,9 +17,6 @@ COMMITTED = "committed"
 FAILED = "failed"
 TIMED_OUT = "timed_out"
 
-STOPPED = "another job of the batch failed"
-"""Why a job of a batch was cancelled; a later try of the task takes that back."""
-
 # A server's CONTEXT quotes the SQL that failed inside a function; `pgbg.jobs` keeps it for those who may see it.
 _KEPT_BACK = ("context",)
 
@@ -79,8 +76,9 @@ def advised(error: PgbgError) -> PgbgError:
 def was_stopped(error: PgbgError) -> bool:
     """Tell whether a job of a batch was cancelled because another one failed."""
     from pgbg_orchestration.errors import JobCancelled
+    from pgbg_orchestration.outcome import Cause
 
-    return isinstance(error, JobCancelled) and STOPPED in error.message
+    return isinstance(error, JobCancelled) and error.cause is Cause.FAILED_BESIDE
 
 
 def watch(_event: Event) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 from dagster import AssetCheckResult, AssetCheckSeverity, AssetKey, ConfigurableResource, EnvVar, RetryRequested
 from pydantic import Field, field_validator
 
+from pgbg_orchestration.driver import Talk
 from pgbg_orchestration.errors import PgbgError, StillRunning
 from pgbg_orchestration.ledger.history import ENDED_BADLY
 from pgbg_orchestration.outcome import Outcome
@@ -19,7 +20,6 @@ from .external import submission
 from .steps import identity
 from .steps.batch import Batch, Member
 from .steps.caller import Caller
-from .steps.driving import Talk
 from .steps.expectation import Expectation, counting_query
 from .steps.failures import PgBackgroundFailure, raise_for
 from .steps.metadata import sql_block

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import psycopg
 
+from .driver import Driver
 from .errors import InvalidJob
 from .job import Job
 from .ledger.ledger import Ledger
@@ -232,4 +233,4 @@ def run(conninfo: str, job: Job, *, schema: str = "pgbg", **options: Unpack[RunO
         pass
     else:
         raise InvalidJob("run() was called in a running event loop", todo="Use `await arun(...)` there.")
-    return asyncio.run(arun(conninfo, job, schema=schema, **options))
+    return Driver(lambda _talk: arun(conninfo, job, schema=schema, **options)).run()

@@ -273,7 +273,7 @@ class PgBackgroundOperator(BaseOperator):
 
         trigger.in_task = True
         hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
-        self._waiting = Waiting(hook.conninfo(), schema=self.schema)
+        self._waiting = Waiting(hook.conninfo(), schema=self.schema, cancel_on_kill=self.cancel_on_kill)
         try:
             return self._waiting.run(trigger.work)
         except PgbgError as error:

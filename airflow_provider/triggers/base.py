@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
 
 from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TaskSuccessEvent, TriggerEvent
 
@@ -19,8 +19,15 @@ from .login import Login
 from .task import GOES_ON, load_core, push_xcom, settle, state_of, to_its_end
 
 if TYPE_CHECKING:
-    from pgbg_orchestration import Launcher, Outcome
+    from pgbg_orchestration import Cause, Launcher, Outcome
     from pgbg_orchestration.errors import PgbgError
+
+
+class Why(TypedDict, total=False):
+    """Why jobs are cancelled."""
+
+    cause: Cause
+    of_try: str | None
 
 
 class ServerTrigger(BaseTrigger):
@@ -188,7 +195,14 @@ class JobTrigger(ServerTrigger):
     in_task: bool = False
     """Whether the jobs are run in the task's own process, whose end is the end of its try."""
 
-    async def run_job(self, launcher: Launcher, arguments: dict[str, Any], *, retry_cancelled: bool = False) -> Outcome:
+    async def run_job(
+        self,
+        launcher: Launcher,
+        arguments: dict[str, Any],
+        *,
+        retry_cancelled: Collection[Cause] = (),
+        of_try: str | None = None,
+    ) -> Outcome:
         """Launch a job or attach to it, and wait for its outcome.
 
         Parameters
@@ -198,7 +212,9 @@ class JobTrigger(ServerTrigger):
         arguments:
             Those of :class:`pgbg_orchestration.Job`.
         retry_cancelled:
-            Run a job that was cancelled before all the same.
+            Causes of a cancel that this call takes back.
+        of_try:
+            The try of the task, where what it cancelled itself is to stay cancelled.
 
         Raises
         ------
@@ -207,6 +223,7 @@ class JobTrigger(ServerTrigger):
         """
         from pgbg_orchestration import Job
         from pgbg_orchestration.errors import InvalidJob
+        from pgbg_orchestration.outcome import OF_A_TRY
 
         try:
             job = Job(**arguments)
@@ -220,9 +237,12 @@ class JobTrigger(ServerTrigger):
         return await launcher.run(
             job,
             # A triggerer that ends hands its triggers to another, which attaches to the worker.
-            on_cancel="cancel" if self.in_task else "leave",
-            # A try that was asked to end (an evicted pod) cancelled the job; this try was started to run it.
-            retry_cancelled=retry_cancelled or self.in_task,
+            on_cancel="cancel" if self.in_task and self.cancel_on_kill else "leave",
+            # A try that was asked to end (an evicted pod) cancelled the job; this try was started to run it. What a
+            # person cancelled stays so.
+            retry_cancelled=OF_A_TRY if self.in_task else retry_cancelled,
+            # A try in a task's own process goes on nowhere else.
+            of_try=None if self.in_task else of_try,
             on_superseded=self.on_superseded,
             accept_changed_sql=True,
             slot_timeout=self.slot_timeout,
@@ -250,12 +270,22 @@ class JobTrigger(ServerTrigger):
         async with self.launcher() as launcher:
             await self.cancel(launcher, self.identities(), f"the Airflow task is {state or 'gone'}")
 
-    async def cancel(self, launcher: Launcher, jobs: Iterable[Mapping[str, Any]], reason: str) -> None:
-        """Cancel jobs side by side, and write to the log how each ended."""
+    async def cancel(
+        self, launcher: Launcher, jobs: Iterable[Mapping[str, Any]], reason: str, **why: Unpack[Why]
+    ) -> None:
+        """Cancel jobs side by side, and write to the log how each ended.
+
+        Parameters
+        ----------
+        reason:
+            For people.
+        why:
+            What decides who may take the cancel back, as :meth:`pgbg_orchestration.Launcher.cancel` takes it.
+        """
         jobs = list(jobs)
         ends = await asyncio.gather(
             *(
-                launcher.cancel(job["id"], owner=job.get("owner"), series=job.get("series"), reason=reason)
+                launcher.cancel(job["id"], owner=job.get("owner"), series=job.get("series"), reason=reason, **why)
                 for job in jobs
             ),
             return_exceptions=True,

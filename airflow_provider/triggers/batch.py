@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pgbg_orchestration.errors import PgbgError
 
 
+STOPPED = "another job of the batch failed"
+"""Why the rest of a batch is cancelled, for people; what decides is the cause."""
+
+
 class PgBackgroundBatchTrigger(JobTrigger):
     """Runs the jobs of a batch and fires one event with the end of each.
 
@@ -72,13 +76,19 @@ class PgBackgroundBatchTrigger(JobTrigger):
 
         async def run_one(arguments: dict[str, Any]) -> dict[str, Any]:
             from pgbg_orchestration.errors import JobCancelled, PgbgError
+            from pgbg_orchestration.outcome import Cause
 
             async with turns:
                 try:
                     if self.fail_fast and failed.is_set():
-                        raise JobCancelled(events.STOPPED, job_id=arguments["id"], label=arguments["label"])
-                    stopped = self.fail_fast and self.try_number > 1 and await self._was_stopped(launcher, arguments)
-                    return events.of_outcome(await self.run_job(launcher, arguments, retry_cancelled=stopped))
+                        raise JobCancelled(
+                            STOPPED, cause=Cause.FAILED_BESIDE, job_id=arguments["id"], label=arguments["label"]
+                        )
+                    # What an earlier try stopped is run; what this very one stopped, elsewhere, stays so.
+                    outcome = await self.run_job(
+                        launcher, arguments, retry_cancelled={Cause.FAILED_BESIDE}, of_try=str(self.try_number)
+                    )
+                    return events.of_outcome(outcome)
                 except PgbgError as error:
                     self.log.error("%s", error)  # noqa: TRY400 - the error says all
                     failed.set()
@@ -94,21 +104,20 @@ class PgBackgroundBatchTrigger(JobTrigger):
             await asyncio.gather(stopping, *tasks.values(), return_exceptions=True)
         return {"jobs": {name: task.result() for name, task in tasks.items()}}
 
-    async def _was_stopped(self, launcher: Launcher, arguments: dict[str, Any]) -> bool:
-        """Say whether an earlier try stopped this job because of another one."""
-        seen = await launcher.look(arguments["id"], owner=arguments.get("owner"), series=arguments["series"])
-        return bool(seen.reason and seen.reason.startswith(events.STOPPED) and seen.reason != self._reason)
-
     async def _stop_rest(
         self, launcher: Launcher, failed: asyncio.Event, tasks: Mapping[str, asyncio.Task[dict[str, Any]]]
     ) -> None:
+        from pgbg_orchestration.outcome import Cause
+
         if not self.fail_fast:
             return
         await failed.wait()
         rest = [name for name, task in tasks.items() if not task.done()]
         self.log.info("A job failed: cancelling %s.", ", ".join(rest) or "none, all others have ended")
-        await self.cancel(launcher, [self.jobs[name] for name in rest], self._reason)
-
-    @property
-    def _reason(self) -> str:
-        return f"{events.STOPPED} (try {self.try_number})"
+        await self.cancel(
+            launcher,
+            [self.jobs[name] for name in rest],
+            f"{STOPPED} (try {self.try_number})",
+            cause=Cause.FAILED_BESIDE,
+            of_try=str(self.try_number),
+        )

@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dagster_resource.steps.batch import TERMINATED, Member, can_be_found, cancel_jobs
-from dagster_resource.steps.driving import Talk
+from dagster_resource.steps.driving import tell
+from pgbg_orchestration import Cause
+from pgbg_orchestration.driver import Talk
 from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
 from pgbg_orchestration.outcome import Outcome
 
@@ -72,7 +74,7 @@ class Submission:
                     # A worker is left here and cancelled afterwards, when it is known what the interruption was.
                     on_cancel="leave" if can_be_found(self._chosen) or self._keep_on_interrupt else "cancel",
                     retry_cancelled=lift,
-                    observer=talk.event,
+                    observer=lambda event: tell(talk, event),
                     **self._options,
                 )
             )
@@ -88,7 +90,7 @@ class Submission:
         if self._chosen is None or not can_be_found(self._chosen):
             return  # nothing was launched, or it has ended with its session
         async with self._connect() as launcher:
-            await cancel_jobs(launcher, [self._chosen], talk, TERMINATED)
+            await cancel_jobs(launcher, [self._chosen], talk, Cause.INTERRUPTED, TERMINATED)
 
 
 async def _until_at_work(launcher: Launcher, job: Job, running: asyncio.Future[Outcome]) -> None:

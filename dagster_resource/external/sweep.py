@@ -21,7 +21,8 @@ from .reports import asking_for
 
 if TYPE_CHECKING:
     from dagster_resource.resource import PgBackgroundResource
-    from pgbg_orchestration.ledger.history import JobEntry
+    from pgbg_orchestration import Cause
+from pgbg_orchestration.ledger.history import JobEntry
 
 
 def build_pg_background_sweep_sensors(
@@ -103,7 +104,9 @@ async def _sweep(pg: PgBackgroundResource, run_ids: set[str]) -> list[str]:
         mine = [entry for entry in entries if _run_of(entry) in run_ids and not _is_external(entry, pg.namespace)]
         ends = await asyncio.gather(
             *(
-                launcher.cancel(entry.job_id, owner=entry.owner, series=entry.series, reason=RUN_IS_GONE)
+                launcher.cancel(
+                    entry.job_id, owner=entry.owner, series=entry.series, reason=RUN_IS_GONE, cause=Cause.RUN_GONE
+                )
                 for entry in mine
             ),
             return_exceptions=True,

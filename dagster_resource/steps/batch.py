@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pgbg_orchestration import Job, Kind
+from pgbg_orchestration.driver import Talk
 from pgbg_orchestration.errors import PgbgError
-from pgbg_orchestration.outcome import Outcome
+from pgbg_orchestration.outcome import OF_A_TRY, Cause, Outcome
 
-from .driving import Talk
+from .driving import tell
 from .sql import Sql
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 FAILED_BESIDE = "dagster: another job of the step failed"
 TERMINATED = "dagster: the run is being terminated"
 RUN_IS_GONE = "dagster: its run is gone"
-# Marks of ours that ended a try, and not the work: whoever is let to try it again takes them back. A cancel of a
-# person's stays.
-OF_A_TRY = (FAILED_BESIDE, TERMINATED, RUN_IS_GONE)
+"""Reasons for people; what decides is the cause that goes with each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +50,17 @@ class Member:
         assert self.job.id is not None  # a Job gives itself one
         return self.job.id
 
-    async def choose(self, launcher: Launcher) -> tuple[Job, bool]:
-        """Return the job to run, and whether to run it though it was cancelled before."""
+    async def choose(self, launcher: Launcher) -> tuple[Job, bool | Collection[Cause]]:
+        """Return the job to run, and for which causes it is run though it was cancelled before."""
         if not can_be_found(self.job):
             return self.job, False
-        seen = await launcher.look(self.job_id, owner=self.job.owner, series=self.job.series)
         if self.anew is not None:
+            seen = await launcher.look(self.job_id, owner=self.job.owner, series=self.job.series)
             if seen.newest is not None and seen.generation is not None and seen.newest > seen.generation:
                 return self.anew, False  # it is too old to be taken up again, and a person wants it
             return self.job, True
-        return self.job, seen.reason in OF_A_TRY
+        # Whoever is let to try it again takes back what ended a try. A cancel of a person's stays.
+        return self.job, OF_A_TRY
 
 
 @dataclass
@@ -107,14 +107,14 @@ class Batch:
                     await self._wait_for(tasks)
                     if any(not task.done() for task in tasks):
                         await _stop(tasks)
-                        await self._cancel_workers(launcher, talk, FAILED_BESIDE)
+                        await self._cancel_workers(launcher, talk, Cause.FAILED_BESIDE, FAILED_BESIDE)
                 except Exception:
                     await _stop(tasks)  # before the connections are closed under them
                     raise
             except asyncio.CancelledError:  # whatever it was that the step was interrupted in
                 await _stop(tasks)
                 if talk.cancel_workers:
-                    await self._cancel_workers(launcher, talk, TERMINATED)
+                    await self._cancel_workers(launcher, talk, Cause.INTERRUPTED, TERMINATED)
                 raise
 
     async def _wait_for(self, tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -135,22 +135,25 @@ class Batch:
                     # A worker is left here and cancelled afterwards, when it is known what the interruption was.
                     on_cancel="leave" if can_be_found(job) or self.keep_on_interrupt else "cancel",
                     retry_cancelled=lift,
-                    observer=talk.event,
+                    observer=lambda event: tell(talk, event),
                     **self.options,
                 )
             except PgbgError as error:
                 self.errors.append(error)
             self._under_way.pop(member.name, None)
 
-    async def _cancel_workers(self, launcher: Launcher, talk: Talk, reason: str) -> None:
+    async def _cancel_workers(self, launcher: Launcher, talk: Talk, cause: Cause, reason: str) -> None:
         """Cancel, for good, what was under way and can be found by its receipt."""
-        await cancel_jobs(launcher, [job for job in self._under_way.values() if can_be_found(job)], talk, reason)
+        await cancel_jobs(launcher, [job for job in self._under_way.values() if can_be_found(job)], talk, cause, reason)
 
 
-async def cancel_jobs(launcher: Launcher, jobs: Sequence[Job], talk: Talk, reason: str) -> None:
+async def cancel_jobs(launcher: Launcher, jobs: Sequence[Job], talk: Talk, cause: Cause, reason: str) -> None:
     """Cancel jobs for good, and say in the step's log how each of them ended."""
     ends = await asyncio.gather(
-        *(launcher.cancel(job.id or "", owner=job.owner, series=job.series, reason=reason) for job in jobs),
+        *(
+            launcher.cancel(job.id or "", owner=job.owner, series=job.series, cause=cause, reason=reason)
+            for job in jobs
+        ),
         return_exceptions=True,
     )
     for job, end in zip(jobs, ends, strict=True):

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dagster import DagsterExecutionInterruptedError, DagsterRunStatus
 
+from pgbg_orchestration.driver import Talk
+
 from . import identity
-from .driving import Talk, drive, see_through
+from .driving import drive, see_through
 from .failures import RunTerminated
 
 if TYPE_CHECKING:

@@ -32,9 +32,9 @@ from dagster_resource import (
 from dagster_resource.external.reports import Cursor
 from dagster_resource.external.submission import Submission
 from dagster_resource.steps.batch import Member
-from dagster_resource.steps.driving import Talk
 from dagster_resource.steps.sql import Sql
 from pgbg_orchestration import Job, Launcher, run
+from pgbg_orchestration.driver import Talk
 from tests.conftest import Database
 
 pytestmark = [pytest.mark.servers("real"), pytest.mark.filterwarnings("ignore:.*currently in (beta|preview).*")]

@@ -1,0 +1,207 @@
+"""From blocking code to the core: one event loop in a thread of its own, which an interruption cannot hit.
+
+Signals' handlers run in the main thread and raise what they like wherever it happens to be (``KeyboardInterrupt``,
+Dagster's interruption, Airflow's timeout), and asyncio and psycopg do not expect that: raised among their callbacks it
+leaves a connection half way, or ends up in a task that has nothing to do with it. So the thread that calls does nothing
+but wait and write the log, and whatever interrupts it becomes a cancel of the work, which is then waited for: nothing
+is left half done, and how the work ended is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+TICK = 0.5
+"""Seconds; signals wake the waiting thread at once, this only bounds how late it looks about."""
+
+
+@dataclass(slots=True)
+class Talk:
+    """What the event loop's thread and the waiting thread say to one another."""
+
+    notes: queue.SimpleQueue[tuple[int, str] | None] = field(default_factory=queue.SimpleQueue)
+    """Lines for the log, each with a level of :mod:`logging`; None wakes the waiting thread."""
+    cancel_workers: bool = True
+    """Set before the work is cancelled: whether its workers are to end too, or to go on."""
+
+    def note(self, level: int, message: str) -> None:
+        """Have the waiting thread write a line."""
+        self.notes.put((level, message))
+
+
+def cancel_at_once(_interruption: BaseException) -> float:
+    """Stop the work with the first interruption: what :meth:`Driver.run` does when nothing else is said."""
+    return 0.0
+
+
+class Driver(Generic[T]):
+    """Runs a coroutine in an event loop of its own, for a thread that waits for it.
+
+    Parameters
+    ----------
+    work:
+        Makes the coroutine, in the loop's thread and with the caller's context variables. When it is cancelled it looks
+        at ``Talk.cancel_workers``. Every wait of it after that must have a bound.
+    """
+
+    def __init__(self, work: Callable[[Talk], Coroutine[Any, Any, T]]) -> None:
+        self.talk = Talk()
+        self.ended = threading.Event()
+        self._work = work
+        self._lock = threading.RLock()  # a signal's handler may stop what its thread is just stopping
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[T] | None = None
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        # A daemon: a thread that hangs must not keep the process from ending.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run,), name="pgbg jobs", daemon=True)
+
+    def run(
+        self,
+        *,
+        log: Callable[[int, str], None] | None = None,
+        look: Callable[[], None] | None = None,
+        interval: float = math.inf,
+        on_interrupt: Callable[[BaseException], float] = cancel_at_once,
+    ) -> T:
+        """Do the work and return what it returns.
+
+        Parameters
+        ----------
+        log:
+            Writes one line, with a level of :mod:`logging`, in the calling thread.
+        look:
+            Called every ``interval`` seconds in the calling thread; what it raises interrupts.
+        interval:
+            Seconds.
+        on_interrupt:
+            Told what interrupted; returns for how many seconds the work may still end by itself before it is stopped.
+            May set ``talk.cancel_workers``.
+
+        Raises
+        ------
+        BaseException
+            Whatever the work raises; or what interrupted it, once the work has ended after it was stopped.
+        """
+        try:
+            self._thread.start()
+            look_at = time.monotonic() + interval
+            while not self.ended.is_set():
+                self._write(log, patience=TICK)
+                if look is not None and time.monotonic() >= look_at:
+                    look()
+                    look_at = time.monotonic() + interval
+        except BaseException as interruption:
+            if self._finish(interruption, on_interrupt):
+                self._write(log)
+                raise
+        self._write(log)
+        return self.result()
+
+    def see_through(self, *, log: Callable[[int, str], None] | None = None) -> T:
+        """Do the work to its end, however often the calling thread is interrupted meanwhile.
+
+        Raises
+        ------
+        BaseException
+            Whatever the work raises.
+        """
+        started = False
+        while not self.ended.is_set():
+            try:
+                if not started:
+                    started = True
+                    self._thread.start()
+                self.ended.wait(TICK)
+            except BaseException:  # noqa: BLE001, S112 - an interruption: the work is bounded, and is waited for
+                continue
+        self._write(log)
+        return self.result()
+
+    def stop(self) -> None:
+        """Cancel the work, once; also when it has not begun, and when it has ended. Safe in a signal's handler."""
+        with self._lock:
+            if self._stopping:
+                return
+            self._stopping = True
+            if self._thread.ident is None:
+                self.ended.set()
+            elif self._loop is not None and self._task is not None:
+                self._loop.call_soon_threadsafe(self._task.cancel)
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether :meth:`stop` was called."""
+        return self._stopping
+
+    def result(self) -> T:
+        """Return what the work returned, once it has ended.
+
+        Raises
+        ------
+        BaseException
+            Whatever the work raised.
+        """
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]  # there is one when there is no error
+
+    def _finish(self, interruption: BaseException, on_interrupt: Callable[[BaseException], float]) -> bool:
+        """Wait for the interrupted work, however often that is interrupted in turn; says whether it was stopped."""
+        until: float | None = None
+        while not self.ended.is_set():
+            try:
+                if until is None:
+                    until = time.monotonic() + on_interrupt(interruption)
+                if time.monotonic() >= until:
+                    self.stop()
+                self.ended.wait(TICK)
+            except BaseException:  # noqa: BLE001, S112 - interrupted again: every wait of the work's is bounded
+                continue
+        return self._stopping
+
+    def _write(self, log: Callable[[int, str], None] | None, *, patience: float = 0.0) -> None:
+        """Write what is there, waiting for ``patience`` seconds for something to come."""
+        try:
+            note = self.talk.notes.get(timeout=patience) if patience else self.talk.notes.get_nowait()
+            while note is not None:
+                if log is not None:
+                    log(*note)
+                note = self.talk.notes.get_nowait()
+        except queue.Empty:
+            return
+
+    def _run(self) -> None:
+        try:
+            self._result = asyncio.run(self._main())
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            self._error = error
+        finally:
+            self.ended.set()
+            self.talk.notes.put(None)
+
+    async def _main(self) -> T:
+        task = asyncio.ensure_future(self._work(self.talk))
+        with self._lock:
+            self._loop, self._task = asyncio.get_running_loop(), task
+            if self._stopping:
+                task.cancel()
+        try:
+            return await task
+        finally:
+            with self._lock:  # the loop closes now, and a closed one takes no cancel
+                self._loop = None
