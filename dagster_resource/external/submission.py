@@ -12,6 +12,7 @@ from pgbg_orchestration import Cause
 from pgbg_orchestration.driver import Talk
 from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
 from pgbg_orchestration.outcome import Outcome
+from pgbg_orchestration.verdict import Receipt
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Job, Launcher
@@ -115,7 +116,8 @@ async def _stop(running: asyncio.Future[Outcome]) -> None:
 
 
 def _is_at_work(seen: Sighting) -> bool:
-    return seen.holds_this_job or seen.status is not None
+    # A mark of an earlier try is there until this one takes it back; where it does not, the call itself ends.
+    return seen.holds_this_job or seen.receipt not in (Receipt.NONE, Receipt.CANCELLED)
 
 
 async def wait_for(
