@@ -113,7 +113,8 @@ def pg_background_asset_check(
     resource_key:
         Key of the :class:`PgBackgroundResource`.
     expect:
-        ``no_rows``: the query finds what is wrong, so it must return no row. ``true``: it must return true.
+        ``no_rows``: the query finds what is wrong, so it must return no row. ``true``: it must return at least one
+        row, and true in every column of every row.
     severity:
         Of a check that does not hold.
     job:

@@ -62,7 +62,8 @@ class SqlCheck(Model, Resolvable):
     sql: Annotated[str | None, told("The query.")] = None
     sql_file: Annotated[str | None, told("A file with the query, beside defs.yaml.")] = None
     expect: Annotated[
-        Literal["no_rows", "true"], told("What the query must return: no row, or true in each of at least one row.")
+        Literal["no_rows", "true"],
+        told("What the query must return: no row, or true in every column of at least one row."),
     ] = "no_rows"
     blocking: Annotated[bool, told("Whether a failure keeps downstream assets from running.")] = False
     severity: Annotated[Literal["ERROR", "WARN"], told("Of a check that does not hold.")] = "ERROR"

@@ -20,7 +20,7 @@ from .external import submission
 from .steps import identity
 from .steps.batch import Batch, Member
 from .steps.caller import Caller
-from .steps.expectation import Expectation, counting_query
+from .steps.expectation import WHOLE, Expectation, counting_query
 from .steps.failures import PgBackgroundFailure, raise_for
 from .steps.metadata import sql_block
 from .steps.outcome import PgBackgroundOutcome
@@ -234,7 +234,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             One query. It is asked anew each time.
         expect:
             ``no_rows``: the query finds what is wrong, so it must return no row. ``true``: it must return at least one
-            row of one column, and true in each.
+            row, and true in every column of every row.
         name:
             Tells the jobs of one step apart; needed from the second one on.
         severity:
@@ -256,7 +256,8 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         shown = asked.shown
         # An answer that was lost is asked for again, and an old one is no answer: never the same job twice.
         once = uuid.uuid4().hex[:8]
-        counting = Sql(counting_query(asked, expect), asked.parameters, asked.options)
+        options = JobOptions(**{**asked.options, "settings": {**WHOLE, **(asked.options.get("settings") or {})}})
+        counting = Sql(counting_query(asked, expect), asked.parameters, options)
         outcome = self._run_all(context, {name or "": counting}, policy=policy, once=once)[name or ""]
         if outcome.row_count is None:
             raise RetryRequested(max_retries=self.max_retries, seconds_to_wait=0)

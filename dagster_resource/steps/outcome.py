@@ -12,12 +12,10 @@ from pgbg_orchestration.outcome import Outcome
 
 from .identity import Identity
 from .metadata import sql_block
+from .table_size import is_size_of_partition, is_size_of_table
 
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
-
-# Command tags whose count is that of the rows put into a table. UPDATE and DELETE say nothing of its size.
-FILLING = ("INSERT", "CREATE TABLE AS", "COPY", "MERGE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +73,17 @@ class PgBackgroundOutcome(Outcome):
         dict[str, Any]
             ``pgbg/job_id``, ``pgbg/label``, ``pgbg/sql``, ``pgbg/launched``, ``pgbg/proof``, ``pgbg/row_count``,
             ``pgbg/command_tag``, ``pgbg/worker_pid``, ``pgbg/attempt`` and ``pgbg/duration_seconds``; and
-            ``dagster/row_count`` or ``dagster/partition_row_count`` where the last statement filled a table.
+            ``dagster/row_count`` where it is the size of the table that the last statement filled, or
+            ``dagster/partition_row_count`` where that statement put its rows into a table for a single partition.
         """
         metadata: dict[str, Any] = {
             "pgbg/job_id": self.job_id,
             "pgbg/label": self.label,
-            "pgbg/sql": sql_block(self.sql),
             "pgbg/launched": self.launched,
             "pgbg/proof": self.proof,
         }
+        if self.sql:
+            metadata["pgbg/sql"] = sql_block(self.sql)
         known = {
             "pgbg/row_count": self.row_count,
             "pgbg/command_tag": self.command_tag,
@@ -92,11 +92,13 @@ class PgBackgroundOutcome(Outcome):
             "pgbg/duration_seconds": self.duration,
         }
         metadata |= {name: value for name, value in known.items() if value is not None}
-        if self.row_count is not None and (self.command_tag or "").startswith(FILLING):
-            if self.partition is None:
+        last = self.sql, self.command_tag, self.row_count
+        if self.partition is None:
+            if is_size_of_table(*last):
                 metadata["dagster/row_count"] = self.row_count
-            elif not self.is_range:  # a range's materializations would each show the count of all
-                metadata["dagster/partition_row_count"] = self.row_count
+        # A range's materializations would each show the count of all.
+        elif not self.is_range and is_size_of_partition(*last):
+            metadata["dagster/partition_row_count"] = self.row_count
         return metadata
 
     def to_materialize_result(

@@ -218,6 +218,12 @@ class TestChecks:
             ("select null::boolean", "true", False),
             ("select true where false", "true", False),
             ("values (true), (false)", "true", False),
+            ("select true, false", "true", False),
+            ("select true as a, false as a", "true", False),
+            ("select true, null::boolean", "true", False),
+            ("select true, true from generate_series(1, 3)", "true", True),
+            ("select", "true", False),
+            ("with pgbg_answer as (select true) table pgbg_answer", "true", True),
         ],
     )
     def test_query_holds_or_not(self, pg: PgBackgroundResource, query: str, expect: Any, passed: bool) -> None:
@@ -230,6 +236,34 @@ class TestChecks:
 
         run = materialize([checked, holds], resources={"pg": pg})
         assert [check.passed for check in run.get_asset_check_evaluations()] == [passed]
+
+    def test_the_number_of_rows_that_are_wrong(self, pg: PgBackgroundResource) -> None:
+        found = pg.check(None, "select * from generate_series(1, 200000)")
+
+        assert values(found.metadata or {})["pgbg/violations"] == 200_000
+
+    def test_what_is_no_boolean_is_neither_true_nor_false(self, pg: PgBackgroundResource) -> None:
+        with pytest.raises(PgBackgroundFailure, match="a column that is no boolean: total") as caught:
+            pg.check(None, "select true, count(*) as total from generate_series(1, 3)", expect="true")
+        assert caught.value.sqlstate == "22P02"
+
+    @pytest.mark.parametrize("expect", ["no_rows", "true"])
+    def test_a_role_that_may_do_nothing_but_read(
+        self, database: Database, sql: psycopg.Connection[Any], expect: Any
+    ) -> None:
+        sql.execute("drop role if exists dagster_reader")
+        sql.execute("create role dagster_reader login in role pgbackground_role")
+        try:
+            sql.execute("create table t as select true as holds")
+            sql.execute(f'revoke temporary on database "{sql.info.dbname}" from public'.encode())
+            sql.execute("grant select on t to dagster_reader")
+            pg = PgBackgroundResource(conninfo=database.conninfo_as("dagster_reader"))
+
+            found = pg.check(None, "select * from t", expect=expect)
+
+            assert found.passed is (expect == "true")
+        finally:
+            sql.execute("drop owned by dagster_reader; drop role dagster_reader")
 
     def test_resource_in_a_check_of_ones_own(self, pg: PgBackgroundResource) -> None:
         @asset
@@ -458,6 +492,47 @@ def test_partitions_by_key_and_by_range(pg: PgBackgroundResource, sql: psycopg.C
         "dagster/days/2013-01-01",
         "dagster/days/2013-01-02...2013-01-05",
     }
+
+
+MERGE = "merge into filled using (values (7)) as new (n) on filled.n = new.n when not matched then insert"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("create table t as select 1 from generate_series(1, 3)", 3),
+        ("select n into t from generate_series(1, 3) as n", 3),
+        ("with one as (select 1 as n) select n into t from one", 1),
+        ("create materialized view t as select 1 as n", 1),
+        ("refresh materialized view filled_view", 2),
+        ("create table t (n int); insert into t values (1), (2)", 2),
+        ("truncate filled; insert into filled values (1)", 1),
+        ("delete from filled; analyze filled; insert into filled values (1)", 1),
+        ("create temporary table t as select 1", None),
+        ("create table if not exists filled as select 1", None),
+        ("insert into filled values (1)", None),
+        ("delete from filled where n = 1; insert into filled values (1)", None),
+        ("create table t (n int); insert into filled values (1)", None),
+        ("create table t as select 1 as n; insert into t values (1)", None),
+        (f"{MERGE} values (3)", None),
+        (f"{MERGE} values (5); delete from filled where n = 5", None),
+        ("copy filled to '/dev/null'", None),
+        ("update filled set n = 1", None),
+        ("select * from filled", None),
+    ],
+)
+def test_the_size_of_a_table_is_shown_where_the_count_is_that(
+    pg: PgBackgroundResource, sql: psycopg.Connection[Any], text: str, size: int | None
+) -> None:
+    sql.execute("create table filled as select n from generate_series(1, 2) as n")
+    sql.execute("create materialized view filled_view as table filled")
+
+    told = pg.run(None, text).metadata()
+
+    assert told.get("dagster/row_count") == size
+    if size is not None:
+        (table,) = [one for one in ("t", "filled", "filled_view") if f" {one}" in text][:1]
+        assert count(sql, f"select count(*) from {table}") == size
 
 
 # Re-executions --------------------------------------------------------------------------------------------------------
