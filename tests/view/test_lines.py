@@ -12,6 +12,7 @@ from pgbg_orchestration.ledger.board import Blocker, Board, WorkerSeen
 from pgbg_orchestration.ledger.history import JobEntry
 from pgbg_orchestration.view.lines import BY_HAND, Order, arranged, chosen, lines_of, orchestrator_of, wait_of
 from pgbg_orchestration.view.web.data import link_of, of_board
+from pgbg_orchestration.view.web.metrics import exposition
 from pgbg_orchestration.view.words import facts_of, took
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -172,3 +173,27 @@ def test_links(series: str, job_id: str, address: str | None) -> None:
 
     assert link_of(series, job_id, links) == address
     assert link_of(series, job_id, {}) is None
+
+
+def test_what_prometheus_scrapes() -> None:
+    blocker = Blocker(4, None, None, None, None, None)
+    blocked = worker(7, wait_event_type="Lock", wait_event="relation", blocker=blocker)
+    seen = board(
+        job("load/2026-01-01", running_pid=7, seconds=30),
+        job("load/2026-01-02", seconds=10),
+        job("index", "failed", ended_at=NOW),
+        workers=(blocked, worker(8)),
+    )
+
+    numbers = [line for line in exposition(seen).decode().splitlines() if not line.startswith("#")]
+
+    assert numbers == [
+        "pgbg_worker_slots 64.0",
+        "pgbg_worker_slots_used 3.0",
+        'pgbg_jobs{label_prefix="load",state="by hand"} 1.0',
+        'pgbg_jobs{label_prefix="load",state="running"} 2.0',
+        'pgbg_recent_jobs{label_prefix="index",state="failed"} 1.0',
+        'pgbg_longest_seconds{state="running"} 30.0',
+        'pgbg_longest_seconds{state="by hand"} 5.0',
+        "pgbg_blocked_workers 1.0",
+    ]

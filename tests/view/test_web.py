@@ -91,6 +91,7 @@ def test_what_it_tells_of_jobs(db: Watched, client: TestClient) -> None:
     board = client.get("/api/board").json()
     timeline = client.get("/api/timeline?hours=1").json()
     found = client.get("/api/job", params={"owner": "pgbg_app", "id": "j/1"}).json()
+    assert 'pgbg_recent_jobs{label_prefix="<b>facts<",state="committed"} 1.0' in client.get("/metrics").text
 
     assert [(line["label"], line["state"], line["rows"]) for line in board["lines"]] == [
         ("<b>facts</b>", "committed", 1)
@@ -117,7 +118,7 @@ def test_read_only_unless_started_otherwise(client: TestClient) -> None:
 
 def test_whoever_may_not_see_gets_nothing(db: Watched) -> None:
     with TestClient(app_for(db, may_see=refuse, may_cancel=allow)) as client:
-        for path in ("/", "/static/pgbg.js", "/api/board", "/api/timeline", "/api/job?owner=pgbg_app&id=j"):
+        for path in ("/", "/static/pgbg.js", "/api/board", "/api/timeline", "/metrics", "/api/job?owner=pgbg_app&id=j"):
             assert client.get(path).status_code == 401, path
         assert client.post("/api/cancel", json={}, headers={ASKED: "cancel"}).status_code == 401
 

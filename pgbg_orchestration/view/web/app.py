@@ -141,6 +141,12 @@ def build_app(
         found = data.of_board(await (await seen(request)).board(), known_links)
         return JSONResponse({**found, "may_cancel": may_cancel is not None})
 
+    async def scraped(request: Request) -> Response:
+        from . import metrics
+
+        found = await (await seen(request)).board()
+        return Response(metrics.exposition(found), media_type=metrics.CONTENT_TYPE)
+
     async def timeline(request: Request) -> Response:
         source = await seen(request)
         since = datetime.now(UTC) - timedelta(hours=_hours(request))
@@ -183,6 +189,7 @@ def build_app(
         routes=[
             Route("/", page),
             Route("/static/{name}", static),
+            Route("/metrics", scraped),
             Route("/api/board", board),
             Route("/api/timeline", timeline),
             Route("/api/job", job),
