@@ -5,7 +5,8 @@ orchestrator's package turns the :class:`Decision` into its own words (Airflow's
 ``RetryRequested``).
 
 The rules follow the PostgreSQL manual, 13.5 "Serialization Failure Handling" and appendix A "PostgreSQL Error Codes".
-Messages are localised (``lc_messages``) and decide nothing here; codes do.
+Messages are localised (``lc_messages``) and decide nothing here; codes do, and the names that an error carries. The one
+text that is looked at is an internal message, which PostgreSQL does not translate: see :data:`DDL_MET_DDL`.
 """
 
 from __future__ import annotations
@@ -197,7 +198,10 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "08007": _look("how the transaction ended is unknown, so only its receipt can tell"),
         "40003": _look("whether the statement completed is unknown, so only its receipt can tell"),
         # Ended on purpose, or by a limit.
-        "57014": _fail("the query was cancelled by a timeout or by somebody; a retry of it has to be asked for"),
+        "57014": _fail(
+            "the query was ended by a timeout, or by somebody's cancel or pg_terminate_backend, which a worker reports "
+            "alike; a retry of it has to be asked for"
+        ),
         "25P03": _fail("the session was idle in a transaction for too long"),
         "25P04": _fail("transaction_timeout passed; a retry of it has to be asked for"),
         "25006": _backoff("the server is read only, as after a failover to a standby; try on a new connection"),
@@ -205,6 +209,16 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "57P04": _fail("the database was dropped"),
         "08P01": _fail("the protocol was violated"),
         "55000": _fail(f"an object is not in the state that this needs; {_SAME_AGAIN}"),
+        "25001": _fail("this cannot run in a transaction that holds anything else: run it alone, as kind='supervised'"),
+        "25P01": _fail(f"this needs a transaction of its own kind; {_SAME_AGAIN}"),
+        "25P02": _fail("an earlier error had broken the transaction, and the SQL went on all the same; see that error"),
+        "2D": _fail("the SQL commits where it may not: run it alone, as kind='supervised'"),
+        # A foreign server: HV is SQL/MED's class, which foreign data wrappers raise.
+        "HV00N": _backoff("a foreign server could not be reached"),
+        "HV001": _backoff("a foreign data wrapper was out of memory", max_tries=3),
+        "HV": _fail(f"a foreign data wrapper refused; {_SAME_AGAIN}"),
+        "38": _fail(f"a function in another language failed; {_SAME_AGAIN}"),
+        "39": _fail(f"a function in another language was called wrongly; {_SAME_AGAIN}"),
         "0A": _fail(f"the server does not support this; {_SAME_AGAIN}"),
         "22": _fail(f"the data does not fit; {_SAME_AGAIN}"),
         "23": _fail(f"a constraint is violated; {_SAME_AGAIN}"),
@@ -239,10 +253,20 @@ RULES_BY_ORIGIN: Final[Mapping[Origin, Mapping[str, Rule]]] = MappingProxyType(
             "57014": _look("a query of ours was cancelled, which says nothing of the job"),
             "25P03": _look("a session of ours was idle in a transaction for too long, which says nothing of the job"),
             "25P04": _look("a transaction of ours took too long, which says nothing of the job"),
+            "25P02": _look("a transaction of ours was broken, which says nothing of the job"),
         },
     }
 )
 """Where a code means something else than :data:`RULES` says, by where the error came from."""
+
+DDL_MET_DDL: Final = _soon("it met other DDL on the same object of the catalog, and passes at the next try")
+"""What to do when two sessions changed the catalog at once: XX000 "tuple concurrently updated" or "… deleted", and a
+duplicate key (23505) in an index of the schema pg_catalog, as of two CREATE … IF NOT EXISTS. Rules of one's own for
+these codes come first. pg_background 1.x tells no names, and redacted errors no messages: there RULES hold."""
+
+_CATALOG: Final = "pg_catalog"
+# Of simple_heap_update, simple_heap_delete and heap_inplace_lock in PostgreSQL's heapam.c, by elog: never translated.
+_CONCURRENTLY: Final = frozenset({"tuple concurrently updated", "tuple concurrently deleted"})
 
 _LAUNCHED_NOTHING: Final = frozenset({"53000", "53400", "53100"})
 """The only codes of a failed launch call that prove that it launched nothing."""
@@ -400,12 +424,16 @@ class RetryPolicy:
             return error, self._rule_of(error, origin or Origin.JOB), origin or Origin.JOB
         if isinstance(error, ErrorFields):
             where = origin or Origin.JOB
-            return error.sqlstate, self._rule_of(error.sqlstate, where), where
+            return error.sqlstate, self._rule_of_fields(error, where), where
         if isinstance(error, errors.WorkerError):
             # The runner has looked by now and found no receipt: a PB code here was raised by the job's own SQL, and
             # what that means only its author knows.
             raised_by_user = error.sqlstate is not None and error.sqlstate.startswith("PB")
-            return error.sqlstate, None if raised_by_user else self._rule_of(error.sqlstate, Origin.JOB), Origin.JOB
+            return (
+                error.sqlstate,
+                None if raised_by_user else self._rule_of_fields(error.fields, Origin.JOB),
+                Origin.JOB,
+            )
         if isinstance(error, errors.PgbgError):
             return self._own_rule(error, origin)
         where = origin or Origin.CONNECTION
@@ -428,6 +456,11 @@ class RetryPolicy:
             return sqlstate, self._rule_of(sqlstate, where), where
         return sqlstate, _match(self.overrides, sqlstate) or own.rule, where
 
+    def _rule_of_fields(self, fields: ErrorFields, origin: Origin) -> Rule | None:
+        if _is_ddl_met_ddl(fields):
+            return _match(self.overrides, fields.sqlstate) or DDL_MET_DDL
+        return self._rule_of(fields.sqlstate, origin)
+
     def _rule_of(self, sqlstate: str | None, origin: Origin) -> Rule | None:
         """Return the first rule that matches: the user's, then the origin's, then the defaults."""
         tables = (self.overrides, RULES_BY_ORIGIN[origin], RULES)
@@ -438,6 +471,12 @@ def _match(table: Mapping[str, Rule], sqlstate: str | None) -> Rule | None:
     if not sqlstate:
         return None
     return table.get(sqlstate) or table.get(sqlstate[:2])
+
+
+def _is_ddl_met_ddl(fields: ErrorFields) -> bool:
+    if fields.sqlstate == "XX000":
+        return fields.message in _CONCURRENTLY
+    return fields.sqlstate == "23505" and fields.schema_name == _CATALOG and fields.constraint_name is not None
 
 
 def _commit_unknown(sqlstate: str | None, origin: Origin) -> bool:
@@ -477,6 +516,7 @@ def _name_of(error: BaseException | ErrorFields | str) -> str:
 
 __all__ = [
     "ATTACH",
+    "DDL_MET_DDL",
     "DEFAULT",
     "FAIL",
     "RETRY",

@@ -49,8 +49,9 @@ def failed(
         todo = "Run it again to have it launched again."
     if fields.sqlstate == CANCELED:
         todo = (
-            "Nobody asked this job to end: look for a statement_timeout or pg_background.worker_timeout in force, or "
-            "somebody's pg_cancel_backend."
+            "Nobody asked this job to end. A statement_timeout or pg_background.worker_timeout in force ends SQL so, a "
+            "timeout that the SQL gives itself (PostgreSQL 19's WAIT FOR), and somebody's pg_cancel_backend or "
+            "pg_terminate_backend: a worker reports both alike."
         )
     elif fields.sqlstate in ("2D000", "25001"):
         todo = "SQL that commits by itself or cannot run in a transaction block runs alone, as kind='supervised'."

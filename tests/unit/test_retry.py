@@ -108,9 +108,46 @@ ROWS = [
     ("PB003", LAUNCH, FAIL, False, True),
     # the orchestrator's own default
     ("58P01", JOB, DEFAULT, False, True),
-    ("25001", JOB, DEFAULT, False, True),
-    ("HV000", JOB, DEFAULT, False, True),
+    ("2F005", JOB, DEFAULT, False, True),
+    # of foreign servers, and of other languages
+    ("HV00N", JOB, RETRY, False, True),
+    ("HV001", JOB, RETRY, False, True),
+    ("HV000", JOB, FAIL, False, True),
+    ("HV00R", JOB, FAIL, False, True),
+    ("38000", JOB, FAIL, False, True),
+    ("38001", JOB, FAIL, False, True),
+    ("39P01", JOB, FAIL, False, True),
+    # of transactions
+    ("25001", JOB, FAIL, False, True),
+    ("25P01", JOB, FAIL, False, True),
+    ("25P02", JOB, FAIL, False, True),
+    ("25P02", CONNECTION, RETRY, True, True),
+    ("2D000", JOB, FAIL, False, True),
 ]
+
+CATALOG_KEY = {"schema_name": "pg_catalog", "table_name": "pg_class", "constraint_name": "pg_class_relname_nsp_index"}
+DDL_ROWS = [
+    (ErrorFields("XX000", "tuple concurrently updated"), RETRY),
+    (ErrorFields("XX000", "tuple concurrently deleted"), RETRY),
+    (ErrorFields("XX000", "cache lookup failed for relation 1"), FAIL),
+    (ErrorFields("XX000", "(withheld: redact_details)"), FAIL),
+    (ErrorFields("XX001", "tuple concurrently updated"), FAIL),
+    (ErrorFields("23505", "in any language", **CATALOG_KEY), RETRY),
+    (ErrorFields("23505", "in any language", **CATALOG_KEY).redacted(), RETRY),
+    (ErrorFields("23505", "in any language", **{**CATALOG_KEY, "schema_name": "public"}), FAIL),
+    (ErrorFields("23505", "in any language"), FAIL),
+    (ErrorFields("23503", "in any language", **CATALOG_KEY), FAIL),
+]
+
+
+@pytest.mark.parametrize(("fields", "action"), DDL_ROWS)
+def test_ddl_that_meets_ddl(fields: ErrorFields, action: Action) -> None:
+    error = errors.WorkerError("the worker failed", fields=fields, job_id="j")
+    assert policy().decide(fields).action is action
+    assert policy().decide(error).action is action
+    assert policy().decide(error, 6).action is FAIL, "a few times"
+    of_ones_own = Rule(FAIL if action is RETRY else RETRY, "mine")
+    assert policy({str(fields.sqlstate): of_ones_own}).decide(error).action is of_ones_own.action
 
 
 @pytest.mark.parametrize(("sqlstate", "origin", "action", "look_first", "uses_attempt"), ROWS)
