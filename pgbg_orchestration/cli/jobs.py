@@ -18,10 +18,11 @@ from pgbg_orchestration.job import Kind
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.ledger import readiness
 from pgbg_orchestration.ledger.history import STATES, JobEntry
+from pgbg_orchestration.wording import duration
 
 from .codes import ExitCode
 from .options import Dsn, Json, Owner, Schema, seconds_option
-from .screen import Stop, ago, duration, err, out, plain, print_json, reporting
+from .screen import Stop, ago, err, out, plain, print_json, reporting
 
 ROOMY = 110  # columns of a terminal that shows the columns which matter less
 RETRY_HORIZON = 7 * 86400.0  # seconds; see docs/cli.md

@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperCommand
 
+from pgbg_orchestration import wording
 from pgbg_orchestration.errors import JobCancelled, ServerUnreachable, WorkerError
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.launcher import Launcher
@@ -23,7 +24,7 @@ from pgbg_orchestration.verdict import CANCELED
 from .codes import ExitCode
 from .interrupts import Interrupts
 from .options import Dsn, Json, Owner, Schema, pairs, seconds_option
-from .screen import Stop, duration, out, plain, print_json, reporting
+from .screen import Stop, out, plain, print_json, reporting
 from .watching import Watch
 
 _COMMENT = re.compile(r"--[^=\s]*\s")
@@ -270,19 +271,13 @@ def _decided(job: Job, watch: Watch) -> Outcome:
 
 
 def _show(outcome: Outcome) -> None:
-    rows = None if outcome.row_count is None else f"{outcome.row_count:,} row{'' if outcome.row_count == 1 else 's'}"
-    took = None
-    if outcome.started_at and outcome.finished_at:
-        took = duration((outcome.finished_at - outcome.started_at).total_seconds())
     parts = [
-        outcome.command_tag,
-        rows,
-        took,
-        f"worker {outcome.worker_pid}" if outcome.worker_pid else None,
-        f"attempt {outcome.attempt}" if outcome.attempt else None,
+        *wording.summary(outcome),
+        *([f"worker {outcome.worker_pid}"] if outcome.worker_pid else []),
+        *([f"attempt {outcome.attempt}"] if outcome.attempt else []),
     ]
     out.print(Text.assemble(("✓ committed  ", "bold green"), (plain(outcome.label), "bold")), soft_wrap=True)
-    out.print(Text("  " + " · ".join(part for part in parts if part)), soft_wrap=True)
+    out.print(Text("  " + " · ".join(parts)), soft_wrap=True)
     if outcome.job_id != outcome.label:
         out.print(Text(f"  id {plain(outcome.job_id)}", "dim"), soft_wrap=True)
     if not outcome.launched:

@@ -172,17 +172,6 @@ def _shown(char: str, keep_lines: bool) -> str:
     return "·" if unicodedata.category(char).startswith("C") else char
 
 
-def duration(seconds: float) -> str:
-    """Return a duration as people write it, such as ``12 ms``, ``3.4 s``, ``4:05 min`` or ``2:03:10 h``."""
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
-
-
 def ago(moment: datetime | None) -> str:
     """Return how long ago a moment was, in one unit."""
     if moment is None:

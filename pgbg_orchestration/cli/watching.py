@@ -17,8 +17,9 @@ from rich.text import Text
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Job
 from pgbg_orchestration.outcome import Event, EventKind, Outcome
+from pgbg_orchestration.wording import duration
 
-from .screen import duration, err, plain
+from .screen import err, plain
 
 _STATES = {
     EventKind.WAITING_FOR_SLOT: "waiting for a slot",

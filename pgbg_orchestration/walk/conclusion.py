@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import psycopg
 
-from pgbg_orchestration import pace
+from pgbg_orchestration import pace, wording
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.ledger import Ledger
@@ -76,9 +76,9 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
         outcome = await _with_receipt(case, ledger, seen, launched=own)
     if own:
         await record(case, ledger, "committed", outcome=outcome)
-    rows = f", {outcome.row_count} rows" if outcome.row_count is not None else ""
+    what = ", ".join(wording.summary(outcome)) or "done"
     how = "" if outcome.launched else " by an earlier or another launch"
-    case.tell(EventKind.COMMITTED, f"committed{how}: {outcome.command_tag or 'done'}{rows}", pid=outcome.worker_pid)
+    case.tell(EventKind.COMMITTED, f"committed{how}: {what}", pid=outcome.worker_pid)
     return outcome
 
 

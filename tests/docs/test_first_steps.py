@@ -107,31 +107,44 @@ def dagster(reader: Reader, tmp_path: Path) -> Reader:
     return reader
 
 
-def python_of_the_readme(beginning: str) -> str:
-    (found,) = [s.text for s in snippets.of(README) if s.language == "python" and beginning in s.text]
+def of_the_readme(language: str, beginning: str) -> str:
+    (found,) = [s.text for s in snippets.of(README) if s.language == language and beginning in s.text]
     return found
+
+
+def prepare_as_the_readme_says(reader: Reader) -> None:
+    """Its login, with what the README grants and nothing else."""
+    install(reader.server.conninfo(reader.database), create_extension=True)
+    reader.sql(of_the_readme("sql", "grant").replace("create role etl login;", ""))  # made for all tests of this file
+
+
+def at(reader: Reader, text: str) -> str:
+    """The README's commands, for the server that is here."""
+    given = conninfo_to_dict(reader.server.conninfo())
+    url = f"@{quote(str(given['host']), safe='')}:{given['port']}/{reader.database}"
+    assert "@localhost/flights" in text or "host=localhost dbname=flights" in text
+    return text.replace("@localhost/flights", url).replace(
+        "host=localhost dbname=flights", f"host={given['host']} port={given['port']} dbname={reader.database}"
+    )
 
 
 @pytest.mark.airflow
 def test_airflow_of_the_readme(airflow: Reader, airflow_home: Path) -> None:
     """The DAG as it stands, run by Airflow's own ``dag.test()``; real processes are for tests/airflow."""
-    install(airflow.server.conninfo(airflow.database), create_extension=True)
-    (airflow_home / "dags" / "delays.py").write_text(python_of_the_readme("PgBackgroundOperator"))
-    conn = f"postgres://postgres@{quote(airflow.socket, safe='')}/{airflow.database}"
-    airflow.environment["AIRFLOW_CONN_POSTGRES_DEFAULT"] = conn
+    prepare_as_the_readme_says(airflow)
+    (airflow_home / "dags" / "delays.py").write_text(of_the_readme("python", "PgBackgroundOperator"))
 
-    airflow.shell("airflow dags test delays")
+    airflow.shell(at(airflow, of_the_readme("sh", "airflow dags test")))
 
     assert airflow.jobs() == [("delays.facts", "committed"), ("delays.index", "committed")]
 
 
 @pytest.mark.dagster
 def test_dagster_of_the_readme(dagster: Reader, tmp_path: Path) -> None:
-    install(dagster.server.conninfo(dagster.database), create_extension=True)
-    (tmp_path / "facts.py").write_text(python_of_the_readme("PgBackgroundResource"))
-    dagster.environment["FLIGHTS_CONNINFO"] = dagster.server.conninfo(dagster.database)
+    prepare_as_the_readme_says(dagster)
+    (tmp_path / "facts.py").write_text(of_the_readme("python", "PgBackgroundResource"))
 
-    dagster.shell(f"dagster asset materialize --select '*' -f {tmp_path / 'facts.py'}")
+    dagster.shell(f"cd {tmp_path}\n{at(dagster, of_the_readme('sh', 'dagster asset materialize'))}")
 
     assert dagster.jobs() == [("facts", "committed")]
 

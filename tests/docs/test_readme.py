@@ -81,7 +81,9 @@ def test_every_block_is_run_here() -> None:
         ("sh", "first steps"),
         ("sh", "pgbg server start"),
         ("python", "PgBackgroundOperator"),
+        ("sh", "airflow dags test"),
         ("python", "PgBackgroundResource"),
+        ("sh", "dagster asset materialize"),
     ]
 
     assert [block(language, beginning) for language, beginning in known] == SNIPPETS
@@ -125,7 +127,6 @@ def test_what_is_installed_is_called_so() -> None:
 def test_quick_start(server: EmbeddedServer, environment: dict[str, str]) -> None:
     with server.connect() as connection:
         connection.execute("drop role if exists etl")
-        connection.execute("create role etl login")
     for command in block("sh", "pgbg install --print").commands:
         shell(command, environment)
     with server.connect(DATABASE) as connection:

@@ -205,6 +205,7 @@ class TestExports:
         assert sorted(retry.__all__) == [
             "ATTACH",
             "Action",
+            "DDL_MET_DDL",
             "DEFAULT",
             "Decision",
             "FAIL",

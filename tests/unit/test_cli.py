@@ -19,8 +19,9 @@ from pgbg_orchestration import errors
 from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import AFTERWARDS, MEANINGS, ExitCode, code_for
 from pgbg_orchestration.cli.options import _seconds, _seconds_with_unit, pairs
-from pgbg_orchestration.cli.screen import ago, duration, plain
+from pgbg_orchestration.cli.screen import ago, plain
 from pgbg_orchestration.ledger import install
+from pgbg_orchestration.wording import duration
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = ("run", "jobs", "cancel", "prune", "doctor", "install", "uninstall", "server")
