@@ -150,13 +150,37 @@ class Extension:
         row = await self._texts_of(conn, "error_info", names, handle)
         return ErrorFields(**row) if row and row["sqlstate"] else None
 
-    async def progress(self, conn: AsyncConnection[Any], handle: Handle) -> Progress | None:
-        """Return what the worker's SQL reported of its progress, or None."""
-        row = await self._texts_of(conn, "get_progress", ("progress_msg",), handle, "progress_pct")
-        return Progress(row["progress_pct"], row["progress_msg"]) if row and row["progress_pct"] is not None else None
+    async def progress(self, conn: AsyncConnection[Any], handles: Sequence[Handle]) -> dict[Handle, Progress]:
+        """Return what the SQL of workers reported of its progress; nothing where none, or the handle is not known."""
+        # As bytes, since the message is cut without a look at its characters.
+        raw = conn.info.parameter_status("server_encoding") in ("UTF8", "SQL_ASCII")
+        message = "pg_catalog.convert_to(r.progress_msg, pg_catalog.getdatabaseencoding())" if raw else "r.progress_msg"
+        query = sql.SQL(
+            "select h.pid, h.cookie, r.progress_pct, {message}"
+            " from unnest(%s::int4[], %s::int8[]) as h (pid, cookie) cross join lateral {f}(h.pid, h.cookie) as r"
+            " where r.progress_pct is not null"
+        ).format(message=sql.SQL(message), f=self.name("get_progress"))
+        try:
+            cursor = await conn.cursor(row_factory=tuple_row).execute(
+                query, ([h.pid for h in handles], [h.cookie for h in handles])
+            )
+            return {
+                Handle(pid, cookie): Progress(
+                    percent, told.decode(errors="backslashreplace") if isinstance(told, bytes) else told
+                )
+                for pid, cookie, percent, told in await cursor.fetchall()
+            }
+        except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState, errors.InsufficientPrivilege):
+            # One bad handle fails the whole query: ask for each alone.
+            if len(handles) <= 1:
+                return {}
+        found: dict[Handle, Progress] = {}
+        for handle in handles:
+            found |= await self.progress(conn, [handle])
+        return found
 
     async def _texts_of(
-        self, conn: AsyncConnection[Any], function: str, names: Sequence[str], handle: Handle, *others: str
+        self, conn: AsyncConnection[Any], function: str, names: Sequence[str], handle: Handle
     ) -> dict[str, Any] | None:
         """Return columns of what a function says of a handle, or None where the handle is not known any more.
 
@@ -169,7 +193,7 @@ class Extension:
                 sql.Identifier(name)
             )
             for name in names
-        ] + [sql.Identifier(name) for name in others]
+        ]
         query = sql.SQL("select {} from {}(%s, %s)").format(sql.SQL(", ").join(columns), self.name(function))
         try:
             cursor = await conn.cursor(row_factory=dict_row).execute(query, handle)

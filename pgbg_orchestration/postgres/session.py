@@ -61,7 +61,7 @@ class MayBeLaunched(Exception):
         self.error = error
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Worker:
     """A worker that this process launched: its handle, and the future of how it ended.
 
@@ -73,7 +73,6 @@ class Worker:
     launched_at: float  # seconds of the event loop's clock
     ended: asyncio.Future[ResultInfo | None]
     poll_interval: float | None = None  # the longest time between two polls; None for the usual one
-    progress: Progress | None = None
 
     @property
     def gone(self) -> bool:
@@ -329,9 +328,18 @@ class LaunchingSession:
         """Return the error of a worker; None without one, or with this session lost."""
         return await self._ask(lambda: self.extension.error_info(self._conn, handle)) if not self.lost else None
 
-    async def look_at_progress(self, worker: Worker) -> Progress | None:
-        """Return what the worker's SQL last reported, or None."""
-        return await self._ask(lambda: self.extension.progress(self._conn, worker.handle)) if not self.lost else None
+    @property
+    def is_busy(self) -> bool:
+        """Whether the session is being asked something, or reads a result: another question would wait."""
+        return self.lost or self._turn.locked()
+
+    async def look_at_progress(self, workers: Sequence[Worker]) -> dict[Worker, Progress]:
+        """Return what the SQL of these workers last reported, by one query; nothing of one that reported none."""
+        handles = {worker.handle: worker for worker in workers}
+        if self.lost:
+            return {}
+        found = await self._ask(lambda: self.extension.progress(self._conn, [*handles]))
+        return {handles[handle]: progress for handle, progress in (found or {}).items()}
 
     async def describe(self, text: str, settings: Mapping[str, str]) -> sql.Composable | None:
         """Return the column definition list of a statement's result, None without one; nothing is run.

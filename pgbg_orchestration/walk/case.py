@@ -142,6 +142,8 @@ class Case:
         Of the kinds without a receipt: the session of its own, how the statement's result is read, when its worker was
         last seen (on the event loop's clock), what verify_sql said, and of which claim: its attempt, and whether its
         worker might begin.
+    worker_pid:
+        The process that runs the job's SQL, as the last look saw it.
     """
 
     work: Work
@@ -168,7 +170,14 @@ class Case:
     last_marked: float = 0.0
     verified: bool | None = None
     verified_of: tuple[int | None, bool] | None = None
+    worker_pid: int | None = None
     told: set[str] = field(default_factory=set)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a worker of the job may be at work, as far as this call knows."""
+        worker = self.launch.worker
+        return (worker is not None and not worker.ended.done()) or self.attached_since is not None
 
     @property
     def attempt(self) -> int:

@@ -68,6 +68,9 @@ async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[
     case.first_look = case.first_look or seen
     _check_digest(case, seen)
     holder = seen.holder(case.generation(seen))
+    case.worker_pid = seen.marked_pid
+    if case.worker_pid is None and seen.holds_this_job and case.work.kind is not Kind.SUPERVISED:
+        case.worker_pid = seen.holder_pid
     recorded = False
     if holder is not Holder.NOBODY:
         case.rejections = 0
@@ -168,6 +171,7 @@ def _failed_since(seen: Sighting, since: datetime) -> bool:
 
 async def _from_marker(case: Case, ledger: Ledger, evidence: Evidence) -> Evidence:
     marked = await ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
+    case.worker_pid = marked.pid if marked else None
     if marked is not None:
         case.last_marked = asyncio.get_running_loop().time()
     blocked = marked is not None and marked.wait_event in BLOCKED

@@ -21,6 +21,7 @@ from pgbg_orchestration.postgres.session import LaunchingSession, Worker
 from pgbg_orchestration.postgres.slots import SlotQueue
 from pgbg_orchestration.statements import index_builds
 
+from .onlooker import Onlooker
 from .work import Work, bind
 
 logger = logging.getLogger("pgbg_orchestration")
@@ -48,9 +49,11 @@ class Host:
         self._pairs: asyncio.Semaphore | None = None
         self._sessions: list[LaunchingSession] = []
         self._opening = asyncio.Lock()
+        self.onlooker = Onlooker(self.ledger)
 
     async def close(self) -> None:
         """Close all connections. Workers go on."""
+        await self.onlooker.close()
         sessions, self._sessions = self._sessions, []
         for session in sessions:
             await session.close()

@@ -23,7 +23,7 @@ from pgbg_orchestration.outcome import OF_A_TRY, Cause, EventKind, Outcome
 from pgbg_orchestration.postgres import describe, markers
 from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
 from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.session import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp, Worker
+from pgbg_orchestration.postgres.session import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OUTCOMES, REFUSED, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
@@ -67,6 +67,7 @@ class Run:
     async def outcome(self) -> Outcome:
         """Follow the job; when the caller goes away, cancel it or leave it at work, as the caller chose."""
         following = self._loop.create_task(self._follow())
+        self._host.onlooker.watch(self._case)
         try:
             return await asyncio.shield(following)
         except asyncio.CancelledError:
@@ -77,6 +78,7 @@ class Run:
             await _to_its_end(self._close())
 
     async def _close(self) -> None:
+        self._host.onlooker.leave(self._case)
         await self._case.launch.stop_reading()
         if self._case.paired:
             self._host.pairs.release()
@@ -310,7 +312,6 @@ class Run:
             return
         if worker is not None and not worker.ended.done():
             age = self._loop.time() - worker.launched_at
-            await self._look_at_progress(worker, age)
             pause = pace.look(age, self._case.options.poll_interval)
             await asyncio.wait({worker.ended}, timeout=self._case.bounded(pause))
             return
@@ -318,15 +319,6 @@ class Run:
             message = "attached to the worker that already runs this job"
             self._case.tell_once(EventKind.ATTACHED, message, pid=seen.holder_pid)
         await self._sleep()
-
-    async def _look_at_progress(self, worker: Worker, age: float) -> None:
-        if self._case.options.observer is None or age < pace.LOOK_SOONEST or worker.session.stalled:
-            return
-        progress = await worker.session.look_at_progress(worker)
-        if progress is not None and progress != worker.progress:
-            worker.progress = progress
-            text = f"{progress.percent} % {progress.message or ''}".strip()
-            self._case.tell(EventKind.PROGRESS, text, percent=progress.percent)
 
     async def _wait_for_series(self, seen: Sighting) -> None:
         if seen.holder(self._case.generation(seen)) is Holder.STRANGER and self._waited() > pace.STRANGER:

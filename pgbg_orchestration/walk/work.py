@@ -56,6 +56,11 @@ class Work:
         return self.kind is not Kind.SESSION
 
     @property
+    def is_marked(self) -> bool:
+        """Whether its worker bears the marker: it holds no lock."""
+        return self.kind is not Kind.RECEIPT
+
+    @property
     def verify_sql(self) -> str | None:
         """What tells whether the work is done: the job's own query, or one of the catalog."""
         return self.job.verify_sql or index_builds.verify_sql(self.statements, tuple(self.job.settings or ()))

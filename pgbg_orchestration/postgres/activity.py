@@ -1,0 +1,168 @@
+"""What the server shows of workers at work: how far a command is, what it waits for, and who is in the way.
+
+Everything is read in one query for all workers, from ``pg_stat_activity`` and the ``pg_stat_progress_*`` views
+(PostgreSQL manual, 27.4 "Progress Reporting"). What the login may not see comes as None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import AsyncConnection, sql
+from psycopg.rows import dict_row
+
+# Of two views that tell of one command the first counts: since 19 "cluster" is another name of "repack".
+VIEWS = ("repack", "create_index", "vacuum", "analyze", "cluster", "copy")
+
+# What a phase counts, by words of its name: done, and of how many. The first that fits and has a total. The counters
+# of an earlier phase stay, so each is asked for by its phase.
+COUNTERS: Mapping[str, Sequence[tuple[str, str, str]]] = {
+    "create_index": (
+        ("waiting for", "lockers_done", "lockers_total"),
+        ("loading tuples", "tuples_done", "tuples_total"),
+        ("scanning", "blocks_done", "blocks_total"),
+        ("", "partitions_done", "partitions_total"),
+    ),
+    "vacuum": (
+        ("vacuuming heap", "heap_blks_vacuumed", "heap_blks_total"),
+        ("indexes", "indexes_processed", "indexes_total"),
+        ("scanning heap", "heap_blks_scanned", "heap_blks_total"),
+    ),
+    "analyze": (
+        ("extended statistics", "ext_stats_computed", "ext_stats_total"),
+        ("", "sample_blks_scanned", "sample_blks_total"),
+        ("", "child_tables_done", "child_tables_total"),
+    ),
+    "cluster": (("scanning heap", "heap_blks_scanned", "heap_blks_total"),),
+    "repack": (("scanning heap", "heap_blks_scanned", "heap_blks_total"),),
+    "copy": (("", "bytes_processed", "bytes_total"),),
+}
+
+_LOOK = """
+    select a.pid, a.application_name, a.wait_event_type, a.wait_event,
+        case when a.wait_event_type = 'Lock' then (
+            select pg_catalog.max(extract(epoch from pg_catalog.clock_timestamp() - l.waitstart))::float8
+            from pg_catalog.pg_locks as l where l.pid = a.pid and not l.granted) end as waited,
+        case when a.wait_event_type = 'Lock' then (
+            select pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+                'pid', b.pid, 'user_name', x.usename, 'application', x.application_name, 'state', x.state,
+                'query', pg_catalog.left(pg_catalog.regexp_replace(x.query, '\\s+', ' ', 'g'), 100),
+                'seconds', extract(epoch from pg_catalog.clock_timestamp() - x.xact_start)::float8))
+            from pg_catalog.unnest(pg_catalog.pg_blocking_pids(a.pid)) as b (pid)
+            left join pg_catalog.pg_stat_activity as x on x.pid = b.pid) end as blockers,
+        (select pg_catalog.jsonb_object_agg(c.command, c.counters) from ({commands}) as c) as commands
+    from pg_catalog.pg_stat_activity as a
+    where (a.pid = any(%(pids)s) or a.application_name = any(%(names)s))
+        and a.datname = pg_catalog.current_database()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """A session that holds the lock that a worker waits for, or stands before it in the queue.
+
+    A pid of 0 is a prepared transaction. ``seconds``: how long its transaction is open.
+    """
+
+    pid: int
+    user_name: str | None = None
+    application: str | None = None
+    state: str | None = None
+    query: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command that reports its progress: its name, its phase, and how much of the phase is done."""
+
+    name: str
+    phase: str | None
+    done: int | None = None
+    total: int | None = None
+
+    @property
+    def percent(self) -> int | None:
+        """How much of the phase is done; None where it counts nothing."""
+        if not self.total or self.done is None:
+            return None
+        return min(100 * self.done // self.total, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What one worker is at. ``waited`` is in seconds."""
+
+    pid: int
+    name: str | None
+    wait_event_type: str | None
+    wait_event: str | None
+    waited: float | None
+    blockers: tuple[Blocker, ...]
+    command: Command | None
+
+
+async def views_of(conn: AsyncConnection[Any]) -> tuple[str, ...]:
+    """Return which of the progress views this server has."""
+    cursor = await conn.execute(
+        "select n from pg_catalog.unnest(%s::text[]) with ordinality as v (n, number)"
+        " where pg_catalog.to_regclass('pg_catalog.pg_stat_progress_' || n) is not null order by number",
+        ([*VIEWS],),
+    )
+    return tuple(name for (name,) in await cursor.fetchall())
+
+
+async def look(
+    conn: AsyncConnection[Any], views: Sequence[str], pids: Sequence[int], names: Sequence[str] = ()
+) -> list[Activity]:
+    """Return what workers are at, by one query.
+
+    Parameters
+    ----------
+    conn:
+        A connection to their database.
+    views:
+        As :func:`views_of` returns them.
+    pids, names:
+        Their process ids, and the ``application_name`` of those whose process id is not known.
+
+    Raises
+    ------
+    psycopg.Error
+        The server refuses.
+    """
+    commands = sql.SQL(" union all ").join(
+        sql.SQL(
+            "select {}::text as command, pg_catalog.to_jsonb(p) as counters from {} as p where p.pid = a.pid"
+        ).format(sql.Literal(view), sql.Identifier("pg_catalog", f"pg_stat_progress_{view}"))
+        for view in views
+    )
+    query = sql.SQL(_LOOK).format(commands=commands)
+    cursor = await conn.cursor(row_factory=dict_row).execute(query, {"pids": [*pids], "names": [*names]})
+    return [_activity(row) for row in await cursor.fetchall()]
+
+
+def _activity(row: Mapping[str, Any]) -> Activity:
+    commands = row["commands"] or {}
+    name = next((view for view in VIEWS if view in commands), None)
+    return Activity(
+        pid=row["pid"],
+        name=row["application_name"],
+        wait_event_type=row["wait_event_type"],
+        wait_event=row["wait_event"],
+        waited=row["waited"],
+        blockers=tuple(Blocker(**blocker) for blocker in row["blockers"] or ()),
+        command=None if name is None else command_of(name, commands[name]),
+    )
+
+
+def command_of(view: str, counters: Mapping[str, Any]) -> Command:
+    """Return what a row of ``pg_stat_progress_<view>`` says."""
+    name = str(counters.get("command") or view.replace("_", " ")).upper()
+    phase = counters.get("phase")
+    for word, done, total in COUNTERS[view]:
+        if word in (phase or "") and counters.get(total):
+            return Command(name, phase, counters.get(done), counters[total])
+    return Command(name, phase)

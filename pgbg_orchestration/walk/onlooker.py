@@ -1,0 +1,246 @@
+"""How far the jobs of one process are, told to those who watch them: one query a tick for all of them.
+
+What is told of a job is the first of these that there is: what its own SQL reports
+(``pg_background_report_progress``), the command that the server shows the progress of, and whom it waits for. A line is
+told when something changes, at a pace that a log can bear.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from pgbg_orchestration import pace
+from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.outcome import EventKind
+from pgbg_orchestration.postgres import activity
+from pgbg_orchestration.postgres.activity import Activity, Blocker
+from pgbg_orchestration.postgres.pg_background import Progress
+from pgbg_orchestration.postgres.session import LaunchingSession, Worker
+
+from .case import Case
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+logger = logging.getLogger("pgbg_orchestration")
+POINTS = 10  # of a hundred, after which a percentage is told again
+AGAIN = 10.0  # seconds after which it is told again, if it moved at all
+STILL = 30.0  # seconds after which it is said again that a job still waits
+NAMED = 3  # blockers that are named
+HIDDEN = "<insufficient privilege>"  # as the server writes for another login's query
+WAITS = {"SyncRep": "a synchronous standby", "BufferPin": "a page that another session holds"}
+
+
+@dataclass(slots=True)
+class Line:
+    """What may be told of a job: ``about`` stays while only numbers move, ``percent`` is one of them."""
+
+    kind: EventKind
+    about: str
+    message: str
+    percent: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Watched:
+    """A job that is watched, and what was told of it last."""
+
+    case: Case
+    since: float
+    told: Line | None = None
+    told_at: float = 0.0
+    began: tuple[str, float, int] | None = None  # what is counted, since when, and how much was done then
+
+    def is_news(self, line: Line, now: float) -> bool:
+        """Say whether to tell a line now: the longer a job runs, the fewer lines."""
+        if self.told is None:
+            return True
+        age, silence = now - self.since, now - self.told_at
+        if silence < pace.SHARE / 2 * age:
+            return False
+        if line.about != self.told.about:
+            return True
+        if line.kind is EventKind.BLOCKED:
+            return silence >= max(STILL, age / 2)
+        if line.percent is None or line.percent == self.told.percent:
+            return False
+        return abs(line.percent - (self.told.percent or 0)) >= POINTS or silence >= max(AGAIN, pace.SHARE * age)
+
+    def seconds_left(self, what: str, done: int, total: int, now: float) -> float | None:
+        """Return an estimate for what is being counted, by how fast it went since it was first seen."""
+        if self.began is None or self.began[0] != what or done < self.began[2]:
+            self.began = (what, now, done)
+        _, since, first = self.began
+        if now - since < pace.LOOK_SOONEST or done <= first:
+            return None
+        return (total - done) * (now - since) / (done - first)
+
+
+class Onlooker:
+    """Looks at the workers of all watched jobs, for as long as there are any.
+
+    Parameters
+    ----------
+    ledger:
+        Over whose connection.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._watched: dict[int, Watched] = {}
+        self._views: Sequence[str] | None = None
+        self._looking: asyncio.Task[None] | None = None
+
+    def watch(self, case: Case) -> None:
+        """Begin to tell of a job, where somebody listens."""
+        if case.options.observer is None:
+            return
+        self._watched[id(case)] = Watched(case, asyncio.get_running_loop().time())
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look_while_watched())
+
+    def leave(self, case: Case) -> None:
+        """Tell no more of a job."""
+        self._watched.pop(id(case), None)
+
+    async def close(self) -> None:
+        """Stop looking."""
+        self._watched.clear()
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait({self._looking})
+
+    async def _look_while_watched(self) -> None:
+        loop = asyncio.get_running_loop()
+        failed = 0
+        while self._watched:
+            now = loop.time()
+            pause = min(pace.look(now - w.since, w.case.options.poll_interval) for w in self._watched.values())
+            await asyncio.sleep(pause)
+            try:
+                await self._look([w for w in self._watched.values() if w.case.is_at_work])
+                failed = 0
+            except (psycopg.Error, OSError, PgbgError) as error:
+                # Nobody's outcome depends on it, and the server may be back, or its privileges, by the next look.
+                failed += 1
+                if failed == 1:
+                    logger.warning("how far jobs are cannot be told now (%s)", error)
+                await asyncio.sleep(pace.backoff(failed))
+
+    async def _look(self, watched: list[Watched]) -> None:
+        if not watched:
+            return
+        reported, seen = await asyncio.gather(self._reported(watched), self._activities(watched))
+        now = asyncio.get_running_loop().time()
+        for one in watched:
+            if id(one.case) not in self._watched:
+                continue  # it has ended meanwhile
+            line = _line(one, reported.get(id(one.case)), seen.get(id(one.case)), now)
+            if line is not None and one.is_news(line, now):
+                one.told, one.told_at = line, now
+                one.case.tell(line.kind, line.message, percent=line.percent, **line.data)
+
+    async def _activities(self, watched: list[Watched]) -> dict[int, Activity]:
+        """Return what the workers are at, by the ``id`` of their cases."""
+        # Two calls may be attached to one worker.
+        by_pid: dict[int, list[int]] = defaultdict(list)
+        by_name: dict[str, list[int]] = defaultdict(list)
+        for one in watched:
+            if one.case.worker_pid is not None:
+                by_pid[one.case.worker_pid].append(id(one.case))
+            elif one.case.work.is_marked:
+                by_name[one.case.work.marker].append(id(one.case))
+        if not by_pid and not by_name:
+            return {}
+        if self._views is None:
+            self._views = await self._ledger.run(activity.views_of)
+        views = self._views
+        found = await self._ledger.run(lambda conn: activity.look(conn, views, [*by_pid], [*by_name]))
+        return {case: one for one in found for case in by_pid.get(one.pid) or by_name.get(one.name or "") or ()}
+
+    async def _reported(self, watched: list[Watched]) -> dict[int, Progress]:
+        """Return what the workers reported of their progress, by the ``id`` of their cases."""
+        by_session: dict[LaunchingSession, dict[Worker, int]] = defaultdict(dict)
+        for one in watched:
+            worker = one.case.launch.worker
+            if worker is not None and not worker.ended.done() and not worker.session.is_busy:
+                by_session[worker.session][worker] = id(one.case)
+        told: dict[int, Progress] = {}
+        for session, workers in by_session.items():
+            for worker, progress in (await session.look_at_progress([*workers])).items():
+                told[workers[worker]] = progress
+        return told
+
+
+def _line(watched: Watched, reported: Progress | None, seen: Activity | None, now: float) -> Line | None:
+    redact = watched.case.work.job.redact_details
+    if seen is not None and seen.blockers:
+        return _blocked(seen, redact=redact)
+    if reported is not None:
+        text = f"{reported.percent} % {reported.message or ''}".strip()
+        return Line(EventKind.PROGRESS, f"reported {reported.message}", text, reported.percent)
+    if seen is None:
+        return None
+    if seen.command is not None:
+        return _command(watched, seen, now)
+    if seen.wait_event in WAITS:
+        text = f"waits for {WAITS[seen.wait_event]} ({seen.wait_event})"
+        return Line(EventKind.BLOCKED, text, text, data={"pid": seen.pid})
+    return None
+
+
+def _command(watched: Watched, seen: Activity, now: float) -> Line:
+    command = seen.command
+    assert command is not None
+    about = ", ".join(part for part in (command.name, command.phase) if part)
+    text = about
+    data: dict[str, Any] = {"command": command.name, "phase": command.phase, "seconds_left": None}
+    if command.percent is not None and command.done is not None and command.total is not None:
+        text = f"{about}: {command.percent} %"
+        left = watched.seconds_left(about, command.done, command.total, now)
+        if left is not None:
+            data["seconds_left"] = round(left)
+            text += f", about {duration(left)} left of this phase"
+    return Line(EventKind.PROGRESS, about, text, command.percent, data)
+
+
+def _blocked(seen: Activity, *, redact: bool) -> Line:
+    waited = "" if seen.waited is None else f" for {duration(seen.waited)}"
+    names = [_blocker(blocker, redact=redact) for blocker in seen.blockers[:NAMED]]
+    more = len(seen.blockers) - NAMED
+    if more > 0:
+        names.append(f"{more} more")
+    about = f"waits for {sorted(blocker.pid for blocker in seen.blockers)}"
+    data = {"pid": seen.pid, "blockers": [blocker.pid for blocker in seen.blockers]}
+    return Line(EventKind.BLOCKED, about, f"its worker waits{waited} for a lock of {'; '.join(names)}", data=data)
+
+
+def _blocker(blocker: Blocker, *, redact: bool) -> str:
+    if blocker.pid == 0:
+        return "a prepared transaction (pg_prepared_xacts names it)"
+    told = [f"user {blocker.user_name}" if blocker.user_name else "", blocker.application or "", blocker.state or ""]
+    if blocker.seconds is not None:
+        told.append(f"in its transaction for {duration(blocker.seconds)}")
+    if blocker.query == HIDDEN:
+        told.append("its query is not visible to this login")
+    named = f"pid {blocker.pid} ({', '.join(part for part in told if part)})"
+    if blocker.query and blocker.query != HIDDEN and not redact:
+        named += f": {blocker.query}"
+    return named
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as a person says it: ``8 s``, ``3 min``, ``2 h 5 min``."""
+    whole = max(round(seconds), 0)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
