@@ -152,7 +152,8 @@ class EventKind(StrEnum):
         return member
 
     WAITING_FOR_SLOT = "waiting_for_slot", "no worker slot is free; it is launched as soon as one is"
-    LAUNCHED = "launched", "its worker was launched (`pid`)"
+    LAUNCHED = "launched", "its worker was launched (`pid`; of a supervised job `at_work` tells it)"
+    AT_WORK = "at_work", "the worker of a supervised job is at work (`pid`)"
     ATTACHED = "attached", "a worker that somebody else launched is at it, and is waited for (`pid`)"
     PROGRESS = "progress", "how far it is: what its SQL reports, or a command that the server tells of (`percent`)"
     BLOCKED = "blocked", "its worker waits for a lock of other sessions (`blockers`), or for a standby"

@@ -57,7 +57,7 @@ class Database:
             return connection.execute(
                 "select pid, application_name, state, wait_event, query from pg_stat_activity where datname = %s"
                 " and (backend_type = 'pg_background'"
-                " or application_name ~ '^(pg_background(:.*)?|pgbg:[0-9a-f]{32})$')",
+                " or application_name ~ '^(pg_background(:.*)?|pgbg:[0-9a-f]{12}:.*)$')",
                 (self.name,),
             ).fetchall()
 

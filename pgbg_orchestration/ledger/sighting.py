@@ -85,6 +85,11 @@ class Sighting:
         return RECEIPTS[self.status]
 
     @property
+    def worker_pid(self) -> int | None:
+        """The process whose cancel ends the SQL, as far as it is seen: never a supervisor."""
+        return self.marked_pid if self.receipt is Receipt.LAUNCHING else self.holder_pid
+
+    @property
     def is_unsupervised(self) -> bool:
         """Whether the receipt is claimed, and nobody of the job is seen at work."""
         return self.receipt is Receipt.LAUNCHING and not self.holds_this_job and self.marked_pid is None

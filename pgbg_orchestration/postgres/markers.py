@@ -1,20 +1,37 @@
-"""Workers without a lock, found by the ``application_name`` that they were launched with."""
+"""Workers without a lock, found by the ``application_name`` that they were launched with.
+
+It is a marker, the same for all runs of one job, and then the job's label for people, as far as there is room.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 from psycopg import AsyncConnection
 from psycopg.rows import dict_row
 
+from pgbg_orchestration.labels import NAME_BYTES, shorten_label
+
 _WHERE = (
     " from pg_catalog.pg_stat_activity as a"
-    " where a.application_name = %s and a.datname = pg_catalog.current_database()"
+    " where pg_catalog.starts_with(a.application_name, %s) and a.datname = pg_catalog.current_database()"
     " and a.pid <> pg_catalog.pg_backend_pid()"
     # Anybody can take any name.
     " and pg_catalog.pg_has_role(a.usesysid, %s, 'MEMBER')"
 )
+
+
+def marker(owner: str, job_id: str) -> str:
+    """Return what the ``application_name`` of a worker without a lock begins with; the schema has the same function."""
+    return f"pgbg:{hashlib.sha256(f'{owner}:{job_id}'.encode()).hexdigest()[:12]}:"
+
+
+def worker_name(owner: str, job_id: str, label: str) -> str:
+    """Return the ``application_name`` of such a worker: its marker, and as much of its label as the server shows."""
+    head = marker(owner, job_id)
+    return head + shorten_label(label, NAME_BYTES - len(head))
 
 
 @dataclass(frozen=True, slots=True)

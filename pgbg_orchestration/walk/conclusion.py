@@ -181,12 +181,14 @@ async def record(
         return
     faults.point("before_record")
     worker, info = case.launch.worker, case.launch.info
+    # A supervisor is not the worker: it wrote down itself who that was.
+    own_pid = worker.handle.pid if worker and case.work.kind is not Kind.SUPERVISED else None
     try:
         await ledger.record(
             case.work.key,
             case.attempt,
             name,
-            worker_pid=outcome.worker_pid if outcome else worker.handle.pid if worker else None,
+            worker_pid=outcome.worker_pid if outcome else own_pid,
             started_at=outcome.started_at if outcome else info.started_at if info else None,
             row_count=outcome.row_count if outcome else None,
             command_tag=outcome.command_tag if outcome else None,

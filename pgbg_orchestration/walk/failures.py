@@ -207,7 +207,7 @@ def statement_refused(work: Work, error: psycopg.Error) -> PgbgError:
 
 def survivor(key: Key, seen: Sighting | None, what: str) -> PgbgError:
     """A worker does not end when it is cancelled."""
-    pid = seen.holder_pid if seen else None
+    pid = seen.worker_pid if seen else None
     return errors.StillRunning(
         f"{what} (pid {pid}) does not end when it is cancelled: its SQL may catch query_canceled",
         worker_pid=pid,
@@ -219,8 +219,8 @@ def survivor(key: Key, seen: Sighting | None, what: str) -> PgbgError:
 def may_not_cancel(key: Key, seen: Sighting) -> PgbgError:
     """A worker of another login's cannot be signalled."""
     return errors.StillRunning(
-        f"this login may not cancel the worker with pid {seen.holder_pid}, which {seen.holder_user!r} launched",
-        worker_pid=seen.holder_pid,
+        f"this login may not cancel the worker with pid {seen.worker_pid}, which {seen.holder_user!r} launched",
+        worker_pid=seen.worker_pid,
         sqlstate="42501",
         todo=f"Cancel it as {seen.holder_user!r}, or grant this login pg_signal_backend.",
         job_id=key.job_id,

@@ -293,7 +293,9 @@ class Run:
         case.stray = case.stray or case.launch.lost
         if worker is not None:
             worker.ended.add_done_callback(lambda _: self._host.slots.freed())
-            case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=worker.handle.pid)
+            # A supervisor's pid is nothing for people: cancelling it is not what they would want.
+            pid = None if case.work.kind is Kind.SUPERVISED else worker.handle.pid
+            case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
 
     def _on_slots_used_up(self, error: SlotsUsedUp) -> None:
         self._case.slot_missing = True
@@ -312,12 +314,14 @@ class Run:
             return
         if worker is not None and not worker.ended.done():
             age = self._loop.time() - worker.launched_at
+            if seen is not None and seen.marked_pid is not None:
+                self._case.tell_once(EventKind.AT_WORK, "its worker is at work", pid=seen.marked_pid)
             pause = pace.look(age, self._case.options.poll_interval)
             await asyncio.wait({worker.ended}, timeout=self._case.bounded(pause))
             return
         if seen is not None and self._case.attached_since is not None:
             message = "attached to the worker that already runs this job"
-            self._case.tell_once(EventKind.ATTACHED, message, pid=seen.holder_pid)
+            self._case.tell_once(EventKind.ATTACHED, message, pid=seen.worker_pid)
         await self._sleep()
 
     async def _wait_for_series(self, seen: Sighting) -> None:
@@ -334,7 +338,7 @@ class Run:
             await self._sleep()
             return
         message = "cancelling the worker of an older generation"
-        self._case.tell_once(EventKind.CANCELLING_OLDER, message, pid=seen.holder_pid)
+        self._case.tell_once(EventKind.CANCELLING_OLDER, message, pid=seen.worker_pid)
         if self._waited() > pace.CANCEL:
             raise failures.survivor(self._case.work.key, seen, "the worker of an older generation")
         await _signal_worker(self._ledger, self._case.work.key, seen, seen.holder_job)
@@ -357,7 +361,7 @@ class Run:
     async def _signal(self, seen: Sighting | None) -> None:
         case = self._case
         faults.point("before_cancel")
-        case.tell_once(EventKind.CANCELLING, "cancelling the worker", pid=seen.holder_pid if seen else None)
+        case.tell_once(EventKind.CANCELLING, "cancelling the worker", pid=seen.worker_pid if seen else None)
         if self._waited() > pace.CANCEL:
             raise failures.survivor(case.work.key, seen, "the worker")
         if case.work.carries_receipt:

@@ -16,8 +16,10 @@ from psycopg import AsyncClientCursor, AsyncConnection, sql
 from pgbg_orchestration import pace, statements
 from pgbg_orchestration.errors import InvalidJob, NoPrivilege
 from pgbg_orchestration.job import Job, Kind
+from pgbg_orchestration.labels import NAME_BYTES, shorten_label
 from pgbg_orchestration.ledger.sighting import SUPERVISES, Key, Registration
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
+from pgbg_orchestration.postgres import markers
 from pgbg_orchestration.postgres.durations import milliseconds
 from pgbg_orchestration.statements import index_builds
 
@@ -67,8 +69,13 @@ class Work:
 
     @property
     def marker(self) -> str:
-        """The ``application_name`` by which a worker without a lock is found: the same for all runs of one id."""
-        return f"pgbg:{hashlib.sha256(f'{self.key.owner}:{self.key.job_id}'.encode()).hexdigest()[:32]}"
+        """What the name of a worker without a lock begins with, and is found by: the same for all runs of one id."""
+        return markers.marker(self.key.owner, self.key.job_id)
+
+    @property
+    def worker_name(self) -> str:
+        """The ``application_name`` of a worker without a lock: its marker, and its label for people."""
+        return markers.worker_name(self.key.owner, self.key.job_id, self.label)
 
     def telling(self, fields: ErrorFields) -> ErrorFields:
         """Return what may be told of a server's error."""
@@ -102,7 +109,7 @@ class Work:
         pairs = [part for name, value in settings.items() for part in (name, value)]
         arguments = (
             self.key.owner, self.key.job_id, self.key.series, registration.generation, self.label, registration.attempt,
-            self.sql_digest, text, self.job.queue_size or 65536, self.job.role,
+            self.sql_digest, text, self.job.queue_size or 65536, self.job.role, self.worker_name,
         )  # fmt: skip
         call = sql.SQL("call {}({}, {}::text[], {}::text[], {})").format(
             sql.Identifier(schema, "supervise"),
@@ -140,7 +147,11 @@ class Work:
         """Return the settings of a launch: those of the work, or of its supervisor; ``defaults`` as in `settings`."""
         if self.kind is not Kind.SUPERVISED:
             return self.settings(seconds_left, defaults)
-        return {**BASE_SETTINGS, **SUPERVISOR_SETTINGS, "application_name": f"{SUPERVISES}{self.label}"[:60]}
+        return {
+            **BASE_SETTINGS,
+            **SUPERVISOR_SETTINGS,
+            "application_name": SUPERVISES + shorten_label(self.label, NAME_BYTES - len(SUPERVISES)),
+        }
 
     def meaning(self) -> dict[str, str]:
         """Return the settings that the meaning of the statements' text may depend on, the role included."""
@@ -172,7 +183,7 @@ class Work:
         if 0 < statement < (milliseconds(clock.get("pg_background.worker_timeout", "0")) or 0):
             settings["pg_background.worker_timeout"] = clock["statement_timeout"]
         if self.kind is Kind.SESSION:
-            settings["application_name"] = self.marker  # without it, nobody could find or cancel the worker
+            settings["application_name"] = self.worker_name  # without it, nobody could find or cancel the worker
         return settings
 
 

@@ -76,7 +76,7 @@ class Stage:
         if plan.effects > 1:
             self._committing.add(plan.name)
         digest = hashlib.sha256(f"{APP}:{plan.name}".encode()).hexdigest()
-        self._markers[f"pgbg:{digest[:32]}"] = plan.name
+        self._markers[f"pgbg:{digest[:12]}:"] = plan.name
 
     def ends(self, plan: Plan) -> None:
         """Nobody waits for it any more."""
@@ -86,7 +86,7 @@ class Stage:
         """The job of a worker, or of the supervisor above it, as far as the name that it bears tells."""
         if application_name.startswith(SUPERVISES):
             return application_name.removeprefix(SUPERVISES)
-        return self._markers.get(application_name)
+        return self._markers.get(application_name[:18])
 
     def lose(self, names: Iterable[str], *, sessions_only: bool = False) -> None:
         """From now on nobody may be able to tell how these jobs end, where they write no receipt of their own.

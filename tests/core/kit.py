@@ -129,6 +129,15 @@ class Watched:
         """The true state of every job, as the view ``pgbg.jobs`` tells it."""
         return {str(job): str(state) for job, state in self.sql("select job_id, state from pgbg.jobs")}
 
+    def let_supervisors_die(self) -> None:
+        """Take from supervisors that they hand a cancel on and go on, so that one can be made to die alone.
+
+        A terminated one is told the same as a cancelled one; SIGKILL would take the whole server.
+        """
+        text: str = self.value("select pg_get_functiondef(oid) from pg_proc where proname = 'supervise'")
+        assert "exception when query_canceled then" in text
+        self.sql(text.replace("exception when query_canceled then", "exception when SQLSTATE 'ZZ000' then"))
+
     def sessions(self, like: str = "%") -> list[tuple[Any, ...]]:
         """Client sessions in this database but the administrator's own: (pid, user, application, state, query)."""
         return self.sql(

@@ -129,6 +129,7 @@ async def test_launcher_that_went_away_is_replaced_by_one_that_attaches(steps: W
 
 @pytest.mark.parametrize("verify_sql", [None, "select count(*) = 20 from effects", "select false"])
 async def test_killed_supervisor_leaves_what_can_be_told(steps: Watched, verify_sql: str | None) -> None:
+    steps.let_supervisors_die()
     job = call(20, verify_sql=verify_sql)
     running = asyncio.create_task(arun(steps.conninfo, job))
     steps.sql("select pg_terminate_backend(%s)", await supervisor(steps))
@@ -171,6 +172,7 @@ async def followed(db: Watched) -> int:
 @pytest.mark.parametrize("verify_sql", [None, "select false"])
 async def test_sql_that_takes_its_marker_off_is_found_by_its_process(steps: Watched, verify_sql: str | None) -> None:
     """Its supervisor's death leaves it running: it is waited for, and nothing is launched beside it."""
+    steps.let_supervisors_die()
     steps.sql(RENAMED)
     running = asyncio.create_task(arun(steps.conninfo, Job("call renamed('j', 80)", id="j", verify_sql=verify_sql)))
     await followed(steps)
@@ -210,6 +212,7 @@ async def test_output_that_nobody_reads(steps: Watched) -> None:
 
 
 async def test_newer_generation_ends_a_worker_whose_supervisor_is_gone(steps: Watched) -> None:
+    steps.let_supervisors_die()
     series = uuid.uuid4().hex
     older = call(1000, id=f"{series}#0", series=series, generation=0)
     first = asyncio.create_task(arun(steps.conninfo, older, on_cancel="leave"))

@@ -221,6 +221,7 @@ async def test_server_restarted(own_db: Callable[..., Watched], work: str, verif
 
 
 async def test_cancel_of_a_job_whose_supervisor_is_gone_says_that_nobody_knows(prepared: Watched) -> None:
+    prepared.let_supervisors_die()
     with held(prepared):
         running = asyncio.create_task(arun(prepared.conninfo, Job(WORKS["call"], id="j")))
         await in_the_middle(prepared)

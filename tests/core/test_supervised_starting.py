@@ -27,6 +27,7 @@ async def worker_that_starts(db: Watched, job: Job) -> AsyncIterator[tuple[async
     Yields the call and the worker's pid; the worker is stopped then, and waits for nothing else.
     """
     db.sql(PROCEDURE)
+    db.let_supervisors_die()
     with contextlib.closing(db.database.connect()) as holder, contextlib.closing(db.database.connect()) as locker:
         # The supervisor waits to claim its receipt, past its own start.
         holder.execute("begin")
@@ -48,7 +49,7 @@ async def worker_that_starts(db: Watched, job: Job) -> AsyncIterator[tuple[async
         [(worker,)] = await eventually(lambda: db.sql(starting), "a worker that starts")
         os.kill(worker, signal.SIGSTOP)
         try:
-            shown = "select count(*) from pg_stat_activity where application_name ~ '^pgbg:[0-9a-f]{32}$'"
+            shown = "select count(*) from pg_stat_activity where application_name ~ '^pgbg:[0-9a-f]{12}:'"
             assert db.value(shown) == 0
             locker.execute("rollback")
             db.terminate([supervisor])

@@ -39,7 +39,8 @@ with job as materialized (
     from job, holder as h
     join pg_catalog.pg_stat_activity as a on a.pid = h.pid
     where {schema}.is_member(a.usesysid, %(owner)s)
-      and coalesce(a.application_name <> job.marker and not starts_with(a.application_name, %(supervises)s), true)
+      and coalesce(not starts_with(a.application_name, job.marker)
+                   and not starts_with(a.application_name, %(supervises)s), true)
     union all
     select w.pid
     from {schema}.supervised(%(owner)s, %(job_id)s) as w (pid)

@@ -104,11 +104,11 @@ create function @schema@.lock_key(p_what text, p_owner text, p_digest bytea) ret
             pg_catalog.sha256(pg_catalog.convert_to('pgbg:' || p_what || ':' || p_owner || ':', 'UTF8') || p_digest), 1, 8
         ), 'hex'))::bit(64)::bigint;
 
--- The application_name by which a worker without a lock is found.
+-- What the application_name of a worker without a lock begins with, and is found by; its label follows.
 create function @schema@.marker(p_owner text, p_job_id text) returns text
     language sql stable strict parallel safe
     return 'pgbg:' || pg_catalog.left(pg_catalog.encode(
-        pg_catalog.sha256(pg_catalog.convert_to(p_owner || ':' || p_job_id, 'UTF8')), 'hex'), 32);
+        pg_catalog.sha256(pg_catalog.convert_to(p_owner || ':' || p_job_id, 'UTF8')), 'hex'), 12) || ':';
 
 -- False too where the owner was dropped. Without a SET clause the planner puts it in place, and many are asked at once.
 create function @schema@.is_member(p_login oid, p_owner text) returns boolean
@@ -128,11 +128,11 @@ create function @schema@.marked(
 as $$
     select a.pid from pg_stat_activity a, @schema@.marker(p_owner, p_job_id) as m (marker)
     where a.datname = current_database() and a.pid is distinct from p_except and (
-        a.application_name = m.marker and @schema@.is_member(a.usesysid, p_owner)
+        starts_with(a.application_name, m.marker) and @schema@.is_member(a.usesysid, p_owner)
         or a.pid = p_pid and a.usename = p_login and exists (
             -- "state" is not for every role to see; who runs a statement holds this lock, and all may see that.
             select from pg_locks l where l.pid = a.pid and l.locktype = 'virtualxid'))
-    order by a.application_name = m.marker desc limit 1
+    order by starts_with(a.application_name, m.marker) desc limit 1
 $$;
 
 -- A text that every client can be sent. In a database of the encoding SQL_ASCII an error's text may hold any bytes, and
@@ -353,11 +353,14 @@ end $$;
 -- snapshot, and CREATE INDEX CONCURRENTLY would wait for it for ever. No EXCEPTION block may stand around a COMMIT.
 --
 -- p_calls: the statements of pg_background that it uses, as the client knows their names: launch, result_info,
--- error_info, result (read to its end: the number of rows, and the last tag or null). p_settings: names and values for the worker, in turn. p_redact_details: keep of an
--- error its code and the names of objects only.
+-- error_info, result (read to its end: the number of rows, and the last tag or null). p_name: the application_name of the
+-- worker, which begins with the marker of its job. p_settings: names and values for the worker, in turn.
+-- p_redact_details: keep of an error its code and the names of objects only.
+--
+-- A cancel of this one is meant for the job: it is handed on to the worker, and the job ends as the worker does.
 create procedure @schema@.supervise(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea,
-    p_sql text, p_queue_size int, p_role text, p_settings text[], p_calls text[], p_redact_details boolean
+    p_sql text, p_queue_size int, p_role text, p_name text, p_settings text[], p_calls text[], p_redact_details boolean
 )
     language plpgsql
 as $$
@@ -375,6 +378,7 @@ declare
     v_read    boolean := false;
     v_ready   boolean := false;
     v_named   boolean := false;
+    v_cancel  boolean := false;
     v_error   text[];
     v_polls   int := 0;  -- bigint % int is no operator of pg_catalog: somebody could make one
     v_name    text := pg_catalog.current_setting('application_name');
@@ -391,7 +395,7 @@ begin
             v_own[i] := pg_catalog.current_setting(p_settings[2 * i - 1], true);
             perform pg_catalog.set_config(p_settings[2 * i - 1], p_settings[2 * i], false);
         end loop;
-        perform pg_catalog.set_config('application_name', v_marker, false);
+        perform pg_catalog.set_config('application_name', p_name, false);
         if p_role is not null then
             perform pg_catalog.set_config('role', p_role, false);
         end if;
@@ -431,15 +435,27 @@ begin
 
     while not v_done loop
         commit;
-        -- At a quick pace first: a supervisor that ends before it saw its worker leaves the job unknown.
-        perform pg_catalog.pg_sleep(case when v_polls < 20 then 0.01 else 0.05 end);
-        execute p_calls[2] into v_rows, v_tag, v_done, v_failed using v_pid, v_cookie;
+        begin
+            -- At a quick pace first: a supervisor that ends before it saw its worker leaves the job unknown.
+            perform pg_catalog.pg_sleep(case when v_polls < 4 then 0.001 when v_polls < 20 then 0.01 else 0.05 end);
+            execute p_calls[2] into v_rows, v_tag, v_done, v_failed using v_pid, v_cookie;
+        exception when query_canceled then
+            v_cancel := true;
+        end;
         v_polls := v_polls + 1;
+        -- Again until it is accepted: a worker that starts does not take it.
+        if v_cancel and not v_done then
+            begin
+                v_cancel := not coalesce(pg_catalog.pg_cancel_backend(@schema@.supervised(p_owner, p_job_id)), false);
+            exception when insufficient_privilege then
+                v_cancel := false;  -- whoever cancelled this one may do more than it may
+            end;
+        end if;
         -- It bears the marker before its first statement, which may take it off.
         if not v_done and not v_named and exists (
             select from pg_catalog.pg_stat_activity a
             where a.pid = v_pid and a.datname = pg_catalog.current_database()
-              and (a.application_name = v_marker or a.state = 'active'))
+              and (pg_catalog.starts_with(a.application_name, v_marker) or a.state = 'active'))
         then
             perform @schema@.follow(p_owner, p_job_id, p_attempt, v_pid);
             v_named := true;
@@ -447,7 +463,7 @@ begin
         -- Nobody reads its output, and it waits for that: read it now.
         exit when v_polls % 20 = 0 and exists (
             select from pg_catalog.pg_stat_activity a
-            where (a.application_name = v_marker or a.pid = v_pid) and a.datname = pg_catalog.current_database()
+            where (pg_catalog.starts_with(a.application_name, v_marker) or a.pid = v_pid) and a.datname = pg_catalog.current_database()
               and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
     end loop;
     if v_failed then
@@ -707,7 +723,9 @@ create function @schema@.record(
 as $$
 begin
     update @schema@.job j set
-        outcome = p_outcome, ended_at = clock_timestamp(), reported_at = p_reported_at, worker_pid = p_worker_pid,
+        outcome = p_outcome, ended_at = clock_timestamp(), reported_at = p_reported_at,
+        -- A launching side knows its supervisor only; that one has written down who its worker was.
+        worker_pid = coalesce(p_worker_pid, j.worker_pid),
         started_at = p_started_at, row_count = p_row_count, command_tag = p_command_tag, sqlstate = p_error[1],
         message = @schema@.sendable(p_error[2]), detail = @schema@.sendable(p_error[3]),
         hint = @schema@.sendable(p_error[4]), context = @schema@.sendable(p_error[5]), schema_name = p_error[6],
@@ -832,13 +850,13 @@ begin
                     when l.pid is not null or j.launched_at > clock_timestamp() - interval '10 s' then 'waiting'
                     when j.kind <> 'receipt' then 'unknown'
                     else 'lost' end,
-               j.attempt, h.pid, j.launched_by, j.registered_at, j.launched_at,
+               j.attempt, w.pid, j.launched_by, j.registered_at, j.launched_at,
                -- A receipt of the work's own transaction (xid) was written at its start.
                case when r.status in ('committed', 'cancelled') and r.xid is null then coalesce(j.ended_at, r.decided_at)
                     else j.ended_at end,
                j.row_count, j.command_tag, j.sqlstate, j.message, j.detail, j.hint, j.context,
                case when r.status = 'cancelled' then r.decided_by end, r.reason,
-               coalesce(h.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at), r.cause
+               coalesce(w.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at), r.cause
         from @schema@.job j
         full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
         -- Anybody can take the lock.
@@ -849,6 +867,10 @@ begin
             select case when r.status = 'launching'
                 then @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by, r.supervisor_pid) end as pid
         ) m
+        -- Of two workers, the one whose cancel ends the SQL and not the one above it.
+        cross join lateral (
+            select case when r.status = 'launching' or j.kind = 'supervised' then m.pid else h.pid end as pid
+        ) w
         -- Not by its start too, which the owner of this schema may not see.
         left join pg_stat_activity l on l.pid = j.launcher_pid
             and l.datid = (select d.oid from pg_database d where d.datname = current_database())
