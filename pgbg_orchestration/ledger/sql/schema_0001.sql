@@ -197,6 +197,21 @@ begin
     end if;
 end $$;
 
+-- Lets whoever listens know, at the commit, that there is something to be read of a job: a hint, which may be lost, and
+-- never a proof. Nobody learns the job's name from it. The setting pgbg.notify turns it off; so does a queue of the
+-- server's that some listener keeps from being emptied: full, it would fail the job.
+create function @schema@.tell(p_owner text, p_job_id text) returns void
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if lower(coalesce(current_setting('pgbg.notify', true), '')) not in ('off', 'false', 'no', '0')
+        and pg_notification_queue_usage() < 0.5
+    then
+        perform pg_notify('pgbg', @schema@.marker(p_owner, p_job_id));
+    end if;
+end $$;
+
 -- In the worker --------------------------------------------------------------------------------------------------
 
 create function @schema@.begin_work(
@@ -240,6 +255,7 @@ begin
         -- Under REPEATABLE READ the row may be invisible; the launching side looks at the receipt in any case.
         raise exception using errcode = 'PB001', message = 'this job has a receipt';
     end;
+    perform @schema@.tell(v_owner, p_job_id);
 end $$;
 
 -- Supervision: a worker that launches another one, for SQL that can carry no receipt -------------------------------
@@ -344,6 +360,7 @@ begin
     if v_found and p_outcome <> 'unlaunched' then
         perform @schema@.record(
             p_owner, p_job_id, p_attempt, p_outcome, p_worker_pid, null, p_row_count, p_command_tag, p_error, null);
+        perform @schema@.tell(v_owner, p_job_id);
     end if;
     return v_found;
 end $$;
@@ -503,10 +520,11 @@ end $$;
 
 -- Registers a launch: the series' newest generation, the job, and one more attempt of it, in one transaction that is
 -- committed before the launch. Writes nothing when the launch must not be: 'reused' (the id stands for other SQL),
--- 'committed' or 'cancelled' (there is a receipt), 'superseded', 'untold' (the same work failed, and nobody was told).
+-- 'committed' or 'cancelled' (there is a receipt), 'superseded', 'untold' (the same work failed, and nobody was told); nor,
+-- with p_only_new, when anything of the job or of its series is known: 'known'. Then there is something to look at first.
 create function @schema@.register(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_kind text, p_sql_digest bytea,
-    p_accept_changed_sql boolean, p_launched_by text,
+    p_accept_changed_sql boolean, p_launched_by text, p_only_new boolean default false,
     out verdict text, out generation bigint, out newest bigint, out attempt int, out sql_changed boolean
 )
     language plpgsql volatile security definer
@@ -545,7 +563,9 @@ begin
     select r.sql_digest, r.status into v_digest, v_status from @schema@.receipt r
         where r.owner = v_owner and r.job_digest = v_job;
     sql_changed := coalesce(coalesce(v_digest, v_known.sql_digest) <> p_sql_digest, false);
-    verdict := case when sql_changed and not p_accept_changed_sql then 'reused'
+    verdict := case when p_only_new and (v_known.job_id is not null or v_status is not null or exists (
+                        select from @schema@.job j where j.owner = v_owner and j.series_digest = v_series)) then 'known'
+                    when sql_changed and not p_accept_changed_sql then 'reused'
                     when v_status is not null then v_status  -- 'launching' too: its outcome is to be found out first
                     when generation < v_newest then 'superseded'
                     when v_known.outcome = 'failed' and v_known.reported_at is null and not sql_changed then 'untold'
@@ -592,19 +612,18 @@ as $$
 #variable_conflict use_column
 declare
     v_owners text[];
-    v_locks  jsonb;
+    v_keys   bigint[];
+    v_pids   int[];
 begin
     perform @schema@.require_read_committed();
     v_owners := array(select @schema@.owner_for(o) from unnest(p_owners) with ordinality as u (o, n) order by n);
-    v_locks := coalesce((
-        select jsonb_agg(jsonb_build_array((l.classid::bigint << 32) | l.objid::bigint, l.pid))
+    select array_agg((l.classid::bigint << 32) | l.objid::bigint), array_agg(l.pid) into v_keys, v_pids
         from pg_locks l
         where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
-          and l.database = (select d.oid from pg_database d where d.datname = current_database())
-    ), '[]');
+          and l.database = (select d.oid from pg_database d where d.datname = current_database());
     return query
         with held as materialized (
-            select (e ->> 0)::bigint as key, (e ->> 1)::int as pid from jsonb_array_elements(v_locks) e
+            select h.key, h.pid from unnest(v_keys, v_pids) as h (key, pid)
         ), wanted as (
             select u.n::int as n, u.o as owner, u.j as job, u.s as given_series
             from unnest(v_owners, p_jobs, p_series) with ordinality as u (o, j, s, n)
@@ -642,6 +661,18 @@ begin
         left join @schema@.series s on s.owner = w.owner and s.series_digest = d.series
         order by w.n;
 end $$;
+
+-- The receipt of a job that committed, by its key alone.
+create function @schema@.committed(
+    p_owner text, p_job_id text, out attempt int, out worker_pid int, out started_at timestamptz
+) returns setof record
+    language sql stable security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+    select r.attempt, r.worker_pid, r.started_at from @schema@.receipt r
+        where r.owner = @schema@.owner_for(p_owner) and r.job_digest = @schema@.digest(p_job_id)
+          and r.status = 'committed'
+$$;
 
 -- Makes a cancel final: after it the job is 'cancelled', or it was 'committed' before. Waits for a worker that is at
 -- work (no longer than lock_timeout, then 55P03): signal it first.
