@@ -25,11 +25,13 @@ class ExitCode(IntEnum):
     NO_SUCH_JOB = 12
     DOCTOR_FAILS = 13
     DOCTOR_WARNS = 14
+    WAITED_IN_VAIN = 15
+    ENDED_OTHERWISE = 16
     INTERRUPTED = 130
 
 
 MEANINGS = {
-    ExitCode.OK: "done; `run`: the job is committed",
+    ExitCode.OK: "done; `run`: the job is committed; `wait`: all that was waited for is so",
     ExitCode.BUG: "a fault of pgbg itself, with a traceback; or libpq is missing",
     ExitCode.REFUSED: "refused: an option, the SQL, or an id of other SQL; nothing was launched",
     ExitCode.FAILED: "the job failed, or its worker was lost",
@@ -41,9 +43,11 @@ MEANINGS = {
     ExitCode.NOT_READY: "the server is not ready: extension, schema, privilege, pooler, read only",
     ExitCode.STILL_RUNNING: "a worker is still at work: it does not end, or its series is held",
     ExitCode.TOO_LATE: "`cancel` came too late: the job is committed",
-    ExitCode.NO_SUCH_JOB: "`cancel`, `jobs --id`: there is no such job",
+    ExitCode.NO_SUCH_JOB: "`cancel`, `wait`, `result`, `jobs --id`: there is no such job, or it has no rows",
     ExitCode.DOCTOR_FAILS: "`doctor` found something that keeps jobs from running",
     ExitCode.DOCTOR_WARNS: "`doctor` found warnings only",
+    ExitCode.WAITED_IN_VAIN: "`wait`: the --timeout passed; the jobs go on",
+    ExitCode.ENDED_OTHERWISE: "`wait --state`: a job is committed, and another state was waited for",
     ExitCode.INTERRUPTED: "interrupted; `run --leave`: the worker goes on",
 }
 

@@ -56,11 +56,18 @@ async def ready_launcher(dsn: str, schema: str) -> AsyncIterator[Launcher]:
         yield launcher
 
 
-def _states(values: list[str] | None) -> list[str]:
+def states(values: list[str] | None, option: str = "--state") -> list[str]:
+    """Return the states that an option names, which comes several times or with commas.
+
+    Raises
+    ------
+    typer.BadParameter
+        One of them is no state.
+    """
     wanted = [state for value in values or () for state in value.split(",")]
     for state in wanted:
         if state not in STATES:
-            raise typer.BadParameter(f"{state!r} is none of {', '.join(STATES)}", param_hint="--state")
+            raise typer.BadParameter(f"{state!r} is none of {', '.join(STATES)}", param_hint=option)
     return wanted
 
 
@@ -82,7 +89,7 @@ def jobs(
     """List the jobs of all sessions with their true state, newest first."""
     with reporting(json):
         found = asyncio.run(
-            _list(dsn or "", schema, _states(state), label=label, series=series, job_id=id_, limit=limit + 1)
+            _list(dsn or "", schema, states(state), label=label, series=series, job_id=id_, limit=limit + 1)
         )
         more, found = len(found) > limit, found[:limit]
         if id_ is not None and not found:
@@ -95,17 +102,18 @@ def jobs(
         elif not found:
             err.print(Text("no jobs", "dim"))
         else:
-            _print_table(found, ids=ids)
+            print_table(found, ids=ids)
             if more:
                 err.print(Text(f"only the newest {limit}: more with --limit", "dim"))
 
 
-async def _list(dsn: str, schema: str, states: Sequence[str] = (), **filters: Any) -> list[JobEntry]:
+async def _list(dsn: str, schema: str, wanted: Sequence[str] = (), **filters: Any) -> list[JobEntry]:
     async with ready_launcher(dsn, schema) as launcher:
-        return await launcher.ledger.jobs(states=states, **filters)
+        return await launcher.ledger.jobs(states=wanted, **filters)
 
 
-def _print_table(entries: list[JobEntry], *, ids: bool) -> None:
+def print_table(entries: Sequence[JobEntry], *, ids: bool) -> None:
+    """Print jobs, a line for each."""
     # Into a pipe or a file goes all of it, however long the lines get; an id is for copying, and is never cut.
     fits = out.is_terminal and not ids
     roomy = not fits or out.width >= ROOMY
@@ -203,8 +211,8 @@ async def _cancel(
     dsn: str, schema: str, job_id: str | None, label: str | None, owner: str | None, reason: str
 ) -> tuple[str, JobEntry]:
     async with ready_launcher(dsn, schema) as launcher:
-        states = () if label is None else NOT_ENDED
-        found = await launcher.ledger.jobs(job_id=job_id, label=label, states=states)
+        of_state = () if label is None else NOT_ENDED
+        found = await launcher.ledger.jobs(job_id=job_id, label=label, states=of_state)
         found = [entry for entry in found if owner in (None, entry.owner)]
         if not found:
             # A mark for an id that was mistyped would cancel nothing, and say that it did.

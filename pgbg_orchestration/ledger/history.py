@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -49,6 +50,48 @@ class JobEntry:
     def of(cls, row: dict[str, Any]) -> JobEntry:
         """Read a row of the ``jobs`` view."""
         return cls(**{**row, "cause": Cause.known(row["cause"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How the jobs of one name (a label, or a series) went, as far as the history reaches.
+
+    Attributes
+    ----------
+    name:
+        The label, or the series.
+    jobs, committed, cancelled, failed:
+        How many there are; how many ended so. Lost and unknown ones count as failed.
+    failures:
+        How often they failed with which SQLSTATE, the most frequent first; ``lost`` and ``unknown`` for those without.
+    median, p95, longest:
+        Seconds that those took which committed; None where none did.
+    earlier_median, later_median:
+        The same of the earlier and of the later half of them.
+    first_at, last_at:
+        When the first and the last of them was launched.
+    """
+
+    name: str
+    jobs: int
+    committed: int
+    cancelled: int
+    failed: int
+    failures: Mapping[str, int]
+    median: float | None
+    p95: float | None
+    longest: float | None
+    earlier_median: float | None
+    later_median: float | None
+    first_at: datetime | None
+    last_at: datetime | None
+
+    @property
+    def trend(self) -> float | None:
+        """By which factor the later half took longer than the earlier one; None for fewer than four that committed."""
+        if self.committed < 4 or not self.earlier_median or self.later_median is None:
+            return None
+        return self.later_median / self.earlier_median
 
 
 def outcome_of(entry: JobEntry) -> Outcome:

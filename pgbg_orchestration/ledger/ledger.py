@@ -12,7 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, sql
@@ -23,7 +23,7 @@ from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
 
 from . import queries
-from .history import JobEntry
+from .history import Durations, JobEntry
 from .line import Line
 from .sighting import SUPERVISES, Key, Registration, Sighting
 
@@ -265,6 +265,34 @@ class Ledger:
             return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
 
         return [JobEntry.of(row) for row in await self._reader.ask(ask)]
+
+    async def durations(
+        self,
+        *,
+        by: Literal["label", "series"] = "label",
+        label: str | None = None,
+        series: str | None = None,
+        since: datetime | None = None,
+        limit: int | None = None,
+    ) -> list[Durations]:
+        """Return how the jobs of each name went that the login may see, the name that was launched last first.
+
+        Parameters
+        ----------
+        by:
+            What the names are.
+        label, series, since:
+            As in :meth:`jobs`.
+        limit:
+            At most so many names.
+        """
+        query = self._query("durations")
+        arguments = {"by": by, "label": _like(label), "series": _like(series), "since": since, "limit": limit}
+
+        async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
+            return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
+
+        return [Durations(**row) for row in await self._reader.ask(ask)]
 
     async def prune(self, older_than: timedelta) -> tuple[int, int]:
         """Forget what ended longer ago; returns how many receipts and how many jobs of the history went.

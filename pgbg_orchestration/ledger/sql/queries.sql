@@ -83,6 +83,46 @@ where (%(states)s::text[] = '{{}}' or j.state = any(%(states)s))
 order by coalesce(j.launched_at, j.ended_at) desc, j.job_id
 limit %(limit)s
 
+-- name: durations
+-- How long the jobs of a name took: those that committed, from the beginning of their work to its end as it is known.
+with job as materialized (
+    select case when %(by)s = 'series' then coalesce(j.series, j.job_id) else coalesce(j.label, j.job_id) end as name,
+           j.state, j.sqlstate, coalesce(j.launched_at, j.ended_at) as at,
+           case when j.state = 'committed' then
+               pg_catalog.date_part('epoch', j.ended_at - coalesce(j.started_at, j.launched_at))
+           end as seconds
+    from {schema}.jobs as j
+    where (%(label)s::text is null or j.label like %(label)s)
+      and (%(series)s::text is null or j.series like %(series)s)
+      and (%(since)s::timestamptz is null or coalesce(j.launched_at, j.ended_at) >= %(since)s)
+),
+half as (
+    select job.*, pg_catalog.ntile(2) over (partition by name, seconds is null order by at) as half from job
+),
+failure as (
+    select name, pg_catalog.json_object_agg(what, number order by number desc, what) as failures
+    from (
+        select name, coalesce(sqlstate, state) as what, pg_catalog.count(*) as number
+        from job where state in ('failed', 'lost', 'unknown') group by 1, 2
+    ) as counted
+    group by 1
+)
+select name, pg_catalog.count(*) as jobs,
+       pg_catalog.count(*) filter (where state = 'committed') as committed,
+       pg_catalog.count(*) filter (where state = 'cancelled') as cancelled,
+       pg_catalog.count(*) filter (where state in ('failed', 'lost', 'unknown')) as failed,
+       coalesce(pg_catalog.max(failure.failures::text)::json, '{{}}') as failures,
+       pg_catalog.percentile_cont(0.5) within group (order by seconds) as median,
+       pg_catalog.percentile_cont(0.95) within group (order by seconds) as p95,
+       pg_catalog.max(seconds) as longest,
+       pg_catalog.percentile_cont(0.5) within group (order by seconds) filter (where half = 1) as earlier_median,
+       pg_catalog.percentile_cont(0.5) within group (order by seconds) filter (where half = 2) as later_median,
+       pg_catalog.min(at) as first_at, pg_catalog.max(at) as last_at
+from half left join failure using (name)
+group by name
+order by last_at desc nulls last, name
+limit %(limit)s
+
 -- name: prune
 select receipts, jobs from {schema}.prune(%s)
 
