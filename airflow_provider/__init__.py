@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
-
-from .compat import refuse_what_cannot_work
 
 __all__ = [
     "PgBackgroundBatchOperator",
@@ -15,7 +14,11 @@ __all__ = [
     "SqlStateRetryPolicy",
 ]
 
-refuse_what_cannot_work()
+if find_spec("airflow") is None:
+    raise ImportError(
+        "airflow_provider needs Apache Airflow, which is not installed here: "
+        "pip install 'pg-background-orchestration[airflow]'"
+    )
 
 # Imported when they are first used, so that a DAG file pays for what it names.
 _LATER = {

@@ -31,7 +31,7 @@ def _has_parts_in_xcom(operator: Any) -> bool:
     if not operator.do_xcom_push:
         return False
     mapped_over = operator.has_dag() and next(operator.iter_mapped_dependants(), None) is not None
-    return bool(operator.multiple_outputs or operator.returns_dag_result or mapped_over)
+    return bool(operator.multiple_outputs or getattr(operator, "returns_dag_result", False) or mapped_over)
 
 
 def _is_extended(operator: Any) -> bool:
@@ -46,7 +46,7 @@ def _is_extended(operator: Any) -> bool:
 
 
 def _is_listened_to() -> bool:
-    from airflow.sdk.listener import get_listener_manager
+    from airflow_provider.compat import get_listener_manager
 
     listening = get_listener_manager().hook.on_task_instance_success.get_hookimpls()
     # Airflow's own example, which is there where `load_examples` is on, only prints.

@@ -6,7 +6,7 @@ import asyncio
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import BaseHook
+from airflow_provider.compat import BaseHook
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection

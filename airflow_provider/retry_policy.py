@@ -5,8 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import RetryPolicy
-from airflow.sdk.definitions.retry_policy import RetryAction, RetryDecision
+from airflow_provider.compat import RetryAction, RetryDecision, RetryPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow.sdk import BaseSensorOperator, conf
+from airflow.sdk import BaseSensorOperator
 
+from .compat import conf, fails_for_good, take_retry_policy
 from .ending import ends_in_trigger
 from .retry_policy import SqlStateRetryPolicy
 from .watching import COMMITTED, ENDED_BADLY, Watch, moment_of
@@ -98,6 +99,7 @@ class PgBackgroundSensor(BaseSensorOperator):
             if not poll_interval > 0:
                 raise ValueError(f"poll_interval must be a number of seconds above 0, not {poll_interval!r}")
             kwargs["poke_interval"] = poll_interval
+        retry_policy = take_retry_policy(kwargs)
         super().__init__(**kwargs)
         if sum(value is not None for value in (job_id, label, worker_pid, worker_label)) != 1:
             raise ValueError("a sensor waits for one thing: give job_id, label, worker_pid or worker_label")
@@ -120,9 +122,10 @@ class PgBackgroundSensor(BaseSensorOperator):
         self.deferrable = deferrable
         self.end_from_trigger = end_from_trigger
         self._watch: Watch | None = None
-        if self.retry_policy is None:
-            self.retry_policy = SqlStateRetryPolicy()
+        if getattr(self, "retry_policy", None) is None:
+            self.retry_policy = retry_policy or SqlStateRetryPolicy()
 
+    @fails_for_good
     def execute(self, context: Context) -> Any:
         """Wait: defer to a trigger, or look here."""
         if self.deferrable:
@@ -178,11 +181,11 @@ class PgBackgroundSensor(BaseSensorOperator):
         since = context["dag_run"].start_date if self.since is None else self.since
         return None if since is None else moment_of(since)
 
+    @fails_for_good
     def execute_complete(self, context: Context, event: dict[str, Any] | None = None) -> Any:
         """Return what was waited for, or raise the error that the trigger met."""
-        from airflow.sdk.exceptions import AirflowSensorTimeout, AirflowSkipException
-
         from . import events
+        from .compat import AirflowSensorTimeout, AirflowSkipException
 
         if event is not None and event.get("status") == events.TIMED_OUT:
             since = self._counts_from(context)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow_provider import events
 from airflow_provider.arguments import job_arguments, label_of
+from airflow_provider.compat import fails_for_good
 
 from .job import PgBackgroundOperator
 
@@ -67,6 +68,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         self.at_once = at_once
         self.fail_fast = fail_fast
 
+    @fails_for_good
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the jobs: defer to a trigger, or wait here."""
         from airflow_provider.identity import identify
@@ -90,6 +92,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         )
         return self._wait_for(context, trigger)
 
+    @fails_for_good
     def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the outcome of each job, or raise the error of the first one that failed."""
         if event is None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, task_decorator_factory
 from airflow.sdk.definitions._internal.types import SET_DURING_EXECUTION
 
+from airflow_provider.compat import fails_for_good
+
 from .job import PgBackgroundOperator
 
 if TYPE_CHECKING:
@@ -51,10 +53,12 @@ class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
             python_callable=python_callable, op_args=op_args, op_kwargs=op_kwargs, sql=SET_DURING_EXECUTION, **kwargs
         )
 
+    @fails_for_good
     def execute(self, context: Context) -> Any:
         """Call the function, and run what it returned."""
-        from airflow.sdk.bases.decorator import determine_kwargs
         from airflow.sdk.definitions.context import context_merge
+
+        from airflow_provider.compat import determine_kwargs
 
         context_merge(context, self.op_kwargs)
         returned = self.python_callable(*self.op_args, **determine_kwargs(self.python_callable, self.op_args, context))

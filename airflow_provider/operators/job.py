@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from airflow.sdk import BaseOperator, conf
+from airflow.sdk import BaseOperator
 
 from airflow_provider.arguments import JOB_FIELDS, job_arguments, not_storable
+from airflow_provider.compat import conf, fails_for_good, take_retry_policy
 from airflow_provider.ending import ends_in_trigger
 from airflow_provider.link import BackgroundJobLink
 from airflow_provider.retry_policy import SqlStateRetryPolicy
@@ -150,6 +151,7 @@ class PgBackgroundOperator(BaseOperator):
         handler: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        retry_policy = take_retry_policy(kwargs)
         super().__init__(**kwargs)
         if handler is not None:
             raise ValueError(
@@ -180,8 +182,8 @@ class PgBackgroundOperator(BaseOperator):
         self.endpoint = endpoint
         self.schema = schema
         self._waiting: Waiting[dict[str, Any]] | None = None
-        if self.retry_policy is None:
-            self.retry_policy = SqlStateRetryPolicy()
+        if getattr(self, "retry_policy", None) is None:
+            self.retry_policy = retry_policy or SqlStateRetryPolicy()
         if start_from_trigger:
             given = self._start_arguments()
             start.check(self, given, durable=durable, possible=self.can_start_from_trigger)
@@ -216,6 +218,7 @@ class PgBackgroundOperator(BaseOperator):
 
     # The two ways of waiting ----------------------------------------------------------------------------------------
 
+    @fails_for_good
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the job: defer to a trigger, or wait here."""
         from airflow_provider.identity import identify
@@ -227,6 +230,7 @@ class PgBackgroundOperator(BaseOperator):
         trigger = PgBackgroundTrigger(job=job, deadline=self._deadline(context), **self._trigger_arguments())
         return self._wait_for(context, trigger)
 
+    @fails_for_good
     def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return what the trigger found, or raise the job's error in its own type."""
         from airflow_provider import events

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from airflow_provider import compat
 from airflow_provider.arguments import LEAD, not_storable
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def check(operator: BaseOperator, given: Mapping[str, Any], *, durable: bool, po
         With the reason, and what to do.
     """
     name = f"{type(operator).__name__} {operator.task_id!r} cannot have start_from_trigger=True"
+    if not compat.HERE.starts_from_triggers:
+        raise ValueError(f"{name}: that needs Airflow 3.3 or newer. {_WITHOUT}")
     if not possible:
         raise ValueError(f"{name}: what it runs is put together on a worker. {_WITHOUT}")
     if getattr(operator, "_BaseOperator__from_mapped", False):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
 from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from airflow_provider import events
+from airflow_provider.compat import HERE
 from airflow_provider.hook import PgBackgroundHook
 
 from .login import Login
@@ -74,6 +75,7 @@ class ServerTrigger(BaseTrigger):
         self.end_task = end_task
         self.do_xcom_push = do_xcom_push
         self._unknown = unknown
+        self._fired = False
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the trigger's class path and arguments."""
@@ -96,6 +98,7 @@ class ServerTrigger(BaseTrigger):
         event = await self._event_of(payload)
         if self.follows_process and not isinstance(event, BaseTaskEndEvent):
             await settle(began)
+        self._fired = True
         yield event
 
     @abstractmethod
@@ -260,6 +263,12 @@ class JobTrigger(ServerTrigger):
         """
         if self.cancel_on_kill:
             await to_its_end(self._cancel_if_ended())
+
+    async def cleanup(self) -> None:
+        """Do what ``on_kill`` does where Airflow does not call it: this is called at every end of a trigger."""
+        await super().cleanup()
+        if not (HERE.calls_on_kill or self._fired):
+            await self.on_kill()
 
     async def _cancel_if_ended(self) -> None:
         state = await state_of(self.task_instance)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
-from airflow.sdk import conf
+from airflow_provider.compat import conf
 
 GOES_ON = ("deferred", "none", "queued", "restarting", "running", "scheduled", "up_for_reschedule", "up_for_retry")
 """States of a task that still wants its job, or whose next try deals with it. In all others a user ended it.

