@@ -1,9 +1,17 @@
-"""What a task's job is made of: the operator's attributes, in a form that Airflow can store."""
+"""What a task's job is made of: the operator's attributes, in a form of our own that travels as one text.
+
+Airflow stores a trigger's arguments by a serialiser that changes some values and cannot read others back (3.3.2: a
+Decimal loses digits, a far date its microseconds; one value that it cannot read ends the triggerer with every trigger
+in it). So it gets nothing of a user's but text: a job as JSON, in which each parameter is an SQL literal.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,21 +29,16 @@ LEAD = timedelta(seconds=5)
 That one ends the trigger where it stands: no ``on_kill``, no outcome of the job's, and its worker left at work.
 """
 
-_STORABLE = ("str", "int", "float", "bool", "NoneType", "datetime", "date", "timedelta", "Decimal", "UUID")
+SMALLEST, LARGEST = -(2**63), 2**63 - 1
+"""The whole numbers that everything which Airflow stores and sends can hold."""
 
 
-def not_storable(value: object) -> str | None:
-    """Return the name of a type in ``value`` that Airflow's trigger arguments cannot hold, or None."""
-    if isinstance(value, Mapping):
-        return next((found for item in value.values() if (found := not_storable(item))), None)
-    if isinstance(value, list | tuple | set):
-        return next((found for item in value if (found := not_storable(item))), None)
-    name = type(value).__name__
-    return None if name in _STORABLE else name
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair: no text in UTF-8."""
 
 
 def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
-    """Return the arguments of a task's job, in a form that Airflow can store.
+    """Return the arguments of a task's job, as :func:`job_of` and :func:`packed` take them.
 
     Parameters
     ----------
@@ -45,15 +48,21 @@ def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
         Which job it is.
     ti:
         What has ``dag_id`` and ``task_id``, for a label where none is given.
+
+    Raises
+    ------
+    InvalidJob
+        A parameter cannot be written as SQL.
     """
+    label = label_of(given, identity, ti)
     return {
         "sql": given.sql if isinstance(given.sql, str) else list(given.sql),
-        "parameters": dict(given.parameters) if isinstance(given.parameters, Mapping) else given.parameters,
+        "literals": literals_of(given.parameters, identity.job_id, label),
         "id": identity.job_id,
         "series": identity.series,
         "generation": identity.generation,
-        "label": label_of(given, identity, ti),
-        "settings": dict(given.settings) if given.settings else None,
+        "label": label,
+        "settings": settings_of(given.settings),
         "role": given.role,
         "isolation": given.isolation,
         "kind": given.kind,
@@ -62,6 +71,110 @@ def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
         "drop_invalid_index": given.drop_invalid_index,
         "redact_details": given.redact_details,
     }
+
+
+def literals_of(parameters: Any, job_id: str | None, label: str | None) -> Any:
+    """Return the SQL literals of a job's parameters, or None where there are none.
+
+    Raises
+    ------
+    InvalidJob
+        One of them cannot be written as SQL, or they are no sequence and no mapping.
+    """
+    from pgbg_orchestration import Job
+    from pgbg_orchestration.postgres import literals
+
+    # The job knows what parameters are.
+    checked = Job("select 1", id=job_id, label=label, parameters=parameters).parameters
+    return None if checked is None else literals.literals_of(checked, job_id=job_id, label=label)
+
+
+def settings_of(given: Any) -> Any:
+    """Return a job's settings as texts, which the job checks."""
+    if not isinstance(given, Mapping):
+        return given or None
+    return {name: _setting(value) for name, value in given.items()} or None
+
+
+def _setting(value: object) -> object:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
+
+
+def job_of(arguments: Mapping[str, Any]) -> Any:
+    """Return the job of these arguments.
+
+    Raises
+    ------
+    InvalidJob
+        It cannot be run.
+    TypeError
+        Another version of this package stored them.
+    """
+    from pgbg_orchestration import Job
+    from pgbg_orchestration.postgres import literals
+
+    named = dict(arguments)
+    texts = named.pop("literals", None)
+    if texts is not None:
+        named["parameters"] = literals.bound(texts)
+    return Job(**named)
+
+
+def packed(name: str, value: Any) -> str:
+    """Return what a trigger carries, as one text.
+
+    Parameters
+    ----------
+    name:
+        What it is, for an error.
+    value:
+        Texts, numbers, booleans, None, and lists and dicts of them.
+
+    Raises
+    ------
+    InvalidJob
+        It does not come back as it is.
+    """
+    from pgbg_orchestration.errors import InvalidJob
+
+    try:
+        text = json.dumps(value)
+        same = unpacked(text) == value
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidJob(f"the {name} of a trigger cannot be stored: {error}") from error
+    if not same:
+        raise InvalidJob(f"the {name} of a trigger cannot be stored: it would come back as something else")
+    return text
+
+
+def unpacked(stored: Any) -> Any:
+    """Return what :func:`packed` was given; a row of a release before it holds the value itself."""
+    return json.loads(stored) if isinstance(stored, str) else stored
+
+
+def moment(stored: datetime | str | None) -> datetime | None:
+    """Return a deadline as it was; triggers carry its text, in which no digit is lost."""
+    return datetime.fromisoformat(stored) if isinstance(stored, str) else stored
+
+
+def not_plain(value: object) -> str | None:
+    """Return what about a value nothing that Airflow stores or sends can hold as it is, or None.
+
+    Texts, booleans, None, finite numbers of 64 bits, and lists of them are plain.
+    """
+    if value is None or type(value) is bool:
+        return None
+    if type(value) is str:
+        return "a text that cannot be stored as UTF-8" if "\0" in value or _HALF.search(value) else None
+    if type(value) is int:
+        return None if SMALLEST <= value <= LARGEST else "a whole number of more than 64 bits"
+    if type(value) is float:
+        return None if math.isfinite(value) else f"{value}"
+    if type(value) is list:
+        return next((found for item in value if (found := not_plain(item))), None)
+    return f"a {type(value).__name__}"
 
 
 def label_of(given: Any, identity: Identity, ti: Any, member: str = "") -> str:

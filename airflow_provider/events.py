@@ -5,7 +5,10 @@ Airflow logs the dict in full and keeps it in its metadata database, so it carri
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
+
+from .arguments import LARGEST, SMALLEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,6 +82,30 @@ def was_stopped(error: PgbgError) -> bool:
     from pgbg_orchestration.outcome import Cause
 
     return isinstance(error, JobCancelled) and error.cause is Cause.FAILED_BESIDE
+
+
+LONGEST = 20_000
+"""Characters that an event keeps of one text: a server's message may be megabytes, and Airflow stores and logs them."""
+
+
+def plain(payload: Any) -> Any:
+    """Return a payload in which everything can be stored, sent and read back by Airflow, whatever a server told.
+
+    A triggerer that cannot send an event ends, with all triggers of all tasks in it.
+    """
+    if isinstance(payload, dict):
+        return {str(plain(name)): plain(value) for name, value in payload.items()}
+    if isinstance(payload, list | tuple):
+        return [plain(value) for value in payload]
+    if payload is None or isinstance(payload, bool):
+        return payload
+    if isinstance(payload, int) and SMALLEST <= payload <= LARGEST:
+        return int(payload)
+    if isinstance(payload, float) and math.isfinite(payload):
+        return float(payload)
+    # NUL is no character of PostgreSQL's texts, which hold Airflow's metadata, and half a surrogate pair none of UTF-8.
+    text = str(payload).replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def watch(_event: Event) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider.compat import BaseHook
@@ -19,8 +18,8 @@ ENDPOINT_EXTRA = "pg_background_endpoint"
 class PgBackgroundHook(BaseHook):
     """Runs jobs on the server of an existing ``postgres`` connection.
 
-    Host, login, password, schema (the database), port and extras mean what they mean to ``PostgresHook``: extras are
-    libpq options, less those that ``PostgresHook`` keeps for itself, and ``"iam": true`` asks it for a token.
+    Host, login, password, schema (the database), port and extras mean what they mean to ``PostgresHook``, which is
+    asked what it would hand to libpq: extras are libpq options that win over the fields, ``"iam": true`` is a token.
 
     Parameters
     ----------
@@ -68,6 +67,17 @@ class PgBackgroundHook(BaseHook):
         """
         return conninfo_of(self.get_connection(self.postgres_conn_id), database=self.database, endpoint=self.endpoint)
 
+    def check(self) -> None:
+        """Refuse a connection that cannot be used, without asking for a token or connecting. Blocks: it asks Airflow.
+
+        Raises
+        ------
+        AirflowNotFoundException, InvalidJob
+            As :meth:`conninfo`.
+        """
+        connection = self.get_connection(self.postgres_conn_id)
+        conninfo_of(connection, database=self.database, endpoint=self.endpoint, with_token=False)
+
     async def aconninfo(self) -> str:
         """Return the libpq connection string, without blocking the event loop.
 
@@ -103,8 +113,21 @@ class PgBackgroundHook(BaseHook):
         return True, f"a background worker (pid {outcome.worker_pid}) ran a job"
 
 
-def conninfo_of(connection: Connection, *, database: str | None = None, endpoint: str | None = None) -> str:
+def conninfo_of(
+    connection: Connection, *, database: str | None = None, endpoint: str | None = None, with_token: bool = True
+) -> str:
     """Return the libpq connection string of an Airflow connection, as ``PostgresHook.get_conn`` would connect.
+
+    It is that method that says what is handed to libpq, so extras win over fields, and what is empty stays empty.
+
+    Parameters
+    ----------
+    connection:
+        The connection; it is not changed.
+    database, endpoint:
+        As :class:`PgBackgroundHook` takes them.
+    with_token:
+        Whether a connection with ``"iam": true`` is asked for its token, which may take seconds.
 
     Raises
     ------
@@ -112,7 +135,6 @@ def conninfo_of(connection: Connection, *, database: str | None = None, endpoint
         The connection is of another type, or an extra of it is no option of libpq's.
     """
     import psycopg
-    from airflow.providers.postgres.hooks.postgres import PostgresHook
     from psycopg.conninfo import make_conninfo
 
     from pgbg_orchestration.errors import InvalidJob
@@ -121,30 +143,13 @@ def conninfo_of(connection: Connection, *, database: str | None = None, endpoint
         raise InvalidJob(
             f"the connection {connection.conn_id!r} is of type {connection.conn_type!r}, and jobs need 'postgres'"
         )
-    extras = dict(connection.extra_dejson)
-    endpoint = endpoint or extras.pop(ENDPOINT_EXTRA, None)
-    extras.pop(ENDPOINT_EXTRA, None)
-    login, password, port = connection.login, connection.password, connection.port
-    if extras.get("iam"):
-        # A copy: the hook's own methods may write into it.
-        hook = PostgresHook(postgres_conn_id=connection.conn_id, database=database)
-        login, password, port = hook.get_iam_token(copy(connection))
-    values: dict[str, Any] = {
-        name: _text(value)
-        for name, value in extras.items()
-        if name not in PostgresHook.ignored_extra_options and value is not None
-    }
-    values |= {
-        "host": connection.host,
-        "port": port,
-        "user": login,
-        "password": password,
-        "dbname": database or connection.schema,
-    }
-    if endpoint:
+    values = _arguments_of(connection, database, with_token=with_token)
+    own_endpoint = values.pop(ENDPOINT_EXTRA, None)
+    if endpoint := endpoint or own_endpoint:
+        values.pop("hostaddr", None)  # it would lead past the host
         values |= _split_endpoint(endpoint)
     try:
-        return make_conninfo(**{name: value for name, value in values.items() if value not in (None, "")})
+        return make_conninfo(**values)
     except psycopg.ProgrammingError as error:
         # libpq's message quotes the option, never a password.
         raise InvalidJob(
@@ -152,14 +157,44 @@ def conninfo_of(connection: Connection, *, database: str | None = None, endpoint
         ) from error
 
 
-def _text(value: object) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
+def _arguments_of(given: Connection, database: str | None, *, with_token: bool) -> dict[str, Any]:
+    """Return what ``PostgresHook.get_conn`` hands to libpq, its driver's own arguments left out."""
+    import inspect
+
+    import psycopg
+    from airflow.providers.postgres.hooks.postgres import PostgresHook
+
+    arguments: dict[str, Any] = {}
+
+    class Asked(PostgresHook):
+        @classmethod
+        def get_connection(cls, conn_id: str) -> Any:
+            return given  # the hook copies it before it writes a token into it
+
+        def _create_connection(self, conn_args: dict[str, Any]) -> Any:
+            arguments.update(conn_args)
+
+        def _get_cursor_config(self, raw_cursor: str) -> tuple[str, Any]:
+            return "cursor_factory", None  # which cursor its rows would come in is not ours to check
+
+        def get_iam_token(self, conn: Any) -> tuple[str, str, int]:
+            token: tuple[str, str, int] = (
+                super().get_iam_token(conn) if with_token else (conn.login, conn.password, conn.port)
+            )
+            return token
+
+    Asked(postgres_conn_id=given.conn_id, database=database).get_conn()
+    # Named in `extra`, these reach psycopg's or psycopg2's `connect` and not libpq.
+    drivers = {*inspect.signature(psycopg.Connection.connect).parameters, "cursor_factory", "connection_factory"}
+    return {
+        name: value for name, value in arguments.items() if value is not None and name not in drivers - {"conninfo"}
+    }
 
 
 def _split_endpoint(endpoint: str) -> dict[str, str]:
-    """Take ``host``, ``host:port``, ``[v6]:port`` or a socket directory apart; hostaddr would lead past the host."""
+    """Take ``host``, ``host:port``, ``[v6]:port`` or a socket directory apart."""
     host, colon, port = endpoint.rpartition(":")
     if not colon or not port.isdigit():
         host, port = endpoint, ""
-    found = {"host": host.strip("[]"), "hostaddr": ""}
+    found = {"host": host.strip("[]")}
     return {**found, "port": port} if port else found

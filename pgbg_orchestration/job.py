@@ -54,8 +54,8 @@ class Job:
         What a person sees on the worker; at most 64 bytes of UTF-8, of which the server shows 49 (fewer where they are
         not ASCII). Default: the id, shortened to what is seen.
     parameters:
-        Values for ``%s`` or ``%(name)s`` placeholders, bound on the client with psycopg's own quoting. Without
-        parameters a ``%`` in the SQL is an ordinary character.
+        Values for ``%s`` or ``%(name)s`` placeholders, bound on the client with psycopg's own quoting. A ``%`` of the
+        SQL is then written ``%%``; without parameters, or with an empty list or mapping, it is an ordinary character.
     settings:
         Server settings for this job's transaction, such as ``{"work_mem": "256MB"}``.
     role:
@@ -247,10 +247,10 @@ def _parameters(given: Sequence[Any] | Mapping[str, Any] | None) -> Sequence[Any
     if given is None:
         return None
     if isinstance(given, Mapping):
-        return MappingProxyType(dict(given))
+        return MappingProxyType(dict(given)) if given else None
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):
         raise InvalidJob(f"parameters must be a sequence or a mapping, not {type(given).__name__}")
-    return tuple(given)
+    return tuple(given) or None
 
 
 def _sql(given: object) -> str | tuple[str, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow_provider import events
-from airflow_provider.arguments import job_arguments, label_of
+from airflow_provider import events, parsing
+from airflow_provider.arguments import JOB_FIELDS, job_arguments, label_of
 from airflow_provider.compat import fails_for_good
 
 from .job import PgBackgroundOperator
@@ -15,6 +17,13 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
 
     from airflow_provider.identity import Identity
+
+
+_OWN = frozenset({"label", *JOB_FIELDS} - {"worker_label"})
+"""What a job of a batch may say of itself."""
+
+_AIRFLOWS_KEYS = frozenset({"__classname__", "__version__", "__data__", "__type", "__var", "__id__", "__cls"})
+"""Keys by which Airflow's serialisers know their own objects: an XCom with one of them is not stored, or not read."""
 
 
 class PgBackgroundBatchOperator(PgBackgroundOperator):
@@ -61,6 +70,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         fail_fast: bool = False,
         **kwargs: Any,
     ) -> None:
+        parsing.check(type(self), {"task_id": kwargs.get("task_id"), "jobs": jobs})
         super().__init__(sql="", **kwargs)
         if at_once is not None and at_once < 1:
             raise ValueError(f"at_once is at least 1, not {at_once!r}")
@@ -77,6 +87,9 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         if not self.jobs:
             self.log.info("The batch is empty: nothing to do.")
             return {}
+        for name in self.jobs:
+            if not isinstance(name, str) or name in _AIRFLOWS_KEYS:
+                raise ValueError(f"a job of the batch cannot have the name {name!r}: give it another text")
         identity = identify(context, durable=self.durable)
         jobs = {name: self._arguments_of(name, given, identity) for name, given in self.jobs.items()}
         for job in jobs.values():
@@ -117,18 +130,12 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
 
     def _arguments_of(self, name: str, given: Any, identity: Identity) -> dict[str, Any]:
         own: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"sql": given}
-        arguments = job_arguments(self, identity, self)
-        known = set(arguments) - {"id", "series", "generation"}
-        if strange := set(own) - known:
-            raise ValueError(f"the job {name!r} of the batch has {sorted(strange)}; a job takes {sorted(known)}")
-        if not isinstance(own["sql"], str):
-            own["sql"] = list(own["sql"])
+        if strange := set(own) - _OWN:
+            raise ValueError(f"the job {name!r} of the batch has {sorted(strange)}; a job takes {sorted(_OWN)}")
+        if "sql" not in own:
+            raise ValueError(f"the job {name!r} of the batch has no sql")
         # Without a label of its own a job shows the task's, with its name.
-        label = own.get("label") or label_of(self, identity, self, name)
-        return {
-            **arguments,
-            **own,
-            "label": label,
-            "id": f"{identity.job_id}/{name}",
-            "series": f"{identity.series}/{name}",
-        }
+        own["worker_label"] = own.pop("label", None) or label_of(self, identity, self, name)
+        fields = {field: getattr(self, field) for field in JOB_FIELDS}
+        place = replace(identity, series=f"{identity.series}/{name}", job_id=f"{identity.job_id}/{name}")
+        return job_arguments(SimpleNamespace(**{**fields, **own}), place, self)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, task_decorator_factory
 from airflow.sdk.definitions._internal.types import SET_DURING_EXECUTION
 
+from airflow_provider import parsing
 from airflow_provider.compat import fails_for_good
 
 from .job import PgBackgroundOperator
@@ -49,6 +50,10 @@ class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
         op_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        parsing.check(
+            type(self),
+            {"task_id": kwargs.get("task_id"), "op_args": op_args, "op_kwargs": op_kwargs},
+        )
         super().__init__(
             python_callable=python_callable, op_args=op_args, op_kwargs=op_kwargs, sql=SET_DURING_EXECUTION, **kwargs
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import ast
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.sdk import BaseOperator
 
-from airflow_provider.arguments import JOB_FIELDS, job_arguments, not_storable
+from airflow_provider import parsing
+from airflow_provider.arguments import job_arguments, job_of
 from airflow_provider.compat import conf, fails_for_good, take_retry_policy
 from airflow_provider.ending import ends_in_trigger
 from airflow_provider.link import BackgroundJobLink
@@ -90,8 +92,6 @@ class PgBackgroundOperator(BaseOperator):
         ``host`` or ``host:port`` of the server itself, where the connection leads to a pooler in transaction mode.
     schema:
         Name of the package's schema.
-    handler:
-        Not offered: a background worker's rows are not fetched.
     retry_policy:
         Default: :class:`~airflow_provider.retry_policy.SqlStateRetryPolicy`.
 
@@ -148,16 +148,11 @@ class PgBackgroundOperator(BaseOperator):
         redact_details: bool = False,
         endpoint: str | None = None,
         schema: str = "pgbg",
-        handler: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
         retry_policy = take_retry_policy(kwargs)
+        parsing.check(type(self), kwargs)
         super().__init__(**kwargs)
-        if handler is not None:
-            raise ValueError(
-                f"{type(self).__name__} has no `handler`: a background worker's rows are not fetched. Write them to a "
-                "table, or read them with SQLExecuteQueryOperator."
-            )
         self.sql = sql
         self.parameters = parameters
         self.worker_label = label  # `label` is Airflow's own: the name of the node in the graph
@@ -184,11 +179,17 @@ class PgBackgroundOperator(BaseOperator):
         self._waiting: Waiting[dict[str, Any]] | None = None
         if getattr(self, "retry_policy", None) is None:
             self.retry_policy = retry_policy or SqlStateRetryPolicy()
+        parsing.check(
+            type(self),
+            {
+                "task_id": self.task_id, "sql": sql, "parameters": parameters, "settings": settings, "timeout": timeout,
+                "slot_timeout": slot_timeout, "poll_interval": poll_interval, "queue_size": queue_size,
+            },
+        )  # fmt: skip
         if start_from_trigger:
-            given = self._start_arguments()
-            start.check(self, given, durable=durable, possible=self.can_start_from_trigger)
+            start.check(self, durable=durable, possible=self.can_start_from_trigger)
             self.deferrable = self.start_from_trigger = True
-            self.start_trigger_args = start.trigger_args(given, timeout)
+            self.start_trigger_args = start.trigger_args(self._start_arguments(), timeout)
 
     # Beginning in the triggerer --------------------------------------------------------------------------------------
 
@@ -201,11 +202,19 @@ class PgBackgroundOperator(BaseOperator):
         Raises
         ------
         ValueError
-            They are to begin in the triggerer.
+            They are to begin in the triggerer, or hold a number that a DAG cannot carry.
+        TypeError
+            A parameter is that of another operator.
         """
+        parsing.check(cls, kwargs)
         mapped: OperatorPartial = super().partial(**kwargs)
         start.check_mapped(mapped.kwargs)
-        return mapped
+        return parsing.checked(mapped)
+
+    def prepare_template(self) -> None:
+        """Read parameters that are given as a text, as ``SQLExecuteQueryOperator`` does."""
+        if isinstance(self.parameters, str):
+            self.parameters = ast.literal_eval(self.parameters)
 
     def resolve_template_files(self) -> None:
         """Read template files; a triggerer that renders what was in them cannot find them itself."""
@@ -214,7 +223,7 @@ class PgBackgroundOperator(BaseOperator):
             self.start_trigger_args = start.trigger_args(self._start_arguments(), self.timeout)
 
     def _start_arguments(self) -> dict[str, Any]:
-        return {**{field: getattr(self, field) for field in JOB_FIELDS}, **self._trigger_arguments()}
+        return start.arguments_of(self, self._trigger_arguments())
 
     # The two ways of waiting ----------------------------------------------------------------------------------------
 
@@ -264,6 +273,10 @@ class PgBackgroundOperator(BaseOperator):
     def _wait_for(self, context: Context, trigger: JobTrigger) -> dict[str, Any]:
         """Defer to a trigger, or do its work in this process and return the task's result."""
         if self.deferrable:
+            from airflow_provider.hook import PgBackgroundHook
+
+            PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint).check()
+            trigger.check_storable()
             # Airflow's own timeout runs no on_kill and loses the job's error, so it comes well after the trigger's.
             own = None if trigger.deadline is None else max(trigger.deadline - datetime.now(UTC), timedelta()) + MARGIN
             self.defer(trigger=trigger, method_name="execute_complete", timeout=own)
@@ -307,24 +320,14 @@ class PgBackgroundOperator(BaseOperator):
     # The job ----------------------------------------------------------------------------------------------------------
 
     def _check(self, arguments: dict[str, Any]) -> Job:
-        """Refuse what no worker can run, and what no trigger can carry, before the task defers.
+        """Refuse what no worker can run, before the task defers.
 
         Raises
         ------
         InvalidJob
             With the reason.
         """
-        from pgbg_orchestration import Job
-        from pgbg_orchestration.errors import InvalidJob
-
-        job = Job(**arguments)
-        if self.deferrable and (strange := not_storable(arguments["parameters"])):
-            raise InvalidJob(
-                f"a parameter is of type {strange}, which Airflow cannot store for a trigger",
-                job_id=job.id,
-                label=job.label,
-                todo="Pass it as text and cast it in the SQL, or set deferrable=False.",
-            )
+        job: Job = job_of(arguments)
         return job
 
     def _deadline(self, context: Context) -> datetime | None:

@@ -10,7 +10,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider import compat
-from airflow_provider.arguments import LEAD, not_storable
+from airflow_provider.arguments import JOB_FIELDS, LEAD, not_plain
+from airflow_provider.templates import taken_apart
 
 if TYPE_CHECKING:
     from airflow.sdk import BaseOperator
@@ -19,15 +20,13 @@ if TYPE_CHECKING:
 _WITHOUT = "Leave start_from_trigger out: the task then begins on a worker, for a moment, and waits in the triggerer."
 
 
-def check(operator: BaseOperator, given: Mapping[str, Any], *, durable: bool, possible: bool) -> None:
+def check(operator: BaseOperator, *, durable: bool, possible: bool) -> None:
     """Refuse a task that cannot soundly begin in the triggerer.
 
     Parameters
     ----------
     operator:
         The task.
-    given:
-        The arguments of its trigger.
     durable:
         Whether its automatic retries share a job.
     possible:
@@ -51,11 +50,39 @@ def check(operator: BaseOperator, given: Mapping[str, Any], *, durable: bool, po
             "run committed SQL again, from a clear, which must. Set retries=0, or durable=False where it does no harm "
             f"to run committed SQL once more. {_WITHOUT}"
         )
-    for field, value in given.items():
-        if strange := not_storable(value):
+
+
+def arguments_of(operator: BaseOperator, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the trigger of a task that begins there: nothing but texts that Airflow may render.
+
+    Parameters
+    ----------
+    operator:
+        The task.
+    others:
+        What every trigger of it is given besides its job.
+
+    Raises
+    ------
+    ValueError
+        A parameter cannot be written as SQL, or be put together after rendering.
+    """
+    name = f"{type(operator).__name__} {operator.task_id!r} cannot have start_from_trigger=True"
+    given = {field: getattr(operator, field) for field in JOB_FIELDS}
+    try:
+        fixed, given["parameters"], given["settings"] = taken_apart(given["parameters"], given["settings"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error} {_WITHOUT}") from error
+    if not isinstance(given["sql"], str):
+        given["sql"] = list(given["sql"])
+    as_text = {field: str.__str__(value) if isinstance(value, str) else value for field, value in given.items()}
+    arguments = {**as_text, "fixed": fixed, **others}
+    for field, value in arguments.items():
+        if strange := not_plain(value):
             raise ValueError(
-                f"{name}: {field} is or holds a {strange}, which Airflow cannot store for a trigger. {_WITHOUT}"
+                f"{name}: {field} is or holds {strange}, which Airflow cannot store for a trigger. {_WITHOUT}"
             )
+    return arguments
 
 
 def check_mapped(kwargs: Mapping[str, Any]) -> None:

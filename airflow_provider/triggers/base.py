@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
 from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from airflow_provider import events
+from airflow_provider.arguments import job_of, moment, not_plain, packed
 from airflow_provider.compat import HERE
 from airflow_provider.hook import PgBackgroundHook
 
@@ -53,6 +54,9 @@ class ServerTrigger(BaseTrigger):
     )  # fmt: skip
     """What Airflow stores of the trigger; a subclass adds its own."""
 
+    packs: ClassVar[tuple[str, ...]] = ()
+    """Those of them that hold what a user gave: Airflow gets one text of each, and has nothing to understand."""
+
     follows_process: ClassVar[bool] = True
     """Whether a process of the task's ended when this began, whose end Airflow may notice late."""
 
@@ -81,7 +85,27 @@ class ServerTrigger(BaseTrigger):
         """Return the trigger's class path and arguments."""
         own = type(self).__module__.startswith(f"{__package__}.")
         room = __package__ if own else type(self).__module__  # a subclass of a user's stays where it is
-        return f"{room}.{type(self).__name__}", {name: getattr(self, name) for name in self.arguments}
+        return f"{room}.{type(self).__name__}", {name: self._stored(name) for name in self.arguments}
+
+    def _stored(self, name: str) -> Any:
+        value = getattr(self, name)
+        if name in self.packs:
+            return packed(name, value)
+        return value.isoformat() if isinstance(value, datetime) else value
+
+    def check_storable(self) -> None:
+        """Refuse, before a task defers, what would not come back from Airflow's database as it is.
+
+        Raises
+        ------
+        InvalidJob
+            It names the argument.
+        """
+        from pgbg_orchestration.errors import InvalidJob
+
+        for name, value in self.serialize()[1].items():
+            if strange := not_plain(value):
+                raise InvalidJob(f"{name} is or holds {strange}, which Airflow cannot store for a trigger")
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Do the work, and fire one event."""
@@ -125,6 +149,7 @@ class ServerTrigger(BaseTrigger):
 
     async def _event_of(self, payload: dict[str, Any]) -> TriggerEvent:
         """Return the event that resumes the task with ``payload``, or the one that ends it."""
+        payload = events.plain(payload)
         # Without a task instance (`dag.test()`) nobody understands the latter.
         if self.end_task and self.task_instance is not None and self.is_success(payload):
             result = self.result_of(payload)
@@ -153,7 +178,8 @@ class JobTrigger(ServerTrigger):
     Parameters
     ----------
     deadline:
-        The moment until which the jobs have time, with time zone; None for none.
+        The moment until which the jobs have time, with time zone (its ISO 8601 text in Airflow's database); None for
+        none.
     on_superseded:
         What to do with a worker of an older generation: ``cancel`` it or ``wait`` for it.
     slot_timeout:
@@ -173,7 +199,7 @@ class JobTrigger(ServerTrigger):
     def __init__(
         self,
         *,
-        deadline: datetime | None = None,
+        deadline: datetime | str | None = None,
         on_superseded: Literal["cancel", "wait"] = "cancel",
         slot_timeout: float | None = None,
         poll_interval: float | None = None,
@@ -181,7 +207,7 @@ class JobTrigger(ServerTrigger):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.deadline = deadline
+        self.deadline = moment(deadline)
         self.on_superseded = on_superseded
         self.slot_timeout = slot_timeout
         self.poll_interval = poll_interval
@@ -213,7 +239,7 @@ class JobTrigger(ServerTrigger):
         launcher:
             Over which.
         arguments:
-            Those of :class:`pgbg_orchestration.Job`.
+            As :func:`~airflow_provider.arguments.job_of` takes them.
         retry_cancelled:
             Causes of a cancel that this call takes back.
         of_try:
@@ -224,12 +250,11 @@ class JobTrigger(ServerTrigger):
         PgbgError
             As :func:`pgbg_orchestration.arun`.
         """
-        from pgbg_orchestration import Job
         from pgbg_orchestration.errors import InvalidJob
         from pgbg_orchestration.outcome import OF_A_TRY
 
         try:
-            job = Job(**arguments)
+            job = job_of(arguments)
         except TypeError as error:
             # Leaving out what is not known could run something else than what was meant.
             raise InvalidJob(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider import events
+from airflow_provider.arguments import unpacked
 
 from .base import JobTrigger
 
@@ -25,7 +26,7 @@ class PgBackgroundBatchTrigger(JobTrigger):
     Parameters
     ----------
     jobs:
-        The arguments of :class:`pgbg_orchestration.Job` by the job's name in the batch.
+        By the job's name in the batch, what :func:`~airflow_provider.arguments.job_arguments` returns, or its text.
     at_once:
         How many run at once; None for all.
     fail_fast:
@@ -36,19 +37,20 @@ class PgBackgroundBatchTrigger(JobTrigger):
         As :class:`~airflow_provider.triggers.base.JobTrigger` takes them.
     """
 
+    packs = ("jobs",)
     arguments = ("jobs", "at_once", "fail_fast", "try_number", *JobTrigger.arguments)
 
     def __init__(
         self,
         *,
-        jobs: dict[str, dict[str, Any]],
+        jobs: dict[str, dict[str, Any]] | str,
         at_once: int | None = None,
         fail_fast: bool = False,
         try_number: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.jobs = jobs
+        self.jobs: dict[str, dict[str, Any]] = unpacked(jobs)
         self.at_once = at_once
         self.fail_fast = fail_fast
         self.try_number = try_number

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow_provider import events
-from airflow_provider.arguments import JOB_FIELDS, LEAD, job_arguments
+from airflow_provider.arguments import JOB_FIELDS, LEAD, job_arguments, unpacked
 from airflow_provider.identity import identify_try
+from airflow_provider.templates import filled
 
 from .base import JobTrigger
 
@@ -19,21 +21,22 @@ if TYPE_CHECKING:
 class PgBackgroundTrigger(JobTrigger):
     """Runs one job and fires one event: its outcome, or the fields of its error.
 
-    What it carries is stored by Airflow in clear text, the SQL and its parameters included.
+    Airflow stores what it carries, the SQL and its parameters included: encrypted where it has a Fernet key.
 
     Parameters
     ----------
     job:
-        The arguments of :class:`pgbg_orchestration.Job`.
+        What :func:`~airflow_provider.arguments.job_arguments` returns, or its text.
     kwargs:
         As :class:`~airflow_provider.triggers.base.JobTrigger` takes them.
     """
 
+    packs: ClassVar[tuple[str, ...]] = ("job",)
     arguments = ("job", *JobTrigger.arguments)
 
-    def __init__(self, *, job: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *, job: dict[str, Any] | str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.job = job
+        self.job: dict[str, Any] = unpacked(job)
 
     def identities(self) -> list[Mapping[str, Any]]:
         """Return the job's ``id``, ``series`` and ``owner``."""
@@ -55,11 +58,16 @@ class PgBackgroundStartTrigger(PgBackgroundTrigger):
     sql, parameters, worker_label, settings, role, isolation, kind, queue_size, verify_sql, drop_invalid_index, \
 redact_details:
         The attributes of :class:`~airflow_provider.operators.PgBackgroundOperator` of these names.
+    fixed:
+        What belongs to ``parameters`` and ``settings`` and is not to be rendered, as
+        :func:`~airflow_provider.templates.taken_apart` returns it: the two then hold texts to be rendered only. None in
+        a row of a release before it, which has them whole.
     kwargs:
         As :class:`PgBackgroundTrigger` takes them, without ``job``.
     """
 
-    arguments = (*JOB_FIELDS, *(name for name in PgBackgroundTrigger.arguments if name != "job"))
+    packs: ClassVar[tuple[str, ...]] = ()
+    arguments = (*JOB_FIELDS, "fixed", *(name for name in PgBackgroundTrigger.arguments if name != "job"))
     follows_process = False
 
     def __init__(
@@ -68,7 +76,7 @@ redact_details:
         sql: str | list[str],
         parameters: Sequence[Any] | Mapping[str, Any] | None = None,
         worker_label: str | None = None,
-        settings: Mapping[str, str] | None = None,
+        settings: Sequence[str] | Mapping[str, str] | None = None,
         role: str | None = None,
         isolation: str | None = None,
         kind: str | None = None,
@@ -76,6 +84,7 @@ redact_details:
         verify_sql: str | None = None,
         drop_invalid_index: bool = False,
         redact_details: bool = False,
+        fixed: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(job={}, **kwargs)
@@ -90,6 +99,7 @@ redact_details:
         self.verify_sql = verify_sql
         self.drop_invalid_index = drop_invalid_index
         self.redact_details = redact_details
+        self.fixed = fixed
         self.timeout_after: datetime | None = None  # the triggerer sets it
 
     def identities(self) -> list[Mapping[str, Any]]:
@@ -99,7 +109,10 @@ redact_details:
 
     async def work(self, launcher: Launcher) -> dict[str, Any]:
         """Make the job, launch it or attach to it, and wait for its outcome."""
-        self.job = job_arguments(self, identify_try(self.task_instance), self.task_instance)
+        given = {field: getattr(self, field) for field in JOB_FIELDS}
+        if self.fixed is not None:
+            given["parameters"], given["settings"] = filled(self.fixed, self.parameters, self.settings)
+        self.job = job_arguments(SimpleNamespace(**given), identify_try(self.task_instance), self.task_instance)
         if self.timeout_after is not None:
             self.deadline = self.timeout_after - LEAD
         self.log.info("Job %s, label %r.", self.job["id"], self.job["label"])

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider import events
+from airflow_provider.arguments import moment
 from airflow_provider.watching import COMMITTED, ENDED_BADLY, Watch
 
 from .base import ServerTrigger
@@ -31,7 +32,7 @@ class PgBackgroundSensorTrigger(ServerTrigger):
     poll_interval:
         Seconds between two looks; None for ``POLL_INTERVAL``.
     deadline:
-        The moment until which to wait, with time zone.
+        The moment until which to wait, with time zone (its ISO 8601 text in Airflow's database).
     kwargs:
         As :class:`~airflow_provider.triggers.base.ServerTrigger` takes them.
     """
@@ -52,7 +53,7 @@ class PgBackgroundSensorTrigger(ServerTrigger):
         fail_on: Collection[str] = ENDED_BADLY,
         since: str | None = None,
         poll_interval: float | None = None,
-        deadline: datetime | None = None,
+        deadline: datetime | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -64,7 +65,7 @@ class PgBackgroundSensorTrigger(ServerTrigger):
         self.fail_on = list(fail_on)
         self.since = since
         self.poll_interval = poll_interval
-        self.deadline = deadline
+        self.deadline = moment(deadline)
 
     async def work(self, launcher: Launcher) -> dict[str, Any]:
         """Look until it is as wanted, or the deadline has passed."""

@@ -19,7 +19,7 @@ from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.labels import NAME_BYTES, shorten_label
 from pgbg_orchestration.ledger.sighting import SUPERVISES, Key, Registration
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
-from pgbg_orchestration.postgres import markers
+from pgbg_orchestration.postgres import literals, markers
 from pgbg_orchestration.postgres.durations import milliseconds
 from pgbg_orchestration.statements import index_builds
 
@@ -207,8 +207,10 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
     texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
     if job.parameters is not None:
         cursor = AsyncClientCursor(conn)
+        literals.register(cursor)
+        values = literals.bound(literals.literals_of(job.parameters, job_id=job.id, label=job.label))
         try:
-            texts = [cursor.mogrify(text, job.parameters) for text in texts]
+            texts = [cursor.mogrify(text, values) for text in texts]
         except (psycopg.Error, TypeError, ValueError, IndexError, KeyError) as error:
             # Its own message is about placeholders and types, never about values.
             raise InvalidJob(f"the parameters do not fit the SQL: {error}", job_id=job.id, label=job.label) from error

@@ -35,7 +35,7 @@ def test_all_fields_are_taken() -> None:
 def test_extras_are_libpq_options_less_those_of_postgres_hook() -> None:
     extra = '{"sslmode": "require", "keepalives": true, "cursor": "dictcursor", "aws_conn_id": "aws", "iam": false}'
 
-    assert conninfo_to_dict(conninfo_of(connection(extra=extra))) == {"sslmode": "require", "keepalives": "1"}
+    assert conninfo_to_dict(conninfo_of(connection(extra=extra))) == {"sslmode": "require", "keepalives": "True"}
 
 
 def test_an_extra_that_libpq_does_not_know_is_named() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from datetime import UTC, datetime, time, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -25,6 +25,14 @@ from pgbg_orchestration import ErrorFields, Outcome, errors
 from pgbg_orchestration.labels import VISIBLE, worker_name
 
 pytestmark = pytest.mark.airflow
+
+
+@pytest.fixture(autouse=True)
+def _connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that defers looks whether there is its connection."""
+    for name in ("POSTGRES_DEFAULT", "BOOKS"):
+        monkeypatch.setenv(f"AIRFLOW_CONN_{name}", "postgres://airflow@db/books")
+
 
 BEGAN = datetime(2013, 4, 1, 3, 0, tzinfo=UTC)
 
@@ -68,7 +76,7 @@ class TestImports:
             f"airflow_provider{name}"
             for name in (
                 "", ".arguments", ".compat", ".ending", ".events", ".operators", ".operators.batch", ".operators.job",
-                ".operators.start", ".retry_policy", ".sensors", ".watching",
+                ".operators.start", ".parsing", ".retry_policy", ".sensors", ".templates", ".watching",
             )
         }  # fmt: skip
 
@@ -304,17 +312,6 @@ class TestDeferring:
 
 
 class TestRefusals:
-    def test_a_handler(self) -> None:
-        with pytest.raises(ValueError, match="rows are not fetched"):
-            PgBackgroundOperator(task_id="t", sql="select 1", handler=list)
-
-    @pytest.mark.parametrize("value", [b"bytes", time(3, 0), {"deep": [b"bytes"]}])
-    def test_a_parameter_that_no_trigger_can_carry(self, value: object) -> None:
-        operator = PgBackgroundOperator(task_id="t", sql="select %s", parameters=[value], deferrable=True)
-
-        with pytest.raises(errors.InvalidJob, match="cannot store for a trigger"):
-            operator.execute(context())
-
     def test_sql_that_no_worker_can_run(self) -> None:
         with pytest.raises(errors.InvalidJob):
             PgBackgroundOperator(task_id="t", sql="begin; select 1; commit", deferrable=True).execute(context())

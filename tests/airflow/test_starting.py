@@ -63,8 +63,12 @@ class TestParsing:
         [
             ({"retries": 1}, "retries=1"),
             ({"sql": ["select %s", b"x"]}, "bytes"),
-            ({"parameters": [b"x"]}, "parameters is or holds a bytes"),
-            ({"settings": {"a": object()}}, "settings"),
+            ({"parameters": [object()]}, "parameter 1"),
+            ({"parameters": {"day": {1}}}, "parameter 'day'"),
+            ({"parameters": {"both": ["{{ ds }}", object()]}}, "parameter 'both'"),
+            ({"parameters": {"text": "\0"}}, "a text that cannot be stored"),
+            ({"settings": {"a": object()}}, "the setting 'a'"),
+            ({"slot_timeout": timedelta(1)}, "slot_timeout is or holds a timedelta"),
         ],
     )
     def test_what_is_not_sound_is_refused(self, options: dict[str, Any], why: str) -> None:

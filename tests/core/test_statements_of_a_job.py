@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pgbg_orchestration import Job, arun, errors
@@ -137,12 +139,19 @@ async def test_a_role_one_is_not_a_member_of(db: Watched) -> None:
 async def test_parameters_without_placeholders_and_placeholders_without_parameters(db: Watched) -> None:
     await run(db, "insert into effects values ('100 % %s %(x)s')")
     assert db.effects("100 % %s %(x)s") == 1
-    for parameters in ([1, 2], []):
-        with pytest.raises(errors.InvalidJob):
-            await run(db, "select %s", "other", parameters=parameters)
+    with pytest.raises(errors.InvalidJob):
+        await run(db, "select %s", "other", parameters=[1, 2])
     with pytest.raises(errors.InvalidJob):
         await run(db, "select %(a)s", "other", parameters={"b": 1})
     assert "other" not in db.states()
+
+
+@pytest.mark.parametrize("empty", [{}, [], ()])
+async def test_empty_parameters_are_none(db: Watched, empty: Any) -> None:
+    """As for ``SQLExecuteQueryOperator``: a `%` of the SQL is itself, and `%%` is two of them."""
+    await run(db, "insert into effects values ('100 % %% %s')", parameters=empty)
+
+    assert db.effects("100 % %% %s") == 1
 
 
 async def test_bound_values_cannot_split_the_text(db: Watched) -> None:

@@ -1,0 +1,103 @@
+"""What is refused when a DAG file is parsed: arguments of another operator, and numbers that no DAG can carry.
+
+A DAG file imports this, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from airflow.sdk.definitions.mappedoperator import OperatorPartial
+
+SMALLEST, LARGEST = -(2**63), 2**64 - 1
+"""The whole numbers that a DAG can carry: Airflow's processes tell one another of it in MessagePack."""
+
+ELSEWHERE: Mapping[str, str] = {
+    "conn_id": "here it is postgres_conn_id",
+    "autocommit": (
+        "a job is one transaction, and a single VACUUM, CREATE INDEX CONCURRENTLY or CALL runs outside of one by "
+        "itself; statements that commit one by one are tasks or the jobs of a PgBackgroundBatchOperator"
+    ),
+    "hook_params": "server settings are settings={…}, another database is database, the connection has libpq options",
+    "split_statements": "a text is split as psql splits it; all of its statements run in one transaction",
+    "requires_result_fetch": "there is nothing to fetch for the SQL to run to its end",
+    "retry_on_failure": "retries=0, or retry_policy=SqlStateRetryPolicy({…}) for some errors only",
+    "runtime_parameters": "here they are settings",
+    "handler": "a background worker's rows are not fetched: write them to a table, or read them in another task",
+    "output_processor": "a background worker's rows are not fetched",
+    "return_last": "a background worker's rows are not fetched",
+    "show_return_value_in_logs": "a background worker's rows are not fetched",
+}
+"""Parameters of ``SQLExecuteQueryOperator`` and of the ``PostgresOperator`` before it, and what is in their place."""
+
+
+def check(kind: type, given: Mapping[str, Any]) -> None:
+    """Refuse arguments that an operator cannot take.
+
+    Parameters
+    ----------
+    kind:
+        The operator's class.
+    given:
+        Its arguments by name; those of ``partial`` and ``expand`` too.
+
+    Raises
+    ------
+    TypeError
+        One of them is a parameter of ``SQLExecuteQueryOperator``: it says what there is in its place.
+    ValueError
+        One of them holds a number that a DAG cannot carry.
+    """
+    who = f"{kind.__name__} {given.get('task_id', '')!r}"
+    for name in given:
+        if name in ELSEWHERE:
+            raise TypeError(f"{who} has no {name!r}, which is SQLExecuteQueryOperator's: {ELSEWHERE[name]}")
+    for name, value in given.items():
+        if (strange := _not_carried(value, set())) is not None:
+            raise ValueError(
+                f"{who}: {name} holds {strange}, which Airflow cannot carry in a DAG. Write it as text or as a "
+                "Decimal, or compute it when the task runs."
+            )
+
+
+def _not_carried(value: object, seen: set[int]) -> str | None:
+    if isinstance(value, int):
+        return None if SMALLEST <= value <= LARGEST else "a whole number of more than 64 bits"
+    if isinstance(value, float):
+        # PostgreSQL, where Airflow keeps its DAGs, knows no JSON with one of these.
+        return None if math.isfinite(value) else f"the number {float(value)}"
+    if id(value) in seen:
+        return None
+    if isinstance(value, Mapping):
+        # One by one: the `values` of Airflow's `params` are wrapped.
+        items: list[object] = [*value, *(value[key] for key in value)]
+    elif isinstance(value, list | tuple | set | frozenset):
+        items = list(value)
+    else:
+        return None
+    seen.add(id(value))
+    return next((found for item in items if (found := _not_carried(item, seen)) is not None), None)
+
+
+def checked(mapped: OperatorPartial) -> OperatorPartial:
+    """Return what ``partial`` made, whose ``expand`` and ``expand_kwargs`` refuse the same as the operator itself."""
+    from airflow.sdk.definitions.mappedoperator import OperatorPartial
+
+    class Checked(OperatorPartial):
+        __slots__ = ()
+
+        def expand(self, **mapped_kwargs: Any) -> Any:
+            check(self.operator_class, {"task_id": self.kwargs.get("task_id"), **mapped_kwargs})
+            return super().expand(**mapped_kwargs)
+
+        def expand_kwargs(self, kwargs: Any, *, strict: bool = True) -> Any:
+            for given in kwargs if isinstance(kwargs, list | tuple) else ():
+                if isinstance(given, Mapping):
+                    check(self.operator_class, {"task_id": self.kwargs.get("task_id"), **given})
+            return super().expand_kwargs(kwargs, strict=strict)
+
+    mapped.__class__ = Checked
+    return mapped
