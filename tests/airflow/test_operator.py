@@ -23,6 +23,7 @@ from airflow_provider.identity import FIRST_RUN, identify
 from airflow_provider.triggers import PgBackgroundBatchTrigger
 from pgbg_orchestration import ErrorFields, Outcome, errors
 from pgbg_orchestration.labels import VISIBLE, worker_name
+from pgbg_orchestration.outcome import Cause
 
 pytestmark = pytest.mark.airflow
 
@@ -70,13 +71,16 @@ class TestImports:
             "print(*sorted(set(sys.modules) - known))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        imported = set(done.stdout.split()) - {"airflow.sdk.bases.sensor", "airflow.sdk.definitions.retry_policy"}
+        imported = set(done.stdout.split()) - {
+            "airflow.sdk.bases.operatorlink", "airflow.sdk.bases.sensor", "airflow.sdk.definitions.retry_policy",
+        }  # fmt: skip
 
         assert imported <= {
             f"airflow_provider{name}"
             for name in (
-                "", ".arguments", ".compat", ".ending", ".events", ".operators", ".operators.batch", ".operators.job",
-                ".operators.start", ".parsing", ".retry_policy", ".sensors", ".templates", ".watching",
+                "", ".arguments", ".compat", ".ending", ".events", ".identity", ".link", ".operators",
+                ".operators.batch", ".operators.job", ".operators.start", ".parsing", ".retry_policy", ".sensors",
+                ".templates", ".watching",
             )
         }  # fmt: skip
 
@@ -365,7 +369,7 @@ class TestEvents:
             event_of.result_of(event)
 
     def test_a_batch_fails_with_what_failed_first_and_notes_the_rest(self) -> None:
-        stopped = errors.JobCancelled("cancelled by x (another job of the batch failed (try 1))")
+        stopped = errors.JobCancelled("cancelled by x", cause=Cause.FAILED_BESIDE)
         failed = errors.WorkerError("it failed", fields=ErrorFields("22012", "division by zero"))
         ends = {
             "one": event_of.of_error(stopped),

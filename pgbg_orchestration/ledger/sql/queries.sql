@@ -128,7 +128,7 @@ select receipts, jobs from {schema}.prune(%s)
 
 -- name: facts
 -- What a login sees of its server and database, before anything is launched there. Privileges are those of the role in
--- force, which ALTER ROLE … SET role can make another than the login. Not to_regclass: it fails for a login that may not
+-- force, which ALTER ROLE ... SET role can make another than the login. Not to_regclass: it fails for a login that may not
 -- use the schema, and that login is to be told what to grant. worker_timeout is unset where no session has loaded the
 -- extension.
 select session_user::text as login, current_user::text as role,

@@ -399,7 +399,7 @@ declare
     v_error   text[];
     v_polls   int := 0;  -- bigint % int is no operator of pg_catalog: somebody could make one
     v_name    text := pg_catalog.current_setting('application_name');
-    v_role    text := pg_catalog.current_setting('role');  -- ALTER ROLE … SET role
+    v_role    text := pg_catalog.current_setting('role');  -- ALTER ROLE ... SET role
     v_withheld constant text := '(withheld: redact_details)';
 begin
     perform @schema@.begin_supervision(
