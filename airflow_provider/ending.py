@@ -24,7 +24,7 @@ def ends_in_trigger(operator: BaseOperator, wanted: bool | None) -> bool:
     """
     if wanted is False or operator.outlets or operator.on_success_callback or _has_parts_in_xcom(operator):
         return False
-    return wanted is True or not (_is_extended(operator) or _is_listened_to())
+    return wanted is True or not (_is_extended(operator) or is_listened_to())
 
 
 def _has_parts_in_xcom(operator: Any) -> bool:
@@ -45,7 +45,8 @@ def _is_extended(operator: Any) -> bool:
     )
 
 
-def _is_listened_to() -> bool:
+def is_listened_to() -> bool:
+    """Tell whether a listener, such as OpenLineage's, is told of tasks that end on a worker."""
     from airflow_provider.compat import get_listener_manager
 
     listening = get_listener_manager().hook.on_task_instance_success.get_hookimpls()

@@ -128,6 +128,10 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         given = (job["sql"] if isinstance(job, Mapping) else job for job in self.jobs.values())
         return [text for sql in given for text in ([sql] if isinstance(sql, str) else sql)]
 
+    def _has_parameters(self) -> bool:
+        own = any(isinstance(job, Mapping) and job.get("parameters") for job in self.jobs.values())
+        return own or super()._has_parameters()
+
     def _arguments_of(self, name: str, given: Any, identity: Identity) -> dict[str, Any]:
         own: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"sql": given}
         if strange := set(own) - _OWN:

@@ -10,6 +10,7 @@ from airflow.sdk.definitions._internal.types import SET_DURING_EXECUTION
 
 from airflow_provider import parsing
 from airflow_provider.compat import fails_for_good
+from airflow_provider.ending import is_listened_to
 
 from .job import PgBackgroundOperator
 
@@ -41,6 +42,8 @@ class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
     }
     can_start_from_trigger = False
     custom_operator_name = "@task.pg_background"
+    _is_called = False
+    _had_parameters = False  # in the process that called the function
 
     def __init__(
         self,
@@ -75,8 +78,34 @@ class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
                 f"its parameters, not a {type(returned).__name__}"
             )
         self.sql = returned
+        self._is_called = True
         # Not DecoratedOperator's, which takes the outcome for the function's own value.
         return PgBackgroundOperator.execute(self, context)
+
+    def execute_complete(
+        self,
+        context: Any,
+        event: dict[str, Any] | None = None,
+        sql: list[str] | None = None,
+        has_parameters: bool = False,
+    ) -> dict[str, Any]:
+        """Return what the trigger found; ``sql`` is what the function had returned, in another process."""
+        if sql is not None:
+            self.sql, self._is_called = sql, True
+            self._had_parameters = has_parameters
+        return PgBackgroundOperator.execute_complete(self, context, event)
+
+    def _kept_for_resuming(self) -> dict[str, Any] | None:
+        # The function is not called again, and lineage is asked for at the end.
+        if not is_listened_to():
+            return None
+        return {"sql": self._statements(), "has_parameters": self._has_parameters()}
+
+    def _statements(self) -> list[str]:
+        return super()._statements() if self._is_called else []
+
+    def _has_parameters(self) -> bool:
+        return self._had_parameters or super()._has_parameters()
 
 
 def pg_background_task(

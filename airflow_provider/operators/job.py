@@ -279,8 +279,12 @@ class PgBackgroundOperator(BaseOperator):
             trigger.check_storable()
             # Airflow's own timeout runs no on_kill and loses the job's error, so it comes well after the trigger's.
             own = None if trigger.deadline is None else max(trigger.deadline - datetime.now(UTC), timedelta()) + MARGIN
-            self.defer(trigger=trigger, method_name="execute_complete", timeout=own)
+            self.defer(trigger=trigger, method_name="execute_complete", kwargs=self._kept_for_resuming(), timeout=own)
         return self.execute_complete(context, self._do_here(trigger))
+
+    def _kept_for_resuming(self) -> dict[str, Any] | None:
+        """Return arguments for ``execute_complete`` besides the event; Airflow stores them with the task."""
+        return None
 
     def _do_here(self, trigger: JobTrigger) -> dict[str, Any]:
         from airflow_provider import events
@@ -308,7 +312,9 @@ class PgBackgroundOperator(BaseOperator):
         """Return the tables that the SQL reads and writes, for OpenLineage's listener."""
         from airflow_provider.lineage import facets_of
 
-        return facets_of(self._statements(), self.postgres_conn_id, self.database)
+        return facets_of(
+            self._statements(), self.postgres_conn_id, self.database, has_parameters=self._has_parameters()
+        )
 
     def get_openlineage_facets_on_complete(self, _task_instance: Any) -> Any:
         """Return the same as at the start: what a worker did is not asked again."""
@@ -316,6 +322,9 @@ class PgBackgroundOperator(BaseOperator):
 
     def _statements(self) -> list[str]:
         return [self.sql] if isinstance(self.sql, str) else list(self.sql)
+
+    def _has_parameters(self) -> bool:
+        return bool(self.parameters)
 
     # The job ----------------------------------------------------------------------------------------------------------
 

@@ -426,4 +426,4 @@ class TestLineage:
         monkeypatch.setattr("airflow_provider.lineage.facets_of", told)
 
         assert operator.get_openlineage_facets_on_complete(None) is told.return_value
-        told.assert_called_once_with(statements, "postgres_default", None)
+        told.assert_called_once_with(statements, "postgres_default", None, has_parameters=False)
