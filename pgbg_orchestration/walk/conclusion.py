@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import replace
 
 import psycopg
@@ -20,6 +21,7 @@ from pgbg_orchestration.verdict import OURS, Intent, Report, Step
 
 from . import failures
 from .case import Case
+from .memory import Stage
 
 logger = logging.getLogger("pgbg_orchestration")
 
@@ -46,30 +48,29 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
     try:
         if step is Step.COMMITTED:
             return await _committed(case, ledger, seen)
-        fields = case.launch.error
+        fields = case.memory.launch.error
         turned_away = fields is not None and fields.sqlstate in OURS
         if step is Step.FAILED and seen is not None and (fields is None or (turned_away and seen.outcome == "failed")):
             fields = seen.error  # as another process, or a supervisor, wrote it down
         fields = case.work.telling(fields) if fields else None
-        if case.launches:
+        if case.attempts:
             await record(case, ledger, HISTORY[step], error=fields)
         if step is Step.FAILED and seen is not None and seen.is_untold:
             await _report(case, ledger, seen)
         left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
         raise _error(case, step, seen, fields, left)
     finally:
-        if case.launch.worker is not None:
-            case.launch.worker.release()
+        if case.worker is not None:
+            case.worker.release()
 
 
 async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outcome:
-    launch = case.launch
-    own = bool(case.launches) if seen is None else seen.receipt_attempt in case.launches
+    own = bool(case.attempts) if seen is None else seen.receipt_attempt in case.attempts
     last = seen is None or seen.receipt_attempt == case.attempt
-    if last and launch.report is Report.RUNNING and launch.worker is not None:
+    if last and case.memory.launch.report is Report.RUNNING and case.worker is not None:
         # The commit is visible a little before the worker has ended and its report is there.
-        await asyncio.wait({launch.worker.ended}, timeout=pace.GRACE)
-        await launch.read()
+        await asyncio.wait({case.worker.ended}, timeout=pace.GRACE)
+        await case.read_report()
     if seen is None:
         outcome = _without_receipt(case)
     else:
@@ -90,9 +91,9 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         worker_pid=seen.receipt_pid,
         started_at=seen.receipt_started_at,
         launched=launched,
-        proof="verify_sql" if case.verified else "receipt",
+        proof="verify_sql" if case.memory.verification and case.memory.verification.done else "receipt",
     )
-    info = case.launch.info if seen.receipt_attempt == case.attempt else None
+    info = case.memory.launch.info if seen.receipt_attempt == case.attempt else None
     if launched and info is not None and case.work.kind is Kind.RECEIPT:
         return replace(
             outcome,
@@ -101,31 +102,38 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
             finished_at=info.finished_at or seen.looked_at,  # 1.9 and 1.10 do not tell: when its end was seen
         )
     # Whoever launched it writes the counts down after the commit.
-    until = asyncio.get_running_loop().time() + pace.COUNTS
-    somebody_elses = not launched and seen.attempt is not None
-    while somebody_elses and seen.outcome is None and case.may_wait_for_history(until):
-        await asyncio.sleep(pace.RETRY_SOONEST)
-        seen = await ledger.look(case.work.key)
+    if not launched and seen.attempt is not None and case.memory.intent is Intent.NONE:
+        seen = await _await_counts(case, ledger, seen)
     finished = seen.ended_at or seen.looked_at
     return replace(outcome, row_count=seen.row_count, command_tag=seen.command_tag, finished_at=finished)
 
 
+async def _await_counts(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(pace.COUNTS):
+            while seen.outcome is None:
+                await asyncio.sleep(pace.RETRY_SOONEST)
+                seen = await ledger.look(case.work.key)
+    return seen
+
+
 def _without_receipt(case: Case) -> Outcome:
-    row_count, tag = case.launch.result or (None, None)
-    info, worker = case.launch.info, case.launch.worker
+    launch, worker = case.memory.launch, case.worker
+    row_count, tag = launch.result or (None, None)
+    info = launch.info
     if info is not None and not (case.readable and case.readable.padded):
         row_count, tag = info.row_count, info.command_tag or None
     return Outcome(
         job_id=case.work.key.job_id,
         label=case.work.label,
-        launched=bool(case.launches),
+        launched=bool(case.attempts),
         attempt=case.attempt,
         worker_pid=worker.handle.pid if worker else None,
         row_count=row_count,
         command_tag=tag,
         started_at=info.started_at if info else None,
         finished_at=info.finished_at if info else None,
-        proof="result" if case.launch.result else "verify_sql",
+        proof="result" if launch.result else "verify_sql",
     )
 
 
@@ -144,32 +152,37 @@ async def _invalid_indexes(case: Case, ledger: Ledger) -> list[str]:
 def _error(
     case: Case, step: Step, seen: Sighting | None, fields: ErrorFields | None, invalid_indexes: list[str]
 ) -> PgbgError:
-    work, ours = case.work, case.intent is Intent.DEADLINE
+    work, ours = case.work, case.memory.intent is Intent.DEADLINE
     match step:
         case Step.FAILED:
-            found = seen.ended_at if seen is not None and seen.is_untold and not case.launches else None
+            found = seen.ended_at if seen is not None and seen.is_untold and not case.attempts else None
             return failures.failed(work, fields or ErrorFields(), invalid_indexes, found)
         case Step.SUPERSEDED:
             return failures.superseded(work, seen)
-        case Step.CANCELLED if ours and case.slot_missing and not case.launches:
-            return failures.no_slot(work)
+        case Step.CANCELLED if ours and case.waited_for_slot and not case.attempts:
+            return failures.no_slot(work, case.options)
+        case Step.CANCELLED if ours:
+            worker = bool(case.attempts) or EventKind.ATTACHED in case.told
+            return failures.deadline_passed(work, case.options.deadline, worker=worker)
         case Step.CANCELLED:
-            return failures.deadline_passed(work, case.options.deadline) if ours else failures.cancelled(work, seen)
+            return failures.cancelled(work, seen)
         case Step.LOST if case.launch_error is not None:
             return failures.launch_failed(work, case.launch_error)
         case Step.LOST:
-            return failures.lost(work, output_dropped=case.launch.detached)
+            return failures.lost(work, output_dropped=case.memory.launch.stage is Stage.DETACHED)
         case _:
-            return failures.unknown(work, verified=case.verified)
+            verification = case.memory.verification
+            return failures.unknown(work, verified=verification.done if verification else None)
 
 
 async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:
     """Say that the failure is told which a supervisor wrote down for nobody: the next call launches the job again."""
-    if not case.launches:
+    if not case.attempts:
         case.tell(EventKind.FOUND_FAILED, "its last launch failed when nobody was there to be told")
     try:
-        await ledger.reported(case.work.key, seen.attempt or case.attempt)
-    except (psycopg.Error, PgbgError) as failure:
+        async with asyncio.timeout(pace.CALL):
+            await ledger.reported(case.work.key, seen.attempt or case.attempt)
+    except (psycopg.Error, PgbgError, TimeoutError) as failure:
         logger.warning("the history of job %s could not be written: %s", case.work.label, failure)
 
 
@@ -177,23 +190,24 @@ async def record(
     case: Case, ledger: Ledger, name: str, *, outcome: Outcome | None = None, error: ErrorFields | None = None
 ) -> None:
     """Write the outcome of a registered launch into the history, which is no proof: a fault here is only told."""
-    if case.registration is None:
+    if not case.work.carries_receipt:
         return
     faults.point("before_record")
-    worker, info = case.launch.worker, case.launch.info
+    worker, info = case.worker, case.memory.launch.info
     # A supervisor is not the worker: it wrote down itself who that was.
     own_pid = worker.handle.pid if worker and case.work.kind is not Kind.SUPERVISED else None
     try:
-        await ledger.record(
-            case.work.key,
-            case.attempt,
-            name,
-            worker_pid=outcome.worker_pid if outcome else own_pid,
-            started_at=outcome.started_at if outcome else info.started_at if info else None,
-            row_count=outcome.row_count if outcome else None,
-            command_tag=outcome.command_tag if outcome else None,
-            error=error,
-        )
-    except (psycopg.Error, PgbgError) as failure:
+        async with asyncio.timeout(pace.CALL):
+            await ledger.record(
+                case.work.key,
+                case.attempt,
+                name,
+                worker_pid=outcome.worker_pid if outcome else own_pid,
+                started_at=outcome.started_at if outcome else info.started_at if info else None,
+                row_count=outcome.row_count if outcome else None,
+                command_tag=outcome.command_tag if outcome else None,
+                error=error,
+            )
+    except (psycopg.Error, PgbgError, TimeoutError) as failure:
         logger.warning("the history of job %s could not be written: %s", case.work.label, failure)
     faults.point("after_record")

@@ -1,188 +1,246 @@
-"""Gathering the evidence for a verdict, in the order that makes it mean something: report, lock, receipt."""
+"""The evidence: what a look at a job means to a call that remembers what came before. No I/O.
+
+Whoever looks does so in this order, which makes it mean something: the handle's report, the lock, the receipt. What may
+be half of a sign is a *doubt*: it is believed only after it has stood for a while.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from dataclasses import replace
-from datetime import datetime
+from enum import Enum, auto
+from typing import NamedTuple
 
 from pgbg_orchestration import pace
 from pgbg_orchestration.job import Kind
-from pgbg_orchestration.ledger.ledger import Ledger
-from pgbg_orchestration.ledger.sighting import BLOCKED, Key, Sighting
-from pgbg_orchestration.outcome import EventKind
-from pgbg_orchestration.postgres import markers
+from pgbg_orchestration.ledger.sighting import BLOCKED, Sighting
+from pgbg_orchestration.outcome import Cause
 from pgbg_orchestration.verdict import CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 
-from . import failures
-from .case import Case, Launch
-
-logger = logging.getLogger("pgbg_orchestration")
-
-RELAUNCHES = 3  # of a job whose worker is lost without a trace
-REJECTIONS = 10  # of a worker that is turned away while nobody is seen to hold the lock
+from .memory import Memory, Stray, Terms
 
 
-async def gather(case: Case, ledger: Ledger) -> tuple[Evidence, Sighting | None]:
-    """Return the evidence, and the look that it comes from (None for a job without a receipt).
+class Sign(Enum):
+    """What may be half of a sign.
 
-    Raises
-    ------
-    JobIdReused
-        The id stands for other SQL, and the caller does not accept that.
-    ServerUnreachable, NoPrivilege
-        The look failed.
+    - CLAIM: a claimed receipt with nobody at work. A supervisor that starts between the look at its lock and the one
+      at its claim looks the same, so it takes two looks at the same claim. The worker of a supervisor that is gone
+      shows its marker only once it has started.
+    - LOCKS: the lock of the series, held by no job that is known. A worker takes the locks of series and job one after
+      the other, and the server frees them so, in either order.
+    - END: a worker that somebody else launched has ended. Its launching side is about to write down how.
+    - CANCEL: a 57014. Whoever cancels a job signals its worker first and marks it then: the mark may be on its way.
     """
-    if case.intent is Intent.NONE and case.seconds_left() == 0:
-        case.intent = Intent.DEADLINE
-    await case.launch.read()
-    launch = case.launch
-    if case.found_no_slot:
-        launch = Launch()  # nothing was launched: no attempt is used up
-        case.registered = case.registration is not None
-    if launch.lost:
-        case.stray = True
-        case.tell_once(EventKind.SESSION_LOST, "its handle is lost; following the worker by its lock and receipt")
-    evidence = Evidence(
-        carries_receipt=case.work.carries_receipt,
-        registered=case.registered,
-        report=launch.report,
-        sqlstate=launch.error.sqlstate if launch.error else None,
-        intent=case.intent,
-        launches_left=RELAUNCHES - case.relaunches,
-        rejections_left=REJECTIONS - case.rejections,
-        can_verify=case.work.verify_sql is not None,
-        verified=case.verified,
-        stray=case.stray,
-        gave_up=case.gave_up,
-    )
-    if case.work.carries_receipt:
-        return await _from_ledger(case, ledger, evidence)
-    return await _from_marker(case, ledger, evidence), None
+
+    CLAIM = auto()
+    LOCKS = auto()
+    END = auto()
+    CANCEL = auto()
 
 
-async def _from_ledger(case: Case, ledger: Ledger, evidence: Evidence) -> tuple[Evidence, Sighting]:
+class Doubt(NamedTuple):
+    """A sign that is believed once it has stood for so many ``seconds``, and not at the first look."""
+
+    sign: Sign
+    claim: int | None  # the attempt that claimed: another claim is another doubt
+    seconds: float
+
+
+def doubt_the_look(seen: Sighting, starting: float = pace.STARTING) -> Doubt | None:
+    """Return what may be half of a sign in a look by itself, whoever looks.
+
+    Parameters
+    ----------
+    starting:
+        Seconds for a worker to show itself whose supervisor is gone.
+    """
+    if seen.is_unsupervised:
+        return Doubt(Sign.CLAIM, seen.receipt_attempt, starting)
+    if seen.is_between_locks:
+        return Doubt(Sign.LOCKS, None, pace.COUNTS)
+    return None
+
+
+def doubt(seen: Sighting, terms: Terms, memory: Memory, now: float) -> Doubt | None:
+    """Return what may be half of a sign in a look, to a call for the job; None when it can be weighed.
+
+    What others may write down is not waited for by a call that ends the job itself.
+    """
     # Once verify_sql was asked, a worker had its time to show itself.
-    seen = await look(ledger, case.work.key, pace.STARTING if case.verified is None else pace.COUNTS)
-    case.first_look = case.first_look or seen
-    _check_digest(case, seen)
-    holder = seen.holder(case.generation(seen))
-    case.worker_pid = seen.marked_pid
-    if case.worker_pid is None and seen.holds_this_job and case.work.kind is not Kind.SUPERVISED:
-        case.worker_pid = seen.holder_pid
-    recorded = False
-    if holder is not Holder.NOBODY:
-        case.rejections = 0
-    somebody_elses = evidence.report in (Report.NONE, Report.GONE) or evidence.sqlstate == TURNED_AWAY
+    half = doubt_the_look(seen, pace.STARTING if memory.verification is None else pace.COUNTS)
+    if half is not None or seen.receipt is not Receipt.NONE or memory.at(now, terms).intent is not Intent.NONE:
+        return half
+    holder = seen.holder(_generation(seen, terms, memory))
+    if memory.attached_since is not None and holder is not Holder.THIS_JOB and seen.outcome is None:
+        return Doubt(Sign.END, None, pace.GRACE)
+    sqlstate = seen.error.sqlstate if _is_recorded(seen, terms, memory) else memory.launch.sqlstate
+    if sqlstate == CANCELED and holder is Holder.NOBODY:
+        # A supervisor has to end before its job can be marked.
+        return Doubt(Sign.CANCEL, None, pace.GRACE if terms.kind is Kind.SUPERVISED else pace.COUNTS)
+    return None
+
+
+def weigh(seen: Sighting, terms: Terms, memory: Memory, now: float) -> tuple[Evidence, Memory]:
+    """Return what a look at lock, receipt and history means, and what is remembered of it.
+
+    Parameters
+    ----------
+    seen:
+        The look, doubted no more.
+    terms:
+        What was asked for.
+    memory:
+        What this call remembers, its handle's report included.
+    now:
+        The event loop's clock, in seconds.
+    """
+    memory = memory.at(now, terms)
+    if not memory.looked:
+        memory = memory._replace(looked=True, old_mark=seen.decided_at)
+    launch = memory.launch
+    holder = seen.holder(_generation(seen, terms, memory))
+    recorded = _is_recorded(seen, terms, memory)
+    # Its own worker's lock explains no refusal: a supervisor takes it before it finds that it has to leave.
+    if holder is not Holder.NOBODY and launch.report is not Report.RUNNING and memory.tries.rejected:
+        memory = memory._replace(tries=memory.tries._replace(rejected=0))
+    somebody_elses = launch.report in (Report.NONE, Report.GONE) or launch.sqlstate == TURNED_AWAY
     if holder is Holder.THIS_JOB and somebody_elses:
-        case.attached_since = case.attached_since or seen.looked_at
-    elif case.attached_since and holder is not Holder.THIS_JOB and seen.receipt is Receipt.NONE:
-        seen = await _await_history(case, ledger, seen)
-        holder = seen.holder(case.generation(seen))
-        recorded = _failed_since(seen, case.attached_since)
-        if not recorded:
-            case.attached_since = None
-    if case.work.kind is Kind.SUPERVISED and case.launch.info is not None and case.launch.info.command_tag == "CALL":
-        recorded = True  # its supervisor came to its end: without a receipt, it wrote down how its worker failed
-    # The same work, launched by a call that is gone: what came of it is told before it is launched again.
-    recorded = recorded or (seen.is_untold and seen.sql_digest == case.work.sql_digest)
-    sqlstate = seen.error.sqlstate if recorded else evidence.sqlstate
-    if sqlstate == CANCELED and holder is Holder.NOBODY and seen.receipt is Receipt.NONE:
-        # Whoever cancels a job signals its worker first and marks it then: the mark may be on its way.
-        seen = await _await_mark(case, ledger, seen)
-    claim = (seen.receipt_attempt, seen.may_begin)
-    if seen.receipt is Receipt.LAUNCHING and (seen.holds_this_job or seen.marked_pid or claim != case.verified_of):
-        case.verified = None  # that was said before the worker ended that is, or was, at work
-    return replace(
-        evidence,
+        memory = memory._replace(attached_since=memory.attached_since or seen.looked_at)
+    elif holder is not Holder.THIS_JOB and seen.receipt is Receipt.NONE and not _ended_badly(seen, memory):
+        memory = memory._replace(attached_since=None)
+    if _is_outdated(seen, memory):
+        memory = memory._replace(verification=None)
+    evidence = _evidence(
+        terms,
+        memory,
         receipt=seen.receipt,
         holder=holder,
         marked=seen.marked_pid is not None,
         may_begin=seen.may_begin,
-        verified=case.verified,
-        superseded=case.is_superseded(seen),
+        superseded=is_superseded(seen, terms, memory),
         recorded_failure=recorded,
-        output_blocked=seen.wait_event in BLOCKED and evidence.report is Report.RUNNING,
-        lift=case.lifts(seen),
-    ), seen
-
-
-async def look(ledger: Ledger, key: Key, starting: float = pace.STARTING) -> Sighting:
-    """Look at a job; what may be half of a sign is believed only after a while.
-
-    - A claimed receipt with nobody at work: a supervisor that starts between the look at its lock and the one at its
-      claim looks the same, so it takes two looks at the same claim. The worker of one that is gone shows its marker
-      only once it has started: it gets ``starting`` seconds, and is then named in the receipt.
-    - The lock of the series held by no job that is known: a worker takes the locks of series and job one after the
-      other, and the server frees them so, in either order.
-    """
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    seen = await ledger.look(key)
-    claim = None  # that an earlier look saw with nobody at work: whoever made it is gone
-    while (seen.is_unsupervised and (claim != seen.receipt_attempt or loop.time() < began + starting)) or (
-        seen.is_between_locks and loop.time() < began + pace.COUNTS
-    ):
-        claim = seen.receipt_attempt if seen.is_unsupervised else None
-        await asyncio.sleep(pace.RETRY_SOONEST)
-        seen = await ledger.look(key)
-    if seen.may_begin and seen.marked_pid is not None and not seen.holds_this_job and seen.receipt_attempt is not None:
-        await ledger.follow(key, seen.receipt_attempt, seen.marked_pid)
-    return seen
-
-
-def _check_digest(case: Case, seen: Sighting) -> None:
-    if seen.sql_digest in (None, case.work.sql_digest) or "changed" in case.told:
-        return
-    if not case.options.accept_changed_sql:
-        raise failures.reused(case.work)
-    case.told.add("changed")
-    logger.warning("job %s has other SQL than when it was first registered", case.work.label)
-
-
-async def _await_history(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
-    """Give the launching side of a worker that just ended a moment to write down how."""
-    until = asyncio.get_running_loop().time() + pace.GRACE
-    while (
-        seen.outcome is None
-        and not seen.holds_this_job
-        and seen.receipt is Receipt.NONE
-        and case.may_wait_for_history(until)
-    ):
-        await asyncio.sleep(pace.RETRY_SOONEST)
-        seen = await look(ledger, case.work.key)
-    return seen
-
-
-async def _await_mark(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
-    # A supervisor has to end before its job can be marked.
-    patience = pace.GRACE if case.work.kind is Kind.SUPERVISED else pace.COUNTS
-    until = asyncio.get_running_loop().time() + patience
-    while seen.receipt is Receipt.NONE and seen.holder_pid is None and case.may_wait_for_history(until):
-        await asyncio.sleep(pace.RETRY_SOONEST)
-        seen = await look(ledger, case.work.key)
-    return seen
-
-
-def _failed_since(seen: Sighting, since: datetime) -> bool:
-    return seen.outcome == "failed" and seen.ended_at is not None and seen.ended_at >= since
-
-
-async def _from_marker(case: Case, ledger: Ledger, evidence: Evidence) -> Evidence:
-    marked = await ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
-    case.worker_pid = marked.pid if marked else None
-    if marked is not None:
-        case.last_marked = asyncio.get_running_loop().time()
-    blocked = marked is not None and marked.wait_event in BLOCKED
-    case.launch.seen = case.launch.seen or marked is not None
-    if marked is not None:
-        case.verified = None
-    return replace(
-        evidence,
-        may_begin=case.launch.may_begin,
-        verified=case.verified,
-        receipt=Receipt.COMMITTED if case.launch.result else Receipt.NONE,
-        holder=Holder.THIS_JOB if marked and evidence.report is not Report.NONE else Holder.NOBODY,
-        output_blocked=blocked and evidence.report is Report.RUNNING,
+        output_blocked=seen.wait_event in BLOCKED,
+        lift=_lifts(seen, terms, memory),
     )
+    return evidence, memory
+
+
+def weigh_marker(
+    marked: bool, wait_event: str | None, terms: Terms, memory: Memory, now: float
+) -> tuple[Evidence, Memory]:
+    """Return what a look for the worker of a job without a receipt means, and what is remembered of it.
+
+    Parameters
+    ----------
+    marked:
+        Whether a worker is at work that bears the job's marker.
+    wait_event:
+        What that worker waits for.
+    """
+    memory = memory.at(now, terms)
+    if marked:
+        # That was said before the worker ended that is at work.
+        memory = memory._replace(launch=memory.launch._replace(at_work=True), verification=None)
+    launch = memory.launch
+    evidence = _evidence(
+        terms,
+        memory,
+        receipt=Receipt.COMMITTED if launch.result else Receipt.NONE,
+        holder=Holder.THIS_JOB if marked and launch.report is not Report.NONE else Holder.NOBODY,
+        may_begin=launch.may_begin,
+        output_blocked=wait_event in BLOCKED,
+    )
+    return evidence, memory
+
+
+def to_name(seen: Sighting) -> int | None:
+    """Return the attempt whose worker its claimed receipt is to name: its supervisor was gone before it could."""
+    if seen.may_begin and seen.marked_pid is not None and not seen.holds_this_job:
+        return seen.receipt_attempt
+    return None
+
+
+def is_superseded(seen: Sighting, terms: Terms, memory: Memory) -> bool:
+    """Say whether a newer generation of the series is registered."""
+    generation = _generation(seen, terms, memory)
+    if seen.cause is Cause.SUPERSEDED:
+        return True
+    return seen.newest is not None and generation is not None and seen.newest > generation
+
+
+def _evidence(
+    terms: Terms,
+    memory: Memory,
+    *,
+    receipt: Receipt,
+    holder: Holder,
+    may_begin: bool,
+    output_blocked: bool,
+    marked: bool = False,
+    superseded: bool = False,
+    recorded_failure: bool = False,
+    lift: bool = False,
+) -> Evidence:
+    launch, tries = memory.launch, memory.tries
+    return Evidence(
+        carries_receipt=terms.carries_receipt,
+        receipt=receipt,
+        holder=holder,
+        marked=marked,
+        superseded=superseded,
+        registered=memory.registration is not None,
+        report=launch.report,
+        sqlstate=launch.sqlstate,
+        recorded_failure=recorded_failure,
+        output_blocked=output_blocked and launch.report is Report.RUNNING,
+        intent=memory.intent,
+        launches_left=terms.relaunches - tries.lost,
+        rejections_left=terms.rejections - tries.rejected,
+        lift=lift,
+        can_verify=terms.can_verify,
+        verified=memory.verification.done if memory.verification else None,
+        stray=memory.stray is not Stray.NONE,
+        gave_up=memory.stray is Stray.STOPPED,
+        may_begin=may_begin,
+    )
+
+
+def _generation(seen: Sighting, terms: Terms, memory: Memory) -> int | None:
+    """Return the job's generation, as far as it is known yet."""
+    if memory.generation is not None:
+        return memory.generation
+    return seen.generation if terms.generation is None else terms.generation
+
+
+def _lifts(seen: Sighting, terms: Terms, memory: Memory) -> bool:
+    """Say whether this call takes the job's cancel back: one from before it, where its caller wants that."""
+    if seen.is_provisional:
+        return True
+    # The very one that it saw first: by comparing times, a clock that is set back would make a new one an old one.
+    before = seen.decided_at == memory.old_mark
+    # What this very try made final, before it was taken up elsewhere, stays so.
+    own = terms.of_try is not None and seen.of_try == terms.of_try
+    return before and not own and seen.cause in terms.takes_back
+
+
+def _ended_badly(seen: Sighting, memory: Memory) -> bool:
+    """Say whether the launching side of the worker that this call was attached to wrote down how it failed."""
+    since = memory.attached_since
+    return since is not None and seen.outcome == "failed" and seen.ended_at is not None and seen.ended_at >= since
+
+
+def _is_recorded(seen: Sighting, terms: Terms, memory: Memory) -> bool:
+    holder = seen.holder(_generation(seen, terms, memory))
+    if holder is not Holder.THIS_JOB and seen.receipt is Receipt.NONE and _ended_badly(seen, memory):
+        return True
+    info = memory.launch.info
+    if terms.kind is Kind.SUPERVISED and info is not None and info.command_tag == "CALL":
+        return True  # its supervisor came to its end: without a receipt, it wrote down how its worker failed
+    # The same work, launched by a call that is gone: what came of it is told before it is launched again.
+    return seen.is_untold and seen.sql_digest == terms.sql_digest
+
+
+def _is_outdated(seen: Sighting, memory: Memory) -> bool:
+    """Say whether verify_sql answered before the worker ended that is, or was, at work."""
+    if memory.verification is None or seen.receipt is not Receipt.LAUNCHING:
+        return False
+    claim = (seen.receipt_attempt, seen.may_begin)
+    return seen.holds_this_job or seen.marked_pid is not None or claim != memory.verification.claim

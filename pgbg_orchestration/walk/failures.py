@@ -9,11 +9,12 @@ from typing import TypedDict
 import psycopg
 from psycopg import sql
 
-from pgbg_orchestration import errors
+from pgbg_orchestration import errors, pace
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.readiness import ServerFacts
 from pgbg_orchestration.ledger.sighting import Key, Sighting
+from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import WITHHELD, Cause, ErrorFields
 from pgbg_orchestration.verdict import CANCELED
 
@@ -76,21 +77,39 @@ def cancelled(work: Work, seen: Sighting | None) -> PgbgError:
     )
 
 
-def deadline_passed(work: Work, deadline: datetime | None) -> PgbgError:
-    """Our own deadline ended the job."""
+def deadline_passed(work: Work, deadline: datetime | None, *, worker: bool) -> PgbgError:
+    """Our own deadline ended the job; ``worker``: one of it was at work."""
+    told = f"{_bounds(work, deadline)} passed" + (", and its worker has ended" if worker else " before it was launched")
+    named = _ended(work) if worker else {**_named(work), "data_state": None}
+    return errors.DeadlinePassed(told, sqlstate=CANCELED, **named)
+
+
+def _bounds(work: Work, deadline: datetime | None) -> str:
     bounds = [] if work.job.timeout is None else [f"its timeout of {work.job.timeout:g} s"]
     bounds += [] if deadline is None else [f"its deadline {deadline.isoformat(timespec='seconds')}"]
-    return errors.DeadlinePassed(
-        f"{' or '.join(bounds)} passed, and its worker has ended", sqlstate=CANCELED, **_ended(work)
+    return " or ".join(bounds)
+
+
+def no_slot(work: Work, options: Options) -> PgbgError:
+    """The wait for a worker slot was as long as it may be."""
+    bounds = [] if options.slot_timeout is None else [f"its slot_timeout of {options.slot_timeout:g} s"]
+    bounds += filter(None, [_bounds(work, options.deadline)])
+    return errors.NoWorkerSlot(
+        f"no worker slot came free before {' or '.join(bounds)} passed",
+        sqlstate="53000",
+        todo="Raise max_worker_processes, or run fewer jobs at once.",
+        **_named(work),
     )
 
 
-def no_slot(work: Work) -> PgbgError:
-    """The wait for a worker slot was as long as it may be."""
-    return errors.NoWorkerSlot(
-        "no worker slot came free in time",
-        sqlstate="53000",
-        todo="Raise max_worker_processes, or run fewer jobs at once.",
+def undecided(work: Work, *, nothing_launched: bool) -> PgbgError:
+    """The end that this call wants could not be decided in time."""
+    return errors.ServerUnreachable(
+        f"it was to end, and that could not be decided within {pace.CANCEL:g} s: the server does not answer, or the "
+        "cancel waits for a synchronous standby that is away",
+        sqlstate="08006",
+        data_state=errors.NOT_STARTED if nothing_launched else None,
+        todo="Once the server answers, `pgbg jobs` and `pgbg cancel` tell and decide how it ended.",
         **_named(work),
     )
 

@@ -17,7 +17,7 @@ from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.readiness import ServerFacts
 from pgbg_orchestration.postgres import connection, describe
 from pgbg_orchestration.postgres.pg_background import Extension
-from pgbg_orchestration.postgres.session import LaunchingSession, Worker
+from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.postgres.slots import SlotQueue
 from pgbg_orchestration.statements import index_builds
 
@@ -225,15 +225,6 @@ class Host:
         limit = self._facts.connection_limit if self._facts else None
         spare = SESSIONS if limit is None else limit[0] - readiness.CONNECTIONS_NEEDED
         return max(min(SESSIONS, spare), 1)
-
-    def abandon(self, call: asyncio.Task[Worker]) -> None:
-        """Forget the worker of a launch call that is on its way, as soon as there is one: nobody waits for it."""
-
-        def forget(ended: asyncio.Task[Worker]) -> None:
-            if not ended.cancelled() and ended.exception() is None:
-                ended.result().release()
-
-        call.add_done_callback(forget)
 
     async def cancel_all(self) -> int:
         """Cancel every worker of every session by the extension's own ``cancel_all``; returns how many."""

@@ -170,7 +170,7 @@ class Onlooker:
         """Return what the workers reported of their progress, by the ``id`` of their cases."""
         by_session: dict[LaunchingSession, dict[Worker, int]] = defaultdict(dict)
         for one in watched:
-            worker = one.case.launch.worker
+            worker = one.case.worker
             if worker is not None and not worker.ended.done() and not worker.session.is_busy:
                 by_session[worker.session][worker] = id(one.case)
         told: dict[int, Progress] = {}

@@ -1,38 +1,37 @@
-"""Launch or attach: the way of one job, from its registration to its outcome.
+"""Launch or attach: the way of one job, from its first look to its outcome.
 
-Each turn gathers evidence (the handle's report, then the lock, then the receipt), asks :func:`verdict.judge` for the
-next step, and takes it. So any process can come to a job at any point, after any fault, and go on from there.
+Each turn looks (the handle's report, then the lock, then the receipt), weighs what was seen (:mod:`.evidence`), asks
+:func:`verdict.judge` for the next step, and takes it. So any process can come to a job at any point, after any fault,
+and go on from there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
 import psycopg
 
-from pgbg_orchestration import pace, statements
+from pgbg_orchestration import errors, pace
 from pgbg_orchestration.errors import JobCancelled, PgbgError, ServerUnreachable
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger.ledger import Ledger
-from pgbg_orchestration.ledger.sighting import Key, Registration, Sighting
+from pgbg_orchestration.ledger.sighting import Key, Sighting
 from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import OF_A_TRY, Cause, EventKind, Outcome
-from pgbg_orchestration.postgres import describe, markers
-from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
-from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.session import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp
-from pgbg_orchestration.statements import index_builds
+from pgbg_orchestration.postgres import markers
+from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.testing import faults
-from pgbg_orchestration.verdict import OUTCOMES, REFUSED, TURNED_AWAY, Holder, Intent, Receipt, Report, Step, judge
+from pgbg_orchestration.verdict import OUTCOMES, Evidence, Holder, Intent, Receipt, Report, Step, judge
 
-from . import failures
-from .case import Case, Launch, deadline_of
-from .conclusion import conclude, record
-from .evidence import RELAUNCHES, gather, look
+from . import evidence, failures
+from .case import Case, case_of, deadline_of
+from .conclusion import conclude
+from .evidence import Doubt, Sign
 from .host import Host
+from .launch import Launches
 
 T = TypeVar("T")
 logger = logging.getLogger("pgbg_orchestration")
@@ -44,7 +43,7 @@ async def run_job(host: Host, job: Job, options: Options) -> Outcome:
     try:
         try:
             work = await host.bind(job)
-            return await Run(host, Case(work, options, deadline)).outcome()
+            return await Run(host, case_of(work, options, deadline)).outcome()
         except psycopg.Error as error:
             host.forget_facts()  # what was true of the server may not be now
             raise failures.ledger(error, job.id or "", redact=job.redact_details) from error
@@ -61,8 +60,11 @@ class Run:
         self._host = host
         self._ledger = host.ledger
         self._case = case
+        self._launches = Launches(host, case)
         self._loop = asyncio.get_running_loop()
+        self._seen: Sighting | None = None  # the last look
         self._step: tuple[Step | None, float] = (None, 0.0)  # the step that is being taken, and since when
+        self._way_out: float | None = None  # until when the end has to be decided that this call wants
 
     async def outcome(self) -> Outcome:
         """Follow the job; when the caller goes away, cancel it or leave it at work, as the caller chose."""
@@ -75,68 +77,153 @@ class Run:
             await _to_its_end(self._let_go(following))
             raise
         finally:
-            await _to_its_end(self._close())
+            if await _to_its_end(self._close()):
+                raise asyncio.CancelledError
 
     async def _close(self) -> None:
         self._host.onlooker.leave(self._case)
-        await self._case.launch.stop_reading()
+        await self._case.stop_reading()
         if self._case.paired:
             self._host.pairs.release()
         if self._case.session is not None:
             await self._case.session.close()
 
     async def _let_go(self, following: asyncio.Task[Outcome]) -> None:
+        """End the job, or leave it; what comes of that is told, and not raised: the caller wants to be cancelled."""
+        case = self._case
         following.cancel()
         await asyncio.wait({following})
-        cause = self._case.options.cause_of_cancel()
-        if cause is None:
-            await self._leave()
-            return
-        self._case.intent, self._case.cause = Intent.ASKED, cause
         try:
-            outcome = await self._follow()
+            if following.cancelled():
+                cause = case.options.cause_of_cancel()
+                if cause is None:
+                    await self._leave()
+                    return
+                case.memory, case.cause = case.memory.wanting(Intent.ASKED), cause
+                outcome = await self._follow()
+            else:
+                outcome = following.result()  # it was as quick as the cancel
         except PgbgError as error:
-            # First for those who asked: what they have been told by an event they need not read in a log.
-            self._case.tell(EventKind.LET_GO, f"let go: {error.message}", error=error.to_dict())
-            if not isinstance(error, JobCancelled):
-                logger.error("the job was let go: %s", error)  # noqa: TRY400  (its text says it all)
+            self._tell_end(error)
+        except psycopg.Error as error:
+            self._tell_end(failures.ledger(error, case.work.key.job_id, redact=case.work.job.redact_details))
+        except Exception:
+            logger.exception("how the job %s ended that was let go is not known", case.work.label)
         else:
-            self._case.tell(EventKind.LET_GO, "the cancel came too late: committed", outcome=outcome.to_dict())
+            case.tell(EventKind.LET_GO, "the cancel came too late: committed", outcome=outcome.to_dict())
+
+    def _tell_end(self, error: PgbgError) -> None:
+        # First for those who asked: what they have been told by an event they need not read in a log.
+        self._case.tell(EventKind.LET_GO, f"let go: {error.message}", error=error.to_dict())
+        if not isinstance(error, JobCancelled):
+            logger.error("the job was let go: %s", error)
 
     async def _leave(self) -> None:
-        launch = self._case.launch
-        if launch.call is not None:
-            await asyncio.wait({launch.call}, timeout=pace.CALL)
-        await self._take_over_call()
-        await launch.stop_reading()
-        if launch.worker is not None:
-            await launch.worker.detach()
+        case = self._case
+        if case.call is not None:
+            await asyncio.wait({case.call}, timeout=pace.CALL)
+        await self._launches.take_over_call()
+        await case.stop_reading()
+        if case.worker is not None:
+            await case.worker.detach()
 
     # The turn -----------------------------------------------------------------------------------------------------
 
     async def _follow(self) -> Outcome:
-        await self._take_over_call()
         while True:
-            evidence, seen = await gather(self._case, self._ledger)
-            step = judge(evidence)
-            if step in OUTCOMES:
-                return await conclude(self._case, self._ledger, step, seen)
-            if step is not self._step[0]:
-                self._step = (step, self._loop.time())
+            limit = asyncio.timeout_at(self._bound())
             try:
-                await self._take(step, seen)
-            except ConnectionLost as error:
-                # On a question beside the job's way: nothing was launched.
-                if self._waited() > pace.RECONNECT:
-                    raise ServerUnreachable(str(error), job_id=self._case.work.key.job_id) from error
-                await self._sleep()
+                async with limit:
+                    await self._launches.take_over_call()
+                    step = judge(await self._look())
+                    if step not in OUTCOMES:
+                        await self._take_patiently(step)
+                        continue
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                if self._way_out is not None:
+                    raise self._undecided() from None
+                continue  # the deadline passed
+            except ServerUnreachable as error:
+                if self._launched_nothing:
+                    error.data_state = errors.NOT_STARTED
+                raise
+            return await conclude(self._case, self._ledger, step, self._seen)
+
+    def _bound(self) -> float | None:
+        """Return until when a turn may take: the deadline, or one bound for all that comes once the end is wanted."""
+        case, now = self._case, self._loop.time()
+        case.memory = case.memory.at(now, case.terms)
+        if case.memory.intent is Intent.NONE:
+            return case.terms.deadline
+        if self._way_out is None:
+            self._way_out = now + pace.CANCEL
+        return self._way_out
+
+    def _undecided(self) -> PgbgError:
+        """Return the error of a call that wanted the end, and could not have it decided in time."""
+        case = self._case
+        if self._step[0] is Step.SIGNAL:
+            return failures.survivor(case.work.key, self._seen, "the worker")
+        return failures.undecided(case.work, nothing_launched=self._launched_nothing)
+
+    @property
+    def _launched_nothing(self) -> bool:
+        case = self._case
+        return not case.attempts and case.call is None and case.memory.attached_since is None
+
+    async def _look(self) -> Evidence:
+        """Look at the job, and again as long as what is seen may be half of a sign."""
+        case = self._case
+        await case.read_report()
+        if case.memory.launch.report is Report.GONE:
+            case.tell_once(EventKind.SESSION_LOST, "its handle is lost; following the worker by its lock and receipt")
+        now = self._loop.time
+        if case.work.carries_receipt:
+            seen = await look(self._ledger, case.work.key, lambda s: evidence.doubt(s, case.terms, case.memory, now()))
+            self._check_digest(seen)
+            self._seen = seen
+            case.worker_pid = seen.marked_pid
+            if case.worker_pid is None and seen.holds_this_job and case.work.kind is not Kind.SUPERVISED:
+                case.worker_pid = seen.holder_pid
+            weighed, case.memory = evidence.weigh(seen, case.terms, case.memory, now())
+            return weighed
+        marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
+        case.worker_pid = marked.pid if marked else None
+        if marked is not None:
+            case.last_marked = now()
+        wait_event = marked.wait_event if marked else None
+        weighed, case.memory = evidence.weigh_marker(marked is not None, wait_event, case.terms, case.memory, now())
+        return weighed
+
+    def _check_digest(self, seen: Sighting) -> None:
+        case = self._case
+        if seen.sql_digest in (None, case.work.sql_digest) or "changed" in case.told:
+            return
+        if not case.options.accept_changed_sql:
+            raise failures.reused(case.work)
+        case.told.add("changed")
+        logger.warning("job %s has other SQL than when it was first registered", case.work.label)
+
+    async def _take_patiently(self, step: Step) -> None:
+        if step is not self._step[0]:
+            self._step = (step, self._loop.time())
+        try:
+            await self._take(step, self._seen)
+        except ConnectionLost as error:
+            # On a question beside the job's way: nothing was launched.
+            if self._waited() > pace.RECONNECT:
+                raise ServerUnreachable(str(error), job_id=self._case.work.key.job_id) from error
+            await self._sleep()
 
     async def _take(self, step: Step, seen: Sighting | None) -> None:
         match step:
             case Step.REGISTER:
-                await self._register()
+                await self._launches.register()
             case Step.LAUNCH:
-                await self._launch()
+                if not await self._launches.launch():
+                    await self._sleep()
             case Step.WAIT:
                 await self._wait(seen)
             case Step.WAIT_FOR_SERIES:
@@ -158,174 +245,27 @@ class Run:
             case Step.SETTLE:
                 await self._settle(_there(seen))
 
-    # Launching ----------------------------------------------------------------------------------------------------
-
-    async def _register(self) -> None:
-        case, work = self._case, self._case.work
-        faults.point("before_register")
-        case.registration = registration = await self._ledger.register(
-            work.key,
-            generation=work.job.generation,
-            label=work.label,
-            kind=work.kind,
-            sql_digest=work.sql_digest,
-            accept_changed_sql=case.options.accept_changed_sql,
-        )
-        faults.point("after_register")
-        if registration.verdict == "reused":
-            raise failures.reused(work)
-        # A superseded one is seen to be by the next look.
-        case.registered = registration.verdict == "registered"
-
-    async def _launch(self) -> None:
-        case, work = self._case, self._case.work
-        registration = case.registration if work.carries_receipt else None
-        if registration is not None and not await self._mark_older(registration):
-            return
-        if registration is None:
-            text = await self._prepare_session()
-        elif work.kind is Kind.SUPERVISED:
-            if work.job.drop_invalid_index:
-                await self._drop_invalid_index()
-            text = await self._compose_supervisor(registration)
-        else:
-            text = work.text(self._host.schema, registration)
-        await self._put_last_launch_away()
-        try:
-            async with asyncio.timeout(case.patience_for_slot()):
-                if work.kind is Kind.SUPERVISED and not case.paired:
-                    await self._host.pairs.acquire()
-                    case.paired = True
-                await self._host.slots.launch(lambda: self._call_launch(text), self._on_slots_used_up)
-        except TimeoutError:
-            case.intent = Intent.DEADLINE
-        except MayBeLaunched as error:
-            case.launch_error = error.error
-        except LaunchRefused as error:
-            await record(case, self._ledger, "failed", error=work.telling(describe.error_fields(error.error)))
-            facts = await self._host.facts()
-            raise failures.launch_refused(work, error.error, facts, called=error.called) from error.error
-        await self._take_over_call()
-        faults.point("while_running")
-        if case.launch.worker is not None:
-            # Most of what a look would tell now, it tells better a little later.
-            await asyncio.wait({case.launch.worker.ended}, timeout=case.bounded(pace.LOOK_SOONEST))
-
-    async def _mark_older(self, registration: Registration) -> bool:
-        """Make sure that no older generation starts or is at work; returns False when one was."""
-        key = self._case.work.key
-        at_work = await self._ledger.mark_older(key, registration.generation)
-        if at_work is not None and not at_work:
-            return True
-        if at_work and self._case.options.on_superseded == "cancel":
-            for job_id in at_work:
-                await self._ledger.signal(key, job_id=job_id)
-        await self._sleep()
-        return False
-
-    async def _put_last_launch_away(self) -> None:
-        """Make room for another launch, and keep within the number of further ones."""
-        case = self._case
-        sqlstate = case.launch.error.sqlstate if case.launch.error else None
-        if case.found_no_slot:
-            case.slot_misses += 1
-            case.tell_once(EventKind.WAITING_FOR_SLOT, "waiting for a second worker slot, below the supervisor")
-            await asyncio.sleep(pace.backoff(case.slot_misses))
-        elif sqlstate in (TURNED_AWAY, REFUSED):
-            case.rejections += 1
-            await asyncio.sleep(pace.backoff(case.rejections))
-        elif case.launches:
-            case.relaunches += 1
-        if case.launch.worker is not None:
-            case.launch.worker.release()
-        case.launch = Launch()
-        case.attached_since = case.verified = case.launch_error = None
-
-    async def _call_launch(self, text: str) -> None:
-        case, work = self._case, self._case.work
-        defaults = (await self._host.facts()).defaults
-
-        async def call(session: LaunchingSession) -> None:
-            case.launch.call = session.launch(
-                text,
-                label=work.label,
-                queue_size=work.job.queue_size,
-                settings=work.launch_settings(case.seconds_left(), defaults),
-                role=work.job.role if work.kind is Kind.SESSION else None,
-                poll_interval=case.options.poll_interval,
-            )
-            await asyncio.shield(case.launch.call)
-
-        await self._on_session(call)
-
-    async def _on_session(self, ask: Callable[[LaunchingSession], Awaitable[T]]) -> T:
-        """Ask a launching session, or another one when it ended between being chosen and being used."""
-        case = self._case
-        for attempt in range(RELAUNCHES * 2):
-            session = case.session or await self._host.session()
-            try:
-                return await ask(session)
-            except ConnectionLost as lost:
-                if isinstance(lost, ExtensionMoved):
-                    self._host.forget_facts()
-                if case.session is not None:
-                    await case.session.close()
-                    case.session = await self._host.session(exclusive=True)
-                await asyncio.sleep(pace.backoff(attempt))
-        raise ServerUnreachable("every launching session was lost before the launch call", job_id=case.work.key.job_id)
-
-    async def _take_over_call(self) -> None:
-        """Take over what came of a launch call, on whose way this process may have been interrupted."""
-        case = self._case
-        if case.launch.call is None:
-            return
-        # A worker with a receipt that starts after its cancel is refused: no need to wait for a call that may be
-        # stalled. Any other has to be known before it can be cancelled.
-        call = await case.launch.end_call(patient=not case.work.carries_receipt)
-        if call is not None:
-            self._host.abandon(call)
-            return
-        worker = case.launch.worker
-        if case.launch.report is Report.NONE:
-            return  # nothing was launched
-        case.launches.append(case.registration.attempt if case.registration else len(case.launches) + 1)
-        case.registered = False
-        case.stray = case.stray or case.launch.lost
-        if worker is not None:
-            worker.ended.add_done_callback(lambda _: self._host.slots.freed())
-            # A supervisor's pid is nothing for people: cancelling it is not what they would want.
-            pid = None if case.work.kind is Kind.SUPERVISED else worker.handle.pid
-            case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
-
-    def _on_slots_used_up(self, error: SlotsUsedUp) -> None:
-        self._case.slot_missing = True
-        where = {"53400": "this session's table", "53100": "shared memory (/dev/shm)"}.get(
-            error.sqlstate or "", f"max_worker_processes ({self._host.max_worker_processes})"
-        )
-        message = f"waiting for a worker slot: {where} is used up"
-        self._case.tell_once(EventKind.WAITING_FOR_SLOT, message, sqlstate=error.sqlstate)
-
     # Waiting ------------------------------------------------------------------------------------------------------
 
     async def _wait(self, seen: Sighting | None) -> None:
-        worker = self._case.launch.worker
-        if self._case.launch.reading is not None:
+        case, worker = self._case, self._case.worker
+        if case.reading is not None:
             await self._read_result()
             return
         if worker is not None and not worker.ended.done():
             age = self._loop.time() - worker.launched_at
             if seen is not None and seen.marked_pid is not None:
-                self._case.tell_once(EventKind.AT_WORK, "its worker is at work", pid=seen.marked_pid)
-            pause = pace.look(age, self._case.options.poll_interval)
-            await asyncio.wait({worker.ended}, timeout=self._case.bounded(pause))
+                case.tell_once(EventKind.AT_WORK, "its worker is at work", pid=seen.marked_pid)
+            pause = pace.look(age, case.options.poll_interval)
+            await asyncio.wait({worker.ended}, timeout=case.bounded(pause))
             return
-        if seen is not None and self._case.attached_since is not None:
+        if seen is not None and case.memory.attached_since is not None:
             message = "attached to the worker that already runs this job"
-            self._case.tell_once(EventKind.ATTACHED, message, pid=seen.worker_pid)
+            case.tell_once(EventKind.ATTACHED, message, pid=seen.worker_pid)
         await self._sleep()
 
     async def _wait_for_series(self, seen: Sighting) -> None:
-        if seen.holder(self._case.generation(seen)) is Holder.STRANGER and self._waited() > pace.STRANGER:
+        if seen.holder(self._case.memory.generation) is Holder.STRANGER and self._waited() > pace.STRANGER:
             raise failures.stranger(self._case.work, seen)
         message = "another session holds the series; waiting for it"
         self._case.tell_once(EventKind.WAITING_FOR_SERIES, message, pid=seen.holder_pid)
@@ -349,10 +289,8 @@ class Run:
         if not self._case.work.carries_receipt:
             await self._read_result()
             return
-        case, launch = self._case, self._case.launch
-        worker = _there(launch.worker)
-        launch.error = await worker.error()
-        launch.detached = case.stray = True
+        case, worker = self._case, _there(self._case.worker)
+        case.memory = case.memory.let_go(await worker.error())
         case.tell_once(EventKind.OUTPUT_BLOCKED, "the worker's output is full and nobody reads it: it is dropped")
         await worker.detach()
 
@@ -369,7 +307,7 @@ class Run:
         else:
             await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker, case.work.key.owner))
         supervised = case.work.kind is Kind.SUPERVISED
-        if case.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST and not supervised:
+        if case.memory.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST and not supervised:
             # One that reports an error into a full queue ends only when it is detached, or read.
             await self._unblock()
         await self._sleep()
@@ -377,101 +315,51 @@ class Run:
     async def _mark(self, seen: Sighting | None) -> None:
         faults.point("before_mark")
         case = self._case
-        match case.intent:
+        match case.memory.intent:
             case Intent.ASKED:
                 cause, reason = case.cause, "the caller was cancelled"
             case Intent.DEADLINE:
                 cause, reason = Cause.DEADLINE, "the deadline passed"
-            case _ if case.is_superseded(_there(seen)):
+            case _ if evidence.is_superseded(_there(seen), case.terms, case.memory):
                 cause, reason = Cause.SUPERSEDED, "a newer generation is registered"
             case _:
-                cause, reason = (
-                    Cause.GIVEN_UP,
-                    "another launch of it ended, and one that was lost must not commit any more",
-                )
+                cause = Cause.GIVEN_UP
+                reason = "another launch of it ended, and one that was lost must not commit any more"
         status = await self._ledger.mark_cancelled(case.work.key, cause, reason, of_try=case.options.of_try)
-        case.gave_up = cause is Cause.GIVEN_UP and status == "cancelled"
+        case.memory = case.memory.marked(gave_up=cause is Cause.GIVEN_UP and status == "cancelled")
         faults.point("after_mark")
-
-    async def _compose_supervisor(self, registration: Registration) -> str:
-        case, work = self._case, self._case.work
-        readable = await self._make_readable()
-        facts = await self._host.facts()
-        settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
-        calls = facts.extension.supervision(readable.columns, padded=readable.padded)
-        return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
-
-    async def _make_readable(self) -> Readable:
-        """Return the text to launch, with a result that can be read to its end."""
-        work = self._case.work
-        text, last = statements.join(work.statements), work.statements[-1].text
-        try:
-            columns = await self._on_session(lambda session: session.describe(last, work.meaning()))
-            return Readable(text, columns)
-        except describe.UnreadableResult:
-            pass
-        except psycopg.Error as error:
-            if len(work.statements) == 1:
-                raise failures.statement_refused(work, error) from None  # its text quotes the line, parameters and all
-            # It may need what the statements before it make.
-        # Behind a statement that gives no rows, the result is the statements' tags.
-        return Readable(text + statements.SEPARATOR.rstrip(";"), None, padded=True)
-
-    async def _drop_invalid_index(self) -> None:
-        case, work = self._case, self._case.work
-        found = index_builds.concurrent_index(work.statements)
-        if found is None:
-            return
-        try:
-            async with asyncio.timeout(case.seconds_left()):
-                dropped = await self._host.drop_invalid_index(found, work.job)
-        except TimeoutError:
-            return  # the next look sees that the deadline passed
-        except psycopg.Error as error:
-            raise failures.cannot_drop(work, error) from error
-        if dropped is not None:
-            case.tell(EventKind.DROPPED_INVALID_INDEX, f"dropped {dropped}, which an earlier build left invalid")
 
     # Without a receipt --------------------------------------------------------------------------------------------
 
-    async def _prepare_session(self) -> str:
-        case = self._case
-        marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
-        if marked is not None:
-            raise failures.already_at_work(case.work, marked.pid)
-        if case.session is None or case.session.lost:
-            case.session = await self._host.session(exclusive=True)
-        case.readable = await self._make_readable()
-        return case.readable.text
-
     async def _read_result(self) -> None:
         """Read the result to its end; the worker is cancelled and the deadline is kept meanwhile."""
-        case, launch = self._case, self._case.launch
-        if launch.reading is None:
-            worker = _there(launch.worker)
-            launch.reading = self._loop.create_task(worker.session.drain(worker, _there(case.readable)))
+        case = self._case
+        if case.reading is None:
+            worker = _there(case.worker)
+            case.reading = self._loop.create_task(worker.session.drain(worker, _there(case.readable)))
             case.last_marked = self._loop.time()
         elif self._loop.time() - case.last_marked > pace.CALL:
-            await launch.stop_reading()  # the worker is gone, and its result would be here: the connection is not
+            await case.stop_reading()  # the worker is gone, and its result would be here: the connection is not
             return
-        patience = pace.LOOK_LATEST if case.intent is Intent.NONE else pace.LOOK_SOONEST  # then it is signalled again
-        await asyncio.wait({launch.reading}, timeout=case.bounded(min(patience, pace.CALL)))
+        # One that is to be cancelled is signalled again.
+        patience = pace.LOOK_LATEST if case.memory.intent is Intent.NONE else pace.LOOK_SOONEST
+        await asyncio.wait({case.reading}, timeout=case.bounded(min(patience, pace.CALL)))
 
     async def _verify(self, seen: Sighting | None) -> None:
-        work = self._case.work
+        case, work = self._case, self._case.work
+        claim = (seen.receipt_attempt, seen.may_begin) if seen else None
         try:
-            self._case.verified_of = (seen.receipt_attempt, seen.may_begin) if seen else None
-            self._case.verified = await self._host.verify(_there(work.verify_sql), work.job.role)
+            done = await self._host.verify(_there(work.verify_sql), work.job.role)
         except psycopg.Error as error:
             raise failures.unverified(work, error) from error
+        case.memory = case.memory.verified(done, claim)
 
     async def _settle(self, seen: Sighting) -> None:
         """Write down what verify_sql said; where the work is not done, the way is free for another launch."""
         case = self._case
-        done = bool(case.verified)
+        done = case.memory.verification is not None and case.memory.verification.done
         await self._ledger.settle(case.work.key, seen.receipt_attempt, committed=done)
-        if not done:
-            case.launch.error, case.launch.lost, case.verified = None, True, None
+        case.memory = case.memory.settled()
 
     # Time ---------------------------------------------------------------------------------------------------------
 
@@ -499,7 +387,7 @@ async def cancel_job(
     loop = asyncio.get_running_loop()
     began = loop.time()
     while True:
-        seen = await look(ledger, key)
+        seen = await look(ledger, key, evidence.doubt_the_look)
         if seen.receipt is Receipt.COMMITTED:
             return "committed"
         # A mark that somebody may take back becomes the one of whoever asks for good.
@@ -522,6 +410,21 @@ async def cancel_job(
         faults.point("after_mark")
 
 
+async def look(ledger: Ledger, key: Key, doubt: Callable[[Sighting], Doubt | None]) -> Sighting:
+    """Look at a job, and again as long as ``doubt`` says that what is seen may be half of a sign."""
+    loop = asyncio.get_running_loop()
+    doubted: dict[tuple[Sign, int | None], float] = {}  # and since when
+    while True:
+        seen = await ledger.look(key)
+        half = doubt(seen)
+        if half is None or loop.time() >= doubted.setdefault((half.sign, half.claim), loop.time()) + half.seconds:
+            break
+        await asyncio.sleep(pace.RETRY_SOONEST)
+    if (attempt := evidence.to_name(seen)) is not None and seen.marked_pid is not None:
+        await ledger.follow(key, attempt, seen.marked_pid)
+    return seen
+
+
 async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str | None) -> None:
     try:
         await ledger.signal(key, job_id=job_id)
@@ -529,15 +432,17 @@ async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str |
         raise failures.may_not_cancel(key, seen) from error
 
 
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await ``work``, however often the caller is cancelled meanwhile."""
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> bool:
+    """Await ``work``, however often the caller is cancelled meanwhile; returns whether it was."""
     task = asyncio.create_task(work)
+    cancelled = False
     while not task.done():
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
-            continue
+            cancelled = True
     task.result()
+    return cancelled
 
 
 def _there(value: T | None) -> T:

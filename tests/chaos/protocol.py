@@ -1,19 +1,23 @@
 """A written model of the protocol: launchers, workers, a canceller and faults, step by step, around the very verdict.
 
 What is one step here is one moment of the server's (a lock taken, a row seen, a commit made visible), so a search over
-all orders of the steps (:mod:`tests.chaos.search`) meets every interleaving. Launchers look as the runner does (the
-report, the lock, the receipt, each at a moment of its own) and ask :func:`judge` what to do.
+all orders of the steps (:mod:`tests.chaos.search`) meets every interleaving. Launchers look as the walk does: at the
+report, the lock and the receipt, each at a moment of its own. What a look means, what is remembered of it and what to
+do then is no model: they ask the walk's own :func:`weigh` and :func:`judge`, and remember in its :class:`Memory`.
 
 Pessimistic where PG_BACKGROUND leaves a choice: a worker may start as late as it likes, "completed" is reported before
-the commit, an error before the abort, and a committed worker may report an error.
+the commit, an error before the abort, and a committed worker may report an error. Time passes as it likes, so what the
+walk would wait for to be written down is believed to be missing at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeVar
 
+from pgbg_orchestration.outcome import Cause
 from pgbg_orchestration.verdict import (
     ALREADY_COMMITTED,
     CANCELED,
@@ -21,13 +25,15 @@ from pgbg_orchestration.verdict import (
     REFUSED,
     TURNED_AWAY,
     Evidence,
-    Holder,
     Intent,
     Receipt,
     Report,
     Step,
     judge,
 )
+from pgbg_orchestration.walk.evidence import is_superseded, weigh
+from pgbg_orchestration.walk.memory import Memory, Stage, Terms
+from tests.chaos import looks
 from tests.chaos.states import (
     AT_WORK,
     ENDED,
@@ -90,8 +96,10 @@ class Scenario:
         count = max((*self.jobs, *self.cancels)) + 1
         return State(
             workers=(),
+            # Pessimistic: whoever lifts a mark takes back any that is there.
             launchers=tuple(
-                Launcher(job, launches_left=self.relaunches, rejections_left=self.rejections) for job in self.jobs
+                Launcher(job, memory=Memory(looked=True, old_mark=looks.NOW if number in self.lifting else None))
+                for number, job in enumerate(self.jobs)
             ),
             cancellers=tuple(Canceller(job) for job in self.cancels),
             receipts=(None,) * count,
@@ -103,6 +111,10 @@ class Scenario:
             lifted=(False,) * count,
             faults=tuple(int(getattr(self, name)) for name in FAULTS),
         )
+
+    def terms(self, number: int) -> Terms:
+        """What the launcher of that number was asked for."""
+        return _terms(self.jobs[number] + 1, number in self.lifting, self.relaunches, self.rejections)
 
     def is_done(self, state: State) -> bool:
         """Whether everybody has an outcome, or is dead, and no worker is left."""
@@ -232,12 +244,14 @@ class Scenario:
             for after in self._half_launched(paid, number, launcher):
                 dead = Launcher(launcher.job, Phase.DEAD)
                 yield Move(f"{name} is killed", True, _with(after, number, dead))
-        if launcher.report is Report.RUNNING and (paid := _pay(state, "lose_session")):
-            lost = launcher._replace(report=Report.GONE, worker=NOBODY, stray=True)
+        memory = launcher.memory
+        if memory.launch.report is Report.RUNNING and (paid := _pay(state, "lose_session")):
+            lost = launcher._replace(memory=memory.handle_lost(), worker=NOBODY)
             yield Move(f"{name} loses its session", True, _with(paid, number, lost))
-        if launcher.intent is Intent.NONE and (paid := _pay(state, "ask")):
+        if memory.intent is Intent.NONE and (paid := _pay(state, "ask")):
+            wanting = (memory.refused() if memory.launch.stage is Stage.CALLING else memory).wanting(Intent.ASKED)
             for after in self._half_launched(paid, number, launcher):
-                asked = launcher._replace(intent=Intent.ASKED, phase=Phase.LOOK, looks=0, step=None)
+                asked = launcher._replace(memory=wanting, phase=Phase.LOOK, looks=0, step=None)
                 yield Move(f"{name} is asked to end", True, _with(after, number, asked))
 
     def _half_launched(self, state: State, number: int, launcher: Launcher) -> Iterator[State]:
@@ -265,7 +279,7 @@ class Scenario:
     def _look(self, state: State, number: int, launcher: Launcher) -> Move:
         what = self.order[launcher.looks]
         if what == "report":
-            launcher, told = _read_report(state, launcher)
+            launcher, told = _read_report(state, launcher, self.terms(number))
         elif what == "lock":
             launcher, told = _read_lock(state, launcher)
         else:
@@ -277,36 +291,28 @@ class Scenario:
         return self._judge(state, number, launcher, move)
 
     def _judge(self, state: State, number: int, launcher: Launcher, move: str) -> Move:
-        recorded = False
-        if launcher.holder is not Holder.NOBODY:
-            launcher = launcher._replace(rejections_left=self.rejections)
-        others = launcher.report in (Report.NONE, Report.GONE) or launcher.sqlstate == TURNED_AWAY
-        if launcher.holder is Holder.THIS_JOB and others:
-            launcher = launcher._replace(attached=True)
-        elif launcher.attached and launcher.holder is Holder.NOBODY and launcher.receipt is Receipt.NONE:
-            recorded = launcher.heard
-            launcher = launcher._replace(attached=recorded, heard=recorded)
-        step = self.judge(
-            Evidence(
-                receipt=launcher.receipt,
-                holder=launcher.holder,
-                superseded=launcher.superseded,
-                registered=launcher.registered or "no registration" in self.broken,
-                report=launcher.report,
-                sqlstate=launcher.sqlstate,
-                recorded_failure=recorded,
-                intent=launcher.intent,
-                launches_left=launcher.launches_left,
-                rejections_left=launcher.rejections_left,
-                lift=number in self.lifting or state.receipts[launcher.job] == GIVEN_UP,
-                stray=launcher.stray,
-                gave_up=launcher.gave_up,
-            )
+        terms, memory = self.terms(number), launcher.memory
+        told = launcher.told
+        seen = looks.sighting(
+            generation=launcher.job + 1,
+            holder=None if launcher.holder == NOBODY else launcher.holder + 1,
+            status=None if told is None else "committed" if told == "committed" else "cancelled",
+            cause=None if told == "committed" else told,
+            newest=launcher.newest,
+            failed=launcher.heard,
         )
+        if "no registration" in self.broken:
+            memory = memory._replace(registration=looks.registration("registered", launcher.job + 1))
+        found, memory = weigh(seen, terms, memory, 0.0)
+        superseded = is_superseded(seen, terms, memory)
+        launcher = launcher._replace(memory=memory, superseded=superseded)
+        if memory.attached_since is None:
+            launcher = launcher._replace(heard=False)
+        step = self.judge(found)
         move = f"{move} -> {step.name}"
         if step in OUTCOMES:
             return self._conclude(state, number, launcher, step, move)
-        again = launcher._replace(looks=0, holder=Holder.NOBODY, held=NOBODY, receipt=Receipt.NONE)
+        again = launcher._replace(looks=0, holder=NOBODY, held=NOBODY, told=None, newest=0)
         if step in (Step.WAIT, Step.WAIT_FOR_SERIES) or (step is Step.CLEAR_OLDER and self.wait_for_older):
             return Move(move, False, _with(state, number, again))
         if step is Step.REGISTER and "older marked before registration" in self.broken:
@@ -323,28 +329,36 @@ class Scenario:
         wrong = None
         if (step is Step.COMMITTED) != committed:
             wrong = f"{step.name} is told of a job that is {'' if committed else 'not '}committed"
-        elif step is Step.FAILED and launcher.sqlstate in (ALREADY_COMMITTED, REFUSED) and launcher.rejections_left:
-            wrong = f"our own refusal ({launcher.sqlstate}) is told as the job's failure"
+        elif step is Step.FAILED and (refusal := self._refusal(launcher)):
+            wrong = f"our own refusal ({refusal}) is told as the job's failure"
         elif step is not Step.COMMITTED and at_work and "no receipt" not in self.broken:
             wrong = f"{step.name} is told while a worker is at work on the job"
         launchers = list(state.launchers)
-        if step is Step.FAILED and launcher.launched:
+        if step is Step.FAILED and launcher.memory.launch.stage is not Stage.NONE:
             for index, other in enumerate(launchers):
-                if other.job == launcher.job and other.attached:
+                if other.job == launcher.job and other.memory.attached_since is not None:
                     launchers[index] = other._replace(heard=True)
         # Nothing of it matters any more but what it told.
         launchers[number] = Launcher(launcher.job, Phase.DONE, step=step)
         return Move(move, False, _tidied(state._replace(launchers=tuple(launchers))), wrong)
 
+    def _refusal(self, launcher: Launcher) -> str | None:
+        sqlstate = launcher.memory.launch.sqlstate
+        again = launcher.memory.tries.rejected < self.rejections
+        return sqlstate if sqlstate in (ALREADY_COMMITTED, REFUSED) and again else None
+
     def _take(self, state: State, number: int, launcher: Launcher) -> Move:
-        step, job = launcher.step, launcher.job
-        looking = launcher._replace(phase=Phase.LOOK, step=None)
+        step, job, memory = launcher.step, launcher.job, launcher.memory
+        looking = launcher._replace(phase=Phase.LOOK, step=None, superseded=False)
         name = f"launcher {number}"
         match step:
             case Step.REGISTER:
                 if job + 1 < state.newest:
-                    return Move(f"{name} registers: superseded", False, _with(state, number, looking))
-                after = _with(state, number, looking._replace(registered=True))
+                    refused = memory.registered(looks.registration("superseded", job + 1))
+                    after = _with(state, number, looking._replace(memory=refused))
+                    return Move(f"{name} registers: superseded", False, after)
+                registered = memory.registered(looks.registration("registered", job + 1))
+                after = _with(state, number, looking._replace(memory=registered))
                 launchers = tuple(o._replace(heard=False) if o.job == job else o for o in after.launchers)
                 after = after._replace(
                     registered=_set(state.registered, job, True),
@@ -358,14 +372,10 @@ class Scenario:
                     marked = _mark_older(state, job)
                 if marked is None:
                     return Move(f"{name} cannot mark older generations yet", False, _with(state, number, looking))
-                launching = looking._replace(phase=Phase.LAUNCH)
-                if launcher.sqlstate in (TURNED_AWAY, REFUSED):
-                    launching = launching._replace(rejections_left=launcher.rejections_left - 1)
-                elif launcher.launched:
-                    launching = launching._replace(launches_left=launcher.launches_left - 1)
-                launching = launching._replace(
-                    worker=NOBODY, report=Report.NONE, sqlstate=None, attached=False, heard=False
-                )
+                if "no registration" in self.broken:
+                    memory = memory._replace(registration=looks.registration("registered", job + 1))
+                calling = memory.put_away().calling()
+                launching = looking._replace(phase=Phase.LAUNCH, memory=calling, worker=NOBODY, heard=False)
                 return Move(f"{name} calls for a launch", False, _with(marked, number, launching))
             case Step.SIGNAL:
                 return Move(f"{name} signals", False, _with(_signalled(state, lambda j: j == job), number, looking))
@@ -374,11 +384,11 @@ class Scenario:
                 return Move(f"{name} signals the older worker", False, _with(after, number, looking))
             case Step.MARK:
                 cause = "superseded" if launcher.superseded else GIVEN_UP
-                if launcher.intent is not Intent.NONE:
+                if memory.intent is not Intent.NONE:
                     cause = "asked"
                 after = self._mark(state, job, cause)
                 cancelled = after.receipts[job] not in (None, "committed")
-                looking = looking._replace(superseded=False, gave_up=cause == GIVEN_UP and cancelled)
+                looking = looking._replace(memory=memory.marked(gave_up=cause == GIVEN_UP and cancelled))
                 return Move(f"{name} marks: {cause}", False, _with(after, number, looking))
             case Step.LIFT:
                 lifted = state
@@ -392,12 +402,12 @@ class Scenario:
 
     def _launch(self, state: State, number: int, launcher: Launcher) -> Iterator[Move]:
         name = f"launcher {number}"
-        looking = launcher._replace(phase=Phase.LOOK, launched=True)
+        looking = launcher._replace(phase=Phase.LOOK)
         started, worker = self._started(state, number, launcher.job)
-        running = looking._replace(worker=worker, report=Report.RUNNING, registered=False)
+        running = looking._replace(worker=worker, memory=launcher.memory.running())
         yield Move(f"{name} has launched worker {worker}", False, _with(started, number, running))
         if paid := _pay(state, "lose_launch"):
-            lost = looking._replace(report=Report.GONE, registered=False, stray=True)
+            lost = looking._replace(memory=launcher.memory.call_lost())
             yield Move(f"{name} loses the launch call; no worker", True, _with(paid, number, lost))
             started, worker = self._started(paid, number, launcher.job)
             yield Move(f"{name} loses the launch call; worker {worker} starts", True, _with(started, number, lost))
@@ -444,34 +454,40 @@ _CANCELLING = ("look", "signal", "mark")
 # Looks --------------------------------------------------------------------------------------------------------------
 
 
-def _read_report(state: State, launcher: Launcher) -> tuple[Launcher, str]:
-    if launcher.report is Report.RUNNING:
+@cache
+def _terms(generation: int, lifting: bool, relaunches: int, rejections: int) -> Terms:
+    takes_back = frozenset(Cause) if lifting else frozenset[Cause]()
+    return Terms(generation=generation, takes_back=takes_back, relaunches=relaunches, rejections=rejections)
+
+
+def _read_report(state: State, launcher: Launcher, terms: Terms) -> tuple[Launcher, str]:
+    memory = launcher.memory
+    if memory.launch.report is Report.RUNNING:
         worker = state.workers[launcher.worker]
         assert worker is not None
+        told = None
         if worker.at in (At.ABORTING, At.FAILED) or (worker.at >= At.VISIBLE and worker.sqlstate):
-            launcher = launcher._replace(report=Report.FAILED, sqlstate=worker.sqlstate, worker=NOBODY)
+            told = looks.info(worker.sqlstate, failed=True)
         elif worker.at >= At.WORKED:
-            launcher = launcher._replace(report=Report.ENDED, worker=NOBODY)
-    return launcher, launcher.report.name
+            told = looks.info()
+        if told is not None:
+            launcher = launcher._replace(memory=memory.ended(*told, terms), worker=NOBODY)
+    return launcher, launcher.memory.launch.report.name
 
 
 def _read_lock(state: State, launcher: Launcher) -> tuple[Launcher, str]:
-    holder, held = Holder.NOBODY, NOBODY
+    holder, held = NOBODY, NOBODY
     for number, worker in enumerate(state.workers):
         if worker is not None and worker.locked:
-            holder, held = Holder.THIS_JOB, number
-            if worker.job != launcher.job:
-                holder = Holder.OLDER if worker.job < launcher.job else Holder.NEWER
-            if holder is Holder.THIS_JOB:
+            holder, held = worker.job, number
+            if worker.job == launcher.job:
                 break
-    return launcher._replace(holder=holder, held=held), holder.name
+    return launcher._replace(holder=holder, held=held), "free" if holder == NOBODY else f"job {holder}"
 
 
 def _read_receipt(state: State, launcher: Launcher) -> tuple[Launcher, str]:
     told = state.receipts[launcher.job]
-    receipt = {None: Receipt.NONE, "committed": Receipt.COMMITTED}.get(told, Receipt.CANCELLED)
-    superseded = told == "superseded" or state.newest > launcher.job + 1
-    return launcher._replace(receipt=receipt, superseded=superseded), str(told)
+    return launcher._replace(told=told, newest=state.newest), str(told)
 
 
 # Changes ------------------------------------------------------------------------------------------------------------

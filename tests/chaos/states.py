@@ -5,7 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
-from pgbg_orchestration.verdict import OURS, Holder, Intent, Receipt, Report, Step
+from pgbg_orchestration.verdict import OURS, Receipt, Step
+from pgbg_orchestration.walk.memory import Memory
 
 OWN_ERROR = "23505"
 GIVEN_UP = "given up"
@@ -60,22 +61,14 @@ class Launcher(NamedTuple):
     job: int
     phase: Phase = Phase.LOOK
     looks: int = 0  # how many of the three looks of this turn are done
-    intent: Intent = Intent.NONE
+    memory: Memory = Memory()  # what the walk itself would remember
     worker: int = NOBODY
-    report: Report = Report.NONE
-    sqlstate: str | None = None
-    holder: Holder = Holder.NOBODY
-    held: int = NOBODY  # the worker that held the lock at that look
-    receipt: Receipt = Receipt.NONE
+    holder: int = NOBODY  # the job whose worker held the lock at that look
+    held: int = NOBODY  # and that worker
+    told: str | None = None  # what the receipt said at that look
+    newest: int = 0  # and the series
     superseded: bool = False
     step: Step | None = None  # to be taken, or the outcome
-    registered: bool = False
-    launched: bool = False
-    launches_left: int = 0
-    rejections_left: int = 0
-    attached: bool = False
-    stray: bool = False  # a handle was lost, so its worker may begin at any time
-    gave_up: bool = False  # so the job was marked
     heard: bool = False  # another launcher wrote down, since we attached, how its worker failed
 
 

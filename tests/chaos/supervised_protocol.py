@@ -1,8 +1,9 @@
 """A written model of supervised jobs: callers, supervisors, their workers and faults, around the very verdict.
 
-As in :mod:`tests.chaos.protocol`, a step is a moment of the server's, and callers look as the runner does: the report,
-the lock, then claim and marker, twice where a claim has nobody at work. Nothing in it rests on time: a worker starts as
-late as it likes, also after its supervisor is gone.
+As in :mod:`tests.chaos.protocol`, a step is a moment of the server's, and callers look as the walk does: at the report,
+the lock, then claim and marker, twice where the walk's own :func:`doubt` doubts a claim. What a look means and what is
+remembered of it is the walk's too. Nothing rests on time: a worker starts as late as it likes, also after its
+supervisor is gone.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple, TypeVar
 
+from pgbg_orchestration.job import Kind
+from pgbg_orchestration.ledger.sighting import Sighting
 from pgbg_orchestration.verdict import (
     CANCELED,
     OUTCOMES,
     REFUSED,
     TURNED_AWAY,
     Evidence,
-    Holder,
     Intent,
-    Receipt,
     Report,
     Step,
     judge,
 )
+from pgbg_orchestration.walk.evidence import Sign, doubt, to_name, weigh
+from pgbg_orchestration.walk.memory import Memory, Terms, Verification
+from tests.chaos import looks
 from tests.chaos.states import NOBODY, Move, Phase
 
 T = TypeVar("T")
@@ -65,12 +69,19 @@ class Supervisor(NamedTuple):
 
 
 FORGOTTEN = Supervisor(0, Sup.ENDED)
+MET = Memory(looked=True)
+"""Of one that has looked before: nothing here rests on which look was the first."""
 
 
 class Inner(NamedTuple):
     at: Work = Work.STARTING
     recorded: bool = False  # how it ended stands in the history
     told: bool = False  # and somebody was told
+
+
+STATUSES = {"launching": "launching", "committed": "committed", "cancelled": "cancelled", "given up": "cancelled"}
+PLAIN = Terms(kind=Kind.SUPERVISED, generation=1, relaunches=1, rejections=1)
+VERIFYING = PLAIN._replace(can_verify=True)
 
 
 class Claim(NamedTuple):
@@ -85,21 +96,11 @@ class Claim(NamedTuple):
 class Caller(NamedTuple):
     phase: Phase = Phase.LOOK
     looks: int = 0
-    claim: int = 0  # the attempt whose claim an earlier look of this turn saw with nobody at work
-    intent: Intent = Intent.NONE
+    doubted: int = 0  # the attempt whose claim an earlier look of this turn saw with nobody at work
+    memory: Memory = MET  # what the walk itself would remember
     supervisor: int = NOBODY
-    report: Report = Report.NONE
-    sqlstate: str | None = None
     holder: bool = False
-    verified: bool | None = None
-    verified_of: tuple[int, bool] = (0, False)
-    seen: tuple[int, bool] = (0, False)  # the claim, and whether its worker may begin
-    registered: int = 0  # the attempt
-    launched: bool = False
-    launches_left: int = 1
-    rejections_left: int = 1
-    stray: bool = False
-    gave_up: bool = False
+    claim: tuple[int, bool] = (0, False)  # that was seen, and whether its worker may begin
     step: Step | None = None
 
 
@@ -267,14 +268,21 @@ class Supervision:
             yield self._take(state, number, caller)
         if paid := _pay(state, "crash"):
             yield Move(f"caller {number} is killed", True, _caller(paid, number, Caller(Phase.DEAD)))
-        if caller.intent is Intent.NONE and (paid := _pay(state, "ask")):
-            asked = caller._replace(intent=Intent.ASKED, phase=Phase.LOOK, looks=0, claim=0, step=None)
+        if caller.memory.intent is Intent.NONE and (paid := _pay(state, "ask")):
+            wanting = caller.memory.wanting(Intent.ASKED)
+            asked = caller._replace(memory=wanting, phase=Phase.LOOK, looks=0, doubted=0, step=None)
             yield Move(f"caller {number} is asked to end", True, _caller(paid, number, asked))
+
+    @property
+    def terms(self) -> Terms:
+        """What a caller was asked for."""
+        return VERIFYING if self.verify else PLAIN
 
     def _look(self, state: State, number: int, caller: Caller) -> Move:
         if caller.looks == 0:
-            caller = _read_report(state, caller)._replace(looks=1)
-            return Move(f"caller {number} sees report: {caller.report.name}", False, _caller(state, number, caller))
+            caller = _read_report(state, caller, self.terms)._replace(looks=1)
+            report = caller.memory.launch.report.name
+            return Move(f"caller {number} sees report: {report}", False, _caller(state, number, caller))
         if caller.looks == 1:
             holder = any(Sup.LOCKED <= supervisor.at <= Sup.TOLD for supervisor in state.supervisors)
             looked = caller._replace(looks=2, holder=holder)
@@ -282,57 +290,40 @@ class Supervision:
         receipt = state.receipt
         marked = any(Work.SHOWN <= worker.at <= Work.FAILING for worker in state.workers)
         claimed = receipt is not None and receipt.status == "launching"
-        attempt = receipt.attempt if receipt is not None else 0
-        move = f"caller {number} sees {receipt}, marked: {marked}"
-        unsure = claimed and not caller.holder and not marked and caller.claim != attempt
-        if unsure and "one look at a claim" not in self.broken:
-            return Move(move, False, _caller(state, number, caller._replace(looks=1, claim=attempt)))
-        if receipt is not None and claimed and marked and not caller.holder:
-            receipt = receipt._replace(named=True)
-            state = state._replace(receipt=receipt)
-        claim = (attempt, claimed and receipt is not None and not receipt.named and not receipt.stale)
-        changed = claim != caller.verified_of and "verify_sql said so of another claim" not in self.broken
-        if caller.holder or marked or changed:
-            caller = caller._replace(verified=None)
-        return self._judge(state, number, caller._replace(seen=claim), receipt, marked, move)
-
-    def _judge(self, state: State, number: int, caller: Caller, receipt: Claim | None, marked: bool, move: str) -> Move:
-        statuses = {
-            "launching": Receipt.LAUNCHING,
-            "committed": Receipt.COMMITTED,
-            "cancelled": Receipt.CANCELLED,
-            "given up": Receipt.CANCELLED,
-        }
-        untold = state.failed and not state.reported and "failures are not told" not in self.broken
-        recorded = untold or caller.report is Report.ENDED
-        step = self.judge(
-            Evidence(
-                receipt=statuses[receipt.status] if receipt is not None else Receipt.NONE,
-                holder=Holder.THIS_JOB if caller.holder else Holder.NOBODY,
-                marked=marked,
-                registered=caller.registered > 0,
-                report=caller.report,
-                sqlstate=caller.sqlstate,
-                recorded_failure=recorded,
-                intent=caller.intent,
-                launches_left=caller.launches_left,
-                rejections_left=caller.rejections_left,
-                lift=receipt is not None and receipt.status == "given up",
-                can_verify=self.verify,
-                verified=caller.verified,
-                stray=caller.stray,
-                gave_up=caller.gave_up,
-                may_begin=caller.seen[1] and "what may begin is forgotten" not in self.broken,
-            )
+        may_begin = claimed and receipt is not None and not receipt.named and not receipt.stale
+        seen = looks.sighting(
+            holder=1 if caller.holder else None,
+            status=STATUSES[receipt.status] if receipt is not None else None,
+            cause="given up" if receipt is not None and receipt.status == "given up" else None,
+            attempt=receipt.attempt if receipt is not None else 0,
+            marked=marked,
+            may_begin=may_begin and "what may begin is forgotten" not in self.broken,
+            failed=state.failed,
+            reported=state.reported or "failures are not told" in self.broken,
         )
+        move = f"caller {number} sees {receipt}, marked: {marked}"
+        # Another doubt is about what others may write down: time may pass as quickly as it likes.
+        unsure = doubt(seen, self.terms, caller.memory, 0.0)
+        claim = unsure.claim if unsure is not None and unsure.sign is Sign.CLAIM else None
+        if claim not in (None, caller.doubted) and "one look at a claim" not in self.broken:
+            return Move(move, False, _caller(state, number, caller._replace(looks=1, doubted=claim or 0)))
+        if receipt is not None and to_name(seen) is not None:
+            state = state._replace(receipt=receipt._replace(named=True))
+        return self._judge(state, number, caller, seen, move)
+
+    def _judge(self, state: State, number: int, caller: Caller, seen: Sighting, move: str) -> Move:
+        memory, claim = caller.memory, (seen.receipt_attempt or 0, seen.may_begin)
+        if memory.verification is not None and "verify_sql said so of another claim" in self.broken:
+            memory = memory._replace(verification=Verification(memory.verification.done, claim))
+        found, memory = weigh(seen, self.terms, memory, 0.0)
+        step = self.judge(found)
+        caller = caller._replace(memory=memory)
         move = f"{move} -> {step.name}"
         if step in OUTCOMES:
             return self._conclude(state, number, caller, step, move)
-        if caller.verified is None:
-            caller = caller._replace(verified_of=(0, False))
-        again = caller._replace(looks=0, claim=0, holder=False)
-        if step not in (Step.VERIFY, Step.SETTLE):
-            again = again._replace(seen=(0, False))
+        again = caller._replace(looks=0, doubted=0, holder=False)
+        if step in (Step.VERIFY, Step.SETTLE):
+            again = again._replace(claim=claim)
         if step in (Step.WAIT, Step.WAIT_FOR_SERIES):
             return Move(move, False, _caller(state, number, again))
         return Move(move, False, _caller(state, number, again._replace(phase=Phase.STEP, step=step)))
@@ -347,7 +338,7 @@ class Supervision:
             wrong = f"{step.name} is told of a job that is committed or at work"
         elif step is Step.LOST and Work.FAILED in ats:
             wrong = "LOST is told of a job that failed"
-        elif step is Step.FAILED and caller.rejections_left and not ({Work.FAILING, Work.FAILED} & {*ats} or state.hit):
+        elif step is Step.FAILED and not (self._rejected(caller) or {Work.FAILING, Work.FAILED} & {*ats} or state.hit):
             wrong = "FAILED is told of a job that did not fail"
         elif step is Step.UNKNOWN and not state.hit:
             wrong = "UNKNOWN is told though nothing happened to the supervisor"
@@ -358,17 +349,24 @@ class Supervision:
             state = state._replace(reported=True, workers=workers)
         return Move(move, False, _caller(state, number, Caller(Phase.DONE, step=step)), wrong)
 
+    def _rejected(self, caller: Caller) -> bool:
+        return caller.memory.tries.rejected >= self.terms.rejections
+
     def _take(self, state: State, number: int, caller: Caller) -> Move:
-        looking = caller._replace(phase=Phase.LOOK, step=None, seen=(0, False))
+        looking = caller._replace(phase=Phase.LOOK, step=None, claim=(0, False))
+        memory = caller.memory
         name = f"caller {number}"
         receipt = state.receipt
         match caller.step:
             case Step.REGISTER:
                 untold = state.failed and not state.reported and "failures are not told" not in self.broken
                 if receipt is not None or untold:
+                    refused = memory.registered(looks.registration("untold", 1))
+                    looking = looking._replace(memory=refused)
                     return Move(f"{name} cannot register", False, _caller(state, number, looking))
                 after = state._replace(attempts=state.attempts + 1, failed=False, reported=False)
-                registered = looking._replace(registered=after.attempts)
+                memory = memory.registered(looks.registration("registered", 1, after.attempts))
+                registered = looking._replace(memory=memory)
                 return Move(f"{name} registers", False, _caller(after, number, registered))
             case Step.LAUNCH:
                 return self._launch(state, number, caller)
@@ -379,10 +377,14 @@ class Supervision:
                 after = _caller(state._replace(workers=workers), number, looking)
                 return Move(f"{name} signals the worker", False, after)
             case Step.MARK:
-                cause = "cancelled" if caller.intent is not Intent.NONE else "given up"
+                cause = "cancelled" if memory.intent is not Intent.NONE else "given up"
                 after = state if receipt is not None else state._replace(receipt=Claim(cause))
                 gave_up = cause == "given up" and receipt is None
-                return Move(f"{name} marks", False, _caller(after, number, looking._replace(gave_up=gave_up)))
+                return Move(
+                    f"{name} marks",
+                    False,
+                    _caller(after, number, looking._replace(memory=memory.marked(gave_up=gave_up))),
+                )
             case Step.LIFT:
                 after = state
                 if receipt is not None and receipt.status in ("given up", "cancelled"):
@@ -390,7 +392,7 @@ class Supervision:
                 return Move(f"{name} lifts the mark", False, _caller(after, number, looking))
             case Step.VERIFY:
                 done = any(worker.at in (Work.COMMITTING, Work.COMMITTED) for worker in state.workers)
-                asked = looking._replace(verified=done, verified_of=caller.seen)
+                asked = looking._replace(memory=memory.verified(done, caller.claim))
                 return Move(f"{name} asks verify_sql: {done}", False, _caller(state, number, asked))
             case Step.SETTLE:
                 return self._settle(state, number, caller, looking)
@@ -398,41 +400,42 @@ class Supervision:
                 raise AssertionError(f"the model has no step {caller.step}")
 
     def _launch(self, state: State, number: int, caller: Caller) -> Move:
-        supervisor = Supervisor(caller.registered)
-        launched = Caller(
-            supervisor=len(state.supervisors), report=Report.RUNNING, launched=True, intent=caller.intent,
-            launches_left=caller.launches_left, rejections_left=caller.rejections_left,
-            stray=caller.stray,
-        )  # fmt: skip
-        if caller.sqlstate in (TURNED_AWAY, REFUSED):
-            launched = launched._replace(rejections_left=caller.rejections_left - 1)
-        elif caller.launched:
-            launched = launched._replace(launches_left=caller.launches_left - 1)
+        registration = caller.memory.registration
+        assert registration is not None
+        supervisor = Supervisor(registration.attempt)
+        memory = caller.memory.put_away().calling().running()
+        # Only a launch that found no second slot asks for it again.
+        memory = memory._replace(launch=memory.launch._replace(registration=None))
+        launched = Caller(supervisor=len(state.supervisors), memory=memory)
         after = state._replace(supervisors=(*state.supervisors, supervisor))
         return Move(f"caller {number} launches {supervisor}", False, _caller(after, number, launched))
 
     def _settle(self, state: State, number: int, caller: Caller, looking: Caller) -> Move:
-        done, receipt = caller.verified, state.receipt
-        if receipt is not None and receipt.status == "launching" and receipt.attempt == caller.seen[0]:
+        verification, receipt = caller.memory.verification, state.receipt
+        done = verification is not None and verification.done
+        if receipt is not None and receipt.status == "launching" and receipt.attempt == caller.claim[0]:
             state = state._replace(receipt=receipt._replace(status="committed") if done else None)
+        settled = looking._replace(memory=caller.memory.settled())
         if not done:
-            looking = looking._replace(report=Report.GONE, sqlstate=None, verified=None, supervisor=NOBODY, stray=True)
-        return Move(f"caller {number} settles: {done}", False, _caller(state, number, looking))
+            settled = settled._replace(supervisor=NOBODY)
+        return Move(f"caller {number} settles: {done}", False, _caller(state, number, settled))
 
 
-def _read_report(state: State, caller: Caller) -> Caller:
-    if caller.report is not Report.RUNNING:
+def _read_report(state: State, caller: Caller, terms: Terms) -> Caller:
+    memory = caller.memory
+    if memory.launch.report is not Report.RUNNING:
         return caller
     supervisor = state.supervisors[caller.supervisor]
     match supervisor.at:
         case Sup.REFUSED:
-            return caller._replace(report=Report.FAILED, sqlstate=supervisor.sqlstate, registered=0, supervisor=NOBODY)
+            told = looks.info(supervisor.sqlstate, failed=True)
         case Sup.KILLED:
-            return caller._replace(report=Report.FAILED, sqlstate=CANCELED, registered=0, supervisor=NOBODY)
+            told = looks.info(CANCELED, failed=True)
         case Sup.ENDED:
-            return caller._replace(report=Report.ENDED, registered=0, supervisor=NOBODY)
+            told = looks.info(tag="CALL")
         case _:
             return caller
+    return caller._replace(memory=memory.ended(*told, terms), supervisor=NOBODY)
 
 
 def _killed(state: State, number: int) -> State:
@@ -448,7 +451,7 @@ def _restarted(state: State) -> State:
     )
     receipt = state.receipt._replace(stale=True) if state.receipt is not None else None
     callers = tuple(
-        c._replace(report=Report.GONE, supervisor=NOBODY, stray=True, registered=0) if c.report is Report.RUNNING else c
+        c._replace(memory=c.memory.handle_lost(), supervisor=NOBODY) if c.memory.launch.report is Report.RUNNING else c
         for c in state.callers
     )
     return state._replace(supervisors=supervisors, workers=workers, receipt=receipt, callers=callers, hit=True)
@@ -468,7 +471,7 @@ def _caller(state: State, number: int, caller: Caller) -> State:
 
 def _tidied(state: State) -> State:
     """Forget of supervisors that ended what nobody asks after, so that states that differ in it alone are one."""
-    followed = {caller.supervisor for caller in state.callers if caller.report is Report.RUNNING}
+    followed = {caller.supervisor for caller in state.callers if caller.memory.launch.report is Report.RUNNING}
     supervisors = tuple(
         supervisor if supervisor.at < Sup.ENDED or number in followed else FORGOTTEN
         for number, supervisor in enumerate(state.supervisors)

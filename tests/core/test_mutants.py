@@ -212,8 +212,8 @@ async def test_detach_before_the_outcome_is_written(
     record = conclusion.record
 
     async def too_late(case: Case, *arguments: Any, **named: Any) -> None:
-        if case.launch.worker is not None:
-            await case.launch.worker.detach()
+        if case.worker is not None:
+            await case.worker.detach()
         await record(case, *arguments, **named)
 
     if broken:

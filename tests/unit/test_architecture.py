@@ -90,6 +90,8 @@ class TestImports:
             ("orchestrator", "pgbg_orchestration/{name}.py", "from airflow.sdk import DAG"),
             ("verdict", "pgbg_orchestration/verdict.py", "import psycopg"),
             ("verdict", "pgbg_orchestration/verdict.py", "from time import time"),
+            ("evidence", "pgbg_orchestration/walk/evidence.py", "from asyncio import sleep"),
+            ("walk", "pgbg_orchestration/walk/evidence.py", "from pgbg_orchestration.walk import case"),
             ("rooms", "pgbg_orchestration/walk/{name}.py", "from pgbg_orchestration import launcher"),
             ("rooms", "pgbg_orchestration/ledger/{name}.py", "from pgbg_orchestration.walk import run"),
             ("rooms", "pgbg_orchestration/{name}.py", ""),  # in no room

@@ -1,0 +1,260 @@
+"""The launch of a job: registered, composed, called for when there is a slot, and its handle taken over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import psycopg
+
+from pgbg_orchestration import pace, statements
+from pgbg_orchestration.errors import ServerUnreachable
+from pgbg_orchestration.job import Kind
+from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.ledger.sighting import Registration
+from pgbg_orchestration.outcome import EventKind
+from pgbg_orchestration.postgres import describe, markers
+from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
+from pgbg_orchestration.postgres.describe import Readable
+from pgbg_orchestration.postgres.session import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp
+from pgbg_orchestration.statements import index_builds
+from pgbg_orchestration.testing import faults
+from pgbg_orchestration.verdict import Intent
+
+from . import failures
+from .case import Case
+from .conclusion import record
+from .host import Host
+from .memory import Stage
+
+T = TypeVar("T")
+SESSIONS_LOST = 6  # one after the other, before a launch counts as impossible
+
+
+class Launches:
+    """The launches of one job: most need one.
+
+    Parameters
+    ----------
+    host:
+        Sessions and slots, shared with other jobs.
+    case:
+        The job; its memory and handles are changed here.
+    """
+
+    def __init__(self, host: Host, case: Case) -> None:
+        self._host = host
+        self._ledger: Ledger = host.ledger
+        self._case = case
+
+    async def register(self) -> None:
+        """Register the launch that comes next.
+
+        Raises
+        ------
+        JobIdReused
+            The id stands for other SQL, and the caller does not accept that.
+        """
+        case, work = self._case, self._case.work
+        faults.point("before_register")
+        registration = await self._ledger.register(
+            work.key,
+            generation=work.job.generation,
+            label=work.label,
+            kind=work.kind,
+            sql_digest=work.sql_digest,
+            accept_changed_sql=case.options.accept_changed_sql,
+        )
+        # A superseded one is seen to be by the next look.
+        case.memory = case.memory.registered(registration)
+        faults.point("after_register")
+        if registration.verdict == "reused":
+            raise failures.reused(work)
+
+    async def launch(self) -> bool:
+        """Launch the job; returns False when a worker of an older generation has to end first.
+
+        Raises
+        ------
+        InvalidJob, NoPrivilege
+            The server refuses it; nothing was launched.
+        ServerUnreachable
+            Every launching session was lost.
+        """
+        case, work = self._case, self._case.work
+        registration = case.memory.registration if work.carries_receipt else None
+        if registration is not None and not await self._mark_older(registration):
+            return False
+        text = await self._compose(registration)
+        await self._put_last_launch_away()
+        await self._wait_for_slot_and_call(text)
+        await self.take_over_call()
+        faults.point("while_running")
+        if case.worker is not None:
+            # Most of what a look would tell now, it tells better a little later.
+            await asyncio.wait({case.worker.ended}, timeout=case.bounded(pace.LOOK_SOONEST))
+        return True
+
+    async def _mark_older(self, registration: Registration) -> bool:
+        """Make sure that no older generation starts or is at work; returns False when one was."""
+        key = self._case.work.key
+        at_work = await self._ledger.mark_older(key, registration.generation)
+        if at_work is not None and not at_work:
+            return True
+        if at_work and self._case.options.on_superseded == "cancel":
+            for job_id in at_work:
+                await self._ledger.signal(key, job_id=job_id)
+        return False
+
+    # What is launched -----------------------------------------------------------------------------------------------
+
+    async def _compose(self, registration: Registration | None) -> str:
+        case, work = self._case, self._case.work
+        if registration is None:
+            return await self._prepare_session()
+        if work.kind is Kind.SUPERVISED:
+            if work.job.drop_invalid_index:
+                await self._drop_invalid_index()
+            readable = await self._make_readable()
+            facts = await self._host.facts()
+            settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
+            calls = facts.extension.supervision(readable.columns, padded=readable.padded)
+            return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
+        return work.text(self._host.schema, registration)
+
+    async def _prepare_session(self) -> str:
+        case = self._case
+        marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
+        if marked is not None:
+            raise failures.already_at_work(case.work, marked.pid)
+        if case.session is None or case.session.lost:
+            case.session = await self._host.session(exclusive=True)
+        case.readable = await self._make_readable()
+        return case.readable.text
+
+    async def _make_readable(self) -> Readable:
+        """Return the text to launch, with a result that can be read to its end."""
+        work = self._case.work
+        text, last = statements.join(work.statements), work.statements[-1].text
+        try:
+            columns = await self._on_session(lambda session: session.describe(last, work.meaning()))
+            return Readable(text, columns)
+        except describe.UnreadableResult:
+            pass
+        except psycopg.Error as error:
+            if len(work.statements) == 1:
+                raise failures.statement_refused(work, error) from None  # its text quotes the line, parameters and all
+            # It may need what the statements before it make.
+        # Behind a statement that gives no rows, the result is the statements' tags.
+        return Readable(text + statements.SEPARATOR.rstrip(";"), None, padded=True)
+
+    async def _drop_invalid_index(self) -> None:
+        case, work = self._case, self._case.work
+        found = index_builds.concurrent_index(work.statements)
+        if found is None:
+            return
+        try:
+            dropped = await self._host.drop_invalid_index(found, work.job)
+        except psycopg.Error as error:
+            raise failures.cannot_drop(work, error) from error
+        if dropped is not None:
+            case.tell(EventKind.DROPPED_INVALID_INDEX, f"dropped {dropped}, which an earlier build left invalid")
+
+    # The call -------------------------------------------------------------------------------------------------------
+
+    async def _put_last_launch_away(self) -> None:
+        """Make room for another launch, a little later where the last one was turned away or found no second slot."""
+        case = self._case
+        before = case.memory
+        case.memory = before.put_away()
+        rejected = case.memory.tries.rejected
+        if before.launch.stage is Stage.NONE and before.tries.slotless:
+            case.tell_once(EventKind.WAITING_FOR_SLOT, "waiting for a second worker slot, below the supervisor")
+            await asyncio.sleep(pace.backoff(before.tries.slotless))
+        else:
+            case.slot_deadline = None  # the last launch found its slots
+        if rejected > before.tries.rejected:
+            await asyncio.sleep(pace.backoff(rejected))
+        if case.worker is not None:
+            case.worker.release()
+        case.worker = case.launch_error = None
+
+    async def _wait_for_slot_and_call(self, text: str) -> None:
+        case, work = self._case, self._case.work
+        loop = asyncio.get_running_loop()
+        if case.slot_deadline is None and case.options.slot_timeout is not None:
+            case.slot_deadline = loop.time() + case.options.slot_timeout
+        try:
+            async with asyncio.timeout_at(case.slot_deadline):
+                case.waited_for_slot = True
+                if work.kind is Kind.SUPERVISED and not case.paired:
+                    await self._host.pairs.acquire()
+                    case.paired = True
+                await self._host.slots.launch(lambda: self._call(text), self._on_slots_used_up)
+        except TimeoutError:
+            case.memory = case.memory.wanting(Intent.DEADLINE)
+        except MayBeLaunched as error:
+            case.launch_error = error.error
+        except LaunchRefused as error:
+            await record(case, self._ledger, "failed", error=work.telling(describe.error_fields(error.error)))
+            facts = await self._host.facts()
+            raise failures.launch_refused(work, error.error, facts, called=error.called) from error.error
+
+    async def _call(self, text: str) -> None:
+        case, work = self._case, self._case.work
+        defaults = (await self._host.facts()).defaults
+
+        async def call(session: LaunchingSession) -> None:
+            case.memory = case.memory.calling()
+            case.waited_for_slot = False
+            case.call = session.launch(
+                text,
+                label=work.label,
+                queue_size=work.job.queue_size,
+                settings=work.launch_settings(case.seconds_left(), defaults),
+                role=work.job.role if work.kind is Kind.SESSION else None,
+                poll_interval=case.options.poll_interval,
+            )
+            try:
+                await asyncio.shield(case.call)
+            except (SlotsUsedUp, LaunchRefused, ConnectionLost):
+                case.call = None
+                case.memory = case.memory.refused()
+                raise
+
+        await self._on_session(call)
+
+    async def _on_session(self, ask: Callable[[LaunchingSession], Awaitable[T]]) -> T:
+        """Ask a launching session, or another one when it ended between being chosen and being used."""
+        case = self._case
+        for attempt in range(SESSIONS_LOST):
+            session = case.session or await self._host.session()
+            try:
+                return await ask(session)
+            except ConnectionLost as lost:
+                if isinstance(lost, ExtensionMoved):
+                    self._host.forget_facts()
+                if case.session is not None:
+                    await case.session.close()
+                    case.session = await self._host.session(exclusive=True)
+                await asyncio.sleep(pace.backoff(attempt))
+        raise ServerUnreachable("every launching session was lost before the launch call", job_id=case.work.key.job_id)
+
+    async def take_over_call(self) -> None:
+        """Take over what came of a launch call, on whose way this process may have been interrupted."""
+        case = self._case
+        if not await case.end_call() or case.worker is None:
+            return
+        case.worker.ended.add_done_callback(lambda _: self._host.slots.freed())
+        # A supervisor's pid is nothing for people: cancelling it is not what they would want.
+        pid = None if case.work.kind is Kind.SUPERVISED else case.worker.handle.pid
+        case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
+
+    def _on_slots_used_up(self, error: SlotsUsedUp) -> None:
+        self._case.waited_for_slot = True
+        where = {"53400": "this session's table", "53100": "shared memory (/dev/shm)"}.get(
+            error.sqlstate or "", f"max_worker_processes ({self._host.max_worker_processes})"
+        )
+        message = f"waiting for a worker slot: {where} is used up"
+        self._case.tell_once(EventKind.WAITING_FOR_SLOT, message, sqlstate=error.sqlstate)
