@@ -179,7 +179,7 @@ async def test_success_without_proof(db: Watched, broken: bool, monkeypatch: pyt
     assert db.effects() == 0
 
 
-async def _signal_once(ledger: Ledger, key: Key, cause: str, reason: str) -> str:
+async def _signal_once(ledger: Ledger, key: Key, *_: object) -> str:
     await ledger.signal(key)
     return "cancelled"
 
