@@ -11,7 +11,7 @@ from airflow.sdk import BaseSensorOperator
 
 from .compat import conf, fails_for_good, take_retry_policy
 from .ending import ends_in_trigger
-from .retry_policy import SqlStateRetryPolicy
+from .retry_policy import SqlStateRetryPolicy, tells_decision
 from .watching import COMMITTED, ENDED_BADLY, Watch, moment_of
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class PgBackgroundSensor(BaseSensorOperator):
         hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
         if self._watch is None:
             self._watch = Watch(**self._watched(), since=self._counts_from(context), log=self.log.info)
-        told = asyncio.run(self._look_once(self._watch, hook.conninfo()))
+        with tells_decision(self, context):
+            told = asyncio.run(self._look_once(self._watch, hook.conninfo()))
         return PokeReturnValue(told is not None, told and told["jobs"])
 
     async def _look_once(self, watch: Watch, conninfo: str) -> dict[str, Any] | None:
@@ -193,7 +194,8 @@ class PgBackgroundSensor(BaseSensorOperator):
             if event.get("seen"):
                 message += f"; last seen: {event['seen']}"
             raise AirflowSkipException(message) if self.soft_fail else AirflowSensorTimeout(message)
-        return events.result_of(event).get("jobs")
+        with tells_decision(self, context):
+            return events.result_of(event).get("jobs")
 
     def _watched(self) -> dict[str, Any]:
         return {

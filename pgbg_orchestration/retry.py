@@ -135,6 +135,8 @@ class Decision:
         Whether the receipt must be looked at before anything runs again.
     uses_attempt:
         Whether this try should count.
+    why:
+        Of a retry: the reason without what comes next, for an orchestrator that has no try left.
     """
 
     action: Action
@@ -143,6 +145,7 @@ class Decision:
     sqlstate: str | None = None
     look_first: bool = False
     uses_attempt: bool = True
+    why: str | None = None
 
 
 def _soon(why: str) -> Rule:
@@ -414,7 +417,7 @@ class RetryPolicy:
         delay = found.delay(attempt, self.rng)
         first = "looking at the receipt first, " if look_first else ""
         reason = f"{named}: {why}; {first}again in {delay:.1f} s after try {attempt}"
-        return Decision(RETRY, delay, reason, sqlstate, look_first, found.uses_attempt)
+        return Decision(RETRY, delay, reason, sqlstate, look_first, found.uses_attempt, f"{named}: {why}")
 
     def _find(
         self, error: BaseException | ErrorFields | str, origin: Origin | None

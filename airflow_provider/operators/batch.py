@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow_provider import events, parsing
 from airflow_provider.arguments import JOB_FIELDS, job_arguments, label_of
 from airflow_provider.compat import fails_for_good
+from airflow_provider.retry_policy import tells_decision
 
 from .job import PgBackgroundOperator
 
@@ -122,7 +123,8 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         error.add_note(f"Job {first!r} of the batch; {len(failures)} more did not commit.")
         for name, other in failures.items():
             error.add_note(f"Job {name!r}: {other.message}")
-        raise error
+        with tells_decision(self, context):
+            raise error
 
     def _statements(self) -> list[str]:
         given = (job["sql"] if isinstance(job, Mapping) else job for job in self.jobs.values())

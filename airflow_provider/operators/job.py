@@ -14,7 +14,7 @@ from airflow_provider.arguments import job_arguments, job_of
 from airflow_provider.compat import conf, fails_for_good, take_retry_policy
 from airflow_provider.ending import ends_in_trigger
 from airflow_provider.link import BackgroundJobLink
-from airflow_provider.retry_policy import SqlStateRetryPolicy
+from airflow_provider.retry_policy import SqlStateRetryPolicy, tells_decision
 
 from . import start
 
@@ -244,7 +244,8 @@ class PgBackgroundOperator(BaseOperator):
         """Return what the trigger found, or raise the job's error in its own type."""
         from airflow_provider import events
 
-        result = events.result_of(event)
+        with tells_decision(self, context):
+            result = events.result_of(event)
         self.log.info(
             "Job %s committed: %s, %s rows, worker pid %s%s.",
             result["job_id"],
@@ -280,7 +281,8 @@ class PgBackgroundOperator(BaseOperator):
             # Airflow's own timeout runs no on_kill and loses the job's error, so it comes well after the trigger's.
             own = None if trigger.deadline is None else max(trigger.deadline - datetime.now(UTC), timedelta()) + MARGIN
             self.defer(trigger=trigger, method_name="execute_complete", kwargs=self._kept_for_resuming(), timeout=own)
-        return self.execute_complete(context, self._do_here(trigger))
+        with tells_decision(self, context):
+            return self.execute_complete(context, self._do_here(trigger))
 
     def _kept_for_resuming(self) -> dict[str, Any] | None:
         """Return arguments for ``execute_complete`` besides the event; Airflow stores them with the task."""

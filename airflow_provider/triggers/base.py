@@ -298,7 +298,15 @@ class JobTrigger(ServerTrigger):
     async def _cancel_if_ended(self) -> None:
         state = await state_of(self.task_instance)
         if state in GOES_ON:
-            self.log.info("The task goes on (%s): its jobs are left alone.", state)
+            # What the next try's log says of it then: "cancelling", "waiting for it" or "attached".
+            then = "cancels" if self.on_superseded == "cancel" else "waits for"
+            self.log.info(
+                "The task goes on (%s), so nothing is cancelled here. Its next try, if it was cleared, %s the worker of"
+                " %s; another triggerer, if it was given to one, attaches to it.",
+                state,
+                then,
+                ", ".join(str(job["id"]) for job in self.identities()),
+            )
             return
         self.log.info("The task is %s: cancelling its jobs.", state or "gone")
         async with self.launcher() as launcher:

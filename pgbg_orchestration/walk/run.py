@@ -273,11 +273,11 @@ class Run:
 
     async def _clear_older(self, seen: Sighting) -> None:
         if self._case.options.on_superseded == "wait":
-            message = "an older generation is at work; waiting for it"
+            message = f"an older generation is at work, {seen.holder_job}; waiting for it"
             self._case.tell_once(EventKind.WAITING_FOR_SERIES, message, pid=seen.holder_pid)
             await self._sleep()
             return
-        message = "cancelling the worker of an older generation"
+        message = f"cancelling the worker of an older generation, {seen.holder_job}"
         self._case.tell_once(EventKind.CANCELLING_OLDER, message, pid=seen.worker_pid)
         if self._waited() > pace.CANCEL:
             raise failures.survivor(self._case.work.key, seen, "the worker of an older generation")

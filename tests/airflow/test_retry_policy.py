@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from airflow.sdk import ExceptionRetryPolicy, RetryRule
 from airflow.sdk.definitions.retry_policy import RetryAction
 
 from airflow_provider import SqlStateRetryPolicy
+from airflow_provider.retry_policy import tells_decision
 from pgbg_orchestration import ErrorFields, errors
 from pgbg_orchestration.retry import RETRY, Rule
 
@@ -78,3 +81,35 @@ def test_tries_are_counted_since_the_last_clear() -> None:
 
     assert SqlStateRetryPolicy().evaluate(failed("40001"), 9, 7 + 6, context).action is RetryAction.RETRY
     assert SqlStateRetryPolicy().evaluate(failed("40001"), 9, 9, None).action is RetryAction.FAIL
+
+
+@pytest.mark.parametrize(("try_number", "max_tries"), [(1, 0), (4, 3)])
+def test_the_last_try_promises_no_other(try_number: int, max_tries: int) -> None:
+    decision = SqlStateRetryPolicy().evaluate(failed("40001"), try_number, max_tries)
+
+    assert decision.action is RetryAction.FAIL
+    assert decision.reason is not None
+    assert f"no try is left (try {try_number} of {max_tries + 1})" in decision.reason
+    assert decision.reason.startswith("SQLSTATE 40001: ")
+    assert "again in" not in decision.reason
+
+
+def test_an_error_is_decided_once(caplog: pytest.LogCaptureFixture) -> None:
+    """What the task's log says beside the error is what Airflow is told: the delay is drawn by lot."""
+    operator = SimpleNamespace(retry_policy=SqlStateRetryPolicy(), log=logging.getLogger("task"))
+    context = {"ti": SimpleNamespace(try_number=1, max_tries=3, task=SimpleNamespace(retries=3))}
+    error = failed("40001")
+
+    for _ in range(2):
+        with pytest.raises(errors.WorkerError), tells_decision(operator, context):
+            raise error
+
+    decision = operator.retry_policy.evaluate(error, 1, 3, context)
+    assert caplog.messages == [f"This task is tried again: {decision.reason}"]
+
+
+@pytest.mark.parametrize("context", [{}, None, {"ti": None}])
+def test_without_a_task_instance_nothing_is_decided(context: Any) -> None:
+    operator = SimpleNamespace(retry_policy=SqlStateRetryPolicy())
+    with pytest.raises(errors.WorkerError), tells_decision(operator, context):
+        raise failed("40001")

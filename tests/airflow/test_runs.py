@@ -104,6 +104,22 @@ def test_a_run_that_was_deleted_and_made_again_runs_its_sql_again(lab: Lab) -> N
     assert lab.effects(run) == 2
 
 
+def test_an_xcom_is_the_same_wherever_its_task_ends(lab: Lab) -> None:
+    """Airflow encodes twice what a ``TaskSuccessEvent`` takes along; ours is stored as a worker stores it."""
+    told = {}
+    for dag_id in ("here", "deferred", "deferred_resumed", "started_ends"):
+        run = lab.start(dag_id, f"xcom-{dag_id}", _insert(f"xcom-{dag_id}"))
+        assert lab.processes.wait_for_run(dag_id, run) == "success"
+        told[dag_id] = lab.processes.xcom(dag_id, run, "job")
+
+    own = {"job_id", "label", "started_at", "finished_at", "worker_pid"}
+    for dag_id, value in told.items():
+        assert {name: of for name, of in value.items() if name not in own} == {
+            "row_count": 1, "command_tag": "INSERT", "attempt": 1, "launched": True, "proof": "receipt",
+        }, dag_id  # fmt: skip
+        assert {name: type(of) for name, of in value.items()} == {name: type(of) for name, of in told["here"].items()}
+
+
 def test_mapped_tasks_are_jobs_of_their_own(lab: Lab) -> None:
     lab.processes.wait_for_dag("many")
     run = lab.processes.trigger_dag("many", run_id="many")

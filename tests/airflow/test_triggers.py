@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -270,8 +271,10 @@ class TestOnKill:
 
     @pytest.mark.parametrize("state", GOES_ON)
     async def test_a_task_that_goes_on_keeps_its_worker(
-        self, database: Database, monkeypatch: pytest.MonkeyPatch, state: str
+        self, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, state: str
     ) -> None:
+        monkeypatch.setattr(PgBackgroundTrigger, "log", logging.getLogger("trigger"))
+        caplog.set_level(logging.INFO)
         _state(monkeypatch, state)
         job = _job(sql="insert into effect values ('load'); select pg_sleep(1)")
         trigger = PgBackgroundTrigger(job=job)
@@ -281,6 +284,7 @@ class TestOnKill:
 
         await trigger.on_kill()
 
+        assert "Its next try, if it was cleared, cancels the worker of load#1" in caplog.text
         assert (await _event(PgBackgroundTrigger(job=job)))["status"] == "committed"
 
     async def test_it_ends_although_airflow_cancels_it_again_and_again(
