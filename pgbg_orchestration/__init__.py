@@ -12,11 +12,28 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 from .job import Job, Kind
 from .outcome import Cause, ErrorFields, Event, EventKind, Outcome
+from .rows import Column, Fetch, NoRows, Rows
 
 if TYPE_CHECKING:
     from .launcher import Launcher, arun, run
 
-__all__ = ["Cause", "ErrorFields", "Event", "EventKind", "Job", "Kind", "Launcher", "Outcome", "arun", "errors", "run"]
+__all__ = [
+    "Cause",
+    "Column",
+    "ErrorFields",
+    "Event",
+    "EventKind",
+    "Fetch",
+    "Job",
+    "Kind",
+    "Launcher",
+    "NoRows",
+    "Outcome",
+    "Rows",
+    "arun",
+    "errors",
+    "run",
+]
 
 # Imported when they are first used: they need psycopg, and a DAG file that only names a Job does not.
 _LATER = ("Launcher", "arun", "run")

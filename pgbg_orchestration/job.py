@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidJob, shorten
 from .labels import LABEL_BYTES, shorten_label
+from .rows import Fetch
 
 if TYPE_CHECKING:
     from . import statements
@@ -85,6 +86,9 @@ class Job:
     redact_details:
         Of the server's errors keep the SQLSTATE and the names of schema, table, column and constraint only. Message,
         detail, hint and context, which may quote data, are neither raised, logged nor written to the history.
+    fetch:
+        Keep the rows that the job's last statement gives, beside its receipt, and return them with the outcome: True,
+        a :class:`~pgbg_orchestration.rows.Fetch` with bounds, or a mapping of its parameters. Kind receipt only.
 
     Raises
     ------
@@ -109,6 +113,7 @@ class Job:
     owner: str | None = None
     drop_invalid_index: bool = False
     redact_details: bool = False
+    fetch: Fetch | Mapping[str, Any] | bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("id", "label", "role", "verify_sql", "series", "owner"):
@@ -138,6 +143,17 @@ class Job:
         self._fill("parameters", _parameters(self.parameters))
         self._fill("sql", _sql(self.sql))
         self._fill("kind", self._choose_kind())
+        try:
+            self._fill("fetch", Fetch.of(self.fetch))
+        except ValueError as error:
+            raise InvalidJob(str(error), job_id=self.id, label=self.label) from None
+        if self.fetch is not None and self.kind is not Kind.RECEIPT:
+            raise InvalidJob(
+                f"a job of kind {self.kind} keeps no rows: a receipt's own transaction writes them",
+                job_id=self.id,
+                label=self.label,
+                todo="Leave fetch out, or have the SQL write to a table.",
+            )
         if not isinstance(self.sql, str):
             # What renders to nothing takes no parameters either.
             self._fill("sql", tuple(text for text in self.sql if self.split(text)))

@@ -21,6 +21,7 @@ from .options import Options, RunOptions
 from .outcome import Cause, Outcome
 from .postgres import connection
 from .postgres.connection import Conninfo
+from .rows import NoRows, Rows
 from .walk import failures
 from .walk.host import Host
 from .walk.run import cancel_job, run_job
@@ -139,6 +140,35 @@ class Launcher:
         final, and skips sessions with a worker that is still starting: cancel the calls of :meth:`run` besides.
         """
         return await self._host.cancel_all()
+
+    async def rows(self, job_id: str, *, owner: str | None = None) -> tuple[Rows, ...]:
+        """Return the rows that a committed job kept, by statement, whoever ran it and however long ago.
+
+        Parameters
+        ----------
+        job_id, owner:
+            The job.
+
+        Raises
+        ------
+        NoRows
+            None are kept: it is not committed, was not asked for them, gives none, or is pruned.
+        NoPrivilege
+            The login is no member of the owner.
+        """
+        facts = await self._host.require(receipts=True)
+        key = Key(owner or facts.login, job_id, None)
+        try:
+            kept = await self.ledger.rows(key)
+        except psycopg.Error as error:
+            self._host.forget_facts()
+            raise failures.ledger(error, job_id) from error
+        if not kept:
+            raise NoRows(
+                f"no rows are kept of the job {job_id!r}: it is not committed, was not asked for them "
+                "(Job(fetch=True)), gives none, or is pruned"
+            )
+        return kept
 
     async def look(self, job_id: str, *, owner: str | None = None, series: str | None = None) -> Sighting:
         """Look at a job once: its lock, its receipt, its history."""

@@ -11,6 +11,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Self
 
+from .rows import Results, Rows
+
 WITHHELD = "(withheld: redact_details)"
 """What stands for a server's message that is not to be told; the SQL of the schema has the same text."""
 
@@ -90,7 +92,7 @@ NO_FIELDS = ErrorFields()
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Results):
     """How a job that committed ended.
 
     Attributes
@@ -111,6 +113,9 @@ class Outcome:
         False when the work had been done, or was started, by somebody else.
     proof:
         ``receipt``, ``result`` (read to its end) or ``verify_sql``.
+    results:
+        The rows of the job's statements, where it was asked for them (``Job.fetch``) and they give any. ``rows``,
+        ``columns``, ``as_dicts()`` and the rest are about the last of them.
     """
 
     job_id: str
@@ -123,16 +128,20 @@ class Outcome:
     attempt: int | None = None
     launched: bool = True
     proof: str = "receipt"
+    results: tuple[Rows, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the outcome as plain data that JSON can carry; moments are ISO 8601 with their time zone."""
-        told = {f.name: getattr(self, f.name) for f in fields(Outcome)}
+        """Return the outcome as plain data that JSON can carry; moments are ISO 8601 with their time zone.
+
+        Rows stay where they are, in the server: :meth:`pgbg_orchestration.Launcher.rows` reads them again.
+        """
+        told = {f.name: getattr(self, f.name) for f in fields(Outcome) if f.name != "results"}
         return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in told.items()}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
         """Return the outcome that :meth:`to_dict` told of; entries that this version does not know are left out."""
-        told = {f.name: given[f.name] for f in fields(Outcome) if f.name in given}
+        told = {f.name: given[f.name] for f in fields(Outcome) if f.name in given and f.name != "results"}
         for name in ("started_at", "finished_at"):
             if isinstance(told.get(name), str):
                 told[name] = datetime.fromisoformat(told[name])

@@ -12,6 +12,8 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
 import psycopg
@@ -21,6 +23,7 @@ from psycopg.rows import dict_row
 from pgbg_orchestration.errors import ServerUnreachable
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
+from pgbg_orchestration.rows import Column, Rows
 
 from . import queries
 from .history import Durations, JobEntry
@@ -303,9 +306,30 @@ class Ledger:
         row = await self._writer.ask(lambda conn: _one(conn, query, (older_than,)))
         return row["receipts"], row["jobs"]
 
+    async def rows(self, key: Key) -> tuple[Rows, ...]:
+        """Return the rows that were kept of a job's statements; none where none were."""
+        query = self._query("kept_rows")
+
+        async def ask(conn: AsyncConnection[Any]) -> list[Any]:
+            return await (await conn.execute(query, (key.owner, key.job_id), binary=True)).fetchall()
+
+        kept: list[Rows] = []
+        for number, parts in groupby(await self._reader.ask(ask), key=itemgetter(0)):
+            head, *rest = parts
+            _, columns, tag, total, *_ = head
+            cells = [row for part in (head, *rest) for row in _rows_of(part[5], part[6])]
+            named = tuple(Column(c["name"], c["oid"], c["typmod"], c["type"]) for c in columns)
+            kept.append(Rows(named, tuple(cells), total, tag, number))
+        return tuple(kept)
+
     async def run(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         """Run a piece of work that may be repeated on the writing connection."""
         return await self._writer.ask(work)
+
+
+def _rows_of(count: int | None, cells: list[list[str | None]] | None) -> list[tuple[str | None, ...]]:
+    """Return the rows of a part; without columns there are no cells to keep."""
+    return [()] * (count or 0) if cells is None else [tuple(row) for row in cells]
 
 
 def _like(pattern: str | None) -> str | None:

@@ -41,13 +41,21 @@ async def columns_of(conn: AsyncConnection[Any], text: str) -> list[tuple[int, i
     psycopg.Error
         The server refuses the statement.
     """
+    return [(oid, modifier) for _, oid, modifier in await named_columns_of(conn, text)]
+
+
+async def named_columns_of(conn: AsyncConnection[Any], text: str) -> list[tuple[str, int, int]]:
+    """Return name, type oid and modifier of each column that ``text`` gives, as :func:`columns_of`."""
     # psycopg has no describe without a run; it is made of the parts that psycopg makes its own calls of.
     async with conn.lock:
         conn.pgconn.send_prepare(b"", text.encode())
         _accepted(await conn.wait(generators.execute(conn.pgconn)))
         conn.pgconn.send_describe_prepared(b"")
         result = _accepted(await conn.wait(generators.execute(conn.pgconn)))
-    return [(result.ftype(number), result.fmod(number)) for number in range(result.nfields)]
+    return [
+        ((result.fname(number) or b"").decode(), result.ftype(number), result.fmod(number))
+        for number in range(result.nfields)
+    ]
 
 
 def _accepted(results: list[pq.abc.PGresult]) -> pq.abc.PGresult:

@@ -75,6 +75,8 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
         outcome = _without_receipt(case)
     else:
         outcome = await _with_receipt(case, ledger, seen, launched=own)
+        if case.work.job.fetch is not None:
+            outcome = await _with_rows(case, ledger, outcome)
     if own:
         await record(case, ledger, "committed", outcome=outcome)
     what = ", ".join(wording.summary(outcome)) or "done"
@@ -115,6 +117,15 @@ async def _await_counts(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
                 await asyncio.sleep(pace.RETRY_SOONEST)
                 seen = await ledger.look(case.work.key)
     return seen
+
+
+async def _with_rows(case: Case, ledger: Ledger, outcome: Outcome) -> Outcome:
+    """Add the rows that were kept; where they are the last statement's, its own count and tag, not our keeping's."""
+    results = await ledger.rows(case.work.key)
+    last = results[-1] if results and results[-1].statement == len(case.work.statements) else None
+    if last is None:
+        return replace(outcome, results=results)
+    return replace(outcome, results=results, row_count=last.row_count, command_tag=last.command_tag)
 
 
 def _without_receipt(case: Case) -> Outcome:

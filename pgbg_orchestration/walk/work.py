@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
@@ -21,7 +21,10 @@ from pgbg_orchestration.ledger.sighting import SUPERVISES, Key, Registration
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
 from pgbg_orchestration.postgres import literals, markers
 from pgbg_orchestration.postgres.durations import milliseconds
+from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds
+
+from . import keeping
 
 # Sent before the user's own settings, which win.
 BASE_SETTINGS: Mapping[str, str] = {
@@ -51,6 +54,7 @@ class Work:
     label: str
     statements: tuple[statements.Statement, ...]
     sql_digest: bytes
+    kept: tuple[keeping.Keeping, ...] = ()  # statements whose rows are kept
 
     @property
     def carries_receipt(self) -> bool:
@@ -139,9 +143,17 @@ class Work:
             ),
         )  # fmt: skip
         head = [begin.as_string(None)]
+        if self.kept:
+            head.append(keeping.ROLE_OF_THE_LOGIN)
         if self.job.role is not None:
             head.append(sql.SQL("set local role {}").format(sql.Identifier(self.job.role)).as_string(None))
-        return "\n;".join([*head, statements.join(self.statements)])
+        if not self.kept or not isinstance(self.job.fetch, Fetch):
+            return "\n;".join([*head, statements.join(self.statements)])
+        keep = sql.SQL("select {}({}, {}").format(
+            sql.Identifier(schema, "keep_table"), _literal(self.key.owner), _literal(self.key.job_id)
+        )
+        lines = keeping.texts(self.statements, self.kept, self.job.fetch, keep.as_string(None))
+        return "\n;".join([*head, statements.SEPARATOR.join(lines)])
 
     def launch_settings(self, seconds_left: float | None, defaults: Mapping[str, str]) -> dict[str, str]:
         """Return the settings of a launch: those of the work, or of its supervisor; ``defaults`` as in `settings`."""
@@ -226,7 +238,7 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
     assert job.id  # the job filled in what was not given
     assert job.series
     assert job.label
-    return Work(
+    work = Work(
         job=job,
         key=Key(job.owner or login, job.id, job.series),
         kind=Kind(job.kind or Kind.RECEIPT),
@@ -234,6 +246,9 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
         statements=parts,
         sql_digest=hashlib.sha256(";".join(part.text for part in parts).encode()).digest(),
     )
+    if not isinstance(job.fetch, Fetch):
+        return work
+    return replace(work, kept=await keeping.plan(job, job.fetch, parts, conn, work.meaning()))
 
 
 async def _check_role(job: Job, conn: AsyncConnection[Any]) -> None:

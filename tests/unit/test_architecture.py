@@ -131,13 +131,17 @@ class TestExports:
     def test_the_core(self) -> None:
         assert sorted(pgbg_orchestration.__all__) == [
             "Cause",
+            "Column",
             "ErrorFields",
             "Event",
             "EventKind",
+            "Fetch",
             "Job",
             "Kind",
             "Launcher",
+            "NoRows",
             "Outcome",
+            "Rows",
             "arun",
             "errors",
             "run",

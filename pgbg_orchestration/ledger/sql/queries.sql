@@ -165,3 +165,6 @@ left join pg_catalog.pg_class as m
 
 -- name: version
 select max(version) as version from {schema}.meta
+
+-- name: kept_rows
+select * from {schema}.kept_rows(%s, %s)

@@ -90,6 +90,31 @@ comment on table @schema@.job is
     'History and diagnosis, written by the launching side, which may die at any point: never the proof of anything. '
     'reported_at is null while nobody was told of a failure that a supervisor wrote down.';
 
+create table @schema@.row_set (
+    owner       text not null,
+    job_digest  bytea not null,
+    statement   int not null,
+    columns     jsonb not null,
+    command_tag text not null,
+    row_count   bigint not null,
+    primary key (owner, job_digest, statement),
+    foreign key (owner, job_digest) references @schema@.receipt on delete cascade
+);
+comment on table @schema@.row_set is
+    'The rows that a statement of a committed job gave, where the job was asked for them: written in the transaction of '
+    'the work, and gone with its receipt. row_chunk has their values.';
+
+create table @schema@.row_chunk (
+    owner      text not null,
+    job_digest bytea not null,
+    statement  int not null,
+    chunk      bigint not null,
+    row_count  int not null,
+    cells      text[],
+    primary key (owner, job_digest, statement, chunk),
+    foreign key (owner, job_digest) references @schema@.receipt on delete cascade
+);
+
 -- Keys ---------------------------------------------------------------------------------------------------------
 
 create function @schema@.digest(p_text text) returns bytea
@@ -256,6 +281,131 @@ begin
         raise exception using errcode = 'PB001', message = 'this job has a receipt';
     end;
     perform @schema@.tell(v_owner, p_job_id);
+end $$;
+
+-- Rows, in the worker ---------------------------------------------------------------------------------------------
+
+-- Keeps a part of a statement's rows beside the receipt. Only the worker's own transaction can: the one that wrote the
+-- receipt. p_rows and p_bytes: what the statement gave up to the end of this part.
+create function @schema@.keep_chunk(
+    p_owner text, p_job_id text, p_statement int, p_chunk bigint, p_row_count int, p_cells text[],
+    p_rows bigint, p_bytes bigint, p_max_rows bigint, p_max_bytes bigint
+) returns void
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_owner text := @schema@.owner_for(p_owner);
+    v_job   bytea := @schema@.digest(p_job_id);
+begin
+    if not exists (
+        select from @schema@.receipt r
+        where r.owner = v_owner and r.job_digest = v_job and r.xid = pg_current_xact_id_if_assigned()
+    ) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'rows are kept by the transaction that writes the receipt';
+    end if;
+    if p_rows > p_max_rows then
+        raise exception using errcode = 'PB005',
+            message = format('the result has more rows than this job may keep (%s)', p_max_rows),
+            detail = format('At least %s rows were seen.', p_rows),
+            hint = format('Raise max_rows (fetch={"max_rows": %s}), or have the SQL write to a table.', 10 * p_max_rows);
+    end if;
+    if p_bytes > p_max_bytes then
+        raise exception using errcode = 'PB005',
+            message = format('the result has more bytes than this job may keep (%s)', p_max_bytes),
+            detail = format('At least %s bytes were seen, in %s rows.', p_bytes, p_rows),
+            hint = format('Raise max_bytes (fetch={"max_bytes": %s}), or have the SQL write to a table.', 10 * p_max_bytes);
+    end if;
+    insert into @schema@.row_chunk (owner, job_digest, statement, chunk, row_count, cells)
+        values (v_owner, v_job, p_statement, p_chunk, p_row_count, p_cells);
+end $$;
+
+-- Says what the parts that were kept of a statement's rows are: after them, in the same transaction.
+create function @schema@.keep_set(
+    p_owner text, p_job_id text, p_statement int, p_columns jsonb, p_command_tag text
+) returns void
+    language plpgsql volatile security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_owner text := @schema@.owner_for(p_owner);
+    v_job   bytea := @schema@.digest(p_job_id);
+begin
+    if not exists (
+        select from @schema@.receipt r
+        where r.owner = v_owner and r.job_digest = v_job and r.xid = pg_current_xact_id_if_assigned()
+    ) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'rows are kept by the transaction that writes the receipt';
+    end if;
+    insert into @schema@.row_set (owner, job_digest, statement, columns, command_tag, row_count)
+        select v_owner, v_job, p_statement, p_columns, p_command_tag, coalesce(sum(c.row_count), 0)
+        from @schema@.row_chunk c
+        where c.owner = v_owner and c.job_digest = v_job and c.statement = p_statement;
+end $$;
+
+-- Keeps what stands in pg_temp.pgbg_rows_<statement>. Runs with the rights of whoever calls it, since the temporary
+-- table may be anything of the user's. p_columns: name, type and modifier of each, as a describe told them; null where
+-- none could. The output forms are those that every reader can read, whatever the job has set.
+create function @schema@.keep_table(
+    p_owner text, p_job_id text, p_statement int, p_columns jsonb, p_command_tag text, p_max_rows bigint,
+    p_max_bytes bigint
+) returns void
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+    set datestyle = 'ISO, YMD'
+    set intervalstyle = 'postgres'
+    set bytea_output = 'hex'
+    set extra_float_digits = 1
+as $$
+declare
+    v_table   text := format('pg_temp.pgbg_rows_%s', p_statement);
+    v_columns jsonb;
+    v_cells   text;
+begin
+    with recursive shown as (
+        select a.attnum, a.attname, a.atttypid as oid, a.atttypmod as typmod, a.atttypid as given, a.atttypmod as given_typmod
+        from pg_attribute a
+        where a.attrelid = v_table::regclass and a.attnum > 0 and not a.attisdropped
+        union all
+        -- A domain is what it is made of, as in any result.
+        select s.attnum, s.attname, t.typbasetype, t.typtypmod, s.given, s.given_typmod
+        from shown s join pg_type t on t.oid = s.oid and t.typtype = 'd'
+    ), last as (
+        select s.* from shown s where not exists (select from pg_type t where t.oid = s.oid and t.typtype = 'd')
+    )
+    select coalesce(jsonb_agg(jsonb_build_object(
+               'name', l.attname, 'oid', l.oid::bigint, 'typmod', l.typmod,
+               'type', format_type(l.given, l.given_typmod)) order by l.attnum), '[]'),
+           string_agg(
+               format('case when t.%1$I is distinct from null then format(''%%s'', t.%1$I) end', l.attname), ', '
+               order by l.attnum)
+        into v_columns, v_cells
+        from last l;
+    if p_columns is not null then
+        -- What the describe knew better: names that a table cannot have twice, and types that a table cannot have.
+        select jsonb_agg(t.c || p.c order by p.n) into v_columns
+            from jsonb_array_elements(p_columns) with ordinality p (c, n)
+            join jsonb_array_elements(v_columns) with ordinality t (c, n) using (n);
+        v_columns := coalesce(v_columns, '[]');
+    end if;
+    if v_cells is null then
+        execute format(
+            'select @schema@.keep_chunk($1, $2, $3, 0, count(*)::int, null, count(*), 0, $4, $5) from %s', v_table)
+            using p_owner, p_job_id, p_statement, p_max_rows, p_max_bytes;
+    else
+        execute format($sql$
+            select @schema@.keep_chunk(
+                $1, $2, $3, min(n), count(*)::int, array_agg(cells order by n), max(n), max(bytes), $4, $5)
+            from (
+                select n, cells, sum(octet_length(array_to_string(cells, ''))) over (order by n)::bigint as bytes
+                from (select row_number() over () as n, array[%s]::text[] as cells from %s as t) as numbered
+            ) as counted
+            group by (n - 1) / 1000, bytes / 4194304
+        $sql$, v_cells, v_table) using p_owner, p_job_id, p_statement, p_max_rows, p_max_bytes;
+    end if;
+    perform @schema@.keep_set(p_owner, p_job_id, p_statement, v_columns, p_command_tag);
 end $$;
 
 -- Supervision: a worker that launches another one, for SQL that can carry no receipt -------------------------------
@@ -836,6 +986,27 @@ begin
         where s.ctid = any (v_empty) and not exists (
             select from @schema@.job j where j.owner = s.owner and j.series_digest = s.series_digest);
 end $$;
+
+-- Reading rows ---------------------------------------------------------------------------------------------------
+
+-- What was kept of a job's rows: a line for each part, and one without cells for a statement that gave none.
+create function @schema@.kept_rows(p_owner text, p_job_id text)
+    returns table (statement int, columns jsonb, command_tag text, total bigint, chunk bigint, row_count int, cells text[])
+    language sql stable security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+    select s.statement, case when c.chunk is not distinct from first.chunk then s.columns end, s.command_tag, s.row_count,
+           c.chunk, c.row_count, c.cells
+    from (select @schema@.owner_for(p_owner) as owner, @schema@.digest(p_job_id) as job_digest) k
+    join @schema@.row_set s on s.owner = k.owner and s.job_digest = k.job_digest
+    left join @schema@.row_chunk c
+        on c.owner = s.owner and c.job_digest = s.job_digest and c.statement = s.statement
+    cross join lateral (
+        select min(f.chunk) as chunk from @schema@.row_chunk f
+        where f.owner = s.owner and f.job_digest = s.job_digest and f.statement = s.statement
+    ) first
+    order by s.statement, c.chunk
+$$;
 
 -- For people ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,235 @@
+"""A job's rows, kept beside its receipt: what the worker runs in place of a statement whose rows are wanted.
+
+The rows go through a temporary table, for three reasons: a query that makes a table keeps its parallel plan, which a
+worker's own SELECT has not; the table is made with the rights of the job's role, and read with those of the login; and
+a bound is known before anything is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, sql
+
+from pgbg_orchestration.errors import InvalidJob, NoPrivilege
+from pgbg_orchestration.job import Job
+from pgbg_orchestration.postgres import connection, describe
+from pgbg_orchestration.rows import Fetch
+from pgbg_orchestration.statements import Statement
+from pgbg_orchestration.statements.giving import Giver, Giving, giving
+
+PATIENCE = "2s"  # for a describe that meets somebody's lock: without it the columns are told by the worker
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A column as a describe tells it; ``is_pseudo``: of a type that no table has, such as ``void``."""
+
+    name: str
+    oid: int
+    typmod: int
+    type: str
+    is_pseudo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """How the rows of one statement are kept.
+
+    Attributes
+    ----------
+    number:
+        The statement's number in the job, from 1.
+    giving:
+        How it gives them.
+    columns:
+        Its columns; None where the server could not tell them before the statements before it have run.
+    """
+
+    number: int
+    giving: Giving
+    columns: tuple[Told, ...] | None
+
+    @property
+    def table(self) -> str:
+        """The temporary table that its rows go through."""
+        return f"pg_temp.pgbg_rows_{self.number}"
+
+    @property
+    def names(self) -> str:
+        """The table's columns, as a list in parentheses; nothing where they are the statement's own."""
+        return f" ({', '.join(f'c{n}' for n in range(1, len(self.columns) + 1))})" if self.columns else ""
+
+    @property
+    def told(self) -> str | None:
+        """What the schema is told of the columns, as JSON: what the table itself does not say."""
+        if self.columns is None:
+            return None
+        return json.dumps(
+            [
+                {"name": c.name, "oid": c.oid, "typmod": c.typmod}
+                | ({"type": c.type} if c.is_pseudo or self.giving.giver is Giver.REPORT else {})
+                for c in self.columns
+            ]
+        )
+
+
+async def plan(
+    job: Job, fetch: Fetch, parts: Sequence[Statement], conn: AsyncConnection[Any], settings: Mapping[str, str]
+) -> tuple[Keeping, ...]:
+    """Return how the rows of a job are kept, each statement that gives rows or the last one.
+
+    Parameters
+    ----------
+    parts:
+        The job's statements, with their parameters in.
+    conn:
+        A connection to the database that the job is for.
+    settings:
+        Those that the meaning of the statements may depend on, the role included.
+
+    Raises
+    ------
+    NoPrivilege
+        Whoever runs the SQL may make no temporary table.
+    InvalidJob
+        SHOW ALL, which is no query.
+    """
+    wanted = [(number, found) for number, part in enumerate(parts, 1) if (found := giving(part)) is not None]
+    if fetch.return_last:
+        wanted = [(number, found) for number, found in wanted if number == len(parts)]
+    if not wanted:
+        return ()
+    await _require_temporary(job, conn)
+    kept = []
+    for number, found in wanted:
+        columns = await _describe(conn, parts[number - 1].text, settings)
+        if found.giver is Giver.REPORT and columns is not None and len(columns) != 1:
+            raise InvalidJob(
+                f"statement {number} gives {len(columns)} columns, and rows of {found.tag} are kept where there is one",
+                job_id=job.id,
+                label=job.label,
+                todo="Query pg_settings instead." if found.tag == "SHOW" else None,
+            )
+        kept.append(Keeping(number, found, columns))
+    return tuple(kept)
+
+
+async def _require_temporary(job: Job, conn: AsyncConnection[Any]) -> None:
+    query = (
+        "select pg_catalog.has_database_privilege(r.name, pg_catalog.current_database(), 'TEMPORARY'),"
+        " pg_catalog.quote_ident(r.name), pg_catalog.quote_ident(pg_catalog.current_database())"
+        " from (select coalesce(%s, current_user)::text as name) as r"
+    )
+    may, role, database = await (await conn.execute(query, (job.role,))).fetchone() or (True, "", "")
+    if not may:
+        raise NoPrivilege(
+            f"the rows of a job go through a temporary table, and {role} may make none in this database",
+            sqlstate="42501",
+            todo=f"GRANT TEMPORARY ON DATABASE {database} TO {role};",
+            job_id=job.id,
+            label=job.label,
+        )
+
+
+async def _describe(conn: AsyncConnection[Any], text: str, settings: Mapping[str, str]) -> tuple[Told, ...] | None:
+    try:
+        async with conn.transaction(force_rollback=True):
+            await conn.execute("set local search_path to default")  # the login's own, as its workers have it
+            await connection.settle(conn, (("lock_timeout", PATIENCE), *settings.items()), local=True)
+            columns = await describe.named_columns_of(conn, text)
+            cursor = await conn.execute(
+                "select pg_catalog.format_type(c.oid, c.mod), t.typtype = 'p'"
+                " from unnest(%s::oid[], %s::int4[]) with ordinality as c (oid, mod, n)"
+                " join pg_catalog.pg_type as t on t.oid = c.oid order by n",
+                ([oid for _, oid, _ in columns], [modifier for _, _, modifier in columns]),
+            )
+            types = await cursor.fetchall()
+    except psycopg.Error as error:
+        if connection.is_lost(conn, error):
+            raise
+        return None  # it may need what the statements before it make; else the worker says what is wrong with it
+    return tuple(
+        Told(name, oid, modifier, type_, pseudo)
+        for (name, oid, modifier), (type_, pseudo) in zip(columns, types, strict=True)
+    )
+
+
+def texts(parts: Sequence[Statement], kept: Sequence[Keeping], fetch: Fetch, keep_table: str) -> list[str]:
+    """Return what the worker runs: each statement, or what runs it and keeps its rows.
+
+    Parameters
+    ----------
+    parts:
+        The job's statements.
+    kept:
+        Those whose rows are kept.
+    fetch:
+        The bounds.
+    keep_table:
+        The call of the schema's function, up to its first two arguments, the job's owner and id.
+    """
+    of_number = {keeping.number: keeping for keeping in kept}
+    lines: list[str] = []
+    for number, part in enumerate(parts, 1):
+        keeping = of_number.get(number)
+        if keeping is None:
+            lines.append(part.text)
+            continue
+        rest = (number, keeping.told, keeping.giving.tag, fetch.max_rows, fetch.max_bytes)
+        lines += [
+            *_making(keeping, part.text, fetch.max_rows + 1),
+            f"grant select on {keeping.table} to public",  # nobody else sees it: for the login, where a role made it
+            _TO_THE_LOGIN,
+            f"{keep_table}, {', '.join(sql.Literal(value).as_string(None) for value in rest)})",
+            _BACK_AGAIN,
+        ]
+    return lines
+
+
+ROLE_OF_THE_LOGIN = "select pg_catalog.set_config('pgbg.login_role', pg_catalog.current_setting('role'), true)"
+"""Before the job's own role: who may call the schema's functions."""
+_TO_THE_LOGIN = (
+    "select pg_catalog.set_config('pgbg.job_role', pg_catalog.current_setting('role'), true),"
+    " pg_catalog.set_config('role', pg_catalog.current_setting('pgbg.login_role'), true)"
+)
+_BACK_AGAIN = "select pg_catalog.set_config('role', pg_catalog.current_setting('pgbg.job_role'), true)"
+
+
+def _making(keeping: Keeping, text: str, limit: int) -> list[str]:
+    """Return the statements that run ``text`` and put its rows into the temporary table."""
+    make, names, found = f"create temporary table {keeping.table}", keeping.names, keeping.giving
+    match found.giver:
+        case Giver.REPORT:
+            tag = "pgbg"
+            while f"${tag}$" in text:
+                tag += "_"
+            run = sql.Literal(text).as_string(None)
+            loop = f"for line in execute {run} loop insert into {keeping.table} values (line); end loop"
+            return [f"{make} (c1 text) on commit drop", f"do ${tag}$ declare line text; begin {loop}; end ${tag}$"]
+        case Giver.CHANGE:
+            before, change = text[: found.verb_at], text[found.verb_at :]
+            with_ = f"{before}, " if found.has_with else f"{before}with "
+            query = f"{with_}pgbg_returned{names} as (\n{change}\n) table pgbg_returned"
+        case Giver.QUERY_AT_TOP:
+            query = text
+        case _:
+            # One row more than may be kept says enough. The join and OFFSET 0 keep the planner from making another
+            # plan of the query for that: a limit on the outside of a join asks for all of what is joined.
+            whole = f"(select * from (\n{text}\n) as q offset 0) as q{names}"
+            once = "pg_catalog.generate_series(1, 1) as once"
+            query = f"select {_listed(keeping)} from {whole}, {once} limit {limit}"
+    return [f"{make}{names} on commit drop as\n{query}"]
+
+
+def _listed(keeping: Keeping) -> str:
+    if keeping.columns is None:
+        return "q.*"
+    return ", ".join(
+        f"case when q.c{n} is distinct from null then pg_catalog.format('%s', q.c{n}) end" if c.is_pseudo else f"q.c{n}"
+        for n, c in enumerate(keeping.columns, 1)
+    )
