@@ -11,15 +11,25 @@ from dagster import DagsterExecutionInterruptedError, DagsterRunStatus
 
 from pgbg_orchestration.driver import Talk
 
-from . import identity
+from . import contexts, identity
 from .driving import drive, see_through
 from .failures import RunTerminated
 
 if TYPE_CHECKING:
-    from dagster import AssetCheckExecutionContext, AssetExecutionContext, OpExecutionContext, SensorEvaluationContext
+    from dagster import (
+        AssetCheckExecutionContext,
+        AssetExecutionContext,
+        HookContext,
+        InputContext,
+        OpExecutionContext,
+        OutputContext,
+        ScheduleEvaluationContext,
+        SensorEvaluationContext,
+    )
 
     StepContext = AssetExecutionContext | OpExecutionContext | AssetCheckExecutionContext
-    AnyContext = StepContext | SensorEvaluationContext | None
+    BesideContext = HookContext | InputContext | OutputContext
+    AnyContext = StepContext | BesideContext | SensorEvaluationContext | ScheduleEvaluationContext | None
 
 T = TypeVar("T")
 logger = logging.getLogger("dagster_resource")
@@ -34,20 +44,24 @@ class Caller:
     Parameters
     ----------
     context:
-        Of an asset, an op, an asset check, a sensor or a schedule, or one built by hand; None where there is none.
+        Of an asset, an op, an asset check, a hook, an IO manager, a sensor or a schedule, or one built by hand; None
+        where there is none.
     cancel_on_termination:
         As :class:`PgBackgroundResource` takes it.
     """
 
     def __init__(self, context: AnyContext, cancel_on_termination: str) -> None:
-        self._context: Any = context
+        self._context: Any = contexts.of_step(context)
+        self._tried_again = contexts.is_tried_again(context)
         self._cancel_on_termination = cancel_on_termination
-        self._has_run = identity.has_run(context)
+        self._has_run = identity.has_run(self._context)
         self._decision: bool | None = None
 
     @property
     def retry_number(self) -> int | None:
         """How often the step was retried before this try; None where nobody tries anything again."""
+        if not self._tried_again:
+            return None
         if self._has_run:
             return int(self._context.retry_number)
         return 0 if identity.is_step(self._context) else None

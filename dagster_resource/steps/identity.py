@@ -21,6 +21,8 @@ from weakref import WeakKeyDictionary
 
 from pgbg_orchestration.errors import InvalidJob
 
+from . import contexts
+
 if TYPE_CHECKING:
     from dagster import AssetKey, DagsterInstance, DagsterRun
 
@@ -81,7 +83,7 @@ def of_step(context: Any, namespace: str) -> Identity:
     namespace:
         Keeps apart what several Dagsters do in one database.
     """
-    op = _op_context(context)
+    op = contexts.of_step(context)
     if not has_run(context):
         once = uuid.uuid4().hex
         name = op.op_def.name if _has_op(op) else getattr(op, "_sensor_name", None) or "direct"
@@ -92,16 +94,24 @@ def of_step(context: Any, namespace: str) -> Identity:
     step_key = op.get_step_execution_context().step.key
     origin = _origin(op.instance, run, step_key)
     work = f"{namespace}/{step_key}"
+    by_hand = run.parent_run_id is not None and RETRY_NUMBER not in run.tags
+    if not contexts.is_tried_again(context):
+        # What a hook does belongs to this end of the step, and no other try of it stands for that.
+        origin, by_hand = f"{run.run_id}/{op.retry_number}", False
     if not op.has_assets_def:
         # Two runs of a job without assets may well do different things, told by their config: they are strangers.
         work = f"{namespace}/{run.job_name}/{step_key}/{run.root_run_id or run.run_id}"
     label = step_key if partition is None else f"{step_key} {partition}"
+    work = work if partition is None else f"{work}/{partition}"
+    place = contexts.place_of(context)
+    if place is not None:
+        work, label = f"{work}/{place}", f"{place.rpartition('/')[2]}: {label}"
     return Identity(
-        work=work if partition is None else f"{work}/{partition}",
+        work=work,
         origin=origin,
         partition=partition,
         is_range=is_range,
-        by_hand=run.parent_run_id is not None and RETRY_NUMBER not in run.tags,
+        by_hand=by_hand,
         run_id=run.run_id,
         label=label,
     )
@@ -117,7 +127,7 @@ def claim(context: Any, job_id: str) -> None:
     """
     if not has_run(context):
         return  # each call is work of its own
-    step = _op_context(context).get_step_execution_context()
+    step = contexts.of_step(context).get_step_execution_context()
     used = _used.setdefault(step, set())
     if job_id in used:
         raise InvalidJob(
@@ -144,7 +154,7 @@ def external_series(namespace: str, asset_key: AssetKey, partition_key: str | No
 
 def has_run(context: Any) -> bool:
     """Tell whether there is a run behind the context; not behind a sensor's, nor one that was built by hand."""
-    return hasattr(_op_context(context), "run_id") and not is_direct(context)
+    return hasattr(contexts.of_step(context), "run_id") and not is_direct(context)
 
 
 def is_step(context: Any) -> bool:
@@ -154,11 +164,7 @@ def is_step(context: Any) -> bool:
 
 def is_direct(context: Any) -> bool:
     """Tell whether the context was built by hand, to call an asset or op directly."""
-    return bool(getattr(_op_context(context), "run_id", None) == DIRECT)
-
-
-def _op_context(context: Any) -> Any:
-    return getattr(context, "op_execution_context", context)
+    return bool(getattr(contexts.of_step(context), "run_id", None) == DIRECT)
 
 
 def _has_op(op: Any) -> bool:

@@ -37,7 +37,7 @@ class Sql:
     text:
         The statements: one text, or a list of statements. They run in one transaction.
     parameters:
-        Values for its ``%s`` or ``%(name)s`` placeholders.
+        Values for its ``%s`` or ``%(name)s`` placeholders. Empty ones are none: ``%`` is an ordinary character then.
     options:
         Further options of the job, as :class:`JobOptions` names them.
     """
@@ -110,6 +110,8 @@ class Sql:
             A field or a statement cannot be used.
         """
         options: dict[str, Any] = {"parameters": self.parameters, **self.options}
+        if isinstance(options["parameters"], Sequence | Mapping) and not options["parameters"]:
+            options["parameters"] = None  # none at all: a percent sign stays what it is
         options["label"] = options.get("label") or shorten_label(label)
         return Job(self.text, id=job_id, series=series, owner=owner, **options)
 
