@@ -111,12 +111,16 @@ class SqlAsset(AssetSpecKwargs):
     checks: Annotated[Sequence[SqlCheck], told("Queries that are to hold, each a check of the asset.")] = ()
 
 
+# It can be run any number of times, as an asset's SQL should.
+FIRST_SQL = "drop table if exists my_table; create table my_table as select 1 as n"
+
+
 class SqlScaffolder(Scaffolder[Any]):
     """Writes the ``defs.yaml`` of ``dg scaffold defs``, with an asset to begin with."""
 
     def scaffold(self, request: ScaffoldRequest[Any]) -> None:
         """Write it."""
-        scaffold_component(request, {"assets": [{"key": "my_table", "sql": "create table my_table as select 1 as n"}]})
+        scaffold_component(request, {"assets": [{"key": "my_table", "sql": FIRST_SQL}]})
 
 
 @scaffold_with(SqlScaffolder)

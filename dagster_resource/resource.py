@@ -315,6 +315,9 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         except PgbgError as error:
             raise PgBackgroundFailure(error, allow_retries=False) from None
 
+        if asset_key is not None:
+            # Before the launch: the sensor that reports the job's end may come at once.
+            submission.announce(context, AssetKey.from_coercible(asset_key), partition_key, member)
         submitted = submission.Submission(
             member,
             self.launcher,

@@ -7,8 +7,8 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,14 @@ from dagster import (
     AssetMaterialization,
     AssetRecordsFilter,
     DefaultSensorStatus,
+    MetadataValue,
     SensorDefinition,
     SensorEvaluationContext,
     SensorResult,
     sensor,
 )
 
+from dagster_resource.steps.metadata import sql_of_block
 from dagster_resource.steps.outcome import PgBackgroundOutcome
 from pgbg_orchestration.ledger.history import error_of, outcome_of
 
@@ -130,10 +132,16 @@ def build_pg_background_sensor(
                 events += _events(earlier, entry, source.key, partition_of or asset_jobs.partition_of)
                 newest[source.key] = entry
                 reported.add(mark)
+        ended = len(reported - cursor.reported)
         # One for each asset: the daemon takes its time over every event, and the last one is what is shown.
         events += [_passed(entry, key) for key, entry in newest.items() if error_of(entry) is None]
         sources = asset_jobs.sources_of(pg, assets)
-        return SensorResult(asset_events=events, cursor=_advance(cursor, sources, wanted, unfinished, reported).write())
+        return SensorResult(
+            asset_events=events,
+            cursor=_advance(cursor, sources, wanted, unfinished, reported).write(),
+            # Dagster shows it for a tick that launches no run, which is what every tick of this sensor does.
+            skip_reason=_summary(ended, len(unfinished)),
+        )
 
     return sensor(
         name=name,
@@ -172,9 +180,19 @@ def _events(
         return [_evaluation(key, asset_jobs.failure_metadata(entry, error), passed=False)]
     if entry.job_id in earlier.of(key):
         return []
-    outcome = PgBackgroundOutcome.of(outcome_of(entry), "", None)
-    known = {name: value for name, value in outcome.metadata().items() if name not in ("pgbg/sql", "pgbg/launched")}
-    return [AssetMaterialization(asset_key=key, partition=partition_of(entry), metadata=known)]
+    partition, block = partition_of(entry), earlier.sql_of(key, entry.job_id)
+    sql = (sql_of_block(block) if block else None) or ""
+    outcome = replace(PgBackgroundOutcome.of(outcome_of(entry), sql, None), partition=partition)
+    known = {name: value for name, value in outcome.metadata().items() if name != "pgbg/launched"}
+    if block:
+        known["pgbg/sql"] = MetadataValue.md(block)
+    return [AssetMaterialization(asset_key=key, partition=partition, metadata=known)]
+
+
+def _summary(ended: int, left: int) -> str:
+    """Say in a sentence what a tick did."""
+    what = "no job has ended since the last tick" if ended == 0 else f"jobs reported: {ended}"
+    return f"{what}; at work or left to the next tick: {left}" if left else what
 
 
 def _passed(entry: JobEntry, key: AssetKey) -> AssetCheckEvaluation:
@@ -188,7 +206,7 @@ def _evaluation(key: AssetKey, metadata: Mapping[str, Any], *, passed: bool) -> 
 
 
 class Earlier:
-    """The jobs that an earlier tick has reported, and was ended before its cursor was kept."""
+    """What Dagster's event log has of the jobs: who submitted them, and what a tick reported that lost its cursor."""
 
     def __init__(self, context: SensorEvaluationContext, wanted: Sequence[tuple[JobEntry, Source]]) -> None:
         self._context = context
@@ -196,25 +214,42 @@ class Earlier:
         for entry, source in wanted:
             at = entry.registered_at or asset_jobs.launched(entry)
             self._since[source.key] = min(at, self._since.get(source.key, at))
-        self._known: dict[AssetKey, set[str]] = {}
+        self._reported: dict[AssetKey, set[str]] = {}
+        self._submitted: dict[AssetKey, dict[str, str]] = {}
 
     def of(self, key: AssetKey) -> set[str]:
         """Return the ids of the jobs that have a materialization of this asset."""
-        if key not in self._known:
-            self._known[key] = set()
-            # The two clocks may differ.
-            after = (self._since[key] - OVERLAP).timestamp()
-            filtered = AssetRecordsFilter(asset_key=key, after_timestamp=after)
-            cursor: str | None = None
-            more = True
-            while more:
-                page = self._context.instance.fetch_materializations(filtered, limit=1000, cursor=cursor)
-                for record in page.records:
-                    told = record.asset_materialization and record.asset_materialization.metadata.get("pgbg/job_id")
-                    if told:
-                        self._known[key].add(str(told.value))
-                cursor, more = page.cursor, page.has_more
-        return self._known[key]
+        if key not in self._reported:
+            fetch = self._context.instance.fetch_materializations
+            self._reported[key] = {job_id for job_id, _ in self._jobs_of_events(fetch, key)}
+        return self._reported[key]
+
+    def sql_of(self, key: AssetKey, job_id: str) -> str | None:
+        """Return the SQL of a job as it was submitted for this asset, as a block; None where nothing tells."""
+        if key not in self._submitted:
+            fetch = self._context.instance.fetch_observations
+            self._submitted[key] = {
+                job_id: str(told["pgbg/sql"].value)
+                for job_id, told in self._jobs_of_events(fetch, key)
+                if "pgbg/sql" in told
+            }
+        return self._submitted[key].get(job_id)
+
+    def _jobs_of_events(
+        self, fetch: Callable[..., Any], key: AssetKey
+    ) -> Iterator[tuple[str, Mapping[str, MetadataValue[Any]]]]:
+        # The two clocks may differ.
+        after = (self._since[key] - OVERLAP).timestamp()
+        filtered = AssetRecordsFilter(asset_key=key, after_timestamp=after)
+        cursor: str | None = None
+        more = True
+        while more:
+            page = fetch(filtered, limit=1000, cursor=cursor)
+            for record in page.records:
+                event = record.asset_materialization or record.asset_observation
+                if event and (told := event.metadata.get("pgbg/job_id")):
+                    yield str(told.value), event.metadata
+            cursor, more = page.cursor, page.has_more
 
 
 def _advance(

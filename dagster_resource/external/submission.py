@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dagster import AssetObservation
+
+from dagster_resource.steps import contexts, identity
 from dagster_resource.steps.batch import TERMINATED, Member, can_be_found, cancel_jobs
 from dagster_resource.steps.driving import tell
+from dagster_resource.steps.metadata import sql_block
 from pgbg_orchestration import Cause
 from pgbg_orchestration.driver import Talk
 from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
@@ -15,6 +19,9 @@ from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.verdict import Receipt
 
 if TYPE_CHECKING:
+    from dagster import AssetKey
+
+    from dagster_resource.steps.caller import AnyContext
     from pgbg_orchestration import Job, Launcher
     from pgbg_orchestration.ledger.sighting import Sighting
 
@@ -31,6 +38,27 @@ def check_states(states: Collection[str]) -> None:
     """
     if unknown := set(states) - set(ENDED_BADLY):
         raise ValueError(f"fail_on takes {', '.join(ENDED_BADLY)}, not {', '.join(sorted(unknown))}")
+
+
+def announce(context: AnyContext, key: AssetKey, partition: str | None, member: Member) -> None:
+    """Write down in Dagster's event log that a job is submitted for an external asset, and its SQL.
+
+    The database keeps no SQL, so it is from there that the sensor has it. Without an instance of Dagster's nobody will
+    ask for it.
+    """
+    instance = getattr(contexts.of_step(context), "instance", None)
+    if instance is None or identity.is_direct(context):
+        return
+    for job in filter(None, (member.job, member.anew)):
+        metadata: dict[str, Any] = {
+            "pgbg/job_id": str(job.id),
+            "pgbg/label": str(job.label),
+            "pgbg/sql": sql_block(member.sql.shown),
+        }
+        description = "A job was submitted for this asset; a sensor reports how it ends."
+        instance.report_runless_asset_event(
+            AssetObservation(asset_key=key, partition=partition, description=description, metadata=metadata)
+        )
 
 
 class Submission:

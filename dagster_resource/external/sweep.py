@@ -16,13 +16,13 @@ from dagster import (
 )
 
 from dagster_resource.steps.batch import RUN_IS_GONE
+from pgbg_orchestration.outcome import Cause
 
 from .reports import asking_for
 
 if TYPE_CHECKING:
     from dagster_resource.resource import PgBackgroundResource
-    from pgbg_orchestration import Cause
-from pgbg_orchestration.ledger.history import JobEntry
+    from pgbg_orchestration.ledger.history import JobEntry
 
 
 def build_pg_background_sweep_sensors(

@@ -3,7 +3,10 @@
 # No `from __future__ import annotations` in the namespace of the snippets either: Dagster reads the annotations.
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from dagster_resource import (
     pg_background_asset,
     pg_background_asset_check,
 )
+from tests.conftest import Database
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "dagster.md"
 
@@ -67,6 +71,83 @@ def test_yaml() -> None:
             assert isinstance(component, PgBackgroundSqlComponent)
             assert len(list(definitions.assets or [])) == 1
             assert len(list(definitions.asset_checks or [])) == 1
+
+
+PROJECT = {
+    "pyproject.toml": """
+[project]
+name = "books"
+version = "0.1.0"
+
+[tool.dg]
+directory_type = "project"
+
+[tool.dg.project]
+root_module = "books"
+""",
+    "src/books/__init__.py": "",
+    "src/books/defs/__init__.py": "",
+    "src/books/definitions.py": """
+from pathlib import Path
+
+from dagster import definitions, load_from_defs_folder
+
+
+@definitions
+def defs():
+    return load_from_defs_folder(path_within_project=Path(__file__).parent)
+""",
+}
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.servers("real")
+def test_a_project_of_dgs_made_by_the_page(tmp_path: Path, database: Database) -> None:
+    """Every step to the letter, in a project as ``create-dagster`` makes it."""
+    for name, text in PROJECT.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path / "src"),
+        "BOOKS_CONNINFO": database.conninfo,
+        "DAGSTER_HOME": str(home),
+        "DAGSTER_DISABLE_TELEMETRY": "1",
+    }
+
+    def dg(*arguments: str) -> None:
+        program = str(Path(sys.executable).with_name("dg"))
+        done = subprocess.run(
+            [program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    folder = tmp_path / "src" / "books" / "defs"
+    dg("scaffold", "defs", "dagster.resources", "resources.py")
+    (resources,) = [text for text in snippets("python") if "def resources()" in text]
+    (folder / "resources.py").write_text(resources)
+    dg("scaffold", "defs", "dagster_resource.PgBackgroundSqlComponent", "totals")
+    dg("check", "defs")
+    (text,) = snippets("yaml")
+    (folder / "totals" / "defs.yaml").write_text(text)
+    dg("check", "defs")
+    with database.connect() as sql:
+        sql.execute("create table sales (title text, country text, copies int)")
+        sql.execute("insert into sales values ('Emma', 'fr', 2), ('Emma', 'de', 3), ('Middlemarch', 'fr', 1)")
+        dg("launch", "--assets", "totals_by_country")
+        assert sql.execute("select * from totals_by_country order by 1").fetchall() == [("de", 3), ("fr", 3)]
+
+
+@pytest.mark.servers("real")
+def test_what_is_scaffolded_can_be_run_again(database: Database) -> None:
+    pg = PgBackgroundResource(conninfo=database.conninfo)
+    for _ in range(2):
+        pg.run(None, component.FIRST_SQL)
+    with database.connect() as sql:
+        assert sql.execute("table my_table").fetchall() == [(1,)]
 
 
 NUMBERS = """

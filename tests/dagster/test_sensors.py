@@ -1,7 +1,5 @@
 """Jobs that nobody waited for become materializations, each once; workers of runs that are gone are ended."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from typing import Any
@@ -16,10 +14,13 @@ from dagster import (
     DagsterRun,
     DagsterRunStatus,
     Definitions,
+    OpExecutionContext,
     SensorDefinition,
     SensorResult,
     build_run_status_sensor_context,
     build_sensor_context,
+    job,
+    op,
 )
 
 from dagster_resource import (
@@ -142,6 +143,44 @@ def test_a_tick_that_is_cut_off_leaves_the_rest_to_the_next(
         seen += made(result)
         cursor = result.cursor
     assert sorted(seen) == [("many", str(number)) for number in range(5)]
+
+
+def test_a_materialization_tells_what_the_job_was(
+    pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any]
+) -> None:
+    text = "create table report as select generate_series(1, %s) as n"
+
+    @op
+    def order(context: OpExecutionContext, pg: PgBackgroundResource) -> None:
+        pg.submit(context, (text, [3]), asset_key="report")
+        pg.submit(context, "select 1 -- ```", asset_key="report", partition_key="2013", name="other")
+
+    @job
+    def ordering() -> None:
+        order()
+
+    assert ordering.execute_in_process(instance=instance, resources={"pg": pg}).success
+    settle(sql)
+
+    events = tick(build_pg_background_sensor(["report"]), instance, pg, None).asset_events
+    found = {event.partition: event.metadata for event in events if isinstance(event, AssetMaterialization)}
+    assert found[None]["pgbg/sql"].value == f"```sql\n{text}\n```"
+    assert found["2013"]["pgbg/sql"].value == "````sql\nselect 1 -- ```\n````"
+    assert {"pgbg/job_id", "pgbg/label", "pgbg/worker_pid", "pgbg/attempt"} <= set(found[None])
+
+
+def test_a_tick_says_what_it_did(
+    pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any], database: Database
+) -> None:
+    sensor = build_pg_background_sensor(["said"])
+    with database.connect() as holder:
+        holder.execute("select pg_advisory_lock(1)")
+        pg.submit(None, "select pg_advisory_xact_lock_shared(1)", asset_key="said", key="1")
+        first = sensor.evaluate_tick(build_sensor_context(instance, resources={"pg": pg}))
+        assert first.skip_message == "no job has ended since the last tick; at work or left to the next tick: 1"
+    settle(sql)
+    second = sensor.evaluate_tick(build_sensor_context(instance, cursor=first.cursor, resources={"pg": pg}))
+    assert second.skip_message == "jobs reported: 1"
 
 
 def submitted_long_ago(sql: psycopg.Connection[Any], asset: str) -> None:
