@@ -12,12 +12,8 @@ from dagster import (
     AssetKey,
     DagsterInstance,
     EnvVar,
-    HookContext,
-    InputContext,
-    IOManager,
     MaterializeResult,
     OpExecutionContext,
-    OutputContext,
     ReexecutionOptions,
     RetryPolicy,
     SensorEvaluationContext,
@@ -25,10 +21,8 @@ from dagster import (
     asset,
     asset_check,
     build_asset_context,
-    build_init_resource_context,
     build_sensor_context,
     execute_job,
-    failure_hook,
     job,
     materialize,
     op,
@@ -500,47 +494,6 @@ def test_partitions_by_key_and_by_range(pg: PgBackgroundResource, sql: psycopg.C
     }
 
 
-MERGE = "merge into filled using (values (7)) as new (n) on filled.n = new.n when not matched then insert"
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("create table t as select 1 from generate_series(1, 3)", 3),
-        ("select n into t from generate_series(1, 3) as n", 3),
-        ("with one as (select 1 as n) select n into t from one", 1),
-        ("create materialized view t as select 1 as n", 1),
-        ("refresh materialized view filled_view", 2),
-        ("create table t (n int); insert into t values (1), (2)", 2),
-        ("truncate filled; insert into filled values (1)", 1),
-        ("delete from filled; analyze filled; insert into filled values (1)", 1),
-        ("create temporary table t as select 1", None),
-        ("create table if not exists filled as select 1", None),
-        ("insert into filled values (1)", None),
-        ("delete from filled where n = 1; insert into filled values (1)", None),
-        ("create table t (n int); insert into filled values (1)", None),
-        ("create table t as select 1 as n; insert into t values (1)", None),
-        (f"{MERGE} values (3)", None),
-        (f"{MERGE} values (5); delete from filled where n = 5", None),
-        ("copy filled to '/dev/null'", None),
-        ("update filled set n = 1", None),
-        ("select * from filled", None),
-    ],
-)
-def test_the_size_of_a_table_is_shown_where_the_count_is_that(
-    pg: PgBackgroundResource, sql: psycopg.Connection[Any], text: str, size: int | None
-) -> None:
-    sql.execute("create table filled as select n from generate_series(1, 2) as n")
-    sql.execute("create materialized view filled_view as table filled")
-
-    told = pg.run(None, text).metadata()
-
-    assert told.get("dagster/row_count") == size
-    if size is not None:
-        (table,) = [one for one in ("t", "filled", "filled_view") if f" {one}" in text][:1]
-        assert count(sql, f"select count(*) from {table}") == size
-
-
 @pytest.mark.parametrize("empty", [{}, [], ()])
 def test_empty_parameters_are_none(pg: PgBackgroundResource, empty: Any) -> None:
     assert pg.run(None, ("select 1 where 'a%b' like '%b' and 5 % 2 = 1", empty)).row_count == 1
@@ -553,74 +506,6 @@ def test_partition_parameters_of_an_asset_without_partitions(pg: PgBackgroundRes
         return "select 1 where 'a%b' like '%b'", partition_parameters(context)
 
     assert materialize([plain], resources={"pg": pg}).success
-
-
-# Beside the steps' own code -------------------------------------------------------------------------------------------
-
-
-class Tables(IOManager):
-    """Hands a number on in a table of the database."""
-
-    def __init__(self, pg: PgBackgroundResource) -> None:
-        self._pg = pg
-
-    def handle_output(self, context: OutputContext, obj: int) -> None:
-        self._pg.run(context, "create table handed_on as select %s::int as n", parameters=[obj])
-
-    def load_input(self, context: InputContext) -> int:
-        return self._pg.run(context, "select * from handed_on").row_count or 0
-
-
-def test_called_in_an_io_manager(pg: PgBackgroundResource, sql: psycopg.Connection[Any]) -> None:
-    @asset
-    def made(context: AssetExecutionContext, pg: PgBackgroundResource) -> int:
-        pg.run(context, "create table own as select 1")
-        return 7
-
-    @asset
-    def taken(made: int) -> int:
-        return made
-
-    tables = Tables(pg)
-    resources = {"pg": pg, "io_manager": tables}
-    run = materialize([made], resources=resources)
-    assert run.success
-    assert count(sql, "select n from handed_on") == 7
-    sql.execute("alter table handed_on rename to handed_before")
-    sql.execute("create table handed_on as select 1 from generate_series(1, 3)")
-    with pytest.raises(PgBackgroundFailure) as caught:
-        materialize([made, taken], selection=[taken], resources=resources)
-    assert caught.value.sqlstate == "42P07"  # what came in is handed on in the same table
-    series = {name for (name,) in sql.execute("select series from pgbg.jobs").fetchall()}
-    beside = {"dagster/made/output/result", "dagster/taken/input/made", "dagster/taken/output/result"}
-    assert series == {"dagster/made", *beside}
-
-
-def test_called_in_a_hook(pg: PgBackgroundResource, sql: psycopg.Connection[Any]) -> None:
-    sql.execute("create table told (what text)")
-
-    @failure_hook(required_resource_keys={"pg"})
-    def tell(context: HookContext) -> None:
-        context.resources.pg.run(context, "insert into told values (%s)", parameters=[str(context.op_exception)])
-
-    @op
-    def fails(pg: PgBackgroundResource) -> None:
-        raise ValueError("no")
-
-    @job(hooks={tell}, resource_defs={"pg": pg})
-    def told() -> None:
-        fails()
-
-    for _ in range(2):
-        assert not told.execute_in_process(raise_on_error=False).success
-    assert sql.execute("select * from told").fetchall() == [("no",), ("no",)]
-
-
-def test_what_is_no_context_is_told(pg: PgBackgroundResource) -> None:
-    with pytest.raises(TypeError, match="pass None for work that belongs to none of these"):
-        pg.run("fetch", "select 1")  # type: ignore[arg-type]
-    with build_init_resource_context() as context, pytest.raises(TypeError, match=r"not .*InitResourceContext"):
-        pg.run(context, "select 1")
 
 
 # Re-executions --------------------------------------------------------------------------------------------------------
