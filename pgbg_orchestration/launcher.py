@@ -22,6 +22,7 @@ from .outcome import Cause, Outcome
 from .postgres import connection
 from .postgres.connection import Conninfo
 from .rows import NoRows, Rows
+from .telemetry import observing
 from .walk import failures
 from .walk.host import Host
 from .walk.run import cancel_job, run_job
@@ -96,7 +97,10 @@ class Launcher:
         PgbgError
             As :func:`pgbg_orchestration.arun`.
         """
-        return await run_job(self._host, job, Options(**options))
+        with observing(job, Options(**options)) as (observed, tell):
+            outcome = await run_job(self._host, job, observed)
+            tell(outcome)
+            return outcome
 
     async def cancel(
         self,

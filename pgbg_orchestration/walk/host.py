@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import AsyncConnection
 
-from pgbg_orchestration import pace
+from pgbg_orchestration import pace, telemetry
 from pgbg_orchestration.errors import NOT_STARTED, PoolerInTransactionMode, ServerUnreachable
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger import readiness
@@ -50,6 +50,17 @@ class Host:
         self._sessions: list[LaunchingSession] = []
         self._opening = asyncio.Lock()
         self.onlooker = Onlooker(self.ledger)
+        telemetry.watch(self)
+
+    @property
+    def session_count(self) -> int:
+        """How many launching sessions are open, those of single jobs left out."""
+        return len(self._sessions)
+
+    @property
+    def worker_count(self) -> int:
+        """How many workers are followed by their handles in these sessions."""
+        return sum(len(session.workers) for session in self._sessions)
 
     async def close(self) -> None:
         """Close all connections. Workers go on."""

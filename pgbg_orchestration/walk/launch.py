@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import psycopg
 
-from pgbg_orchestration import pace, statements
+from pgbg_orchestration import pace, statements, telemetry
 from pgbg_orchestration.errors import ServerUnreachable
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.ledger import Ledger
@@ -209,7 +209,7 @@ class Launches:
             case.memory = case.memory.calling()
             case.waited_for_slot = False
             case.call = session.launch(
-                text,
+                telemetry.comment() + text,
                 label=work.label,
                 queue_size=work.job.queue_size,
                 settings=work.launch_settings(case.seconds_left(), defaults),

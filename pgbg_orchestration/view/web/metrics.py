@@ -10,6 +10,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from pgbg_orchestration.ledger.board import Board
+from pgbg_orchestration.telemetry import prefix_of
 from pgbg_orchestration.view.lines import ALL_STATES, Line, lines_of
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -20,15 +21,6 @@ def exposition(board: Board) -> bytes:
     registry = CollectorRegistry()
     registry.register(_OfBoard(board))
     return generate_latest(registry)
-
-
-def prefix_of(label: str) -> str:
-    """Return a label's part before the first ``/``, ``:`` or ``[``: what is the same for all jobs of a kind.
-
-    A whole label may be new for each run, and Prometheus keeps a series of numbers for each that it ever saw.
-    """
-    ends = [at for sign in "/:[" if (at := label.find(sign)) > 0]
-    return label[: min(ends, default=len(label))]
 
 
 class _OfBoard(Collector):
