@@ -104,8 +104,8 @@ async def test_the_trace_is_found_in_the_server(db: Watched, told: Told) -> None
     await within(running)
 
     context = told.spans["pgbg job"].context
-    traceparent = f"traceparent='00-{context.trace_id:032x}-{context.span_id:016x}-01'"
-    assert [traceparent in query for query in queries] == [True]
+    traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+    assert [query.startswith(f"/* traceparent='{traceparent}' */") for query in queries] == [True]
 
 
 async def test_sessions_and_queue_of_this_process(db: Watched, told: Told) -> None:
