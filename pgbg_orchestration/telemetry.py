@@ -89,7 +89,7 @@ def comment() -> str:
     context = trace.get_current_span().get_span_context()
     if not context.is_valid:
         return ""
-    # The W3C's traceparent: https://www.w3.org/TR/trace-context/#traceparent-header
+    # The form is that of the header of the W3C's Trace Context, section 3.2.
     return f"/* traceparent='00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}' */ "
 
 

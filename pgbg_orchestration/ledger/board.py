@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from importlib import resources
@@ -11,6 +11,9 @@ from typing import Any, LiteralString
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
+from pgbg_orchestration.postgres import activity
+from pgbg_orchestration.postgres.activity import Activity
+
 from .history import JobEntry
 
 HIDDEN = "<insufficient privilege>"
@@ -18,30 +21,19 @@ HIDDEN = "<insufficient privilege>"
 
 
 @dataclass(frozen=True, slots=True)
-class Blocker:
-    """The first process that a worker waits for; what the login may not see of it is None."""
-
-    pid: int
-    login: str | None
-    application_name: str | None
-    state: str | None
-    query: str | None
-    since: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker in this database, as ``pg_stat_activity`` shows it; what the login may not see of it is None."""
+    """A worker in this database, as ``pg_stat_activity`` shows it; what the login may not see of it is None.
+
+    ``activity`` says what it waits for, and how far its command is.
+    """
 
     pid: int
     login: str | None
     application_name: str
     began_at: datetime | None
     state: str | None
-    wait_event_type: str | None
-    wait_event: str | None
     query: str | None
-    blocker: Blocker | None
+    activity: Activity | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +63,9 @@ class Board:
     workers: Mapping[int, WorkerSeen]
 
 
-async def look_at_all(conn: AsyncConnection[Any], schema: str, *, ended_within: timedelta) -> Board:
+async def look_at_all(
+    conn: AsyncConnection[Any], schema: str, views: Sequence[str], *, ended_within: timedelta
+) -> Board:
     """Look at everything, in one query.
 
     Parameters
@@ -80,6 +74,8 @@ async def look_at_all(conn: AsyncConnection[Any], schema: str, *, ended_within: 
         A connection in autocommit mode.
     schema:
         Name of the package's schema.
+    views:
+        The progress views that the server has (:func:`activity.views_of`).
     ended_within:
         Jobs that ended within this time are listed too.
 
@@ -88,12 +84,14 @@ async def look_at_all(conn: AsyncConnection[Any], schema: str, *, ended_within: 
     psycopg.Error
         The server refuses the query, or is away.
     """
-    query = sql.SQL(_query()).format(s=sql.Identifier(schema))
+    of_workers = activity.query_for(views, sql.SQL("a.pid in (select w.pid from workers as w)"))
+    query = sql.SQL(_query()).format(s=sql.Identifier(schema), activity=of_workers)
     cursor = await conn.cursor(row_factory=dict_row).execute(query, {"ended_within": ended_within})
     row = await cursor.fetchone()
     assert row is not None
     jobs = tuple(_entry(job) for job in row.pop("jobs"))
-    workers = {worker["pid"]: _worker(worker) for worker in row.pop("workers")}
+    at = {found["pid"]: activity.activity_of(found) for found in row.pop("activity")}
+    workers = {worker["pid"]: _worker(worker, at.get(worker["pid"])) for worker in row.pop("workers")}
     return Board(**row, jobs=jobs, workers=workers)
 
 
@@ -128,19 +126,10 @@ def _entry(job: dict[str, Any]) -> JobEntry:
     return JobEntry(**{**known, **{name: _time(known[name]) for name in _TIMES}})
 
 
-def _worker(worker: dict[str, Any]) -> WorkerSeen:
-    blocker = worker.pop("blocker")
+def _worker(worker: dict[str, Any], at: Activity | None) -> WorkerSeen:
     query = worker.pop("query")
-    return WorkerSeen(
-        **{**worker, "began_at": _time(worker["began_at"])},
-        query=None if query == HIDDEN else query,
-        blocker=_blocker(blocker) if blocker else None,
-    )
-
-
-def _blocker(blocker: dict[str, Any]) -> Blocker:
-    query = None if blocker["query"] == HIDDEN else blocker["query"]
-    return Blocker(**{**blocker, "query": query, "since": _time(blocker["since"])})
+    began_at = _time(worker.pop("began_at"))
+    return WorkerSeen(**worker, began_at=began_at, query=None if query == HIDDEN else query, activity=at)
 
 
 def _time(value: str | None) -> datetime | None:

@@ -54,8 +54,7 @@ _LOOK = """
             left join pg_catalog.pg_stat_activity as x on x.pid = b.pid) end as blockers,
         (select pg_catalog.jsonb_object_agg(c.command, c.counters) from ({commands}) as c) as commands
     from pg_catalog.pg_stat_activity as a
-    where (a.pid = any(%(pids)s) or a.application_name = any(%(names)s))
-        and a.datname = pg_catalog.current_database()
+    where a.datname = pg_catalog.current_database() and ({which})
 """
 
 
@@ -133,18 +132,32 @@ async def look(
     psycopg.Error
         The server refuses.
     """
+    query = query_for(views, sql.SQL("a.pid = any(%(pids)s) or a.application_name = any(%(names)s)"))
+    cursor = await conn.cursor(row_factory=dict_row).execute(query, {"pids": [*pids], "names": [*names]})
+    return [activity_of(row) for row in await cursor.fetchall()]
+
+
+def query_for(views: Sequence[str], which: sql.Composable) -> sql.Composed:
+    """Return the query whose rows :func:`activity_of` reads.
+
+    Parameters
+    ----------
+    views:
+        As :func:`views_of` returns them.
+    which:
+        A condition on the rows of ``pg_stat_activity as a``.
+    """
     commands = sql.SQL(" union all ").join(
         sql.SQL(
             "select {}::text as command, pg_catalog.to_jsonb(p) as counters from {} as p where p.pid = a.pid"
         ).format(sql.Literal(view), sql.Identifier("pg_catalog", f"pg_stat_progress_{view}"))
         for view in views
     )
-    query = sql.SQL(_LOOK).format(commands=commands)
-    cursor = await conn.cursor(row_factory=dict_row).execute(query, {"pids": [*pids], "names": [*names]})
-    return [_activity(row) for row in await cursor.fetchall()]
+    return sql.SQL(_LOOK).format(commands=commands, which=which)
 
 
-def _activity(row: Mapping[str, Any]) -> Activity:
+def activity_of(row: Mapping[str, Any]) -> Activity:
+    """Return what a row of the query says."""
     commands = row["commands"] or {}
     name = next((view for view in VIEWS if view in commands), None)
     return Activity(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -38,6 +37,8 @@ class Line:
         For how long it has run, or ran; None where that is not known.
     waits_for:
         What its worker waits for, and for whom; empty while it works, or where the login may not see it.
+    progress, percent:
+        The command that the server shows the progress of, with its phase, and how much of the phase is done.
     by_orchestrator:
         The Airflow task or the Dagster step that wants it, where its series tells.
     """
@@ -50,6 +51,8 @@ class Line:
     by_orchestrator: str
     seconds: float | None
     waits_for: str
+    progress: str
+    percent: int | None
     rows: int | None
     pid: int | None
     attempt: int | None
@@ -141,21 +144,29 @@ def orchestrator_of(series: str | None) -> str:
     return ""
 
 
-def wait_of(worker: WorkerSeen | None, now: datetime) -> str:
+def wait_of(worker: WorkerSeen | None) -> str:
     """Return what a worker waits for, and for whom, in words; empty while it waits for nothing."""
-    if worker is None or worker.wait_event is None:
+    at = worker.activity if worker is not None else None
+    if at is None or at.wait_event is None:
         return ""
-    if worker.blocker is None:
-        return f"{worker.wait_event_type}: {worker.wait_event}"
-    other = worker.blocker
-    who = f"pid {other.pid}"
-    if other.login:
-        who += f" of {other.login}"
-    if other.application_name:
-        who += f" ({other.application_name})"
-    if other.since is not None:
-        who += f", {max((now - other.since).total_seconds(), 0):.0f} s"
-    return f"lock: {who}"
+    if not at.blockers:
+        return f"{at.wait_event_type}: {at.wait_event}"
+    other, *more = at.blockers
+    if other.pid == 0:
+        who = "a prepared transaction"
+    else:
+        who = f"pid {other.pid}" + (f" of {other.user_name}" if other.user_name else "")
+        who += f" ({other.application})" if other.application else ""
+    waited = "" if at.waited is None else f", for {at.waited:.0f} s"
+    return f"lock: {who}{f' and {len(more)} more' if more else ''}{waited}"
+
+
+def progress_of(worker: WorkerSeen | None) -> tuple[str, int | None]:
+    """Return how far a worker's command is: its name and phase, and the percentage where the phase counts something."""
+    command = worker.activity.command if worker is not None and worker.activity is not None else None
+    if command is None:
+        return "", None
+    return f"{command.name}: {command.phase}" if command.phase else command.name, command.percent
 
 
 def line_of_job(job: JobEntry, board: Board | None = None) -> Line:
@@ -163,6 +174,7 @@ def line_of_job(job: JobEntry, board: Board | None = None) -> Line:
     worker = board.workers.get(job.running_pid) if board is not None and job.running_pid is not None else None
     end = job.ended_at or (board.looked_at if board is not None and job.state == "running" else None)
     began = job.started_at or job.launched_at
+    progress, percent = progress_of(worker)
     return Line(
         key=f"{job.owner}/{job.job_id}",
         state=job.state,
@@ -171,7 +183,9 @@ def line_of_job(job: JobEntry, board: Board | None = None) -> Line:
         by=job.launched_by or "",
         by_orchestrator=orchestrator_of(job.series),
         seconds=max((end - began).total_seconds(), 0) if end is not None and began is not None else None,
-        waits_for=wait_of(worker, board.looked_at) if board is not None and job.state == "running" else "",
+        waits_for=wait_of(worker) if job.state == "running" else "",
+        progress=progress,
+        percent=percent,
         rows=job.row_count,
         pid=job.running_pid,
         attempt=job.attempt,
@@ -186,6 +200,7 @@ def _of_worker(worker: WorkerSeen, board: Board) -> Line:
     # pg_background names it pg_background:LABEL:PID; before 1.10, and where a job sets the name, there is no label.
     parts = worker.application_name.split(":")
     label = ":".join(parts[1:-1]) if len(parts) > 2 else worker.application_name
+    progress, percent = progress_of(worker)
     age = None if worker.began_at is None else max((board.looked_at - worker.began_at).total_seconds(), 0)
     return Line(
         key=f"worker/{worker.pid}/{worker.began_at}",
@@ -195,7 +210,9 @@ def _of_worker(worker: WorkerSeen, board: Board) -> Line:
         by=worker.login or "",
         by_orchestrator="",
         seconds=age,
-        waits_for=wait_of(worker, board.looked_at),
+        waits_for=wait_of(worker),
+        progress=progress,
+        percent=percent,
         rows=None,
         pid=worker.pid,
         attempt=None,

@@ -9,6 +9,7 @@ from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.ledger import board
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
 from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.postgres import activity
 
 ENDED_WITHIN = timedelta(minutes=15)
 """How long a job that ended stays on the board."""
@@ -45,6 +46,7 @@ class ServerSource:
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
+        self._views: tuple[str, ...] | None = None
 
     async def board(self) -> Board:
         """Look at everything.
@@ -54,8 +56,11 @@ class ServerSource:
         PgbgError
             The server is out of reach, or not ready.
         """
-        schema = self._launcher.ledger.schema
-        return await self._launcher.ledger.run(lambda conn: board.look_at_all(conn, schema, ended_within=ENDED_WITHIN))
+        ledger = self._launcher.ledger
+        if self._views is None:
+            self._views = await ledger.run(activity.views_of)
+        views: tuple[str, ...] = self._views
+        return await ledger.run(lambda conn: board.look_at_all(conn, ledger.schema, views, ended_within=ENDED_WITHIN))
 
     async def history(self, *, since: datetime | None, label: str | None, limit: int) -> list[JobEntry]:
         """Return jobs launched since then whose label fits, newest first.

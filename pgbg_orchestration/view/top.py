@@ -19,7 +19,7 @@ from pgbg_orchestration.ledger.board import Board
 
 from .lines import ALL_STATES, Line, Order, arranged, chosen, lines_of
 from .source import Source
-from .words import SIGNS, facts_of, took
+from .words import SIGNS, facts_of, progress, took
 
 W = TypeVar("W", bound=Widget)
 EVERY = 2.0  # seconds from one look to the next
@@ -34,7 +34,9 @@ STYLES = {
     "unknown": "bold magenta",
     "by hand": "bold white",
 }
-COLUMNS = ("STATE", "LABEL", "TIME", "WAITS FOR", "ROWS", "TRY", "WANTED BY", "LAUNCHED BY", "WORKER", "WHAT")
+COLUMNS = (
+    "STATE", "LABEL", "TIME", "PROGRESS", "WAITS FOR", "ROWS", "TRY", "WANTED BY", "LAUNCHED BY", "WORKER", "WHAT",
+)  # fmt: skip
 
 
 class Details(ModalScreen[None]):
@@ -337,6 +339,7 @@ def cells_of(line: Line) -> tuple[Text, ...]:
         Text(f"{SIGNS[line.state]} {line.state}", STYLES[line.state]),
         Text(line.label),
         Text(took(line.seconds), justify="right"),
+        Text(progress(line), "green"),
         Text(line.waits_for, "yellow"),
         Text("" if line.rows is None else f"{line.rows:,}", justify="right"),
         Text(str(line.attempt or ""), justify="right"),

@@ -22,6 +22,10 @@ SIGNS = {
 """A sign for each state, so that colour is never all that tells them apart."""
 
 
+BLOCKERS_QUERY = "blocker's query"
+"""The one fact that is somebody's SQL, with its values."""
+
+
 def took(seconds: float | None) -> str:
     """Return a duration in words: ``3.2 s``, ``4 m 05 s``, ``2 h 07 m``, ``3 d 04 h``; empty for None."""
     if seconds is None:
@@ -36,6 +40,14 @@ def took(seconds: float | None) -> str:
         return f"{hours} h {minutes:02} m"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours:02} h"
+
+
+def progress(line: Line) -> str:
+    """Return how far a line's command is, with a bar where its phase counts something."""
+    if line.percent is None:
+        return line.progress
+    full = round(line.percent / 10)
+    return f"{'█' * full}{'░' * (10 - full)} {line.percent} % {line.progress}"
 
 
 def facts_of(line: Line) -> list[tuple[str, str]]:
@@ -54,9 +66,9 @@ def facts_of(line: Line) -> list[tuple[str, str]]:
             ("application_name", line.worker.application_name),
             ("worker began at", line.worker.began_at),
         ]
-    known.append(("waits for", line.waits_for))
-    if line.worker is not None and line.worker.blocker is not None:
-        known.append(("blocker's query", line.worker.blocker.query))
+    known += [("progress", progress(line)), ("waits for", line.waits_for)]
+    if line.worker is not None and line.worker.activity is not None and line.worker.activity.blockers:
+        known.append((BLOCKERS_QUERY, line.worker.activity.blockers[0].query))
     told: dict[str, str] = {}
     for name, value in known:
         if value is not None and value != "" and name not in told:

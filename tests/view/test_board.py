@@ -10,7 +10,8 @@ from datetime import timedelta
 import psycopg
 
 from pgbg_orchestration import Job, Launcher
-from pgbg_orchestration.ledger.board import Board, look_at_all
+from pgbg_orchestration.ledger.board import HIDDEN, Board, look_at_all
+from pgbg_orchestration.postgres import activity
 from pgbg_orchestration.view.lines import BY_HAND, lines_of
 from pgbg_orchestration.view.source import ServerSource
 from tests.core.kit import GENEROUS, Watched, effect, slow, within
@@ -19,7 +20,8 @@ from tests.core.kit import GENEROUS, Watched, effect, slow, within
 async def look(db: Watched, user: str | None = None) -> Board:
     conninfo = db.conninfo if user is None else db.database.conninfo_as(user)
     async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as conn:
-        return await look_at_all(conn, "pgbg", ended_within=timedelta(minutes=5))
+        views = await activity.views_of(conn)
+        return await look_at_all(conn, "pgbg", views, ended_within=timedelta(minutes=5))
 
 
 async def look_until(db: Watched, wanted: Callable[[Board], bool], what: str) -> Board:
@@ -31,6 +33,11 @@ async def look_until(db: Watched, wanted: Callable[[Board], bool], what: str) ->
         await asyncio.sleep(0.1)
         seen = await look(db)
     return seen
+
+
+def is_blocked(seen: Board) -> bool:
+    """Whether some worker waits for somebody."""
+    return any(worker.activity is not None and worker.activity.blockers for worker in seen.workers.values())
 
 
 async def test_jobs_that_run_and_that_ended(db: Watched) -> None:
@@ -63,15 +70,16 @@ async def test_a_job_that_waits_for_a_lock_names_its_blocker(db: Watched) -> Non
             waiting = asyncio.create_task(launcher.run(Job(effect("j"), id="j")))
             await db.at_work("j")
 
-            seen = await look_until(db, lambda seen: any(w.blocker for w in seen.workers.values()), "its blocker")
+            seen = await look_until(db, is_blocked, "its blocker")
 
             [line] = lines_of(seen)
             assert line.worker is not None
-            assert line.worker.blocker is not None
-            assert line.worker.blocker.pid == other.info.backend_pid
+            assert line.worker.activity is not None
+            [blocker] = line.worker.activity.blockers
+            assert blocker.pid == other.info.backend_pid
             assert "somebody's psql" in line.waits_for
             # What another login's session runs is not this login's to see.
-            assert line.worker.blocker.query is None
+            assert blocker.query == HIDDEN
             other.rollback()
             assert (await within(waiting)).launched
 

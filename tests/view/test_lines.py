@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from pgbg_orchestration.ledger.board import Blocker, Board, WorkerSeen
+from pgbg_orchestration.ledger.board import Board, WorkerSeen
 from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.postgres.activity import Activity, Blocker, Command
 from pgbg_orchestration.view.lines import BY_HAND, Order, arranged, chosen, lines_of, orchestrator_of, wait_of
 from pgbg_orchestration.view.web.data import link_of, of_board
 from pgbg_orchestration.view.web.metrics import exposition
-from pgbg_orchestration.view.words import facts_of, took
+from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of, progress, took
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -26,10 +27,12 @@ def job(job_id: str, state: str = "running", **more: Any) -> JobEntry:
 
 
 def worker(pid: int, **more: Any) -> WorkerSeen:
-    seen = WorkerSeen(
-        pid, "etl", f"pg_background:load:{pid}", NOW - timedelta(seconds=5), "active", None, None, None, None
-    )
+    seen = WorkerSeen(pid, "etl", f"pg_background:load:{pid}", NOW - timedelta(seconds=5), "active", None, None)
     return replace(seen, **more)
+
+
+def waiting(event_type: str, event: str, *blockers: Blocker) -> Activity:
+    return Activity(1, "", event_type, event, 90.0 if blockers else None, blockers, None)
 
 
 def board(*jobs: JobEntry, workers: tuple[WorkerSeen, ...] = ()) -> Board:
@@ -130,28 +133,34 @@ def test_who_wants_it(series: str | None, words: str) -> None:
 
 
 def test_whom_it_waits_for() -> None:
-    blocker = Blocker(4, "ann", "psql", "idle in transaction", "select 1", NOW - timedelta(seconds=90))
+    ann, nobody = Blocker(4, "ann", "psql", "idle in transaction", "select 1", 90.0), Blocker(5)
 
-    assert wait_of(worker(1), NOW) == ""
-    assert wait_of(worker(1, wait_event_type="IO", wait_event="DataFileRead"), NOW) == "IO: DataFileRead"
-    assert (
-        wait_of(worker(1, wait_event_type="Lock", wait_event="relation", blocker=blocker), NOW)
-        == "lock: pid 4 of ann (psql), 90 s"
-    )
-    hidden = Blocker(4, None, None, None, None, None)
-    assert wait_of(worker(1, wait_event_type="Lock", wait_event="relation", blocker=hidden), NOW) == "lock: pid 4"
+    def words(*blockers: Blocker) -> str:
+        return wait_of(worker(1, activity=waiting("Lock", "relation", *blockers)))
+
+    assert wait_of(worker(1)) == ""
+    assert wait_of(worker(1, activity=waiting("IO", "DataFileRead"))) == "IO: DataFileRead"
+    assert words(ann) == "lock: pid 4 of ann (psql), for 90 s"
+    assert words(nobody, ann) == "lock: pid 5 and 1 more, for 90 s"
+    assert words(Blocker(0)) == "lock: a prepared transaction, for 90 s"
+
+
+def test_how_far_it_is() -> None:
+    command = Command("CREATE INDEX", "building index: scanning table", 30, 100)
+    at = Activity(7, "", None, None, None, (), command)
+    [line] = lines_of(board(job("a", running_pid=7), workers=(worker(7, activity=at),)))
+
+    assert (line.progress, line.percent) == ("CREATE INDEX: building index: scanning table", 30)
+    assert progress(line) == "███░░░░░░░ 30 % CREATE INDEX: building index: scanning table"
 
 
 def test_the_page_shows_no_sql_of_a_worker() -> None:
     secret = "insert into card values ('4711')"
-    blocker = Blocker(4, "ann", "psql", "active", secret, NOW)
-    seen = board(
-        job("a", running_pid=7),
-        workers=(worker(7, query=secret, wait_event_type="Lock", wait_event="x", blocker=blocker),),
-    )
+    at = waiting("Lock", "relation", Blocker(4, "ann", "psql", "active", secret, 1.0))
+    seen = board(job("a", running_pid=7), workers=(worker(7, query=secret, activity=at),))
 
     assert "4711" not in str(of_board(seen, {}))
-    assert ("blocker's query", secret) in facts_of(lines_of(seen)[0])
+    assert (BLOCKERS_QUERY, secret) in facts_of(lines_of(seen)[0])
 
 
 @pytest.mark.parametrize(
@@ -176,8 +185,7 @@ def test_links(series: str, job_id: str, address: str | None) -> None:
 
 
 def test_what_prometheus_scrapes() -> None:
-    blocker = Blocker(4, None, None, None, None, None)
-    blocked = worker(7, wait_event_type="Lock", wait_event="relation", blocker=blocker)
+    blocked = worker(7, activity=waiting("Lock", "relation", Blocker(4)))
     seen = board(
         job("load/2026-01-01", running_pid=7, seconds=30),
         job("load/2026-01-02", seconds=10),

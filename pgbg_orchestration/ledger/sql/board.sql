@@ -1,8 +1,7 @@
 -- All that is to be seen of a server at one moment: jobs that have not ended or ended a short while ago, every worker
 -- of this database, whoever launched it, whom each of them waits for, and the worker slots.
 with activity as materialized (
-    select a.pid, a.datid, a.usename::text, a.application_name, a.backend_type, a.backend_start, a.query_start, a.state,
-           a.wait_event_type, a.wait_event, a.query
+    select a.pid, a.datid, a.usename::text, a.application_name, a.backend_type, a.backend_start, a.state, a.query
     from pg_catalog.pg_stat_activity as a
 ), jobs as materialized (
     select * from {s}.jobs as j
@@ -14,12 +13,6 @@ with activity as materialized (
       and a.pid <> pg_catalog.pg_backend_pid()
       and (a.backend_type = 'pg_background' or a.application_name like 'pg\_background:%%'
            or a.pid in (select j.running_pid from jobs as j))
-), blockers as (
-    select w.pid, b.pid as blocker
-    from workers as w
-    cross join lateral pg_catalog.unnest(pg_catalog.pg_blocking_pids(w.pid)) with ordinality as b (pid, n)
-    -- Only a process that waits for a lock is asked whom it waits for: the question costs the lock manager's own lock.
-    where w.wait_event_type = 'Lock' and b.n = 1
 )
 select pg_catalog.clock_timestamp() as looked_at,
        pg_catalog.current_database()::text as database,
@@ -35,10 +28,6 @@ select pg_catalog.clock_timestamp() as looked_at,
        coalesce((
             select pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
                 'pid', w.pid, 'login', w.usename, 'application_name', w.application_name, 'began_at', w.backend_start,
-                'state', w.state, 'wait_event_type', w.wait_event_type, 'wait_event', w.wait_event, 'query', w.query,
-                'blocker', case when b.blocker is not null then pg_catalog.jsonb_build_object(
-                    'pid', b.blocker, 'login', other.usename, 'application_name', other.application_name,
-                    'state', other.state, 'query', other.query, 'since', other.query_start) end))
-            from workers as w
-            left join blockers as b on b.pid = w.pid
-            left join activity as other on other.pid = b.blocker), '[]') as workers
+                'state', w.state, 'query', w.query))
+            from workers as w), '[]') as workers,
+       coalesce((select pg_catalog.jsonb_agg(pg_catalog.to_jsonb(x)) from ({activity}) as x), '[]') as activity

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from pgbg_orchestration.ledger.board import Board
 from pgbg_orchestration.ledger.history import JobEntry
 from pgbg_orchestration.view.lines import Line, airflow_task, arranged, lines_of
-from pgbg_orchestration.view.words import facts_of
+from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of
 
 Links = Mapping[str, str]
 """Base addresses of orchestrators' UIs, by ``airflow`` and ``dagster``."""
@@ -43,6 +43,8 @@ def of_line(line: Line, links: Links) -> dict[str, Any]:
         "link": link_of(line.series, line.job.job_id if line.job else "", links),
         "seconds": line.seconds,
         "waits_for": line.waits_for,
+        "progress": line.progress,
+        "percent": line.percent,
         "rows": line.rows,
         "attempt": line.attempt,
         "pid": line.pid,
@@ -77,8 +79,7 @@ def of_history(entries: Iterable[JobEntry], links: Links) -> list[dict[str, Any]
 
 def of_job(line: Line, links: Links) -> dict[str, Any]:
     """Return the page of one job."""
-    # The blocker's query is somebody's SQL with its values.
-    facts = [[name, value] for name, value in facts_of(line) if name != "blocker's query"]
+    facts = [[name, value] for name, value in facts_of(line) if name != BLOCKERS_QUERY]
     return {**of_line(line, links), "facts": facts}
 
 

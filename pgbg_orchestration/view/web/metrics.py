@@ -52,7 +52,8 @@ class _OfBoard(Collector):
 
 
 def _is_blocked(line: Line) -> bool:
-    return line.worker is not None and line.worker.blocker is not None
+    at = line.worker.activity if line.worker is not None else None
+    return at is not None and bool(at.blockers)
 
 
 def _one(name: str, text: str, value: float) -> Metric:

@@ -53,6 +53,17 @@ function cell(text, kind) {
   return made;
 }
 
+function progressOf(line) {
+  const made = cell(line.progress);
+  if (line.percent === null) return made;
+  const bar = document.createElement("progress");
+  bar.max = 100;
+  bar.value = line.percent;
+  bar.setAttribute("aria-label", `${line.percent} %`);
+  made.prepend(bar, ` ${line.percent} % `);
+  return made;
+}
+
 function row(line) {
   const made = document.createElement("tr");
   made.append(cell(`${SIGNS[line.state]} ${line.state}`, `state ${line.state.replace(" ", "-")}`));
@@ -68,7 +79,7 @@ function row(line) {
   } else {
     name.textContent = line.label;
   }
-  made.append(name, cell(took(line.seconds), "number"), cell(line.waits_for),
+  made.append(name, cell(took(line.seconds), "number"), progressOf(line), cell(line.waits_for),
     cell(line.rows === null ? "" : line.rows.toLocaleString("en"), "number"), cell(line.attempt ?? "", "number"),
     cell(line.wanted_by || line.by), cell(line.pid ?? "", "number"),
     cell(line.sqlstate ? `${line.sqlstate} ${line.message ?? ""}` : "", "what"));
