@@ -25,7 +25,8 @@ def main(names: Sequence[str]) -> int:
             held = False
         if not held:
             gone.append(script.stem)
-    sys.stdout.write(f"\n{'all hold' if not gone else f'no longer so, or not to be seen here: {", ".join(gone)}'}\n")
+    names_gone = ", ".join(gone)
+    sys.stdout.write(f"\nno longer so, or not to be seen here: {names_gone}\n" if gone else "\nall hold\n")
     return int(bool(gone))
 
 

@@ -1,4 +1,4 @@
-"""An own PostgreSQL 18 with the real pg_background for a finding: ``python server.py PROGRAM.py`` runs it with a session.
+"""An own PostgreSQL 18 with the real pg_background for a finding: ``python server.py FOLDER PROGRAM.py``.
 
 PROGRAM sees ``connect()``, which gives an autocommit connection. Nothing here is of the package that is built on them.
 """
@@ -31,7 +31,7 @@ def main(folder: Path, program: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     data.mkdir(mode=0o700)
-    as_user: dict[str, Any] = {"cwd": "/", "check": True, "stdout": subprocess.DEVNULL}
+    as_user: dict[str, Any] = {"cwd": "/", "stdout": subprocess.DEVNULL}
     if os.geteuid() == 0:
         # PostgreSQL refuses to run as root.
         nobody = pwd.getpwnam("nobody")
@@ -44,10 +44,10 @@ def main(folder: Path, program: str) -> None:
         "extension_control_path": f"$system:{extension / 'share'}",
         "dynamic_library_path": f"$libdir:{extension / 'lib'}",
     }
-    subprocess.run([programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N"], **as_user)
+    subprocess.run([programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-N"], check=True, **as_user)
     with (data / "postgresql.conf").open("a") as stream:
         stream.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
-    subprocess.run([programs / "pg_ctl", "-D", data, "-w", "-l", data / "log", "start"], **as_user)
+    subprocess.run([programs / "pg_ctl", "-D", data, "-w", "-l", data / "log", "start"], check=True, **as_user)
 
     def connect() -> psycopg.Connection[Any]:
         return psycopg.connect(f"host={data} user=postgres dbname=postgres", autocommit=True)
@@ -57,7 +57,7 @@ def main(folder: Path, program: str) -> None:
             session.execute("create extension pg_background")
         runpy.run_path(program, {"connect": connect})
     finally:
-        subprocess.run([programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop"], **as_user)
+        subprocess.run([programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop"], check=True, **as_user)
 
 
 if __name__ == "__main__":
