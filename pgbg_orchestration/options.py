@@ -27,6 +27,7 @@ class RunOptions(TypedDict, total=False):
     deadline: datetime | None
     observer: Callable[[Event], None] | None
     of_try: str | None
+    notices: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,11 @@ class Options:
         Names the caller's try of the work. It goes into the receipt with a cancel that this call makes, and a cancel
         that this very try made is not taken back by ``retry_cancelled`` when the try goes on elsewhere.
 
+    notices:
+        Tell what the SQL raises, from NOTICE up, as it is raised: each as an event and a line of the log. RAISE DEBUG
+        too, where the job's settings have ``client_min_messages = debug1``. It costs a connection of the job's own for
+        as long as its worker is at work. Not for supervised jobs, nor with ``redact_details``.
+
     Raises
     ------
     InvalidJob
@@ -75,6 +81,7 @@ class Options:
     deadline: datetime | None = None
     observer: Callable[[Event], None] | None = None
     of_try: str | None = None
+    notices: bool = False
 
     def __post_init__(self) -> None:
         if self.on_cancel not in ("cancel", "leave") and not callable(self.on_cancel):

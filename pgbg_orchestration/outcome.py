@@ -166,6 +166,7 @@ class EventKind(StrEnum):
     ATTACHED = "attached", "a worker that somebody else launched is at it, and is waited for (`pid`)"
     PROGRESS = "progress", "how far it is: what its SQL reports, or a command that the server tells of (`percent`)"
     BLOCKED = "blocked", "its worker waits for a lock of other sessions (`blockers`), or for a standby"
+    NOTICE = "notice", "what its SQL raised (`severity`, `sqlstate`, `detail`, `hint`); with `notices=True`"
     WAITING_FOR_SERIES = "waiting_for_series", "another job of its series is at work, and is waited for (`pid`)"
     CANCELLING_OLDER = "cancelling_older", "the worker of an older generation is being cancelled (`pid`)"
     OUTPUT_BLOCKED = "output_blocked", "the worker's output is full and nobody reads it: it is dropped"

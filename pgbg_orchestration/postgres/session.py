@@ -373,11 +373,18 @@ class LaunchingSession:
                     raise
                 raise ConnectionLost(str(error)) from error
 
-    async def drain(self, worker: Worker, readable: Readable) -> tuple[int | None, str | None]:
+    async def drain(
+        self, worker: Worker, readable: Readable, heard: Callable[[psycopg.errors.Diagnostic], None] | None = None
+    ) -> tuple[int | None, str | None]:
         """Read the worker's result to its end, which proves its commit; returns row count and command tag.
 
         This session does nothing else meanwhile. However it ends, the server has forgotten the handle then; a worker
         whose result was not read to its end goes on.
+
+        Parameters
+        ----------
+        heard:
+            Is told what the SQL raises, as it is raised.
 
         Raises
         ------
@@ -391,12 +398,18 @@ class LaunchingSession:
                 raise ConnectionLost("the launching session is lost")
             self.workers.pop(worker.handle, None)
             try:
+                if heard is not None:
+                    # The session raises them again, below its own threshold too.
+                    await connection.settle(self._conn, (("client_min_messages", "debug1"),))
+                    self._conn.add_notice_handler(heard)
                 return await self.extension.drain(self._conn, worker.handle, readable.columns, padded=readable.padded)
             except (psycopg.Error, OSError) as error:
                 if self._give_up_if_lost(error):
                     raise ConnectionLost(str(error)) from error
                 raise
             finally:
+                if heard is not None:
+                    self._conn.remove_notice_handler(heard)
                 if not worker.ended.done():
                     worker.ended.set_result(None)
 

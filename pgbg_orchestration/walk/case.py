@@ -23,6 +23,7 @@ from .memory import Memory, Terms
 from .work import Work
 
 logger = logging.getLogger("pgbg_orchestration")
+LEVELS = {"DEBUG": logging.DEBUG, "WARNING": logging.WARNING}  # of what SQL raises; INFO for all other severities
 
 
 @dataclass
@@ -114,6 +115,31 @@ class Case:
             self.memory = self.memory.call_lost()
         return True
 
+    def begin_reading(self, worker: Worker, readable: Readable) -> None:
+        """Begin to read a worker's result to its end, and what it raises on its way."""
+        loop = asyncio.get_running_loop()
+        heard = self._hear if self.options.notices else None
+        self.reading = loop.create_task(worker.session.drain(worker, readable, heard))
+        self.last_marked = loop.time()
+
+    def _hear(self, diag: psycopg.errors.Diagnostic) -> None:
+        """Tell something that the job's SQL raised."""
+        severity = diag.severity_nonlocalized or "NOTICE"
+        lines = [f"{severity}: {diag.message_primary}"]
+        lines += [
+            f"{name}: {text}" for name, text in (("DETAIL", diag.message_detail), ("HINT", diag.message_hint)) if text
+        ]
+        self.tell(
+            EventKind.NOTICE,
+            "\n".join(lines),
+            level=LEVELS.get(severity, logging.INFO),
+            severity=severity,
+            sqlstate=diag.sqlstate,
+            text=diag.message_primary,
+            detail=diag.message_detail,
+            hint=diag.message_hint,
+        )
+
     async def read_report(self) -> None:
         """Read the handle's report, when the worker has ended since the last time."""
         if self.reading is not None and self.reading.done():
@@ -139,7 +165,9 @@ class Case:
         except psycopg.Error as error:
             # 08006 is said of the worker's connection to this session. Class 42, and what lacks the context that a
             # worker's error has, is about our own call: thrown away before its end, the result proves nothing.
-            if error.sqlstate == "08006" or (error.sqlstate or "").startswith("42") or not error.diag.context:
+            # Behind a receipt it is read as tags, which fit any job: there class 42 is the SQL's own.
+            about_call = not self.work.carries_receipt and (error.sqlstate or "").startswith("42")
+            if error.sqlstate == "08006" or about_call or not error.diag.context:
                 self.memory = self.memory.handle_lost()
             else:
                 self.memory = self.memory.failed(describe.error_fields(error))
@@ -172,10 +200,10 @@ class Case:
             self.told.add(kind)
             self.tell(kind, message, **data)
 
-    def tell(self, kind: EventKind, message: str, **data: Any) -> None:
+    def tell(self, kind: EventKind, message: str, *, level: int = logging.INFO, **data: Any) -> None:
         """Tell the log and the caller's observer, whose faults are no fault of the job's."""
         pid = data.get("pid")
-        logger.info("job %s: %s%s", self.work.label, message, f" (pid {pid})" if pid else "")
+        logger.log(level, "job %s: %s%s", self.work.label, message, f" (pid {pid})" if pid else "")
         if self.options.observer is None:
             return
         try:

@@ -103,6 +103,9 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
             command_tag=info.command_tag or None,
             finished_at=info.finished_at or seen.looked_at,  # 1.9 and 1.10 do not tell: when its end was seen
         )
+    if launched and case.memory.launch.result is not None and seen.receipt_attempt == case.attempt:
+        row_count, tag = case.memory.launch.result
+        return replace(outcome, row_count=row_count, command_tag=tag, finished_at=seen.looked_at)
     # Whoever launched it writes the counts down after the commit.
     if not launched and seen.attempt is not None and case.memory.intent is Intent.NONE:
         seen = await _await_counts(case, ledger, seen)

@@ -121,7 +121,14 @@ class Launches:
             settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
             calls = facts.extension.supervision(readable.columns, padded=readable.padded)
             return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
-        return work.text(self._host.schema, registration)
+        text = work.text(self._host.schema, registration)
+        if not case.options.notices:
+            return text
+        if case.session is None or case.session.lost:
+            case.session = await self._host.session(exclusive=True)
+        # Behind a statement that gives no rows, there are none to read: the result is the statements' tags.
+        case.readable = Readable(text + statements.SEPARATOR.rstrip(";"), None, padded=True)
+        return case.readable.text
 
     async def _prepare_session(self) -> str:
         case = self._case
@@ -204,6 +211,9 @@ class Launches:
     async def _call(self, text: str) -> None:
         case, work = self._case, self._case.work
         defaults = (await self._host.facts()).defaults
+        settings = work.launch_settings(case.seconds_left(), defaults)
+        if case.options.notices:
+            settings = {**settings, "client_min_messages": "notice", **(work.job.settings or {})}
 
         async def call(session: LaunchingSession) -> None:
             case.memory = case.memory.calling()
@@ -212,7 +222,7 @@ class Launches:
                 telemetry.comment() + text,
                 label=work.label,
                 queue_size=work.job.queue_size,
-                settings=work.launch_settings(case.seconds_left(), defaults),
+                settings=settings,
                 role=work.job.role if work.kind is Kind.SESSION else None,
                 poll_interval=case.options.poll_interval,
             )
@@ -250,6 +260,8 @@ class Launches:
         # A supervisor's pid is nothing for people: cancelling it is not what they would want.
         pid = None if case.work.kind is Kind.SUPERVISED else case.worker.handle.pid
         case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
+        if case.options.notices and case.readable is not None and case.reading is None:
+            case.begin_reading(case.worker, case.readable)
 
     def _on_slots_used_up(self, error: SlotsUsedUp) -> None:
         self._case.waited_for_slot = True

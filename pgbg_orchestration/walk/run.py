@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import psycopg
 
 from pgbg_orchestration import errors, pace
-from pgbg_orchestration.errors import JobCancelled, PgbgError, ServerUnreachable
+from pgbg_orchestration.errors import InvalidJob, JobCancelled, PgbgError, ServerUnreachable
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Key, Sighting
@@ -42,6 +42,7 @@ async def run_job(host: Host, job: Job, options: Options) -> Outcome:
     deadline = deadline_of(job.timeout, options.deadline)
     try:
         try:
+            _check_notices(job, options)
             work = await host.bind(job)
             return await Run(host, case_of(work, options, deadline)).outcome()
         except psycopg.Error as error:
@@ -51,6 +52,24 @@ async def run_job(host: Host, job: Job, options: Options) -> Outcome:
         if job.redact_details:
             error.__cause__ = error.__context__ = None  # a traceback shows these, the server's own words with them
         raise
+
+
+def _check_notices(job: Job, options: Options) -> None:
+    if not options.notices:
+        return
+    if job.redact_details:
+        raise InvalidJob(
+            "notices and redact_details exclude each other: what SQL raises may hold data",
+            job_id=job.id,
+            label=job.label,
+        )
+    if job.kind is Kind.SUPERVISED:
+        raise InvalidJob(
+            "the notices of a supervised job cannot be heard: its supervisor alone has its worker's output",
+            job_id=job.id,
+            label=job.label,
+            todo="A procedure that does not commit can run with kind='receipt', one that does with kind='session'.",
+        )
 
 
 class Run:
@@ -184,6 +203,8 @@ class Run:
             seen = await look(self._ledger, case.work.key, lambda s: evidence.doubt(s, case.terms, case.memory, now()))
             self._check_digest(seen)
             self._seen = seen
+            if seen.holds_this_job:
+                case.last_marked = now()
             case.worker_pid = seen.marked_pid
             if case.worker_pid is None and seen.holds_this_job and case.work.kind is not Kind.SUPERVISED:
                 case.worker_pid = seen.holder_pid
@@ -286,7 +307,7 @@ class Run:
 
     async def _unblock(self) -> None:
         """Let a worker go on, or end, that waits for its output to be read: nobody reads it."""
-        if not self._case.work.carries_receipt:
+        if not self._case.work.carries_receipt or self._case.reading is not None:
             await self._read_result()
             return
         case, worker = self._case, _there(self._case.worker)
@@ -335,15 +356,13 @@ class Run:
         """Read the result to its end; the worker is cancelled and the deadline is kept meanwhile."""
         case = self._case
         if case.reading is None:
-            worker = _there(case.worker)
-            case.reading = self._loop.create_task(worker.session.drain(worker, _there(case.readable)))
-            case.last_marked = self._loop.time()
+            case.begin_reading(_there(case.worker), _there(case.readable))
         elif self._loop.time() - case.last_marked > pace.CALL:
             await case.stop_reading()  # the worker is gone, and its result would be here: the connection is not
             return
         # One that is to be cancelled is signalled again.
         patience = pace.LOOK_LATEST if case.memory.intent is Intent.NONE else pace.LOOK_SOONEST
-        await asyncio.wait({case.reading}, timeout=case.bounded(min(patience, pace.CALL)))
+        await asyncio.wait({_there(case.reading)}, timeout=case.bounded(min(patience, pace.CALL)))
 
     async def _verify(self, seen: Sighting | None) -> None:
         case, work = self._case, self._case.work
