@@ -74,6 +74,10 @@ class PgBackgroundOperator(BaseOperator):
         Otherwise each try runs the SQL anew.
     cancel_on_kill:
         Cancel the worker when the task is marked, its run deleted, or its process asked to end.
+    enable_log_db_messages:
+        Write what the SQL raises (RAISE NOTICE, WARNING, …) to the task's log, as it is raised; with the setting
+        ``client_min_messages`` of ``debug1`` RAISE DEBUG too. It costs a connection for as long as the job is at work.
+        Not for supervised jobs, nor with ``redact_details``. As ``PostgresHook`` names it.
     on_superseded:
         What a cleared task does with a worker of the run before: ``cancel`` it, or ``wait`` for it.
     slot_timeout:
@@ -140,6 +144,7 @@ class PgBackgroundOperator(BaseOperator):
         durable: bool = True,
         cancel_on_kill: bool = True,
         on_superseded: Literal["cancel", "wait"] = "cancel",
+        enable_log_db_messages: bool = False,
         slot_timeout: float | None = None,
         poll_interval: float | None = None,
         queue_size: int | None = None,
@@ -168,6 +173,7 @@ class PgBackgroundOperator(BaseOperator):
         self.durable = durable
         self.cancel_on_kill = cancel_on_kill
         self.on_superseded = on_superseded
+        self.enable_log_db_messages = enable_log_db_messages
         self.slot_timeout = slot_timeout
         self.poll_interval = poll_interval
         self.queue_size = queue_size
@@ -265,6 +271,7 @@ class PgBackgroundOperator(BaseOperator):
             "database": self.database,
             "endpoint": self.endpoint,
             "on_superseded": self.on_superseded,
+            "enable_log_db_messages": self.enable_log_db_messages,
             "slot_timeout": self.slot_timeout,
             "poll_interval": self.poll_interval,
             "cancel_on_kill": self.cancel_on_kill,

@@ -188,12 +188,15 @@ class JobTrigger(ServerTrigger):
         Seconds between two looks at a job at most.
     cancel_on_kill:
         Whether the workers are cancelled when a user marks the task or deletes its run.
+    enable_log_db_messages:
+        Whether what the SQL raises comes into the task's log.
     kwargs:
         As :class:`ServerTrigger` takes them.
     """
 
     arguments = (
         *ServerTrigger.arguments, "deadline", "on_superseded", "slot_timeout", "poll_interval", "cancel_on_kill",
+        "enable_log_db_messages",
     )  # fmt: skip
 
     def __init__(
@@ -204,9 +207,11 @@ class JobTrigger(ServerTrigger):
         slot_timeout: float | None = None,
         poll_interval: float | None = None,
         cancel_on_kill: bool = True,
+        enable_log_db_messages: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.enable_log_db_messages = enable_log_db_messages
         self.deadline = moment(deadline)
         self.on_superseded = on_superseded
         self.slot_timeout = slot_timeout
@@ -277,6 +282,7 @@ class JobTrigger(ServerTrigger):
             poll_interval=self.poll_interval,
             deadline=self.deadline,
             observer=events.watch,
+            notices=self.enable_log_db_messages,
         )
 
     async def on_kill(self) -> None:

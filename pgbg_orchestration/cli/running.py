@@ -146,6 +146,10 @@ def run(
         OnSuperseded,
         typer.Option(help="An older generation at work: cancel it, or wait.", rich_help_panel=_WHEN),
     ] = OnSuperseded.CANCEL,
+    notices: Annotated[
+        bool,
+        typer.Option("--notices", help="Show what the SQL raises, as it is raised.", rich_help_panel=_WHEN),
+    ] = False,
     retry_cancelled: Annotated[
         bool, typer.Option("--retry-cancelled", help="Run it though it was cancelled before.", rich_help_panel=_WHEN)
     ] = False,
@@ -188,6 +192,7 @@ def run(
         options = {
             "slot_timeout": slot_timeout,
             "on_superseded": on_superseded.value,
+            "notices": notices,
             "retry_cancelled": retry_cancelled,
             "accept_changed_sql": accept_changed_sql,
             "on_cancel": "leave" if leave else "cancel",

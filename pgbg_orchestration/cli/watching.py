@@ -96,6 +96,11 @@ class Watch(logging.Handler):
             self._percent = event.data.get("percent")
         if event.kind is EventKind.COMMITTED:
             return
+        if event.kind is EventKind.NOTICE:
+            # It stays on the screen. A warning comes as one of the core's, in `emit`.
+            if event.data["severity"] != "WARNING" and not self._silent:
+                self._print(event.message)
+            return
         self._note = "" if event.kind is EventKind.LAUNCHED else event.message
         if self._live is None and not self._silent:
             self._print(event.message + (f" (pid {event.data['pid']})" if event.data.get("pid") else ""))

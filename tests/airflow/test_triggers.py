@@ -441,6 +441,37 @@ class TestSensor:
             PgBackgroundSensor(task_id="wait", job_id="a", label="b")
 
 
+class TestNotices:
+    @pytest.mark.parametrize("enabled", [True, False])
+    async def test_what_the_sql_raises_comes_into_the_log(
+        self, caplog: pytest.LogCaptureFixture, enabled: bool
+    ) -> None:
+        sql = "do $$ begin raise notice 'step 1' using hint = 'go on'; raise warning 'step 2'; end $$"
+        caplog.set_level(logging.INFO, logger="pgbg_orchestration")
+        event = await _event(PgBackgroundTrigger(job=_job(sql=sql), enable_log_db_messages=enabled))
+
+        assert event["status"] == "committed"
+        found = [(r.levelname, r.getMessage()) for r in caplog.records if "step" in r.getMessage()]
+        wanted = [("INFO", "job load#1: NOTICE: step 1\nHINT: go on"), ("WARNING", "job load#1: WARNING: step 2")]
+        assert found == (wanted if enabled else [])
+
+    def test_in_the_tasks_own_process_too(self, database: Database, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, logger="pgbg_orchestration")
+        trigger = PgBackgroundTrigger(
+            job=_job(sql="do $$ begin raise notice 'here'; end $$"), enable_log_db_messages=True
+        )
+        trigger.in_task = True
+        waiting: Waiting[dict[str, Any]] = Waiting(database.conninfo)
+        assert waiting.run(trigger.work)["status"] == "committed"
+        assert "NOTICE: here" in caplog.text
+
+    def test_the_operator_hands_the_wish_on(self) -> None:
+        operator = PgBackgroundBatchOperator(
+            task_id="t", jobs={"a": "select 1"}, deferrable=True, enable_log_db_messages=True
+        )
+        assert operator._trigger_arguments()["enable_log_db_messages"] is True
+
+
 class TestWaitingInTheTasksProcess:
     def test_errors_come_in_their_own_type(self, database: Database) -> None:
         with pytest.raises(errors.WorkerError, match="division by zero") as caught:
