@@ -8,11 +8,12 @@ from typing import Literal, Protocol
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.ledger import board
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
-from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.ledger.history import Durations, JobEntry
 from pgbg_orchestration.postgres import activity
 
 ENDED_WITHIN = timedelta(minutes=15)
 """How long a job that ended stays on the board."""
+MOST_NAMES = 1_000  # of labels that fit one whose own characters are wildcards
 REASON = "cancelled by a person who watched"
 
 
@@ -27,6 +28,9 @@ class Source(Protocol):
 
     async def job(self, owner: str, job_id: str) -> JobEntry | None:
         """Return one job; None where there is none, or none that the login may see."""
+
+    async def usual(self, label: str) -> Durations | None:
+        """Return how jobs of a label went so far; None where none has ended."""
 
     async def cancel(self, job: JobEntry) -> Literal["cancelled", "committed"]:
         """Cancel a job for good; returns how it was decided."""
@@ -82,6 +86,18 @@ class ServerSource:
         """
         found = await self._launcher.ledger.jobs(job_id=job_id)
         return next((entry for entry in found if entry.owner == owner), None)
+
+    async def usual(self, label: str) -> Durations | None:
+        """Return how jobs of a label went so far; None where none has ended.
+
+        Raises
+        ------
+        PgbgError
+            As :meth:`board`.
+        """
+        # The label itself, and not what its * and ? would stand for.
+        found = await self._launcher.ledger.durations(label=label, limit=MOST_NAMES)
+        return next((durations for durations in found if durations.name == label), None)
 
     async def cancel(self, job: JobEntry) -> Literal["cancelled", "committed"]:
         """Cancel a job for good; returns how it was decided.

@@ -19,7 +19,7 @@ from pgbg_orchestration.ledger.board import Board
 
 from .lines import ALL_STATES, Line, Order, arranged, chosen, lines_of
 from .source import Source
-from .words import SIGNS, facts_of, progress, took
+from .words import SIGNS, facts_of, progress, took, usual_of
 
 W = TypeVar("W", bound=Widget)
 EVERY = 2.0  # seconds from one look to the next
@@ -44,9 +44,10 @@ class Details(ModalScreen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,enter", "dismiss", "close")]
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, source: Source) -> None:
         super().__init__()
         self._line = line
+        self._source = source
 
     def compose(self) -> ComposeResult:
         """Lay the fields out, the SQL below them."""
@@ -54,11 +55,27 @@ class Details(ModalScreen[None]):
             yield Static(Text(self._line.label, "bold"))
             for name, value in facts_of(self._line):
                 yield Static(Text.assemble((f"{name:<18}", "dim"), value))
+            yield Static(id="usual")
             worker = self._line.worker
             if worker is not None:
                 yield Static(Text("\nwhat the worker runs", "dim"))
                 yield Static(Text(worker.query if worker.query is not None else "not visible to this login"))
         yield Footer()
+
+    def on_mount(self) -> None:
+        """Ask for the label's history: it may take a moment, and what is known is shown meanwhile."""
+        if self._line.job is not None:
+            self.ask()
+
+    @work
+    async def ask(self) -> None:
+        """Show how jobs of this label went so far."""
+        try:
+            told = usual_of(self._line, await self._source.usual(self._line.label))
+        except (PgbgError, psycopg.Error) as error:
+            told = [("label so far", f"not known: {error}")]
+        lines = [Text.assemble((f"{name:<18}", "dim"), value) for name, value in told]
+        self.query_one("#usual", Static).update(Text("\n").join(lines))
 
 
 class Question(ModalScreen[bool]):
@@ -182,15 +199,15 @@ class Top(App[None]):
     async def look(self) -> None:
         """Look once and show it; trouble is shown in the place of nothing."""
         try:
-            board = await self._source.board()
+            board, trouble = await self._source.board(), ""
         except (PgbgError, psycopg.Error) as error:
-            self._say(str(error), trouble=True)
-            return
-        if not self.screen_stack[0].is_attached:
-            return  # closed meanwhile
-        self._board = board
-        self._say("")
-        self.show()
+            board, trouble = None, str(error)
+        if not self.screen_stack[0].query("#trouble"):
+            return  # the view was closed meanwhile
+        self._say(trouble, trouble=bool(trouble))
+        if board is not None:
+            self._board = board
+            self.show()
 
     def show(self) -> None:
         """Put what was seen last on the screen: only what changed is drawn again."""
@@ -299,7 +316,7 @@ class Top(App[None]):
     def _selected(self, event: DataTable.RowSelected) -> None:
         line = self._lines.get(event.row_key.value or "")
         if line is not None:
-            self.push_screen(Details(line))
+            self.push_screen(Details(line, self._source))
 
     @work
     async def action_cancel(self) -> None:

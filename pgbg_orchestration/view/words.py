@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from datetime import datetime
 
-from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.ledger.history import Durations, JobEntry
+from pgbg_orchestration.wording import duration
 
 from .lines import Line
 
@@ -27,19 +28,8 @@ BLOCKERS_QUERY = "blocker's query"
 
 
 def took(seconds: float | None) -> str:
-    """Return a duration in words: ``3.2 s``, ``4 m 05 s``, ``2 h 07 m``, ``3 d 04 h``; empty for None."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} m {rest:02} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes:02} m"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours:02} h"
+    """Return a duration in words; empty for None."""
+    return "" if seconds is None else duration(seconds)
 
 
 def progress(line: Line) -> str:
@@ -80,3 +70,31 @@ def _shown(value: object) -> str:
     if isinstance(value, datetime):
         return value.astimezone().isoformat(sep=" ", timespec="milliseconds")
     return str(value)
+
+
+def usual_of(line: Line, durations: Durations | None) -> list[tuple[str, str]]:
+    """Return how jobs of the line's label went so far, and how long this one may take still.
+
+    Parameters
+    ----------
+    line:
+        A job.
+    durations:
+        Those of its label; None where none is known.
+    """
+    if durations is None:
+        return []
+    went = [f"{durations.committed} committed", f"{durations.failed} failed", f"{durations.cancelled} cancelled"]
+    told = [("label so far", f"{durations.jobs:,} job{'' if durations.jobs == 1 else 's'}: {', '.join(went)}")]
+    if durations.failures:
+        told.append(("failed with", ", ".join(f"{code} ({count})" for code, count in durations.failures.items())))
+    if durations.median is None or durations.p95 is None:
+        return told
+    told.append(("usually takes", f"{took(durations.median)}; 95 of 100 at most {took(durations.p95)}"))
+    if line.state == "running" and line.seconds is not None:
+        left, most = durations.median - line.seconds, durations.p95 - line.seconds
+        if most <= 0:
+            told.append(("may take still", "no telling: it has run longer than 95 of 100"))
+        else:
+            told.append(("may take still", f"{took(max(left, 0))} by the median, {took(most)} by the slow ones"))
+    return told

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
-from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.ledger.history import Durations, JobEntry
 from pgbg_orchestration.postgres.activity import Activity, Blocker, Command
 from pgbg_orchestration.view.lines import BY_HAND, Order, arranged, chosen, lines_of, orchestrator_of, wait_of
 from pgbg_orchestration.view.web.data import link_of, of_board
 from pgbg_orchestration.view.web.metrics import exposition
-from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of, progress, took
+from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of, progress, usual_of
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -70,22 +70,6 @@ def test_times() -> None:
     )
 
     assert (running.seconds, ended.seconds, waiting.seconds) == (10, 60, None)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (None, ""),
-        (0, "0.0 s"),
-        (59.94, "59.9 s"),
-        (60, "1 m 00 s"),
-        (3599, "59 m 59 s"),
-        (3600, "1 h 00 m"),
-        (90000, "1 d 01 h"),
-    ],
-)
-def test_durations_in_words(seconds: float | None, text: str) -> None:
-    assert took(seconds) == text
 
 
 def test_what_is_chosen() -> None:
@@ -205,3 +189,24 @@ def test_what_prometheus_scrapes() -> None:
         'pgbg_longest_seconds{state="by hand"} 5.0',
         "pgbg_blocked_workers 1.0",
     ]
+
+
+def durations(median: float | None, p95: float | None) -> Durations:
+    return Durations("load", 10, 7, 1, 2, {"40001": 2}, median, p95, p95, median, median, NOW, NOW)
+
+
+def test_how_long_it_may_take_still() -> None:
+    [running] = lines_of(board(job("load", seconds=10)))
+
+    def still(median: float | None, p95: float | None) -> str | None:
+        return dict(usual_of(running, durations(median, p95))).get("may take still")
+
+    assert usual_of(running, None) == []
+    assert dict(usual_of(running, durations(None, None))) == {
+        "label so far": "10 jobs: 7 committed, 2 failed, 1 cancelled",
+        "failed with": "40001 (2)",
+    }
+    assert still(30, 70) == "20.0 s by the median, 1:00 min by the slow ones"
+    assert still(5, 70) == "0 ms by the median, 1:00 min by the slow ones"
+    assert still(5, 10) == "no telling: it has run longer than 95 of 100"
+    assert still(None, None) is None

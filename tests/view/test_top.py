@@ -63,6 +63,8 @@ async def test_a_day_at_the_terminal(db: Watched) -> None:
             assert isinstance(app.screen, Details)
             text = " ".join(str(field.render()) for field in app.screen.query(Static))
             assert "pg_sleep(120)" in text
+            usual = app.screen.query_one("#usual", Static)
+            await shown(lambda: "1 job: 0 committed" in str(usual.render()), "the label's history")
             await pilot.press("escape")
 
             # "No" is what a hasty Enter says.

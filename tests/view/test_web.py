@@ -99,7 +99,9 @@ def test_what_it_tells_of_jobs(db: Watched, client: TestClient) -> None:
     assert board["may_cancel"] is False
     assert [job["job_id"] for job in timeline["jobs"]] == ["j/1"]
     assert found["wanted_by"] == "Airflow flights.load"
-    assert dict(map(tuple, found["facts"]))["command tag"] == "INSERT"
+    facts = dict(map(tuple, found["facts"]))
+    assert facts["command tag"] == "INSERT"
+    assert facts["label so far"] == "1 job: 1 committed, 0 failed, 0 cancelled"
     assert "secret value" not in f"{board} {timeline} {found}"
     assert client.get("/api/job", params={"owner": "pgbg_app", "id": "none"}).status_code == 404
 

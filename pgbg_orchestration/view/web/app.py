@@ -168,7 +168,8 @@ def build_app(
         if entry is None:
             raise HTTPException(404, "no such job, or it is not this login's to see")
         at_work = [line for line in lines_of(await source.board()) if line.key == f"{owner}/{job_id}"]
-        return JSONResponse(data.of_job(at_work[0] if at_work else line_of_job(entry), known_links))
+        line = at_work[0] if at_work else line_of_job(entry)
+        return JSONResponse(data.of_job(line, await source.usual(line.label), known_links))
 
     async def cancel(request: Request) -> Response:
         source = await seen(request)

@@ -8,9 +8,9 @@ from typing import Any
 from urllib.parse import quote
 
 from pgbg_orchestration.ledger.board import Board
-from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.ledger.history import Durations, JobEntry
 from pgbg_orchestration.view.lines import Line, airflow_task, arranged, lines_of
-from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of
+from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of, usual_of
 
 Links = Mapping[str, str]
 """Base addresses of orchestrators' UIs, by ``airflow`` and ``dagster``."""
@@ -77,9 +77,10 @@ def of_history(entries: Iterable[JobEntry], links: Links) -> list[dict[str, Any]
     ]
 
 
-def of_job(line: Line, links: Links) -> dict[str, Any]:
-    """Return the page of one job."""
+def of_job(line: Line, usual: Durations | None, links: Links) -> dict[str, Any]:
+    """Return the page of one job; ``usual``: how jobs of its label went so far."""
     facts = [[name, value] for name, value in facts_of(line) if name != BLOCKERS_QUERY]
+    facts += [[name, value] for name, value in usual_of(line, usual)]
     return {**of_line(line, links), "facts": facts}
 
 
