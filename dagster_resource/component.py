@@ -33,8 +33,6 @@ from dagster.components.resolved.core_models import (
 )
 from dagster_shared.record import record
 
-from pgbg_orchestration.statements import files
-
 from .assets import KINDS, partition_parameters, pg_background_asset, pg_background_asset_check
 from .steps.sql import JobOptions, Sql
 
@@ -207,4 +205,6 @@ def _read(sql: str | None, file: str | None, folder: Path, what: str) -> str:
     """
     if (sql is None) == (file is None):
         raise ValueError(f"{what}: give either sql or sql_file")
+    from pgbg_orchestration.statements import files  # its patterns cost time, which is not paid at import
+
     return files.read(folder / file) if file is not None else str(sql)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
 
 from dagster import AssetCheckResult, AssetCheckSeverity, AssetKey, ConfigurableResource, EnvVar, RetryRequested
 from pydantic import Field, field_validator
@@ -30,9 +30,19 @@ from .steps.sql import JobOptions, Sql, SqlLike, label_for
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
 
-    from pgbg_orchestration import Launcher
+    from pgbg_orchestration import Launcher, Rows
 
     from .steps.caller import AnyContext
+
+
+Form = Literal["rows", "dicts", "arrow", "polars", "pandas"]
+FORMS: dict[str, Callable[[Rows], Any]] = {
+    "rows": lambda rows: rows,
+    "dicts": lambda rows: rows.as_dicts(),
+    "arrow": lambda rows: rows.to_arrow(),
+    "polars": lambda rows: rows.to_polars(),
+    "pandas": lambda rows: rows.to_pandas(),
+}
 
 
 class PgBackgroundResource(ConfigurableResource[Any]):
@@ -210,6 +220,64 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             raise ValueError(f"max_running must be at least 1, not {max_running}")
         given = {name: Sql.of(sql, options) for name, sql in jobs.items()}
         return self._run_all(context, given, max_running=max_running, fail_fast=fail_fast, policy=policy)
+
+    # Rows ---------------------------------------------------------------------------------------------------------
+
+    def fetch(
+        self,
+        context: AnyContext,
+        sql: SqlLike,
+        *,
+        form: Form = "rows",
+        preview: int = 0,
+        name: str | None = None,
+        policy: RetryPolicy | None = None,
+        **options: Unpack[JobOptions],
+    ) -> Any:
+        """Run SQL in a worker as :meth:`run` does, and return the rows of its last statement.
+
+        They are kept with the commit: a retry reads the same rows, and the SQL is not run again for them.
+
+        Parameters
+        ----------
+        context:
+            The context of the step.
+        sql:
+            As :meth:`run` takes it.
+        form:
+            ``rows``: :class:`pgbg_orchestration.Rows`, over which one iterates, with ``columns``, ``as_dicts()`` and
+            the frames; ``dicts``: a list of dicts; ``arrow``, ``polars``, ``pandas``: a table or a frame, where that
+            package is installed.
+        preview:
+            How many rows to show in the metadata of the step's output; 0: nothing is added to it.
+        name, policy:
+            As :meth:`run`.
+        options:
+            As :meth:`run`; ``fetch`` bounds the rows: ``{"max_rows": 10_000, "max_bytes": 16 * 1024 * 1024}``.
+
+        Returns
+        -------
+        Any
+            The rows, in their form.
+
+        Raises
+        ------
+        NoRows
+            The last statement gives no rows.
+        ValueError
+            ``form`` is none of these, or two columns of the same name cannot be told apart in it.
+        PgBackgroundFailure, RetryRequested, RunTerminated, DagsterExecutionInterruptedError
+            As :meth:`run`; SQLSTATE PB005 tells that there are more rows than the bounds allow.
+        """
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+        wanted = Sql.of(sql, options)
+        wanted = Sql(wanted.text, wanted.parameters, JobOptions(**{"fetch": True, **wanted.options}))
+        outcome = self._run_all(context, {name or "": wanted}, policy=policy)[name or ""]
+        rows = outcome.last
+        if preview:
+            self._caller(context).add_output_metadata(outcome.metadata(preview=preview))
+        return FORMS[form](rows)
 
     # Queries that are to hold ---------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dagster import DagsterExecutionInterruptedError, DagsterRunStatus
@@ -65,6 +65,17 @@ class Caller:
         if self._has_run:
             return int(self._context.retry_number)
         return 0 if identity.is_step(self._context) else None
+
+    def add_output_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Add metadata to what the step puts out; where there is no step, nobody would see it.
+
+        Raises
+        ------
+        DagsterInvariantViolationError
+            The step has several outputs, or has metadata of these names already.
+        """
+        if identity.is_step(self._context):
+            self._context.add_output_metadata(metadata)
 
     def refuse_in_ended_run(self) -> None:
         """Refuse to launch anything for a run that is being terminated, or has ended without this step's knowledge.

@@ -19,7 +19,8 @@ from pgbg_orchestration.outcome import Event, EventKind
 T = TypeVar("T")
 
 WORTH_A_WARNING = (
-    EventKind.WAITING_FOR_SLOT, EventKind.WAITING_FOR_SERIES, EventKind.OUTPUT_BLOCKED, EventKind.SESSION_LOST,
+    EventKind.WAITING_FOR_SLOT, EventKind.WAITING_FOR_SERIES, EventKind.OUTPUT_BLOCKED, EventKind.BLOCKED,
+    EventKind.SESSION_LOST,
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pgbg_orchestration.outcome import Outcome
 
 from .identity import Identity
 from .metadata import sql_block
+from .preview import preview_metadata
 from .table_size import is_size_of_partition, is_size_of_table
 
 if TYPE_CHECKING:
@@ -65,8 +66,14 @@ class PgBackgroundOutcome(Outcome):
             return None
         return max((self.finished_at - self.started_at).total_seconds(), 0.0)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self, *, preview: int = 0) -> dict[str, Any]:
         """Return the standard metadata of a materialization; what is not known is left out.
+
+        Parameters
+        ----------
+        preview:
+            How many of the job's rows to show; they have to be asked for (``fetch``). They are then what counts: with
+            them come ``pgbg/preview``, ``dagster/column_schema`` and ``dagster/row_count``.
 
         Returns
         -------
@@ -75,6 +82,11 @@ class PgBackgroundOutcome(Outcome):
             ``pgbg/command_tag``, ``pgbg/worker_pid``, ``pgbg/attempt`` and ``pgbg/duration_seconds``; and
             ``dagster/row_count`` where it is the size of the table that the last statement filled, or
             ``dagster/partition_row_count`` where that statement put its rows into a table for a single partition.
+
+        Raises
+        ------
+        NoRows
+            A preview is wanted, and the job was not asked for rows.
         """
         metadata: dict[str, Any] = {
             "pgbg/job_id": self.job_id,
@@ -93,12 +105,15 @@ class PgBackgroundOutcome(Outcome):
         }
         metadata |= {name: value for name, value in known.items() if value is not None}
         last = self.sql, self.command_tag, self.row_count
+        shown = len(self.last) if preview else None
+        if preview:
+            metadata |= preview_metadata(self.last, preview)
         if self.partition is None:
-            if is_size_of_table(*last):
-                metadata["dagster/row_count"] = self.row_count
+            if shown is not None or is_size_of_table(*last):
+                metadata["dagster/row_count"] = self.row_count if shown is None else shown
         # A range's materializations would each show the count of all.
-        elif not self.is_range and is_size_of_partition(*last):
-            metadata["dagster/partition_row_count"] = self.row_count
+        elif not self.is_range and (shown is not None or is_size_of_partition(*last)):
+            metadata["dagster/partition_row_count"] = self.row_count if shown is None else shown
         return metadata
 
     def to_materialize_result(
@@ -106,6 +121,7 @@ class PgBackgroundOutcome(Outcome):
         asset_key: CoercibleToAssetKey | None = None,
         *,
         metadata: Mapping[str, Any] | None = None,
+        preview: int = 0,
         **options: Any,
     ) -> MaterializeResult[Any]:
         """Return the result of an asset whose work this job was.
@@ -116,6 +132,8 @@ class PgBackgroundOutcome(Outcome):
             Needed in a step of several assets only.
         metadata:
             Further metadata; it wins over the standard one.
+        preview:
+            As :meth:`metadata` takes it.
         options:
             Further arguments of :class:`dagster.MaterializeResult`: ``check_results``, ``data_version``, ``tags``.
 
@@ -126,6 +144,6 @@ class PgBackgroundOutcome(Outcome):
         """
         return MaterializeResult(
             asset_key=None if asset_key is None else AssetKey.from_coercible(asset_key),
-            metadata={**self.metadata(), **(metadata or {})},
+            metadata={**self.metadata(preview=preview), **(metadata or {})},
             **options,
         )

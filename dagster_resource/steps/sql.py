@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from pgbg_orchestration import Job, Kind
+from pgbg_orchestration import Fetch, Job, Kind
 from pgbg_orchestration.labels import shorten_label
 
 from .identity import Identity
@@ -26,6 +26,7 @@ class JobOptions(TypedDict, total=False):
     verify_sql: str | None
     redact_details: bool
     drop_invalid_index: bool
+    fetch: Fetch | Mapping[str, Any] | bool | None
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,7 @@ TABLES = {
     "submit": options(PgBackgroundResource.submit),
     "wait_for": options(PgBackgroundResource.wait_for),
     "check": options(PgBackgroundResource.check),
+    "fetch": options(PgBackgroundResource.fetch),
     "pg_background_asset": options(pg_background_asset),
     "pg_background_asset_check": options(pg_background_asset_check),
     "build_pg_background_job_checks": options(build_pg_background_job_checks),
@@ -256,4 +257,4 @@ def test_the_components_own_fields_are_those_of_the_page() -> None:
     inherited = set(AssetSpecKwargs.__annotations__)
 
     assert set(component.SqlAsset.__annotations__) - inherited == TABLES["An asset"]
-    assert set(component.SqlJob.model_fields) == TABLES["Options of a job"] - {"parameters"}
+    assert set(component.SqlJob.model_fields) == TABLES["Options of a job"] - {"parameters", "fetch"}
