@@ -171,6 +171,9 @@ def _fail(why: str) -> Rule:
 _NO_WAY_TO_TELL = "the commit is unknown until the receipt tells"
 _SAME_AGAIN = "it would fail in the same way again"
 
+TOO_MANY_ROWS = "PB005"
+"""What the schema raises when a result is larger than ``Job.fetch`` allows."""
+
 RULES: Final[Mapping[str, Rule]] = MappingProxyType(
     {
         # Rolled back by definition: these are answers to running side by side, and the SQL itself is sound.
@@ -232,10 +235,11 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "54": _fail(f"a limit of PostgreSQL is exceeded; {_SAME_AGAIN}"),
         "P0": _fail(f"the job's own PL/pgSQL raised it; {_SAME_AGAIN}"),
         "XX": _fail("an internal error or corrupted data: an administrator has to look at the server"),
-        # This package's own, raised by begin_work.
+        # This package's own, raised by begin_work and, the last, by keep_chunk.
         "PB001": Rule(ATTACH, "the job has a receipt already: it is a success if that is there", look_first=True),
         "PB002": Rule(ATTACH, "another worker is on it"),
         "PB003": _fail("the job was cancelled, or a newer generation of it is there"),
+        TOO_MANY_ROWS: _fail(f"the result is larger than the job may keep; {_SAME_AGAIN}"),
     }
 )
 """The default rule of each SQLSTATE (five characters) or class (two)."""
@@ -432,6 +436,7 @@ class RetryPolicy:
             # The runner has looked by now and found no receipt: a PB code here was raised by the job's own SQL, and
             # what that means only its author knows.
             raised_by_user = error.sqlstate is not None and error.sqlstate.startswith("PB")
+            raised_by_user = raised_by_user and error.sqlstate != TOO_MANY_ROWS
             return (
                 error.sqlstate,
                 None if raised_by_user else self._rule_of_fields(error.fields, Origin.JOB),

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
@@ -317,7 +317,7 @@ class Ledger:
         for number, parts in groupby(await self._reader.ask(ask), key=itemgetter(0)):
             head, *rest = parts
             _, columns, tag, total, *_ = head
-            cells = [row for part in (head, *rest) for row in _rows_of(part[5], part[6])]
+            cells = chain.from_iterable(_rows_of(part[5], part[6]) for part in (head, *rest))
             named = tuple(Column(c["name"], c["oid"], c["typmod"], c["type"]) for c in columns)
             kept.append(Rows(named, tuple(cells), total, tag, number))
         return tuple(kept)
@@ -327,9 +327,9 @@ class Ledger:
         return await self._writer.ask(work)
 
 
-def _rows_of(count: int | None, cells: list[list[str | None]] | None) -> list[tuple[str | None, ...]]:
+def _rows_of(count: int | None, cells: list[list[str | None]] | None) -> Iterable[tuple[str | None, ...]]:
     """Return the rows of a part; without columns there are no cells to keep."""
-    return [()] * (count or 0) if cells is None else [tuple(row) for row in cells]
+    return repeat((), count or 0) if cells is None else map(tuple, cells)
 
 
 def _like(pattern: str | None) -> str | None:

@@ -24,6 +24,7 @@ NASTY: dict[str, list[str]] = {
     "interval": ["null", "'-1000 years'", "'1 day'"],
     "text[]": ["null", "'{}'", "array['pgbg_app']", "array[null]::text[]", "array['', 'a', 'b', 'c']"],
     "bytea[]": ["null", "'{}'", "array[pgbg.digest('j')]", "array[null]::bytea[]"],
+    "jsonb": ["null", "'[]'", "'[{}]'", "'{\"name\": 1}'"],
     "timestamp with time zone": ["null", "'infinity'", "now()"],
 }
 """Values to try for each type: of the victim's, of none, and of too much."""
@@ -31,7 +32,7 @@ NASTY: dict[str, list[str]] = {
 
 def everything(db: Watched) -> list[tuple[Any, ...]]:
     """All that the victim has in the package's tables."""
-    tables = ("receipt", "job", "series")
+    tables = ("receipt", "job", "series", "row_set", "row_chunk")
     return [row for t in tables for row in db.sql(f"select t::text from pgbg.{t} as t where owner = %s", APP)]
 
 
@@ -46,7 +47,8 @@ def answer(enemy: psycopg.Connection, call: str) -> object:
 
 async def test_every_function_with_every_argument(db: Watched, enemy: psycopg.Connection) -> None:
     """Nothing of the victim's is read, changed or locked by it, whatever the arguments are."""
-    await within(arun(db.conninfo, Job(effect("j"), id="j", label="the victim's")))
+    job = Job(f"{effect('j')} returning 'the victim''s'", id="j", label="the victim's", fetch=True)
+    await within(arun(db.conninfo, job))
     async with Launcher(db.conninfo) as launcher:
         await within(launcher.cancel("k", reason="the victim's"))
     before = everything(db)
@@ -71,7 +73,7 @@ async def test_every_function_with_every_argument(db: Watched, enemy: psycopg.Co
     assert everything(db) == before
     assert enemy.execute("select count(*) from pgbg.jobs where owner = 'pgbg_app'").fetchone() == (0,)
     # Whatever it holds now is its own.
-    assert (await within(arun(db.conninfo, Job(effect("j"), id="j")))).launched is False
+    assert (await within(arun(db.conninfo, job))).rows == [("the victim's",)]
     assert (await within(arun(db.conninfo, Job(effect("l"), id="l")))).launched
     assert db.effects_by_job() == {"j": 1, "l": 1}
 

@@ -55,7 +55,7 @@ TYPES = {
     "datemultirange": "'{[2013-01-01,2013-02-01)}'::datemultirange",
     "money": "12.5::money",
     "point": "point(1, 2)",
-    "xml": "'<a/>'::xml",
+    "tsvector": "'a b'::tsvector",
     "bit": "b'101'::bit(3)",
     "void": "pg_sleep(0)",
     "record": "row(1, 'a', null)",

@@ -106,6 +106,7 @@ ROWS = [
     ("PB001", LAUNCH, ATTACH, True, True),
     ("PB002", LAUNCH, ATTACH, False, True),
     ("PB003", LAUNCH, FAIL, False, True),
+    ("PB005", JOB, FAIL, False, True),
     # the orchestrator's own default
     ("58P01", JOB, DEFAULT, False, True),
     ("2F005", JOB, DEFAULT, False, True),

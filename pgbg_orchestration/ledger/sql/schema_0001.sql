@@ -286,7 +286,7 @@ end $$;
 -- Rows, in the worker ---------------------------------------------------------------------------------------------
 
 -- Keeps a part of a statement's rows beside the receipt. Only the worker's own transaction can: the one that wrote the
--- receipt. p_rows and p_bytes: what the statement gave up to the end of this part.
+-- receipt. p_rows: of the whole result. p_bytes: of its parts up to the end of this one.
 create function @schema@.keep_chunk(
     p_owner text, p_job_id text, p_statement int, p_chunk bigint, p_row_count int, p_cells text[],
     p_rows bigint, p_bytes bigint, p_max_rows bigint, p_max_bytes bigint
@@ -308,13 +308,13 @@ begin
     if p_rows > p_max_rows then
         raise exception using errcode = 'PB005',
             message = format('the result has more rows than this job may keep (%s)', p_max_rows),
-            detail = format('At least %s rows were seen.', p_rows),
+            detail = format('%s rows were seen, and there may be more.', p_rows),
             hint = format('Raise max_rows (fetch={"max_rows": %s}), or have the SQL write to a table.', 10 * p_max_rows);
     end if;
     if p_bytes > p_max_bytes then
         raise exception using errcode = 'PB005',
             message = format('the result has more bytes than this job may keep (%s)', p_max_bytes),
-            detail = format('At least %s bytes were seen, in %s rows.', p_bytes, p_rows),
+            detail = format('%s bytes were seen, and there may be more; the result has %s rows.', p_bytes, p_rows),
             hint = format('Raise max_bytes (fetch={"max_bytes": %s}), or have the SQL write to a table.', 10 * p_max_bytes);
     end if;
     insert into @schema@.row_chunk (owner, job_digest, statement, chunk, row_count, cells)
@@ -363,6 +363,8 @@ declare
     v_table   text := format('pg_temp.pgbg_rows_%s', p_statement);
     v_columns jsonb;
     v_cells   text;
+    v_rows    bigint;
+    v_part    bigint;
 begin
     with recursive shown as (
         select a.attnum, a.attname, a.atttypid as oid, a.atttypmod as typmod, a.atttypid as given, a.atttypmod as given_typmod
@@ -390,20 +392,23 @@ begin
             join jsonb_array_elements(v_columns) with ordinality t (c, n) using (n);
         v_columns := coalesce(v_columns, '[]');
     end if;
-    if v_cells is null then
-        execute format(
-            'select @schema@.keep_chunk($1, $2, $3, 0, count(*)::int, null, count(*), 0, $4, $5) from %s', v_table)
-            using p_owner, p_job_id, p_statement, p_max_rows, p_max_bytes;
+    execute format('select count(*) from %s', v_table) into v_rows;
+    if v_cells is null or v_rows > p_max_rows then
+        perform @schema@.keep_chunk(
+            p_owner, p_job_id, p_statement, 0, v_rows::int, null, v_rows, 0, p_max_rows, p_max_bytes);
     else
+        -- Parts of some megabytes: one array has to hold each.
+        v_part := greatest(1, least(1000, 4194304 * v_rows / greatest(pg_total_relation_size(v_table::regclass), 1)));
         execute format($sql$
             select @schema@.keep_chunk(
-                $1, $2, $3, min(n), count(*)::int, array_agg(cells order by n), max(n), max(bytes), $4, $5)
+                $1, $2, $3, part, row_count, cells, $4, (sum(bytes) over (order by part))::bigint, $5, $6)
             from (
-                select n, cells, sum(octet_length(array_to_string(cells, ''))) over (order by n)::bigint as bytes
-                from (select row_number() over () as n, array[%s]::text[] as cells from %s as t) as numbered
-            ) as counted
-            group by (n - 1) / 1000, bytes / 4194304
-        $sql$, v_cells, v_table) using p_owner, p_job_id, p_statement, p_max_rows, p_max_bytes;
+                select n / $7 as part, count(*)::int as row_count, array_agg(cells order by n) as cells,
+                       sum(octet_length(array_to_string(cells, ''))) as bytes
+                from (select row_number() over () - 1 as n, array[%s]::text[] as cells from %s as t) as numbered
+                group by n / $7
+            ) as parts
+        $sql$, v_cells, v_table) using p_owner, p_job_id, p_statement, v_rows, p_max_rows, p_max_bytes, v_part;
     end if;
     perform @schema@.keep_set(p_owner, p_job_id, p_statement, v_columns, p_command_tag);
 end $$;
