@@ -120,7 +120,8 @@ TABLE = {
         {
             "extra": {
                 "cursor": "dictcursor", "aws_conn_id": "aws", "iam": False, "redshift": False,
-                "cluster-identifier": "x", "workgroup-name": "y", "sqlalchemy_scheme": "postgresql", "sqlalchemy_query": {"a": "b"},
+                "cluster-identifier": "x", "workgroup-name": "y", "sqlalchemy_scheme": "postgresql",
+                "sqlalchemy_query": {"a": "b"},
                 "azure_conn_id": "azure", "redshift-serverless": False, "sslmode": "require",
             }
         }
@@ -208,11 +209,10 @@ class TestByConnecting:
     def test_extras_lead_elsewhere(self, database: Database) -> None:
         there = conninfo_to_dict(database.conninfo)
         fields = {"host": "no.such.host.invalid", "port": 1, "login": "nobody", "schema": "postgres"}
-        mine, theirs = self.both(
-            Asked({**fields, "extra": {**there, "options": r"-c work_mem=7MB -c search_path=a\ b"}})
-        )
+        extra = {**there, "options": r'-c work_mem=7MB -c search_path="a\ b"'}
+        mine, theirs = self.both(Asked({**fields, "extra": extra}))
 
-        assert mine == theirs == (there["dbname"], there["user"], "7MB", "a b")
+        assert mine == theirs == (there["dbname"], there["user"], "7MB", '"a b"')
 
     def test_a_service_of_a_file(self, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         there = conninfo_to_dict(database.conninfo)
