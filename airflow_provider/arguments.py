@@ -57,7 +57,7 @@ def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
     label = label_of(given, identity, ti)
     return {
         "sql": given.sql if isinstance(given.sql, str) else list(given.sql),
-        "literals": literals_of(given.parameters, identity.job_id, label),
+        "literals": literals_of(given, identity.job_id, label),
         "id": identity.job_id,
         "series": identity.series,
         "generation": identity.generation,
@@ -73,7 +73,7 @@ def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
     }
 
 
-def literals_of(parameters: Any, job_id: str | None, label: str | None) -> Any:
+def literals_of(given: Any, job_id: str | None, label: str | None) -> Any:
     """Return the SQL literals of a job's parameters, or None where there are none.
 
     Raises
@@ -85,8 +85,8 @@ def literals_of(parameters: Any, job_id: str | None, label: str | None) -> Any:
     from pgbg_orchestration.postgres import literals
 
     # The job knows what parameters are.
-    checked = Job("select 1", id=job_id, label=label, parameters=parameters).parameters
-    return None if checked is None else literals.literals_of(checked, job_id=job_id, label=label)
+    checked = Job("select 1", id=job_id, label=label, parameters=given.parameters).parameters
+    return None if checked is None else literals.literals_of(checked, given.sql, job_id=job_id, label=label)
 
 
 def settings_of(given: Any) -> Any:

@@ -31,7 +31,11 @@ class Literal:
 
 
 def literals_of(
-    parameters: Sequence[Any] | Mapping[str, Any], *, job_id: str | None = None, label: str | None = None
+    parameters: Sequence[Any] | Mapping[str, Any],
+    sql: str | Sequence[str] | None = None,
+    *,
+    job_id: str | None = None,
+    label: str | None = None,
 ) -> list[str] | dict[str, str]:
     """Return the literal of each parameter: by its name, or in their order.
 
@@ -43,6 +47,8 @@ def literals_of(
     ----------
     parameters:
         As :class:`pgbg_orchestration.Job` takes them.
+    sql:
+        What they are for: of a named one that it does not use nothing is asked, as psycopg does.
     job_id, label:
         Whose they are, for an error.
 
@@ -70,7 +76,12 @@ def literals_of(
         )
 
     if isinstance(parameters, Mapping):
-        return {name: write(repr(name), value) for name, value in parameters.items() if isinstance(name, str)}
+        texts = [sql] if isinstance(sql, str) else sql
+        return {
+            name: write(repr(name), value) if texts is None or any(f"%({name})" in text for text in texts) else "NULL"
+            for name, value in parameters.items()
+            if isinstance(name, str)
+        }
     return [write(str(number), value) for number, value in enumerate(parameters, 1)]
 
 

@@ -220,7 +220,7 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
     if job.parameters is not None:
         cursor = AsyncClientCursor(conn)
         literals.register(cursor)
-        values = literals.bound(literals.literals_of(job.parameters, job_id=job.id, label=job.label))
+        values = literals.bound(literals.literals_of(job.parameters, texts, job_id=job.id, label=job.label))
         try:
             texts = [cursor.mogrify(text, values) for text in texts]
         except (psycopg.Error, TypeError, ValueError, IndexError, KeyError) as error:

