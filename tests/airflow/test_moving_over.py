@@ -32,10 +32,8 @@ class End(NamedTuple):
 def context() -> Any:
     told = {"dag_id": "books", "run_id": f"q{next(_runs)}", "task_id": "t", "map_index": -1}
     began = dt.datetime.now(dt.UTC)
-    return {
-        "ti": MagicMock(try_number=1, max_tries=0, start_date=began, **told),
-        "task_state_store": {"pgbg_first_run": 1},
-    }
+    store = {"pgbg_first_run": 1}
+    return {"ti": MagicMock(try_number=1, max_tries=0, start_date=began, task=None, **told), "task_state_store": store}
 
 
 @pytest.fixture
