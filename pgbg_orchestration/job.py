@@ -25,6 +25,7 @@ OWN_SETTINGS = {
     "session_authorization": "role=",
     "default_transaction_isolation": "isolation=",
     "standard_conforming_strings": "E'' strings",
+    "pgbg.work": "id=, label= and series=",
 }
 SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*\Z")
 

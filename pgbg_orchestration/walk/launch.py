@@ -121,7 +121,7 @@ class Launches:
             settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
             calls = facts.extension.supervision(readable.columns, padded=readable.padded)
             return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
-        text = work.text(self._host.schema, registration)
+        text = work.text(self._host.schema)
         if not case.options.notices:
             return text
         if case.session is None or case.session.lost:
@@ -211,9 +211,10 @@ class Launches:
     async def _call(self, text: str) -> None:
         case, work = self._case, self._case.work
         defaults = (await self._host.facts()).defaults
-        settings = work.launch_settings(case.seconds_left(), defaults)
+        settings = work.launch_settings(case.seconds_left(), defaults, case.memory.registration)
         if case.options.notices:
-            settings = {**settings, "client_min_messages": "notice", **(work.job.settings or {})}
+            wanted = (work.job.settings or {}).get("client_min_messages", "notice")
+            settings = {**settings, "client_min_messages": wanted}
 
         async def call(session: LaunchingSession) -> None:
             case.memory = case.memory.calling()

@@ -6,6 +6,7 @@ What differs between the kinds of job stands here: whether the SQL carries a rec
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,9 @@ BASE_SETTINGS: Mapping[str, str] = {
     "standard_conforming_strings": "on",
 }
 
+
+WORK = "pgbg.work"
+"""The setting in which a worker finds what it is to write into its receipt."""
 
 # A supervisor outlives its worker's timeouts, to tell of them, and writes after a worker that may be read only.
 SUPERVISOR_SETTINGS: Mapping[str, str] = {
@@ -124,25 +128,18 @@ class Work:
         )
         return call.as_string(None)
 
-    def text(self, schema: str, registration: Registration) -> str:
-        """Return what the worker runs that writes its own receipt.
+    def text(self, schema: str) -> str:
+        """Return what the worker runs that writes its own receipt: a short line, and the job's SQL.
+
+        Its beginning is all that ``pg_stat_activity`` shows (``track_activity_query_size``).
 
         Parameters
         ----------
         schema:
             Name of the package's schema.
-        registration:
-            The registered launch.
         """
-        begin = sql.SQL("select {}({}, {}, {}, {}, {}, {}, {})").format(
-            sql.Identifier(schema, "begin_work"),
-            *map(
-                _literal,
-                (self.key.owner, self.key.job_id, self.key.series, registration.generation, self.label,
-                 registration.attempt, self.sql_digest),
-            ),
-        )  # fmt: skip
-        head = [begin.as_string(None)]
+        call = sql.SQL("select {}()").format(sql.Identifier(schema, "begin_job")).as_string(None)
+        head = [f"/* {_in_comment(self.label)} */ {call}"]
         if self.kept:
             head.append(keeping.ROLE_OF_THE_LOGIN)
         if self.job.role is not None:
@@ -155,15 +152,36 @@ class Work:
         lines = keeping.texts(self.statements, self.kept, self.job.fetch, keep.as_string(None))
         return "\n;".join([*head, statements.SEPARATOR.join(lines)])
 
-    def launch_settings(self, seconds_left: float | None, defaults: Mapping[str, str]) -> dict[str, str]:
-        """Return the settings of a launch: those of the work, or of its supervisor; ``defaults`` as in `settings`."""
-        if self.kind is not Kind.SUPERVISED:
+    def launch_settings(
+        self, seconds_left: float | None, defaults: Mapping[str, str], registration: Registration | None
+    ) -> dict[str, str]:
+        """Return the settings of a launch: those of the work, or of its supervisor.
+
+        Parameters
+        ----------
+        seconds_left, defaults:
+            As in `settings`.
+        registration:
+            The registered launch; a worker that writes its own receipt reads it from there.
+        """
+        if self.kind is Kind.SESSION:
             return self.settings(seconds_left, defaults)
+        if self.kind is Kind.RECEIPT:
+            assert registration is not None
+            return {**self.settings(seconds_left, defaults), WORK: self._arguments(registration)}
         return {
             **BASE_SETTINGS,
             **SUPERVISOR_SETTINGS,
             "application_name": SUPERVISES + shorten_label(self.label, NAME_BYTES - len(SUPERVISES)),
         }
+
+    def _arguments(self, registration: Registration) -> str:
+        """Return the arguments of ``begin_job``, which reads them from a setting."""
+        arguments = (
+            self.key.owner, self.key.job_id, self.key.series, registration.generation, self.label,
+            registration.attempt, self.sql_digest.hex(),
+        )  # fmt: skip
+        return json.dumps(arguments, ensure_ascii=False)
 
     def meaning(self) -> dict[str, str]:
         """Return the settings that the meaning of the statements' text may depend on, the role included."""
@@ -281,6 +299,12 @@ async def _check_membership(job: Job, conn: AsyncConnection[Any], role: str, how
         elif options:
             todo += f"; ALTER ROLE {login} INHERIT"
         raise NoPrivilege(f"the login cannot {what} the role {role!r}", sqlstate="42501", todo=f"{todo};", **named)
+
+
+def _in_comment(label: str) -> str:
+    """Return a label that ends no comment, begins none, and stays on its line."""
+    printable = "".join(char if char.isprintable() else " " for char in label)
+    return printable.replace("*/", "* /").replace("/*", "/ *")
 
 
 def _literal(value: object) -> sql.Composable:

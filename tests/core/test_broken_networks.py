@@ -15,7 +15,7 @@ from tests.core.kit import Watched, cancelled, count, effect, ended, eventually,
 from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 
 pytestmark = pytest.mark.servers("real", "embedded", "standin19")
-LAUNCH = b"begin_work"
+LAUNCH = b"begin_job"
 
 
 @pytest.mark.parametrize("what", ["answer lost", "request lost", "stalled, then cut"])

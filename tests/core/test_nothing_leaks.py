@@ -242,6 +242,8 @@ async def test_no_function_takes_another_owner(db: Watched, enemy: psycopg.Conne
         " p.prosecdef, p.proconfig, p.provolatile"
         " from pg_proc p where p.pronamespace = 'pgbg'::regnamespace order by 1"
     )
+    # What begin_job reads in the place of arguments.
+    enemy.execute(f"""set pgbg.work = '["{APP}", "k", "k", 0, "k", 1, "00"]'""".encode())
     tried = set()
     for name, kind, types, names, definer, config, _ in functions:
         assert not definer or config == ["search_path=pg_catalog, pg_temp"], f"{name} runs as its owner, anywhere"
@@ -259,7 +261,7 @@ async def test_no_function_takes_another_owner(db: Watched, enemy: psycopg.Conne
             with pytest.raises(psycopg.errors.InsufficientPrivilege, match="pgbg_app"):
                 enemy.execute(call.encode())
         tried.add(name)
-    assert tried >= {"begin_work", "begin_supervision", "end_supervision", "register", "look", "mark_cancelled",
+    assert tried >= {"begin_job", "begin_work", "begin_supervision", "end_supervision", "register", "look", "mark_cancelled",
                      "mark_older", "lift_cancel", "record", "prune", "list_jobs", "supervise", "owner_for"}  # fmt: skip
     assert db.sql(f"{everything}, array(select j::text from pgbg.job j)") == before
 

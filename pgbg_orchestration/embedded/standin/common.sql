@@ -140,7 +140,7 @@ BEGIN
        AND s.name NOT IN ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'client_encoding',
                           'track_activities', 'client_connection_check_interval', 'session_authorization', 'role');
     FOREACH named IN ARRAY string_to_array(
-        'pg_background.max_workers,pg_background.default_queue_size,pg_background.worker_timeout,pgbg.step,'
+        'pg_background.max_workers,pg_background.default_queue_size,pg_background.worker_timeout,pgbg.step,pgbg.work,'
         || @extschema@._pgbg_setting('pgbg_standin.inherit', 'pgbg.custom'), ',')
     LOOP
         IF current_setting(btrim(named), true) <> '' THEN

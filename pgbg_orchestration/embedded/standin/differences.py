@@ -37,7 +37,7 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "worker_slots": "Workers take no slot of max_worker_processes. 53000 comes when max_connections is reached.",
         "custom_settings": (
             "Settings with a dot in their name stand in no catalogue. A worker inherits pg_background.*, "
-            "pgbg.step, and those that the setting pgbg_standin.inherit lists (pgbg.custom if unset)."
+            "pgbg.step, pgbg.work, and those that the setting pgbg_standin.inherit lists (pgbg.custom if unset)."
         ),
         "statement_timeout_scope": (
             "statement_timeout counts for each statement of a launch, can be set in the text, and covers the commit."

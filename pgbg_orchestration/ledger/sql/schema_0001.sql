@@ -283,6 +283,20 @@ begin
     perform @schema@.tell(v_owner, p_job_id);
 end $$;
 
+-- What a worker calls. Its arguments come as a setting that is launched with it, so that the text which
+-- pg_stat_activity shows the beginning of is the job's own SQL, but for a line.
+create function @schema@.begin_job() returns void
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_work constant jsonb := current_setting('pgbg.work');
+begin
+    perform @schema@.begin_work(
+        v_work ->> 0, v_work ->> 1, v_work ->> 2, (v_work ->> 3)::bigint, v_work ->> 4, (v_work ->> 5)::int,
+        decode(v_work ->> 6, 'hex'));
+end $$;
+
 -- Rows, in the worker ---------------------------------------------------------------------------------------------
 
 -- Keeps a part of a statement's rows beside the receipt. Only the worker's own transaction can: the one that wrote the
