@@ -261,7 +261,8 @@ async def test_no_function_takes_another_owner(db: Watched, enemy: psycopg.Conne
             with pytest.raises(psycopg.errors.InsufficientPrivilege, match="pgbg_app"):
                 enemy.execute(call.encode())
         tried.add(name)
-    assert tried >= {"begin_job", "begin_work", "begin_supervision", "end_supervision", "register", "look", "mark_cancelled",
+    assert tried >= {"begin_job", "begin_work", "begin_supervision",
+                     "end_supervision", "register", "look", "mark_cancelled",
                      "mark_older", "lift_cancel", "record", "prune", "list_jobs", "supervise", "owner_for"}  # fmt: skip
     assert db.sql(f"{everything}, array(select j::text from pgbg.job j)") == before
 
