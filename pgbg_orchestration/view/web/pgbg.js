@@ -162,7 +162,9 @@ function showTimeline() {
   const colour = colours(), by = $("by").value, now = new Date().toISOString();
   const jobs = state.jobs.filter(fits).filter((job) => job.launched_at || job.registered_at);
   const counts = new Map();
-  for (const job of jobs) counts.set(job[by], (counts.get(job[by]) ?? 0) + 1);
+  // What is at work now is drawn before what has the most jobs.
+  const atWork = (job) => (job.state === "running" || job.state === "waiting" ? 1e6 : 0);
+  for (const job of jobs) counts.set(job[by], (counts.get(job[by]) ?? 0) + 1 + atWork(job));
   const lanes = [...counts.entries()].sort((a, b) => b[1] - a[1]).slice(0, MOST_LANES).map(([lane]) => lane).sort().reverse();
   const place = new Map(lanes.map((lane, index) => [lane, index]));
   const bars = (name, chosen, span, more = {}, least = 0) => {
