@@ -523,7 +523,9 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             series = identity.external_series(self.namespace, AssetKey.from_coercible(asset_key), partition_key)
             tail = suffix
         else:
-            series = (step.work if step else f"{self.namespace}/submitted") + suffix
+            # Of a step too: the end of its run means nothing for a job that nobody waits for.
+            work = step.work.removeprefix(self.namespace) if step else ""
+            series = f"{self.namespace}/submitted{work}{suffix}"
             tail = ""
 
         def job(generation: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dagster import (
@@ -12,7 +12,10 @@ from dagster import (
     DefaultSensorStatus,
     RunStatusSensorContext,
     SensorDefinition,
+    SensorEvaluationContext,
+    SkipReason,
     run_status_sensor,
+    sensor,
 )
 
 from dagster_resource.steps.batch import RUN_IS_GONE
@@ -21,8 +24,14 @@ from pgbg_orchestration.outcome import Cause
 from .reports import asking_for
 
 if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
     from dagster_resource.resource import PgBackgroundResource
+    from pgbg_orchestration import Launcher
     from pgbg_orchestration.ledger.history import JobEntry
+
+
+ORPHANS_SECONDS = 60
 
 
 def build_pg_background_sweep_sensors(
@@ -52,7 +61,8 @@ def build_pg_background_sweep_sensors(
     Returns
     -------
     list[SensorDefinition]
-        One for each status: CANCELING, CANCELED and, with ``failed_runs``, FAILURE.
+        One for each status: CANCELING, CANCELED and, with ``failed_runs``, FAILURE; and one that looks for what these
+        have not seen: workers at work whose run has ended so, and whose launcher is gone.
     """
     statuses = [DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED]
     if failed_runs:
@@ -69,8 +79,7 @@ def build_pg_background_sweep_sensors(
             if any(run.status is DagsterRunStatus.FAILURE and _will_retry(run.tags) for run in group[:1]):
                 context.log.info("the run is going to be retried: its workers are left to be attached to")
                 return
-            ended = asyncio.run(_sweep(pg, {run.run_id for run in group}))
-            for line in ended:
+            for line in asyncio.run(_sweep(pg, {run.run_id for run in group})):
                 context.log.info(line)
 
         return run_status_sensor(
@@ -81,7 +90,60 @@ def build_pg_background_sweep_sensors(
             description=f"Ends the workers of runs that are {status.value}.",
         )(asking_for(resource_key, sweep))
 
-    return [make(status) for status in statuses]
+    return [make(status) for status in statuses] + [
+        _orphans_sensor(
+            f"{name}_orphans",
+            resource_key,
+            {DagsterRunStatus.CANCELED, *statuses},
+            default_status=default_status,
+            minimum_interval_seconds=max(minimum_interval_seconds, ORPHANS_SECONDS),
+        )
+    ]
+
+
+def _orphans_sensor(
+    name: str, resource_key: str, statuses: Collection[DagsterRunStatus], **options: Any
+) -> SensorDefinition:
+    """Make the sensor that asks the database what is at work, and Dagster whether its run is."""
+
+    def look(context: SensorEvaluationContext, **resources: PgBackgroundResource) -> SkipReason:
+        pg = resources[resource_key]
+        lines = asyncio.run(_sweep_orphans(pg, context.instance, statuses))
+        for line in lines:
+            context.log.warning(line)
+        return SkipReason("; ".join(lines) or "no worker is without a run")
+
+    return sensor(
+        name=name, description="Ends workers whose runs have ended, and whose launchers are gone.", **options
+    )(asking_for(resource_key, look))
+
+
+async def _sweep_orphans(
+    pg: PgBackgroundResource, instance: DagsterInstance, statuses: Collection[DagsterRunStatus]
+) -> list[str]:
+    """Cancel what is at work for runs that ended otherwise; returns what was found and done, in sentences."""
+    async with pg.launcher() as launcher:
+        await launcher.facts()
+        entries = await launcher.ledger.jobs(states=["running", "waiting"], series=f"{pg.namespace}/*")
+        found = [entry for entry in entries if not entry.has_launcher and not _is_external(entry, pg.namespace)]
+        gone = {run_id for run_id in {_run_of(entry) for entry in found} if _is_gone(instance, run_id, statuses)}
+        mine = [entry for entry in found if _run_of(entry) in gone]
+        if pg.cancel_on_termination == "never":
+            return [f"job {entry.job_id}: its run is gone, and it is left at work" for entry in mine]
+        return await _cancel(launcher, mine)
+
+
+def _is_gone(instance: DagsterInstance, run_id: str, statuses: Collection[DagsterRunStatus]) -> bool:
+    """Tell whether the run, and with it all that re-execute it, has ended in one of these, and is not tried again.
+
+    A run that this Dagster does not know is not its own to judge.
+    """
+    group = instance.get_run_group(run_id) if instance.has_run(run_id) else None
+    runs = list(group[1]) if group else []
+    return bool(runs) and all(
+        run.status in statuses and not (run.status is DagsterRunStatus.FAILURE and _will_retry(run.tags))
+        for run in runs
+    )
 
 
 def _relatives(context: RunStatusSensorContext) -> list[Any]:
@@ -102,20 +164,25 @@ async def _sweep(pg: PgBackgroundResource, run_ids: set[str]) -> list[str]:
         await launcher.facts()
         entries = await launcher.ledger.jobs(states=["running", "waiting"], series=f"{pg.namespace}/*")
         mine = [entry for entry in entries if _run_of(entry) in run_ids and not _is_external(entry, pg.namespace)]
-        ends = await asyncio.gather(
-            *(
-                launcher.cancel(
-                    entry.job_id, owner=entry.owner, series=entry.series, reason=RUN_IS_GONE, cause=Cause.RUN_GONE
-                )
-                for entry in mine
-            ),
-            return_exceptions=True,
-        )
+        return await _cancel(launcher, mine)
+
+
+async def _cancel(launcher: Launcher, entries: Sequence[JobEntry]) -> list[str]:
+    """Cancel jobs for good; a second sweep at the same time finds them cancelled."""
+    ends = await asyncio.gather(
+        *(
+            launcher.cancel(
+                entry.job_id, owner=entry.owner, series=entry.series, reason=RUN_IS_GONE, cause=Cause.RUN_GONE
+            )
+            for entry in entries
+        ),
+        return_exceptions=True,
+    )
     lines = []
-    for entry, end in zip(mine, ends, strict=True):
+    for entry, end in zip(entries, ends, strict=True):
         if isinstance(end, BaseException):
             logging.getLogger("dagster_resource").error("job %s could not be cancelled: %s", entry.job_id, end)
-        lines.append(f"job {entry.job_id}: {end}")
+        lines.append(f"job {entry.job_id}: its run is gone; {end}")
     return lines
 
 

@@ -45,6 +45,8 @@ class JobEntry:
     worker_pid: int | None
     started_at: datetime | None
     cause: Cause | None
+    has_launcher: bool | None = None
+    """Whether the session that registered its last launch is still there: without it, nobody waits for it there."""
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> JobEntry:

@@ -32,6 +32,7 @@ from dagster_resource import (
 )
 from dagster_resource.external.reports import Cursor
 from dagster_resource.external.submission import Submission
+from dagster_resource.external.sweep import _sweep_orphans
 from dagster_resource.steps.batch import Member
 from dagster_resource.steps.sql import Sql
 from pgbg_orchestration import Job, Launcher, run
@@ -341,3 +342,82 @@ class TestSweep:
             "select pg_terminate_backend(pid) from pg_stat_activity where backend_type = 'pg_background' and "
             "datname = current_database()"
         )
+
+    def sweep_orphans(self, pg: PgBackgroundResource, instance: DagsterInstance, **options: Any) -> str:
+        (sensor,) = [one for one in build_pg_background_sweep_sensors(**options) if one.name.endswith("_orphans")]
+        found = sensor.evaluate_tick(build_sensor_context(instance, resources={"pg": pg}))
+        return str(found.skip_message)
+
+    def end_all(self, sql: psycopg.Connection[Any]) -> None:
+        sql.execute("select pg_terminate_backend(running_pid) from pgbg.jobs where running_pid is not null")
+        settle(sql)
+
+    @pytest.mark.parametrize(
+        ("status", "tags", "state"),
+        [
+            (DagsterRunStatus.CANCELED, {}, "cancelled"),
+            (DagsterRunStatus.CANCELING, {}, "cancelled"),
+            (DagsterRunStatus.FAILURE, {}, "cancelled"),
+            (DagsterRunStatus.FAILURE, {"dagster/will_retry": "true"}, "running"),
+            (DagsterRunStatus.STARTED, {}, "running"),
+            (DagsterRunStatus.SUCCESS, {}, "running"),
+        ],
+    )
+    def test_an_orphan_is_found_without_an_event(
+        self,
+        pg: PgBackgroundResource,
+        instance: DagsterInstance,
+        sql: psycopg.Connection[Any],
+        status: DagsterRunStatus,
+        tags: dict[str, str],
+        state: str,
+    ) -> None:
+        self.orphan(pg, self.run_of(instance, status, **tags))
+
+        self.sweep_orphans(pg, instance)
+
+        assert sql.execute("select state from pgbg.jobs").fetchall() == [(state,)]
+        self.end_all(sql)
+
+    def test_what_is_healthy_or_of_others_is_left_alone(
+        self, pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any], database: Database
+    ) -> None:
+        gone = self.run_of(instance, DagsterRunStatus.CANCELED)
+        self.orphan(pg, DagsterRun(job_name="of another Dagster"), "unknown")
+        pg.submit(None, "select pg_sleep(300)", key=gone.run_id)
+        pg.submit(None, "select pg_sleep(300)", asset_key="ext", key=gone.run_id)
+        never = PgBackgroundResource(conninfo=database.conninfo, cancel_on_termination="never", namespace="kept")
+        self.orphan(never, gone, "kept")
+        launched_and_waited_for = Job("select pg_sleep(300)", id=f"dagster/held#{gone.run_id}", series="dagster/held")
+
+        async def sweep_beside_its_launcher() -> None:
+            async with Launcher(pg.conninfo) as launcher:
+                held = asyncio.ensure_future(launcher.run(launched_and_waited_for))
+                try:
+                    while not (await launcher.look(str(launched_and_waited_for.id))).holds_this_job:
+                        await asyncio.sleep(0.05)
+                    for resource in (pg, never):
+                        await asyncio.to_thread(self.sweep_orphans, resource, instance)
+                    states = await launcher.ledger.jobs()
+                    assert [entry.state for entry in states] == ["running"] * 5
+                finally:
+                    held.cancel()
+                    await asyncio.wait({held})
+
+        asyncio.run(sweep_beside_its_launcher())
+        self.end_all(sql)
+
+    def test_two_sweeps_at_once_do_no_harm(
+        self, pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any]
+    ) -> None:
+        run = self.run_of(instance, DagsterRunStatus.CANCELED)
+        for number in range(3):
+            self.orphan(pg, run, f"orphan{number}")
+
+        async def both() -> list[list[str]]:
+            statuses = {DagsterRunStatus.CANCELED}
+            return await asyncio.gather(*(_sweep_orphans(pg, instance, statuses) for _ in range(2)))
+
+        for lines in asyncio.run(both()):
+            assert all(line.endswith("; cancelled") for line in lines)
+        assert sql.execute("select distinct state from pgbg.jobs").fetchall() == [("cancelled",)]

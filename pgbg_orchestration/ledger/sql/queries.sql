@@ -73,7 +73,8 @@ select {schema}.reported(%s, %s, %s)
 -- name: jobs
 select j.owner, j.job_id, j.label, j.series, j.generation, j.kind, j.state, j.attempt, j.running_pid,
        j.launched_by, j.registered_at, j.launched_at, j.ended_at, j.row_count, j.command_tag, j.sqlstate,
-       j.message, j.detail, j.hint, j.context, j.cancelled_by, j.reason, j.worker_pid, j.started_at, j.cause
+       j.message, j.detail, j.hint, j.context, j.cancelled_by, j.reason, j.worker_pid, j.started_at, j.cause,
+       j.has_launcher
 from {schema}.jobs as j
 where (%(states)s::text[] = '{{}}' or j.state = any(%(states)s))
   and (%(label)s::text is null or j.label like %(label)s)

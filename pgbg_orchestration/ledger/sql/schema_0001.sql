@@ -1034,7 +1034,8 @@ create function @schema@.list_jobs()
         owner text, job_id text, label text, series text, generation bigint, kind text, state text, attempt int,
         running_pid int, launched_by text, registered_at timestamptz, launched_at timestamptz, ended_at timestamptz,
         row_count bigint, command_tag text, sqlstate text, message text, detail text, hint text, context text,
-        cancelled_by text, reason text, worker_pid int, started_at timestamptz, cause text
+        cancelled_by text, reason text, worker_pid int, started_at timestamptz, cause text,
+        has_launcher boolean
     )
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -1077,7 +1078,8 @@ begin
                     else j.ended_at end,
                j.row_count, j.command_tag, j.sqlstate, j.message, j.detail, j.hint, j.context,
                case when r.status = 'cancelled' then r.decided_by end, r.reason,
-               coalesce(w.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at), r.cause
+               coalesce(w.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at), r.cause,
+               l.pid is not null
         from @schema@.job j
         full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
         -- Anybody can take the lock.
