@@ -164,8 +164,6 @@ def fails_for_good(method: F) -> F:
     def deciding(self: Any, context: Any, *arguments: Any, **named: Any) -> Any:
         from airflow.sdk.exceptions import AirflowException
 
-        from airflow_provider.compat_retries import RetryAction
-
         try:
             return method(self, context, *arguments, **named)
         except AirflowException:
@@ -173,7 +171,7 @@ def fails_for_good(method: F) -> F:
         except Exception as error:
             ti = context["ti"]
             decision = self.retry_policy.evaluate(error, ti.try_number, ti.max_tries, context)
-            if decision.action is not RetryAction.FAIL:
+            if decision.action is not __getattr__("RetryAction").FAIL:
                 raise
             fail: type[Exception] = __getattr__("AirflowFailException")
             raise fail(f"{type(error).__name__}: {error}\nNot tried again: {decision.reason}") from error

@@ -1,0 +1,134 @@
+"""What an Airflow of another version promises; on the newest too, which is told that it is an older one."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from airflow.sdk.exceptions import AirflowException
+
+from airflow_provider import compat
+from airflow_provider.operators import PgBackgroundOperator
+from airflow_provider.retry_policy import SqlStateRetryPolicy
+from airflow_provider.triggers import PgBackgroundTrigger
+from pgbg_orchestration import ErrorFields
+from pgbg_orchestration.errors import WorkerError
+
+pytestmark = pytest.mark.airflow
+
+
+@pytest.fixture
+def older(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take this Airflow for 3.2."""
+    monkeypatch.setattr(compat, "HERE", compat.promises_of((3, 2)))
+    monkeypatch.setattr("airflow_provider.triggers.base.HERE", compat.promises_of((3, 2)))
+
+
+@pytest.mark.parametrize("airflow", [(2, 11), (3, 0)])
+def test_an_older_airflow_is_refused(airflow: tuple[int, int]) -> None:
+    with pytest.raises(ImportError, match=rf"needs Apache Airflow 3\.1 or newer, and this is {airflow[0]}"):
+        compat.promises_of(airflow)
+
+
+@pytest.mark.parametrize(
+    ("airflow", "whole"), [((3, 1), False), ((3, 2), False), ((3, 3), True), ((3, 10), True), ((4, 0), True)]
+)
+def test_what_a_version_promises(airflow: tuple[int, int], whole: bool) -> None:
+    promises = compat.promises_of(airflow)
+
+    assert {promises.calls_on_kill, promises.asks_retry_policies, promises.keeps_task_state} == {whole}
+    assert promises.starts_from_triggers is whole
+
+
+def test_this_airflow_is_known() -> None:
+    import airflow
+
+    assert compat.airflow_version() == tuple(int(part) for part in airflow.__version__.split(".")[:2])
+
+
+def _operator(error: Exception | None) -> Any:
+    class Operator:
+        retry_policy = SqlStateRetryPolicy()
+
+        @compat.fails_for_good
+        def execute(self, context: Any, event: str = "done") -> str:
+            if error is not None:
+                raise error
+            return event
+
+    return Operator()
+
+
+def _context() -> dict[str, Any]:
+    return {"ti": MagicMock(try_number=1, max_tries=3, task=MagicMock(retries=3))}
+
+
+def _failed(sqlstate: str) -> WorkerError:
+    return WorkerError(f"it failed with {sqlstate}", fields=ErrorFields(sqlstate=sqlstate, message="no"))
+
+
+@pytest.mark.usefixtures("older")
+class TestWithoutRetryPolicies:
+    def test_what_must_not_be_tried_again_fails_the_task(self) -> None:
+        error = _failed("23505")
+
+        with pytest.raises(compat.AirflowFailException, match="WorkerError: it failed with 23505") as raised:
+            _operator(error).execute(_context())
+        assert raised.value.__cause__ is error
+
+    def test_what_may_be_tried_again_is_raised_as_it_is(self) -> None:
+        error = _failed("40001")
+
+        with pytest.raises(WorkerError) as raised:
+            _operator(error).execute(_context())
+        assert raised.value is error
+
+    @pytest.mark.parametrize("kind", [compat.AirflowSkipException, compat.AirflowSensorTimeout, AirflowException])
+    def test_airflows_own_ends_stay(self, kind: type[Exception]) -> None:
+        with pytest.raises(kind, match=r"^as decided$"):
+            _operator(kind("as decided")).execute(_context())
+
+    def test_a_success_is_one(self) -> None:
+        assert _operator(None).execute(_context(), event="well") == "well"
+
+    def test_the_operators_argument_is_taken_before_airflow_refuses_it(self) -> None:
+        policy = SqlStateRetryPolicy()
+        arguments = {"retry_policy": policy, "retries": 2}
+
+        assert compat.take_retry_policy(arguments) is policy
+        assert arguments == {"retries": 2}
+
+
+@pytest.mark.usefixtures("older")
+def test_no_task_begins_in_a_triggerer() -> None:
+    with pytest.raises(ValueError, match=r"that needs Airflow 3\.3 or newer"):
+        PgBackgroundOperator(task_id="t", sql="select 1", start_from_trigger=True)
+
+
+class TestOnKill:
+    @pytest.fixture
+    def trigger(self, monkeypatch: pytest.MonkeyPatch) -> PgBackgroundTrigger:
+        self.killed = 0
+
+        async def on_kill(_: Any) -> None:
+            self.killed += 1
+
+        monkeypatch.setattr(PgBackgroundTrigger, "on_kill", on_kill)
+        return PgBackgroundTrigger(job={"sql": "select 1", "id": "j"})
+
+    @pytest.mark.usefixtures("older")
+    async def test_a_trigger_that_ends_before_its_event_looks_at_its_task(self, trigger: PgBackgroundTrigger) -> None:
+        await trigger.cleanup()
+        assert self.killed == 1
+
+    @pytest.mark.usefixtures("older")
+    async def test_one_that_told_its_event_does_not(self, trigger: PgBackgroundTrigger) -> None:
+        trigger._fired = True
+        await trigger.cleanup()
+        assert self.killed == 0
+
+    @pytest.mark.skipif(not compat.HERE.calls_on_kill, reason="this Airflow is the older one")
+    async def test_where_airflow_calls_it_nothing_else_does(self, trigger: PgBackgroundTrigger) -> None:
+        await trigger.cleanup()
+        assert self.killed == 0
