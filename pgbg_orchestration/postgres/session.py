@@ -413,6 +413,26 @@ class LaunchingSession:
                 if not worker.ended.done():
                     worker.ended.set_result(None)
 
+    async def hear_failed(self, worker: Worker, heard: Callable[[psycopg.errors.Diagnostic], None]) -> None:
+        """Tell what a worker that failed had raised, as far as the server kept it: WARNINGs, where nothing else is set.
+
+        The server forgets the handle with that, so its error has to be known before.
+        """
+        if self.workers.pop(worker.handle, None) is None or self.lost:
+            return
+
+        async def read() -> None:
+            self._conn.add_notice_handler(heard)
+            try:
+                await self.extension.result(self._conn, worker.handle)
+            finally:
+                self._conn.remove_notice_handler(heard)
+
+        try:
+            await self._ask(read)
+        except psycopg.Error:
+            return  # the worker's own, which is known; or its rows do not fit, behind which nothing is heard
+
     async def detach(self, worker: Worker) -> None:
         """Forget a handle, and end the wait for it: the worker goes on, its output is dropped."""
         if self.workers.pop(worker.handle, None) is not None and not self.lost:

@@ -23,6 +23,7 @@ from .memory import Memory, Terms
 from .work import Work
 
 logger = logging.getLogger("pgbg_orchestration")
+OURS = ("PB001", "PB002", "PB003", "PB004")  # raised before the job's own SQL began
 LEVELS = {"DEBUG": logging.DEBUG, "WARNING": logging.WARNING}  # of what SQL raises; INFO for all other severities
 
 
@@ -151,6 +152,8 @@ class Case:
         info = self.worker.ended.result()
         faults.point("after_end")
         error = await self.worker.error() if info is not None and info.has_error else None
+        if error is not None and error.sqlstate not in OURS and not self.work.job.redact_details:
+            await self.worker.session.hear_failed(self.worker, self._hear)
         self.memory = self.memory.ended(info, error, self.terms)
         if self.memory.launch.report is Report.NONE:
             self.attempts.pop()  # it launched nothing

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from pgbg_orchestration import Event, Job, arun, errors
+from pgbg_orchestration import Event, Job, Launcher, arun, errors
 from pgbg_orchestration.outcome import EventKind
 from tests.core.kit import Recorder, Watched, cancelled, effect, eventually, within
 
@@ -133,6 +133,35 @@ async def test_what_cannot_be_heard_is_refused_before_anything_is_launched(
     with pytest.raises(errors.InvalidJob, match="notices"):
         await within(arun(db.conninfo, Job("vacuum effects" if "kind" in given else "select 1", **given), notices=True))  # type: ignore[arg-type]
     assert db.states() == {}
+
+
+@pytest.mark.parametrize("redact_details", [False, True])
+async def test_the_warnings_of_a_failed_job_are_told_without_the_wish(db: Watched, redact_details: bool) -> None:
+    seen = Recorder()
+    sql = (
+        "do $$ begin raise notice 'not kept'; raise warning 'look here' using hint = 'there'; end $$;"
+        " do $$ begin raise warning 'and here';"
+        " raise exception 'it fails' using errcode = '42P01', detail = 'why'; end $$"
+    )
+    job = Job(sql, id="j", redact_details=redact_details)
+    with pytest.raises(errors.WorkerError) as caught:
+        await within(arun(db.conninfo, job, observer=seen))
+    assert caught.value.sqlstate == "42P01"
+    assert caught.value.fields.detail == (None if redact_details else "why")
+    told = [(event.data["severity"], event.data["text"], event.data["hint"]) for event in notices(seen)]
+    wanted = [("WARNING", "look here", "there"), ("WARNING", "and here", None)]
+    assert told == ([] if redact_details else wanted)
+
+
+async def test_one_of_many_that_fails_with_rows_in_its_queue_disturbs_no_other(db: Watched) -> None:
+    seen = Recorder()
+    bad = "select 1 / (3 - g), repeat('x', 100) from generate_series(1, 5) g"
+    async with Launcher(db.conninfo) as launcher:
+        jobs = [Job(bad if number == 2 else effect(f"j{number}"), id=f"j{number}") for number in range(5)]
+        ends = await within(asyncio.gather(*(launcher.run(job, observer=seen) for job in jobs), return_exceptions=True))
+    assert [isinstance(end, errors.WorkerError) for end in ends] == [False, False, True, False, False]
+    assert db.effects() == 4
+    assert notices(seen) == []
 
 
 async def test_without_the_wish_none_is_told(db: Watched) -> None:
