@@ -1,6 +1,7 @@
 """Tells, before anything is launched, which statements a worker cannot run, and which only alone.
 
-Each rule was tried on PostgreSQL 18 with pg_background 2.0, alone and beside other statements. What cannot be told from
+Each rule was tried on PostgreSQL 18 with pg_background 2.0, alone and beside other statements, and those of WAIT FOR
+and REPACK on 19. What cannot be told from
 the text (whether a procedure commits, whether a table is partitioned) is left to the server, which then fails with
 25001 or 2D000 and rolls everything back.
 """
@@ -119,6 +120,8 @@ def outside_transaction(statement: Statement) -> bool:
     match statement.keywords:
         case ("VACUUM", *_) | ("DISCARD", "ALL", *_) | ("ALTER", "SYSTEM", *_):
             return True
+        case ("WAIT", "FOR", *_):
+            return True  # PostgreSQL 19; it says 0A000 there
         case ("CREATE" | "DROP", "DATABASE" | "TABLESPACE", *_):
             return True
         case ("CREATE" | "DROP", "INDEX", "CONCURRENTLY", *_) | ("CREATE", "UNIQUE", "INDEX", "CONCURRENTLY", *_):
@@ -209,9 +212,10 @@ def _reindex_outside(statement: Statement) -> bool:
 
 
 def _cluster_outside(statement: Statement) -> bool:
-    """Tell whether CLUSTER (REPACK from 19 on) is for all tables, or concurrent."""
+    """Tell whether CLUSTER (REPACK from 19 on) is for all tables, concurrent, or analyzes too."""
     named = [token for token in _outer(statement)[1:] if token.text not in {"(", ")", "VERBOSE"}]
-    return not named or "CONCURRENTLY" in _switched_on(statement)
+    of_all = not named or (named[0].kind is TokenKind.WORD and named[0].text == "USING")
+    return of_all or not {"CONCURRENTLY", "ANALYZE"}.isdisjoint(_switched_on(statement))
 
 
 def _alter_subscription_outside(statement: Statement) -> bool:
@@ -243,7 +247,8 @@ def _switches(statement: Statement) -> dict[str, bool]:
                 switches[option[0]] = "".join(option[1:]).strip("='\"").upper() not in {"FALSE", "OFF", "0"}
             option = []
         elif depth:
-            option.append(token.text)
+            quoted = token.kind is TokenKind.NAME and not option
+            option.append(token.text.strip('"').upper() if quoted else token.text)
     return switches
 
 

@@ -26,6 +26,16 @@ reindex system
 cluster
 cluster verbose
 cluster (verbose)
+wait for lsn '0/306EE20'
+wait for lsn '0/306EE20' with (timeout '1s')
+repack
+repack (verbose)
+repack (analyze) t
+repack (verbose, analyze) t
+repack using index
+repack (concurrently) t
+repack ("concurrently") t using index i
+reindex ("concurrently") table t
 discard all
 alter system set work_mem = '4MB'
 create database d
@@ -57,6 +67,10 @@ reindex (concurrently true, concurrently false) index i
 reindex index "concurrently"
 cluster t using i
 cluster verbose t
+repack t
+repack (verbose) t using index i
+repack (concurrently off, analyze off) t
+repack "using"
 cluster "verbose"
 refresh materialized view concurrently m
 discard plans
