@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from . import diagnosis, durations, jobs, running, server, setup, views, waiting
+from . import diagnosis, durations, jobs, rows, running, server, setup, views, waiting
 from .codes import AFTERWARDS, MEANINGS, ExitCode
 from .screen import out
 
@@ -63,6 +63,7 @@ _add("top", views.top, "Jobs")
 _add("web", views.web, "Jobs")
 _add("timeline", views.timeline, "Jobs")
 _add("wait", waiting.wait, "Jobs")
+_add("result", rows.result, "Jobs")
 _add("history", durations.history, "Jobs")
 _add("cancel", jobs.cancel, "Jobs")
 _add("prune", jobs.prune, "Jobs")

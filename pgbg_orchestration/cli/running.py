@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
@@ -18,13 +19,16 @@ from pgbg_orchestration.errors import JobCancelled, ServerUnreachable, WorkerErr
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.outcome import Cause, Outcome
+from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import files
 from pgbg_orchestration.verdict import CANCELED
 
+from . import rows as rows_of
 from .codes import ExitCode
 from .interrupts import Interrupts
 from .options import Dsn, Json, Owner, Schema, pairs, seconds_option
-from .screen import Stop, out, plain, print_json, reporting
+from .rows import FormatOption, OutputOption
+from .screen import Stop, err, out, plain, print_json, reporting
 from .watching import Watch
 
 _COMMENT = re.compile(r"--[^=\s]*\s")
@@ -146,6 +150,15 @@ def run(
         OnSuperseded,
         typer.Option(help="An older generation at work: cancel it, or wait.", rich_help_panel=_WHEN),
     ] = OnSuperseded.CANCEL,
+    rows: Annotated[
+        bool,
+        typer.Option("--rows", help="Keep the last statement's rows beside the receipt, and print them."),
+    ] = False,
+    form: FormatOption = None,
+    output: OutputOption = None,
+    max_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows to keep at most; with more the job fails.", show_default="10000")
+    ] = None,
     notices: Annotated[
         bool,
         typer.Option("--notices", help="Show what the SQL raises, as it is raised.", rich_help_panel=_WHEN),
@@ -188,6 +201,7 @@ def run(
             redact_details=redact_details,
             queue_size=queue_size,
             timeout=timeout,
+            fetch=_fetch(rows or form is not None or output is not None, max_rows),
         )
         options = {
             "slot_timeout": slot_timeout,
@@ -200,9 +214,13 @@ def run(
         with Watch(job, silent=quiet) as watch:
             outcome = asyncio.run(_follow(dsn or "", schema, job, options, watch))
         if json:
-            print_json(outcome)
-        else:
-            _show(outcome)
+            told = {"results": rows_of.told(outcome.results)} if job.fetch else {}
+            print_json({**outcome.to_dict(), **told})
+            return
+        if job.fetch:
+            rows_of.write(outcome.results, form or rows_of.Format.TABLE, output)
+        # What a program reads from standard output is rows, and nothing else.
+        _show(outcome, err if job.fetch and output is None else out)
 
 
 def _read_sql(sql: str | None, file: Path | None) -> str:
@@ -275,15 +293,21 @@ def _decided(job: Job, watch: Watch) -> Outcome:
     )
 
 
-def _show(outcome: Outcome) -> None:
+def _fetch(wanted: bool, max_rows: int | None) -> Fetch | None:
+    if not wanted and max_rows is None:
+        return None
+    return Fetch() if max_rows is None else Fetch(max_rows=max_rows)
+
+
+def _show(outcome: Outcome, console: Console) -> None:
     parts = [
         *wording.summary(outcome),
         *([f"worker {outcome.worker_pid}"] if outcome.worker_pid else []),
         *([f"attempt {outcome.attempt}"] if outcome.attempt else []),
     ]
-    out.print(Text.assemble(("✓ committed  ", "bold green"), (plain(outcome.label), "bold")), soft_wrap=True)
-    out.print(Text("  " + " · ".join(parts)), soft_wrap=True)
+    console.print(Text.assemble(("✓ committed  ", "bold green"), (plain(outcome.label), "bold")), soft_wrap=True)
+    console.print(Text("  " + " · ".join(parts)), soft_wrap=True)
     if outcome.job_id != outcome.label:
-        out.print(Text(f"  id {plain(outcome.job_id)}", "dim"), soft_wrap=True)
+        console.print(Text(f"  id {plain(outcome.job_id)}", "dim"), soft_wrap=True)
     if not outcome.launched:
-        out.print(Text("  by an earlier or another launch; it did not run again", "dim"))
+        console.print(Text("  by an earlier or another launch; it did not run again", "dim"))
