@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 JOB_FIELDS = (
     "sql", "parameters", "worker_label", "settings", "role", "isolation", "kind", "queue_size", "verify_sql",
-    "drop_invalid_index", "redact_details",
+    "drop_invalid_index", "redact_details", "fetch",
 )  # fmt: skip
 """Attributes that say what is to be run: of the operator and, so that Airflow renders them, of the start trigger."""
 
@@ -70,7 +70,40 @@ def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
         "verify_sql": given.verify_sql,
         "drop_invalid_index": given.drop_invalid_index,
         "redact_details": given.redact_details,
+        "fetch": fetch_of(given.fetch),
     }
+
+
+def fetch_of(given: Any) -> dict[str, Any] | None:
+    """Return how many rows a job keeps as plain data, or None for a job that keeps none.
+
+    Raises
+    ------
+    ValueError
+        It is nothing that :class:`pgbg_orchestration.Job` takes.
+    """
+    if given is None or given is False:
+        return None
+    from pgbg_orchestration import Fetch
+
+    fetch = Fetch.of(given)
+    return None if fetch is None else fetch.to_dict()
+
+
+def shape_of(sql: str | Sequence[str]) -> dict[str, Any]:
+    """Return whether SQL is a list, and the number of the last statement of each item, or of each statement of a text.
+
+    Raises
+    ------
+    ValueError
+        A string, comment or quoted identifier does not end.
+    """
+    from pgbg_orchestration import statements
+
+    if isinstance(sql, str):
+        return {"listed": False, "ends": list(range(1, len(statements.split(sql)) + 1))}
+    counts = [len(statements.split(item)) for item in sql]
+    return {"listed": True, "ends": [sum(counts[: at + 1]) if count else 0 for at, count in enumerate(counts)]}
 
 
 def literals_of(given: Any, job_id: str | None, label: str | None) -> Any:

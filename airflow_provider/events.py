@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .arguments import LARGEST, SMALLEST
+from .arguments import LARGEST, SMALLEST, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,9 +24,20 @@ TIMED_OUT = "timed_out"
 _KEPT_BACK = ("context",)
 
 
-def of_outcome(outcome: Outcome) -> dict[str, Any]:
-    """Return the event, and XCom value, of a job that committed; times are ISO 8601 with their time zone."""
-    return {"status": COMMITTED, **outcome.to_dict()}
+def of_outcome(outcome: Outcome, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the event of a job that committed; times are ISO 8601 with their time zone.
+
+    Parameters
+    ----------
+    outcome:
+        Its outcome, of which no rows are told.
+    arguments:
+        Those of the job. Of one that keeps rows it is told which statements its SQL has, for who reads them.
+    """
+    told = {"status": COMMITTED, **outcome.to_dict()}
+    if arguments is not None and arguments.get("fetch"):
+        told["shape"] = shape_of(arguments["sql"])
+    return told
 
 
 def of_error(error: PgbgError) -> dict[str, Any]:
@@ -63,7 +74,7 @@ def result_of(event: Mapping[str, Any] | None) -> dict[str, Any]:
         )
     if event.get("status") != COMMITTED:
         raise advised(to_error(event))
-    return {name: value for name, value in event.items() if name != "status"}
+    return {name: value for name, value in event.items() if name not in ("status", "shape")}
 
 
 def advised(error: PgbgError) -> PgbgError:

@@ -23,13 +23,9 @@ ELSEWHERE: Mapping[str, str] = {
     ),
     "hook_params": "server settings are settings={…}, another database is database, the connection has libpq options",
     "split_statements": "a text is split as psql splits it; all of its statements run in one transaction",
-    "requires_result_fetch": "there is nothing to fetch for the SQL to run to its end",
+    "requires_result_fetch": "a handler is always called, and without one the SQL runs to its end all the same",
     "retry_on_failure": "retries=0, or retry_policy=SqlStateRetryPolicy({…}) for some errors only",
     "runtime_parameters": "here they are settings",
-    "handler": "a background worker's rows are not fetched: write them to a table, or read them in another task",
-    "output_processor": "a background worker's rows are not fetched",
-    "return_last": "a background worker's rows are not fetched",
-    "show_return_value_in_logs": "a background worker's rows are not fetched",
 }
 """Parameters of ``SQLExecuteQueryOperator`` and of the ``PostgresOperator`` before it, and what is in their place."""
 

@@ -38,7 +38,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
     jobs:
         The jobs by name: SQL (one text or a list of statements), or a dict of ``sql`` and any of ``parameters``,
         ``label``, ``settings``, ``role``, ``isolation``, ``kind``, ``queue_size``, ``verify_sql``,
-        ``drop_invalid_index`` and ``redact_details``.
+        ``drop_invalid_index``, ``redact_details`` and ``fetch``.
     at_once:
         How many run at once. Default: all.
     fail_fast:
@@ -49,7 +49,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
     Returns
     -------
     dict
-        As XCom: the outcome of each job, by its name.
+        As XCom: the outcome of each job, or what the handler returned for it, by its name.
 
     Raises
     ------
@@ -80,7 +80,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         self.fail_fast = fail_fast
 
     @fails_for_good
-    def execute(self, context: Context) -> dict[str, Any]:
+    def execute(self, context: Context) -> Any:
         """Run the jobs: defer to a trigger, or wait here."""
         from airflow_provider.identity import identify
         from airflow_provider.triggers import PgBackgroundBatchTrigger
@@ -115,6 +115,8 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         failures = {name: events.to_error(end) for name, end in ends.items() if end["status"] != events.COMMITTED}
         self.log.info("%d of %d jobs committed.", len(ends) - len(failures), len(ends))
         if not failures:
+            if self.handler is not None:
+                return self._handled(ends)
             return {name: events.result_of(end) for name, end in ends.items()}
         # One that was stopped because of another is not the reason.
         first = next((name for name, error in failures.items() if not events.was_stopped(error)), None)

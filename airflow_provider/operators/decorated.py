@@ -88,7 +88,7 @@ class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
         event: dict[str, Any] | None = None,
         sql: list[str] | None = None,
         has_parameters: bool = False,
-    ) -> dict[str, Any]:
+    ) -> Any:
         """Return what the trigger found; ``sql`` is what the function had returned, in another process."""
         if sql is not None:
             self.sql, self._is_called = sql, True

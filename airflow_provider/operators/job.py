@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from airflow_provider.triggers.base import JobTrigger
     from airflow_provider.waiting import Waiting
-    from pgbg_orchestration import Job
+    from pgbg_orchestration import Fetch, Job
 
 MARGIN = timedelta(minutes=10)
 """From a job's deadline to Airflow's own, which ends the waiting where no triggerer is left to keep the deadline."""
@@ -96,14 +96,29 @@ class PgBackgroundOperator(BaseOperator):
         ``host`` or ``host:port`` of the server itself, where the connection leads to a pooler in transaction mode.
     schema:
         Name of the package's schema.
+    handler:
+        Called with a cursor over the rows, when the job is committed; what it returns is the task's result. Those of
+        ``airflow.providers.common.sql.hooks.handlers`` and your own work as with ``SQLExecuteQueryOperator``. Of a list
+        of statements, and with ``return_last=False``, it is called for each.
+    output_processor:
+        Called with the list of the handler's results and the list of the statements' descriptions; returns the list of
+        what becomes the result.
+    return_last:
+        Whether a text of several statements has the result of its last one. False: a list with that of each.
+    show_return_value_in_logs:
+        Whether the log shows what the handler returned.
+    fetch:
+        How many rows the job keeps beside its receipt (``{"max_rows": 50_000}``), as :class:`pgbg_orchestration.Job`
+        takes it. Default: with a handler 10,000 rows and 16 MiB of each statement, else none.
     retry_policy:
         Default: :class:`~airflow_provider.retry_policy.SqlStateRetryPolicy`.
 
     Returns
     -------
     dict
-        As XCom: ``job_id``, ``label``, ``row_count``, ``command_tag``, ``started_at``, ``finished_at``,
-        ``worker_pid``, ``attempt``, ``launched`` and ``proof`` of :class:`pgbg_orchestration.Outcome`.
+        With a handler what it returned. Else, as XCom: ``job_id``, ``label``, ``row_count``, ``command_tag``,
+        ``started_at``, ``finished_at``, ``worker_pid``, ``attempt``, ``launched`` and ``proof`` of
+        :class:`pgbg_orchestration.Outcome`.
 
     Raises
     ------
@@ -153,6 +168,11 @@ class PgBackgroundOperator(BaseOperator):
         redact_details: bool = False,
         endpoint: str | None = None,
         schema: str = "pgbg",
+        handler: Callable[[Any], Any] | None = None,
+        output_processor: Callable[[list[Any], list[Any]], Any] | None = None,
+        return_last: bool = True,
+        show_return_value_in_logs: bool = False,
+        fetch: Fetch | Mapping[str, Any] | bool | None = None,
         **kwargs: Any,
     ) -> None:
         retry_policy = take_retry_policy(kwargs)
@@ -182,6 +202,11 @@ class PgBackgroundOperator(BaseOperator):
         self.redact_details = redact_details
         self.endpoint = endpoint
         self.schema = schema
+        self.handler = handler
+        self.output_processor = output_processor
+        self.return_last = return_last
+        self.show_return_value_in_logs = show_return_value_in_logs
+        self.fetch = self._fetch(fetch, sql)
         self._waiting: Waiting[dict[str, Any]] | None = None
         if getattr(self, "retry_policy", None) is None:
             self.retry_policy = retry_policy or SqlStateRetryPolicy()
@@ -234,7 +259,7 @@ class PgBackgroundOperator(BaseOperator):
     # The two ways of waiting ----------------------------------------------------------------------------------------
 
     @fails_for_good
-    def execute(self, context: Context) -> dict[str, Any]:
+    def execute(self, context: Context) -> Any:
         """Run the job: defer to a trigger, or wait here."""
         from airflow_provider.identity import identify
         from airflow_provider.triggers import PgBackgroundTrigger
@@ -246,8 +271,8 @@ class PgBackgroundOperator(BaseOperator):
         return self._wait_for(context, trigger)
 
     @fails_for_good
-    def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return what the trigger found, or raise the job's error in its own type."""
+    def execute_complete(self, context: Any, event: dict[str, Any] | None = None) -> Any:
+        """Return what the trigger found, or what the handler makes of the rows, or raise the job's error."""
         from airflow_provider import events
 
         with tells_decision(self, context):
@@ -260,12 +285,39 @@ class PgBackgroundOperator(BaseOperator):
             result["worker_pid"],
             "" if result["launched"] else " (launched by an earlier try or somebody else)",
         )
-        return result
+        if self.handler is None:
+            if self.fetch is None and result["command_tag"] == "SELECT":
+                self.log.info("Its rows were not asked for: handler=fetch_all_handler returns them.")
+            return result
+        assert event is not None
+        return self._handled({"": event})[""]
+
+    def _handled(self, ends: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what the handler makes of the rows of each job, by its name."""
+        from . import handling
+
+        kept = handling.read_rows(self, [end["job_id"] for end in ends.values()])
+        results = {name: handling.handled(self, end, end["shape"], kept[end["job_id"]]) for name, end in ends.items()}
+        handling.bounded(self, results)
+        return results
+
+    def _fetch(self, given: Any, sql: Any) -> Any:
+        """Return how many rows the job keeps: what is said, and what a handler needs."""
+        if self.handler is None or given is False:
+            if self.handler is not None:
+                raise ValueError(f"{type(self).__name__} {self.task_id!r}: a handler without rows (fetch=False)")
+            return given
+        if given is None or given is True:
+            given = {}
+        # Of a list each statement's are wanted; what a function of `@task` returns may be one.
+        last = self.return_last and isinstance(sql, str) and bool(sql)
+        return {**given, "return_last": last} if isinstance(given, Mapping) else given
 
     def _trigger_arguments(self) -> dict[str, Any]:
         """Return what every trigger of this operator is given besides its jobs and its deadline."""
         return {
-            "end_task": ends_in_trigger(self, self.end_from_trigger),
+            # A handler runs on a worker.
+            "end_task": self.handler is None and ends_in_trigger(self, self.end_from_trigger),
             "do_xcom_push": bool(self.do_xcom_push),
             "postgres_conn_id": self.postgres_conn_id,
             "database": self.database,
@@ -278,7 +330,7 @@ class PgBackgroundOperator(BaseOperator):
             "schema": self.schema,
         }
 
-    def _wait_for(self, context: Context, trigger: JobTrigger) -> dict[str, Any]:
+    def _wait_for(self, context: Context, trigger: JobTrigger) -> Any:
         """Defer to a trigger, or do its work in this process and return the task's result."""
         if self.deferrable:
             from airflow_provider.hook import PgBackgroundHook

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider import compat
-from airflow_provider.arguments import JOB_FIELDS, LEAD, not_plain
+from airflow_provider.arguments import JOB_FIELDS, LEAD, fetch_of, not_plain, packed
 from airflow_provider.templates import taken_apart
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def arguments_of(operator: BaseOperator, others: Mapping[str, Any]) -> dict[str,
         fixed, given["parameters"], given["settings"] = taken_apart(given["parameters"], given["settings"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error} {_WITHOUT}") from error
+    if (fetch := fetch_of(given["fetch"])) is not None:
+        given["fetch"] = packed("fetch", fetch)
     if not isinstance(given["sql"], str):
         given["sql"] = list(given["sql"])
     as_text = {field: str.__str__(value) if isinstance(value, str) else value for field, value in given.items()}

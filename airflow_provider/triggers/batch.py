@@ -90,7 +90,7 @@ class PgBackgroundBatchTrigger(JobTrigger):
                     outcome = await self.run_job(
                         launcher, arguments, retry_cancelled={Cause.FAILED_BESIDE}, of_try=str(self.try_number)
                     )
-                    return events.of_outcome(outcome)
+                    return events.of_outcome(outcome, arguments)
                 except PgbgError as error:
                     self.log.error("%s", error)  # noqa: TRY400 - the error says all
                     failed.set()

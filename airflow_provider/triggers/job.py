@@ -44,7 +44,7 @@ class PgBackgroundTrigger(JobTrigger):
 
     async def work(self, launcher: Launcher) -> dict[str, Any]:
         """Launch the job or attach to it, and wait for its outcome."""
-        return events.of_outcome(await self.run_job(launcher, self.job))
+        return events.of_outcome(await self.run_job(launcher, self.job), self.job)
 
 
 class PgBackgroundStartTrigger(PgBackgroundTrigger):
@@ -58,6 +58,8 @@ class PgBackgroundStartTrigger(PgBackgroundTrigger):
     sql, parameters, worker_label, settings, role, isolation, kind, queue_size, verify_sql, drop_invalid_index, \
 redact_details:
         The attributes of :class:`~airflow_provider.operators.PgBackgroundOperator` of these names.
+    fetch:
+        The attribute of this name, as one text.
     fixed:
         What belongs to ``parameters`` and ``settings`` and is not to be rendered, as
         :func:`~airflow_provider.templates.taken_apart` returns it: the two then hold texts to be rendered only. None in
@@ -84,6 +86,7 @@ redact_details:
         verify_sql: str | None = None,
         drop_invalid_index: bool = False,
         redact_details: bool = False,
+        fetch: str | None = None,
         fixed: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -99,6 +102,7 @@ redact_details:
         self.verify_sql = verify_sql
         self.drop_invalid_index = drop_invalid_index
         self.redact_details = redact_details
+        self.fetch = fetch
         self.fixed = fixed
         self.timeout_after: datetime | None = None  # the triggerer sets it
 
@@ -110,6 +114,7 @@ redact_details:
     async def work(self, launcher: Launcher) -> dict[str, Any]:
         """Make the job, launch it or attach to it, and wait for its outcome."""
         given = {field: getattr(self, field) for field in JOB_FIELDS}
+        given["fetch"] = unpacked(self.fetch)
         if self.fixed is not None:
             given["parameters"], given["settings"] = filled(self.fixed, self.parameters, self.settings)
         self.job = job_arguments(SimpleNamespace(**given), identify_try(self.task_instance), self.task_instance)

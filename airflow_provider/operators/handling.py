@@ -1,0 +1,166 @@
+"""Rows for handlers: what those of ``SQLExecuteQueryOperator`` are called with, and what becomes of their results."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pgbg_orchestration import Rows
+
+    from .job import PgBackgroundOperator
+
+XCOM_BYTES = 1024 * 1024
+"""How large a result may be, as JSON, that becomes an XCom: Airflow keeps it in its metadata database."""
+
+_GIVE_ROWS = ("SELECT", "SHOW", "EXPLAIN", "FETCH")
+
+
+class RowsCursor:
+    """Rows that a job kept, as a cursor of a DB-API driver has them (PEP 249), for a handler to read.
+
+    Parameters
+    ----------
+    rows:
+        Those of one statement; None for one that gives none.
+
+    Attributes
+    ----------
+    description:
+        Seven values of each column, name and type's OID first; None where the statement gives no rows.
+    rowcount:
+        How many rows the statement gave or changed; -1 where that is not known.
+    statusmessage:
+        The statement's tag, None where that is not known.
+    """
+
+    arraysize = 1
+
+    def __init__(self, rows: Rows | None) -> None:
+        self.description: list[tuple[Any, ...]] | None = None
+        self.rowcount = -1
+        self.statusmessage: str | None = None
+        self._left: Iterator[tuple[Any, ...]] = iter(())
+        if rows is not None:
+            self.description = [(column.name, column.type_oid, *[None] * 5) for column in rows.columns]
+            self.rowcount = rows.row_count
+            self.statusmessage = rows.command_tag
+            self._left = iter(rows.rows)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return self._left
+
+    def fetchone(self) -> tuple[Any, ...] | None:
+        """Return the next row, or None after the last."""
+        return next(self._left, None)
+
+    def fetchmany(self, size: int | None = None) -> list[tuple[Any, ...]]:
+        """Return the next ``size`` rows (``arraysize`` by default), or as many as are left."""
+        count = self.arraysize if size is None else size
+        return [row for _, row in zip(range(count), self._left, strict=False)]
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """Return the rows that are left."""
+        return list(self._left)
+
+    def close(self) -> None:
+        """Do nothing: what is read is read."""
+
+
+def read_rows(operator: PgBackgroundOperator, job_ids: Sequence[str]) -> dict[str, tuple[Rows, ...]]:
+    """Return the rows that jobs kept, by their ids; none of one that kept none.
+
+    They are read in the task's own process, over a connection of its own, whoever ran the jobs.
+
+    Raises
+    ------
+    PgbgError
+        As :meth:`pgbg_orchestration.Launcher.rows`.
+    """
+    from airflow_provider.hook import PgBackgroundHook
+    from pgbg_orchestration import Launcher
+    from pgbg_orchestration.rows import NoRows
+
+    hook = PgBackgroundHook(operator.postgres_conn_id, database=operator.database, endpoint=operator.endpoint)
+
+    async def read() -> dict[str, tuple[Rows, ...]]:
+        found: dict[str, tuple[Rows, ...]] = {}
+        async with Launcher(hook.conninfo(), schema=operator.schema) as launcher:
+            for job_id in job_ids:
+                try:
+                    found[job_id] = await launcher.rows(job_id)
+                except NoRows:
+                    found[job_id] = ()
+        return found
+
+    return asyncio.run(read())
+
+
+def handled(
+    operator: PgBackgroundOperator, outcome: Mapping[str, Any], shape: Mapping[str, Any], kept: tuple[Rows, ...]
+) -> Any:
+    """Return what the operator's handler makes of a job's rows, as ``SQLExecuteQueryOperator`` returns it.
+
+    Of a text it is the result of the last statement, of each with ``return_last=False``; of a list, a list with the
+    result of each item's last statement.
+
+    Parameters
+    ----------
+    operator:
+        It says which handler.
+    outcome:
+        The job's.
+    shape:
+        Whether its SQL was a list, and the number of the last statement of each of its items, or of each statement.
+    kept:
+        The rows of its statements.
+
+    Raises
+    ------
+    AirflowFailException
+        The SQL gives rows, and none are kept: the job was committed by a launch that did not ask for them, or they are
+        pruned. The job is committed; a retry would find the same.
+    """
+    assert operator.handler is not None
+    if not kept and outcome["command_tag"] in _GIVE_ROWS:
+        raise _final(
+            f"job {outcome['job_id']} is committed, and no rows of it are kept: whoever launched it did not ask for "
+            "them, or they are pruned. Clear the task to run the SQL again."
+        )
+    by_statement = {rows.statement: rows for rows in kept}
+    single = not shape["listed"] and operator.return_last
+    numbers = shape["ends"][-1:] if single else shape["ends"]
+    results, descriptions = [], []
+    for number in numbers:
+        cursor = RowsCursor(by_statement.get(number))
+        results.append(operator.handler(cursor))
+        descriptions.append(cursor.description)
+    if operator.show_return_value_in_logs:
+        operator.log.info("Operator output is: %s", results)
+    if operator.output_processor is not None:
+        results = operator.output_processor(results, descriptions)
+    return results[-1] if single else results
+
+
+def bounded(operator: PgBackgroundOperator, result: Any) -> Any:
+    """Return a result that may become an XCom.
+
+    Raises
+    ------
+    AirflowFailException
+        It is too large. The job is committed; a retry would find the same.
+    """
+    if operator.do_xcom_push and (size := len(json.dumps(result, default=str).encode())) > XCOM_BYTES:
+        raise _final(
+            f"the job is committed, and what the handler returned has {size:,} bytes as JSON, of which an XCom holds "
+            f"{XCOM_BYTES:,} here. Let the handler return less or store it elsewhere, or set do_xcom_push=False."
+        )
+    return result
+
+
+def _final(message: str) -> Exception:
+    from airflow_provider.compat import AirflowFailException
+
+    return AirflowFailException(message)
