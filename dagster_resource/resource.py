@@ -142,6 +142,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         *,
         name: str | None = None,
         policy: RetryPolicy | None = None,
+        notices: bool = False,
         **options: Unpack[JobOptions],
     ) -> PgBackgroundOutcome:
         """Launch the SQL in a worker, or attach to the worker that runs it already, and wait for its outcome.
@@ -156,6 +157,9 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             Tells the jobs of one step apart; needed from the second one on.
         policy:
             Rules about retries, instead of the resource's.
+        notices:
+            Write what the SQL raises (``RAISE NOTICE``, ``WARNING``, …) to the step's log, as it is raised. It costs a
+            connection of the job's own while its worker is at work; not for supervised jobs.
         options:
             Further options of the job: ``parameters``, ``label``, ``timeout`` (seconds), ``role``, ``settings``, …
 
@@ -175,7 +179,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         DagsterExecutionInterruptedError
             The step was interrupted.
         """
-        return self.run_many(context, {name or "": Sql.of(sql, options)}, policy=policy)[name or ""]
+        return self.run_many(context, {name or "": Sql.of(sql, options)}, policy=policy, notices=notices)[name or ""]
 
     def run_many(
         self,
@@ -185,6 +189,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         max_running: int | None = None,
         fail_fast: bool = True,
         policy: RetryPolicy | None = None,
+        notices: bool = False,
         **options: Unpack[JobOptions],
     ) -> dict[str, PgBackgroundOutcome]:
         """Run several jobs side by side, each with its own commit, and wait for all of them.
@@ -203,6 +208,8 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             When one fails, cancel the others; otherwise let them end first.
         policy:
             Rules about retries, instead of the resource's.
+        notices:
+            As :meth:`run`; each job has a connection of its own then.
         options:
             Options for each job that does not bring its own.
 
@@ -219,7 +226,9 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         if max_running is not None and max_running < 1:
             raise ValueError(f"max_running must be at least 1, not {max_running}")
         given = {name: Sql.of(sql, options) for name, sql in jobs.items()}
-        return self._run_all(context, given, max_running=max_running, fail_fast=fail_fast, policy=policy)
+        return self._run_all(
+            context, given, max_running=max_running, fail_fast=fail_fast, policy=policy, notices=notices
+        )
 
     # Rows ---------------------------------------------------------------------------------------------------------
 
@@ -465,6 +474,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         fail_fast: bool = True,
         policy: RetryPolicy | None = None,
         once: str | None = None,
+        notices: bool = False,
     ) -> dict[str, PgBackgroundOutcome]:
         caller = self._caller(context)
         caller.refuse_in_ended_run()
@@ -480,7 +490,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             max_running=max_running,
             fail_fast=fail_fast,
             keep_on_interrupt=self.cancel_on_termination == "never",
-            options=self._options(),
+            options={**self._options(), "notices": notices},
         )
         caller.drive(batch.run, interval=self.run_status_interval)
         if batch.errors:

@@ -1,11 +1,13 @@
 """Jobs beside the steps' own code: in IO managers and hooks; and what is no context."""
 
+import logging
 from typing import Any
 
 import psycopg
 import pytest
 from dagster import (
     AssetExecutionContext,
+    DagsterInstance,
     HookContext,
     InputContext,
     IOManager,
@@ -91,3 +93,15 @@ def test_what_is_no_context_is_told(pg: PgBackgroundResource) -> None:
         pg.run("fetch", "select 1")  # type: ignore[arg-type]
     with build_init_resource_context() as context, pytest.raises(TypeError, match=r"not .*InitResourceContext"):
         pg.run(context, "select 1")
+
+
+def test_what_the_sql_raises_is_in_the_steps_log(pg: PgBackgroundResource, instance: DagsterInstance) -> None:
+    @asset
+    def loud(context: AssetExecutionContext, pg: PgBackgroundResource) -> None:
+        text = "do $$ begin raise notice 'half way'; raise warning 'odd' using hint = 'look'; end $$"
+        pg.run(context, text, notices=True)
+
+    run = materialize([loud], resources={"pg": pg}, instance=instance)
+    lines = [(entry.level, entry.user_message) for entry in instance.all_logs(run.run_id)]
+    assert (logging.INFO, "loud: NOTICE: half way") in lines
+    assert (logging.WARNING, "loud: WARNING: odd\nHINT: look") in lines
