@@ -72,6 +72,18 @@ class TestRun:
     def test_quiet(self, pgbg: Pgbg) -> None:
         assert pgbg("run", "select 1", "-q").stderr == ""
 
+    @pytest.mark.servers("real", "embedded")
+    def test_notices_are_shown_where_they_are_asked_for(self, pgbg: Pgbg) -> None:
+        raises = "do $$ begin raise notice 'a step' using hint = 'go on'; raise warning 'take care'; end $$"
+
+        heard, unheard = pgbg("run", raises, "--notices"), pgbg("run", raises)
+
+        assert heard.exit_code == unheard.exit_code == 0
+        assert "NOTICE: a step" in heard.stderr
+        assert "HINT: go on" in heard.stderr
+        assert heard.stderr.count("WARNING: take care") == 1
+        assert "a step" not in unheard.stderr
+
     def test_parameters_settings_and_role(self, db: Watched, pgbg: Pgbg) -> None:
         db.role("pgbg_other", "nologin", ())
         db.sql("grant insert on effects to pgbg_other")
