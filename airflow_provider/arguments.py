@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .identity import Identity
 
-JOB_FIELDS = (
-    "sql", "parameters", "worker_label", "settings", "role", "isolation", "kind", "queue_size", "verify_sql",
-    "drop_invalid_index", "redact_details", "fetch",
+SQL_OPTIONS = (
+    "settings", "role", "isolation", "kind", "queue_size", "verify_sql", "drop_invalid_index",
+    "redact_details", "fetch",
 )  # fmt: skip
+"""The names of :data:`pgbg_orchestration.job.SQL_OPTIONS`, again, since a DAG file does not import the core."""
+
+JOB_FIELDS = ("sql", "parameters", "worker_label", *SQL_OPTIONS)
 """Attributes that say what is to be run: of the operator and, so that Airflow renders them, of the start trigger."""
 
 LEAD = timedelta(seconds=5)
@@ -62,14 +65,8 @@ def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
         "series": identity.series,
         "generation": identity.generation,
         "label": label,
+        **{name: getattr(given, name) for name in SQL_OPTIONS},
         "settings": settings_of(given.settings),
-        "role": given.role,
-        "isolation": given.isolation,
-        "kind": given.kind,
-        "queue_size": given.queue_size,
-        "verify_sql": given.verify_sql,
-        "drop_invalid_index": given.drop_invalid_index,
-        "redact_details": given.redact_details,
         "fetch": fetch_of(given.fetch),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -198,6 +198,18 @@ class Job:
             return tuple(part for text in texts for part in statements.split(text))
         except ValueError as error:
             raise InvalidJob(str(error), job_id=self.id, label=self.label) from error
+
+
+SQL_OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        f.name: f.default
+        for f in fields(Job)
+        # Which work it is, what it runs and how long it may take has other names and forms in each surface.
+        if f.name not in ("sql", "parameters", "id", "label", "series", "generation", "owner", "timeout")
+    }
+)
+"""The fields of a job that say how its SQL is run, with their defaults. An orchestrator's operators, triggers and
+options pass them on under the same names; tests/unit/test_job_options.py says where each of them is named."""
 
 
 def _is_int(value: object) -> bool:

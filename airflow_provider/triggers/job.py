@@ -11,6 +11,7 @@ from airflow_provider import events
 from airflow_provider.arguments import JOB_FIELDS, LEAD, job_arguments, unpacked
 from airflow_provider.identity import identify_try
 from airflow_provider.templates import filled
+from pgbg_orchestration.job import SQL_OPTIONS
 
 from .base import JobTrigger
 
@@ -55,8 +56,7 @@ class PgBackgroundStartTrigger(PgBackgroundTrigger):
 
     Parameters
     ----------
-    sql, parameters, worker_label, settings, role, isolation, kind, queue_size, verify_sql, drop_invalid_index, \
-redact_details:
+    sql, parameters, worker_label, settings:
         The attributes of :class:`~airflow_provider.operators.PgBackgroundOperator` of these names.
     fetch:
         The attribute of this name, as one text.
@@ -65,10 +65,12 @@ redact_details:
         :func:`~airflow_provider.templates.taken_apart` returns it: the two then hold texts to be rendered only. None in
         a row of a release before it, which has them whole.
     kwargs:
-        As :class:`PgBackgroundTrigger` takes them, without ``job``.
+        The operator's further attributes of which :data:`pgbg_orchestration.job.SQL_OPTIONS` has the names, and what
+        :class:`PgBackgroundTrigger` takes, without ``job``.
     """
 
     packs: ClassVar[tuple[str, ...]] = ()
+    fetch: str | None
     arguments = (*JOB_FIELDS, "fixed", *(name for name in PgBackgroundTrigger.arguments if name != "job"))
     follows_process = False
 
@@ -79,30 +81,17 @@ redact_details:
         parameters: Sequence[Any] | Mapping[str, Any] | None = None,
         worker_label: str | None = None,
         settings: Sequence[str] | Mapping[str, str] | None = None,
-        role: str | None = None,
-        isolation: str | None = None,
-        kind: str | None = None,
-        queue_size: int | None = None,
-        verify_sql: str | None = None,
-        drop_invalid_index: bool = False,
-        redact_details: bool = False,
-        fetch: str | None = None,
         fixed: str | None = None,
         **kwargs: Any,
     ) -> None:
+        options = {name: kwargs.pop(name, default) for name, default in SQL_OPTIONS.items() if name != "settings"}
         super().__init__(job={}, **kwargs)
+        for name, value in options.items():
+            setattr(self, name, value)
         self.sql = sql
         self.parameters = parameters
         self.worker_label = worker_label
         self.settings = settings
-        self.role = role
-        self.isolation = isolation
-        self.kind = kind
-        self.queue_size = queue_size
-        self.verify_sql = verify_sql
-        self.drop_invalid_index = drop_invalid_index
-        self.redact_details = redact_details
-        self.fetch = fetch
         self.fixed = fixed
         self.timeout_after: datetime | None = None  # the triggerer sets it
 

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from airflow.sdk.exceptions import AirflowTaskTimeout
+from airflow.sdk.exceptions import AirflowTaskTimeout, TaskDeferred
 
+from airflow_provider import PgBackgroundOperator
+from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.waiting import TaskKilled, Waiting
-from pgbg_orchestration import Cause, Job, Launcher, Outcome, errors
+from pgbg_orchestration import Cause, Fetch, Job, Launcher, Outcome, errors
 from tests.conftest import Database
 
+pytestmark = [pytest.mark.airflow, pytest.mark.servers("real", "embedded")]
+
 SQL = "select pg_sleep(60)"
+CONTEXT: Any = {
+    "ti": SimpleNamespace(dag_id="books", run_id="q1", task_id="t", map_index=-1, max_tries=1, try_number=1)
+}
+
+
+@pytest.fixture(autouse=True)
+def _connection(monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
+    """Every Airflow connection leads to the test's database."""
+    monkeypatch.setenv("AIRFLOW_CONN_POSTGRES_DEFAULT", '{"conn_type": "postgres", "host": "patched"}')
+    monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
+    monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
+    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
 
 
 def rows(database: Database, query: str) -> list[tuple[Any, ...]]:
@@ -87,3 +107,32 @@ def test_killed_before_it_began_it_launches_nothing(database: Database) -> None:
     with pytest.raises(TaskKilled):
         waiting.run(lambda launcher: launcher.run(Job(SQL, id="a")))
     assert rows(database, "select from pgbg.jobs") == []
+
+
+KEPT = "select c.cells::text from pgbg.row_chunk as c join pgbg.receipt using (owner, job_digest)"
+
+
+@pytest.mark.parametrize("fetch", [True, Fetch(max_rows=5), {"max_rows": 5}], ids=str)
+def test_rows_are_kept_by_a_task_in_its_own_process(database: Database, fetch: Any) -> None:
+    operator = PgBackgroundOperator(task_id="t", sql="select 42", fetch=fetch, deferrable=False)
+    outcome = operator.execute(CONTEXT)
+
+    assert (outcome["row_count"], outcome["command_tag"]) == (1, "SELECT")
+    assert "results" not in outcome
+    assert rows(database, KEPT) == [("{{42}}",)]
+
+
+def test_rows_are_kept_by_a_trigger(database: Database) -> None:
+    operator = PgBackgroundOperator(task_id="t", sql="select 42", fetch=Fetch(max_rows=5), deferrable=True)
+    with pytest.raises(TaskDeferred) as deferred:
+        operator.execute(CONTEXT)
+    path, arguments = deferred.value.trigger.serialize()
+    module, _, name = path.rpartition(".")
+    again = getattr(import_module(module), name)(**json.loads(json.dumps(arguments, default=str)))
+
+    async def fire() -> list[Any]:
+        return [event.payload async for event in again.run()]
+
+    (payload,) = asyncio.run(fire())
+    assert payload["status"] == "committed"
+    assert rows(database, KEPT) == [("{{42}}",)]
