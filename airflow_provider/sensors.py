@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import BaseSensorOperator
 
+from . import parsing
 from .compat import conf, fails_for_good, take_retry_policy
 from .ending import ends_in_trigger
 from .retry_policy import SqlStateRetryPolicy, tells_decision
@@ -100,6 +101,7 @@ class PgBackgroundSensor(BaseSensorOperator):
                 raise ValueError(f"poll_interval must be a number of seconds above 0, not {poll_interval!r}")
             kwargs["poke_interval"] = poll_interval
         retry_policy = take_retry_policy(kwargs)
+        parsing.check(type(self), {**kwargs, "worker_pid": worker_pid})
         super().__init__(**kwargs)
         if sum(value is not None for value in (job_id, label, worker_pid, worker_label)) != 1:
             raise ValueError("a sensor waits for one thing: give job_id, label, worker_pid or worker_label")
@@ -129,8 +131,13 @@ class PgBackgroundSensor(BaseSensorOperator):
     def execute(self, context: Context) -> Any:
         """Wait: defer to a trigger, or look here."""
         if self.deferrable:
+            from .hook import PgBackgroundHook
+
             deadline = context["ti"].start_date + timedelta(seconds=self.timeout)
-            self.defer(trigger=self._trigger(context, deadline), method_name="execute_complete")
+            trigger = self._trigger(context, deadline)
+            PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint).check()
+            trigger.check_storable()
+            self.defer(trigger=trigger, method_name="execute_complete")
         return super().execute(context)
 
     def _trigger(self, context: Context, deadline: datetime) -> PgBackgroundSensorTrigger:

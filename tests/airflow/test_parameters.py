@@ -33,6 +33,7 @@ from airflow_provider import events
 from airflow_provider.arguments import job_of
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator
+from airflow_provider.sensors import PgBackgroundSensor
 from airflow_provider.triggers import PgBackgroundBatchTrigger, PgBackgroundStartTrigger, PgBackgroundTrigger
 from pgbg_orchestration import errors
 from pgbg_orchestration.postgres.literals import literals_of
@@ -450,9 +451,19 @@ def test_no_event_of_ours_can_end_a_triggerer() -> None:
     assert plain["ok"] == payload["ok"]
 
 
-def test_a_missing_connection_is_told_before_the_task_defers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (PgBackgroundOperator, {"sql": "select 1"}),
+        (PgBackgroundBatchOperator, {"jobs": {"a": "select 1"}}),
+        (PgBackgroundSensor, {"job_id": "a"}),
+    ],
+)
+def test_a_missing_connection_is_told_before_the_task_defers(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, given: dict[str, Any]
+) -> None:
     monkeypatch.undo()
-    operator = PgBackgroundOperator(task_id="t", sql="select 1", postgres_conn_id="no_such", deferrable=True)
+    operator = kind(task_id="t", postgres_conn_id="no_such", deferrable=True, **given)
 
     with pytest.raises(AirflowNotFoundException, match="no_such"):
         operator.execute(_context())

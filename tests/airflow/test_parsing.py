@@ -15,6 +15,7 @@ from airflow.serialization.serialized_objects import DagSerialization
 
 from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator
 from airflow_provider.parsing import ELSEWHERE, LARGEST, SMALLEST, check
+from airflow_provider.sensors import PgBackgroundSensor
 
 pytestmark = [pytest.mark.airflow, pytest.mark.filterwarnings("ignore:Task .* was never mapped")]
 
@@ -108,6 +109,12 @@ class TestNumbers:
             PgBackgroundOperator(task_id="t", sql="select %s", parameters=[value], start_from_trigger=start)
 
         assert msgspec.msgpack.encode(DagSerialization.to_dict(dag))
+
+    def test_a_sensors_too(self) -> None:
+        with pytest.raises(ValueError, match="worker_pid holds a whole number"):
+            PgBackgroundSensor(task_id="t", worker_pid=2**64)
+        with pytest.raises(TypeError, match="postgres_conn_id"):
+            PgBackgroundSensor(task_id="t", job_id="a", conn_id="books")
 
     def test_parameters_that_hold_themselves(self) -> None:
         deep: list[Any] = [1]

@@ -29,6 +29,7 @@ LABELS = ["étape d'été", "tab\there", "x" * 60, "é" * 32, "100 %_", r"a\x41b
 @pytest.fixture(autouse=True)
 def _connection(monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
     monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
+    monkeypatch.setattr(PgBackgroundHook, "check", lambda _self: None)
     monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
 
 
