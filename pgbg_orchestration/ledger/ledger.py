@@ -143,7 +143,15 @@ class Ledger:
     async def mark_cancelled(self, key: Key, cause: Cause, reason: str, *, of_try: str | None = None) -> str | None:
         """Make a cancel final; returns ``cancelled``, ``committed``, or None while a worker is at work."""
         query = self._query("mark_cancelled")
-        status: str | None = await self._patiently(query, (key.owner, key.job_id, cause, reason, of_try, MARK_PATIENCE))
+        arguments = {
+            "owner": key.owner,
+            "job_id": key.job_id,
+            "cause": cause,
+            "reason": reason,
+            "of_try": of_try,
+            "patience": MARK_PATIENCE,
+        }
+        status: str | None = await self._patiently(query, arguments)
         return status
 
     async def mark_older(self, key: Key, generation: int) -> Sequence[str] | None:
@@ -155,7 +163,7 @@ class Ledger:
         at_work: list[str] | None = await self._patiently(query, (key.owner, key.series, generation, MARK_PATIENCE))
         return at_work
 
-    async def _patiently(self, query: sql.Composed, arguments: tuple[Any, ...]) -> Any:
+    async def _patiently(self, query: sql.Composed, arguments: tuple[Any, ...] | Mapping[str, Any]) -> Any:
         try:
             return (await self._writer.ask(lambda conn: _one(conn, query, arguments)))["status"]
         except psycopg.errors.LockNotAvailable:

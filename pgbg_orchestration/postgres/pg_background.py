@@ -247,7 +247,7 @@ class Extension:
         if columns is None:
             tags = [str(tag) for (tag,) in await self.result(conn, handle)][: -1 if padded else None]
             words = tags[-1].split() if tags else []
-            count = int(words[-1]) if len(words) > 1 and words[-1].isdigit() else None
+            count = int(words[-1]) if len(words) > 1 and words[-1].isdigit() else 0  # as result_info has it
             return count, " ".join(word for word in words if not word.isdigit()) or None
         head = self.query("select count(*) from {f}(%s, %s) as ", f="result")
         query = head + sql.SQL("r(") + columns + sql.SQL(")")
@@ -308,21 +308,27 @@ class Extension:
         """Return the statements that a supervisor inside the server needs, with $1 and $2 for a handle.
 
         They are: launch (of $1, with queue size $2 and label $3), ``result_info`` as row count, tag, completed and
-        has_error, ``error_info`` as an array, and ``result`` read to its end, as the number of rows and, without
-        columns, the tag of the last statement; ``padded``: of the one before it.
+        has_error, ``error_info`` as an array, and ``result`` read to its end, as the number of rows, without columns
+        the tag of the last statement (``padded``: of the one before it), and ``padded``.
         """
         texts: dict[str, LiteralString] = {
             "launch": "select pid, cookie from {f}($1, $2, $3)",
             "result_info": "select row_count, command_tag, completed, has_error from {f}($1, $2)",
             "error_info": "select array[sqlstate, message, detail, hint, context{more}] from {f}($1, $2)",
-            "result": "select count(*), null from {f}($1, $2) as r({columns})"
+            "result": "select count(*), null, false from {f}($1, $2) as r({columns})"
             if columns is not None
-            else "select count(*), (array_agg(tag))[count(*)::int4 - {padding}] from {f}($1, $2) as r(tag text)",
+            else "select count(*), (array_agg(tag))[count(*)::int4 - {padded}::int4], {padded}"
+            " from {f}($1, $2) as r(tag text)",
         }
         more = "" if self.v2_names else ", schema_name, table_name, column_name, constraint_name"
         return [
             sql.SQL(text)
-            .format(f=self.name(function), more=sql.SQL(more), columns=columns, padding=sql.Literal(int(padded)))
+            .format(
+                f=self.name(function),
+                more=sql.SQL(more),
+                columns=columns,
+                padded=sql.Literal(padded),
+            )
             .as_string(None)
             for function, text in texts.items()
         ]

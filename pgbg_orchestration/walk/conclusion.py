@@ -15,6 +15,9 @@ from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Sighting
 from pgbg_orchestration.outcome import ErrorFields, EventKind, Outcome
+from pgbg_orchestration.postgres.connection import ConnectionLost
+from pgbg_orchestration.postgres.describe import Readable
+from pgbg_orchestration.postgres.pg_background import ResultInfo
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OURS, Intent, Report, Step
@@ -97,10 +100,11 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
     )
     info = case.memory.launch.info if seen.receipt_attempt == case.attempt else None
     if launched and info is not None and case.work.kind is Kind.RECEIPT:
+        row_count, tag = await _counts(case, info)
         return replace(
             outcome,
-            row_count=info.row_count,
-            command_tag=info.command_tag or None,
+            row_count=row_count,
+            command_tag=tag,
             finished_at=info.finished_at or seen.looked_at,  # 1.9 and 1.10 do not tell: when its end was seen
         )
     if launched and case.memory.launch.result is not None and seen.receipt_attempt == case.attempt:
@@ -111,6 +115,18 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         seen = await _await_counts(case, ledger, seen)
     finished = seen.ended_at or seen.looked_at
     return replace(outcome, row_count=seen.row_count, command_tag=seen.command_tag, finished_at=finished)
+
+
+async def _counts(case: Case, info: ResultInfo) -> tuple[int | None, str | None]:
+    """Return row count and tag of the job's last statement, behind which another one may stand in the launch."""
+    if not case.work.is_padded or case.worker is None:
+        return info.row_count, info.command_tag or None
+    try:
+        # It has ended: nothing is waited for.
+        return await case.worker.session.drain(case.worker, Readable("", None, padded=True))
+    except (psycopg.Error, ConnectionLost) as error:
+        logger.warning("job %s: how many rows it gave is not known: %s", case.work.label, case.work.server_text(error))
+        return None, None
 
 
 async def _await_counts(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:

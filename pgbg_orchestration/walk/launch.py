@@ -27,6 +27,7 @@ from .case import Case
 from .conclusion import record
 from .host import Host
 from .memory import Stage
+from .work import PADDING
 
 T = TypeVar("T")
 SESSIONS_LOST = 6  # one after the other, before a launch counts as impossible
@@ -127,7 +128,7 @@ class Launches:
         if case.session is None or case.session.lost:
             case.session = await self._host.session(exclusive=True)
         # Behind a statement that gives no rows, there are none to read: the result is the statements' tags.
-        case.readable = Readable(text + statements.SEPARATOR.rstrip(";"), None, padded=True)
+        case.readable = Readable(text if work.is_padded else text + PADDING, None, padded=True)
         return case.readable.text
 
     async def _prepare_session(self) -> str:
@@ -146,7 +147,8 @@ class Launches:
         text, last = statements.join(work.statements), work.statements[-1].text
         try:
             columns = await self._on_session(lambda session: session.describe(last, work.meaning()))
-            return Readable(text, columns)
+            if not work.is_padded:
+                return Readable(text, columns)
         except describe.UnreadableResult:
             pass
         except psycopg.Error as error:
@@ -154,7 +156,7 @@ class Launches:
                 raise failures.statement_refused(work, error) from None  # its text quotes the line, parameters and all
             # It may need what the statements before it make.
         # Behind a statement that gives no rows, the result is the statements' tags.
-        return Readable(text + statements.SEPARATOR.rstrip(";"), None, padded=True)
+        return Readable(text + PADDING, None, padded=True)
 
     async def _drop_invalid_index(self) -> None:
         case, work = self._case, self._case.work

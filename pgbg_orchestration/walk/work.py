@@ -24,6 +24,7 @@ from pgbg_orchestration.postgres import literals, markers
 from pgbg_orchestration.postgres.durations import milliseconds
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds
+from pgbg_orchestration.statements.giving import giving
 
 from . import keeping
 
@@ -48,6 +49,9 @@ SUPERVISOR_SETTINGS: Mapping[str, str] = {
 }
 
 
+PADDING = statements.SEPARATOR.rstrip(";")
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """A job bound for one database: its key, its statements with parameters in, and their digest."""
@@ -69,6 +73,16 @@ class Work:
     def is_marked(self) -> bool:
         """Whether its worker bears the marker: it holds no lock."""
         return self.kind is not Kind.RECEIPT
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a statement without rows stands behind the job's last one, which may give some.
+
+        Only the last statement's rows are sent: so there is no output that has to be read, and however many rows there
+        are, their number and the tag are told.
+        """
+        last = self.statements[-1]
+        return not self.kept and not statements.best_alone(last) and giving(last) is not None
 
     @property
     def verify_sql(self) -> str | None:
@@ -145,7 +159,8 @@ class Work:
         if self.job.role is not None:
             head.append(sql.SQL("set local role {}").format(sql.Identifier(self.job.role)).as_string(None))
         if not self.kept or not isinstance(self.job.fetch, Fetch):
-            return "\n;".join([*head, statements.join(self.statements)])
+            tail = PADDING if self.is_padded else ""
+            return "\n;".join([*head, statements.join(self.statements)]) + tail
         keep = sql.SQL("select {}({}, {}").format(
             sql.Identifier(schema, "keep_table"), _literal(self.key.owner), _literal(self.key.job_id)
         )

@@ -8,18 +8,31 @@ left join pg_catalog.pg_stat_activity as a on a.pid = l.holder_pid
 order by l.number
 
 -- name: register
-select * from {schema}.register(%s, %s, %s, %s, %s, %s, %s, %s, %s)
+-- What a later commit makes durable with itself, or what proves nothing, waits for no synchronous standby: one that is
+-- away would keep everybody waiting. A receipt's commit comes after its registration, and takes it along.
+select r.* from {schema}.register(%s, %s, %s, %s, %s, %s, %s, %s, %s) as r,
+    pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
+    then 'off' else 'local' end, true) as how
 
 -- name: mark_cancelled
-select {schema}.mark_cancelled(%s, %s, %s, %s, %s) as status
-from pg_catalog.set_config('lock_timeout', %s, true)
+-- A cancel that was asked for is final, and told only once it cannot be lost: it waits for a synchronous standby. One that
+-- the next call takes back does not.
+select {schema}.mark_cancelled(%(owner)s, %(job_id)s, %(cause)s, %(reason)s, %(of_try)s) as status
+from pg_catalog.set_config('lock_timeout', %(patience)s, true),
+    pg_catalog.set_config('synchronous_commit', case
+        when %(cause)s in ('deadline', 'given up') and pg_catalog.current_setting('synchronous_commit') <> 'off' then 'local'
+        else pg_catalog.current_setting('synchronous_commit') end, true) as how
 
 -- name: mark_older
 select {schema}.mark_older(%s, %s, %s) as status
-from pg_catalog.set_config('lock_timeout', %s, true)
+from pg_catalog.set_config('lock_timeout', %s, true),
+    pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
+    then 'off' else 'local' end, true) as how
 
 -- name: lift_cancel
 select {schema}.lift_cancel(%s, %s) as lifted
+from pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
+    then 'off' else 'local' end, true) as how
 
 -- name: signal
 -- The one that holds the job's lock, unless that is a supervisor: then the worker below it. Anybody can take the lock,
@@ -50,6 +63,8 @@ select coalesce(bool_or(pg_catalog.pg_cancel_backend(t.pid)), false) as sent fro
 
 -- name: follow
 select {schema}.follow(%s, %s, %s, %s)
+from pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
+    then 'off' else 'local' end, true) as how
 
 -- name: settle
 select {schema}.end_supervision(%s, %s, %s, %s, null, null, null, null)
@@ -66,9 +81,13 @@ where l.locktype = 'advisory' and l.granted and l.pid = any(%(pids)s)
 
 -- name: record
 select {schema}.record(%s, %s, %s, %s, %s, %s, %s, %s, %s::text[])
+from pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
+    then 'off' else 'local' end, true) as how
 
 -- name: reported
 select {schema}.reported(%s, %s, %s)
+from pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
+    then 'off' else 'local' end, true) as how
 
 -- name: jobs
 select j.owner, j.job_id, j.label, j.series, j.generation, j.kind, j.state, j.attempt, j.running_pid,

@@ -558,6 +558,7 @@ declare
     v_rows    bigint;
     v_count   bigint;
     v_told    text;
+    v_padded  boolean := false;
     v_tag     text;
     v_done    boolean := false;
     v_failed  boolean := false;
@@ -657,9 +658,10 @@ begin
     else
         -- Read to its end, which comes after the commit: "completed" and a command tag are no proof.
         begin
-            execute p_calls[4] into v_count, v_told using v_pid, v_cookie;
+            execute p_calls[4] into v_count, v_told, v_padded using v_pid, v_cookie;
             v_read := true;
-            if v_told is not null then
+            -- What result_info tells is of the last statement: of the one behind the job's own, where there is one.
+            if v_told is not null and (v_padded or not v_done) then
                 v_tag := pg_catalog.regexp_replace(v_told, '( [0-9]+)+$', '');
                 v_rows := coalesce(pg_catalog.substring(v_told, '[0-9]+$')::bigint, 0);
             elsif not v_done then

@@ -1,0 +1,102 @@
+"""The way out is bounded: a cancelled call raises its cancel and nothing else, and a deadline holds, whatever hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
+from pgbg_orchestration.ledger.ledger import Ledger
+from tests.core.kit import Recorder, Watched, effect, ended, eventually, slow, within
+
+pytestmark = pytest.mark.servers("real", "embedded")
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound, made short: what is tested is that there is one."""
+    monkeypatch.setattr(pace, "CANCEL", 3.0)
+
+
+async def test_a_timeout_of_the_callers_becomes_a_timeout_error_whatever_the_ledger_says(
+    db: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise psycopg.errors.InsufficientPrivilege("permission denied for function mark_cancelled")
+
+    monkeypatch.setattr(Ledger, "mark_cancelled", refuse)
+    monkeypatch.setattr(Ledger, "signal", refuse)
+    seen = Recorder()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(2):
+            await arun(db.conninfo, Job(slow("j", 4), id="j"), observer=seen)
+    assert "let_go" in seen.kinds()
+    await eventually(lambda: not db.workers(), "the worker has ended by itself")
+
+
+async def test_a_cancelled_call_raises_its_cancel_when_the_schema_is_gone(db: Watched) -> None:
+    async with Launcher(db.conninfo) as launcher:
+        task = asyncio.create_task(launcher.run(Job(slow("j", 3), id="j")))
+        await db.at_work("j")
+        db.sql("alter schema pgbg rename to gone")
+        task.cancel()
+        assert isinstance(await ended(task), asyncio.CancelledError)
+        await eventually(lambda: not db.workers(), "the worker has ended by itself")
+        db.sql("alter schema gone rename to pgbg")
+
+
+async def test_cancelled_while_the_server_is_away(
+    own_db: Callable[..., Watched], caplog: pytest.LogCaptureFixture
+) -> None:
+    db = own_db()
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job("select 1", id="warm")))  # its facts are known
+        db.close()
+        db.server.stop()
+        try:
+            seen = Recorder()
+            task = asyncio.create_task(launcher.run(Job(effect("j"), id="j"), observer=seen))
+            await asyncio.sleep(0.5)
+            task.cancel()
+            assert isinstance(await ended(task), asyncio.CancelledError)
+        finally:
+            db.server.start()
+    told = next(event for event in seen.events if event.kind == "let_go").data["error"]
+    assert told["data_state"] == errors.NOT_STARTED
+    assert "could not be decided within 3 s" in told["message"]
+
+
+async def test_a_deadline_holds_while_the_server_is_away(own_db: Callable[..., Watched]) -> None:
+    db = own_db()
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job("select 1", id="warm")))
+        db.close()
+        db.server.stop()
+        try:
+            end = await ended(launcher.run(Job(effect("j"), id="j", timeout=1)))
+        finally:
+            db.server.start()
+    assert isinstance(end, errors.ServerUnreachable)
+    assert end.data_state == errors.NOT_STARTED
+
+
+async def test_a_deadline_holds_while_commits_wait_for_a_standby(own_db: Callable[..., Watched]) -> None:
+    """No standby is there. What this package writes for itself does not wait for it; the job's own commit does."""
+    db = own_db()
+    db.sql("alter system set synchronous_standby_names = 'away'")
+    db.sql("select pg_reload_conf()")
+    await eventually(lambda: db.value("show synchronous_standby_names") == "away", "the standby is missed")
+    try:
+        seen = Recorder()
+        end = await ended(arun(db.conninfo, Job(effect("j"), id="j", timeout=5), observer=seen))
+        assert "launched" in seen.kinds(), "the registration did not wait"
+        # Cancelled while it waited, the commit is made on this server alone: the receipt says so.
+        assert isinstance(end, Outcome), end
+        assert db.effects() == 1
+        late = await ended(arun(db.conninfo, Job(slow("k", 60), id="k", timeout=2)))
+        assert isinstance(late, errors.DeadlinePassed), late
+    finally:
+        db.sql("set synchronous_commit to local; alter system reset synchronous_standby_names; select pg_reload_conf()")
