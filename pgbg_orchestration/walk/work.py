@@ -82,7 +82,9 @@ class Work:
         are, their number and the tag are told.
         """
         last = self.statements[-1]
-        return not self.kept and not statements.best_alone(last) and giving(last) is not None
+        if self.kept or statements.best_alone(last):
+            return False
+        return giving(last) is not None or last.keywords[:1] in (("FETCH",), ("EXECUTE",))
 
     @property
     def verify_sql(self) -> str | None:

@@ -86,6 +86,7 @@ async def test_a_deadline_holds_while_the_server_is_away(own_db: Callable[..., W
 async def test_a_deadline_holds_while_commits_wait_for_a_standby(own_db: Callable[..., Watched]) -> None:
     """No standby is there. What this package writes for itself does not wait for it; the job's own commit does."""
     db = own_db()
+    db.sql("set synchronous_commit to local")  # the test's own session waits for nobody
     db.sql("alter system set synchronous_standby_names = 'away'")
     db.sql("select pg_reload_conf()")
     await eventually(lambda: db.value("show synchronous_standby_names") == "away", "the standby is missed")
@@ -99,4 +100,5 @@ async def test_a_deadline_holds_while_commits_wait_for_a_standby(own_db: Callabl
         late = await ended(arun(db.conninfo, Job(slow("k", 60), id="k", timeout=2)))
         assert isinstance(late, errors.DeadlinePassed), late
     finally:
-        db.sql("set synchronous_commit to local; alter system reset synchronous_standby_names; select pg_reload_conf()")
+        db.sql("alter system reset synchronous_standby_names")
+        db.sql("select pg_reload_conf()")
