@@ -94,8 +94,8 @@ class Evidence:
     verified:
         What verify_sql said, None before it was asked; ``can_verify`` whether there is one.
     may_begin:
-        A worker that nothing refuses may have been launched, nobody has seen it at work yet, and it may begin at any
-        time: whoever launched it is gone.
+        A worker without a receipt of its own may have been launched by somebody who is gone. Nobody has seen it at work
+        yet, so it may begin at any moment, and nothing would refuse it.
     """
 
     carries_receipt: bool = True

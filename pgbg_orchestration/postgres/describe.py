@@ -21,7 +21,8 @@ class Readable:
         The column definition list of its last statement; None for one without rows, whose result is the tag of each
         statement.
     padded:
-        A statement without rows stands behind the job's own, whose rows nobody can read: the last tag is not the job's.
+        Another statement, without rows, was put behind the job's own, so that no rows are sent: the job's own tag is
+        the last but one.
     """
 
     text: str

@@ -193,7 +193,7 @@ def _error(
             return failures.no_slot(work, case.options)
         case Step.CANCELLED if ours:
             worker = bool(case.attempts) or EventKind.ATTACHED in case.told
-            return failures.deadline_passed(work, case.options.deadline, worker=worker)
+            return failures.deadline_passed(work, case.options, worker=worker)
         case Step.CANCELLED:
             return failures.cancelled(work, seen)
         case Step.LOST if case.launch_error is not None:
@@ -206,7 +206,7 @@ def _error(
 
 
 async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:
-    """Say that the failure is told which a supervisor wrote down for nobody: the next call launches the job again."""
+    """Note in the history that a failure was told which its supervisor wrote down: the next call may launch again."""
     if not case.attempts:
         case.tell(EventKind.FOUND_FAILED, "its last launch failed when nobody was there to be told")
     try:

@@ -137,7 +137,7 @@ def weigh_marker(
     """
     memory = memory.at(now, terms)
     if marked:
-        # That was said before the worker ended that is at work.
+        # Its worker is at work: what verify_sql said before is out of date.
         memory = memory._replace(launch=memory.launch._replace(at_work=True), verification=None)
     launch = memory.launch
     evidence = _evidence(

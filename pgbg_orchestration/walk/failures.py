@@ -77,25 +77,25 @@ def cancelled(work: Work, seen: Sighting | None) -> PgbgError:
     )
 
 
-def deadline_passed(work: Work, deadline: datetime | None, *, worker: bool) -> PgbgError:
+def deadline_passed(work: Work, options: Options, *, worker: bool) -> PgbgError:
     """Our own deadline ended the job; ``worker``: one of it was at work."""
-    told = f"{_bounds(work, deadline)} passed" + (", and its worker has ended" if worker else " before it was launched")
+    told = f"{_bounds(work, options)} passed" + (", and its worker has ended" if worker else " before it was launched")
     named = _ended(work) if worker else {**_named(work), "data_state": None}
     return errors.DeadlinePassed(told, sqlstate=CANCELED, **named)
 
 
-def _bounds(work: Work, deadline: datetime | None) -> str:
-    bounds = [] if work.job.timeout is None else [f"its timeout of {work.job.timeout:g} s"]
+def _bounds(work: Work, options: Options) -> str:
+    timeout, deadline, slot_timeout = work.job.timeout, options.deadline, options.slot_timeout
+    bounds = [] if slot_timeout is None else [f"its slot_timeout of {slot_timeout:g} s"]
+    bounds += [] if timeout is None else [f"its timeout of {timeout:g} s"]
     bounds += [] if deadline is None else [f"its deadline {deadline.isoformat(timespec='seconds')}"]
     return " or ".join(bounds)
 
 
 def no_slot(work: Work, options: Options) -> PgbgError:
     """The wait for a worker slot was as long as it may be."""
-    bounds = [] if options.slot_timeout is None else [f"its slot_timeout of {options.slot_timeout:g} s"]
-    bounds += filter(None, [_bounds(work, options.deadline)])
     return errors.NoWorkerSlot(
-        f"no worker slot came free before {' or '.join(bounds)} passed",
+        f"no worker slot came free before {_bounds(work, options)} passed",
         sqlstate="53000",
         todo="Raise max_worker_processes, or run fewer jobs at once.",
         **_named(work),

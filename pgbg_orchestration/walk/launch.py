@@ -93,7 +93,7 @@ class Launches:
         await self.take_over_call()
         faults.point("while_running")
         if case.worker is not None:
-            # Most of what a look would tell now, it tells better a little later.
+            # A look at once would show a worker that has not begun: most jobs have ended by the first look like this.
             await asyncio.wait({case.worker.ended}, timeout=case.bounded(pace.LOOK_SOONEST))
         return True
 
@@ -202,6 +202,7 @@ class Launches:
                     case.paired = True
                 await self._host.slots.launch(lambda: self._call(text), self._on_slots_used_up)
         except TimeoutError:
+            case.waited_for_slot = True  # also in a call that nobody has answered yet
             case.memory = case.memory.wanting(Intent.DEADLINE)
         except MayBeLaunched as error:
             case.launch_error = error.error
