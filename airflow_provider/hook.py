@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider.compat import BaseHook
@@ -183,11 +184,39 @@ def _arguments_of(given: Connection, database: str | None, *, with_token: bool) 
             )
             return token
 
-    Asked(postgres_conn_id=given.conn_id, database=database).get_conn()
+    hook = Asked(postgres_conn_id=given.conn_id, database=database)
+    if hasattr(PostgresHook, "_create_connection"):
+        hook.get_conn()
+    else:
+        arguments.update(_arguments_before_6_8(hook, given))
     # Named in `extra`, these reach psycopg's or psycopg2's `connect` and not libpq.
     drivers = {*inspect.signature(psycopg.Connection.connect).parameters, "cursor_factory", "connection_factory"}
     return {
         name: value for name, value in arguments.items() if value is not None and name not in drivers - {"conninfo"}
+    }
+
+
+def _arguments_before_6_8(hook: Any, given: Connection) -> dict[str, Any]:
+    """Return what ``get_conn`` hands to libpq in the Postgres provider before 6.8, which connects at once.
+
+    Airflow 3.1 and 3.2 came with it. Its order: fields, ``options`` of the hook, then extras that are not its own.
+    """
+    connection = copy(given)  # a token may be written into it
+    login, password, port = connection.login, connection.password, connection.port
+    if connection.extra_dejson.get("iam", False):
+        login, password, port = hook.get_iam_token(connection)
+    return {
+        "host": connection.host,
+        "user": login,
+        "password": password,
+        "dbname": hook.database or connection.schema,
+        "port": port,
+        **({"options": hook.options} if hook.options else {}),
+        **{
+            name: value
+            for name, value in connection.extra_dejson.items()
+            if name not in (*hook.ignored_extra_options, "row_factory")
+        },
     }
 
 

@@ -132,3 +132,34 @@ class TestOnKill:
     async def test_where_airflow_calls_it_nothing_else_does(self, trigger: PgBackgroundTrigger) -> None:
         await trigger.cleanup()
         assert self.killed == 0
+
+
+@pytest.mark.parametrize(
+    "extra", ["{}", '{"sslmode": "require", "options": "-c x=1", "cursor": "dictcursor", "host": "there"}']
+)
+def test_an_older_postgres_provider_hands_the_same_to_libpq(monkeypatch: pytest.MonkeyPatch, extra: str) -> None:
+    """Before 6.8 its hook cannot be asked what it would connect with: it connects."""
+    from airflow.providers.postgres.hooks.postgres import PostgresHook
+    from airflow.sdk import Connection
+    from psycopg.conninfo import conninfo_to_dict
+
+    from airflow_provider.hook import conninfo_of
+
+    connection = Connection(
+        conn_id="books",
+        conn_type="postgres",
+        host="db",
+        login="etl",
+        password="x y",
+        port=5433,
+        schema="b",
+        extra=extra,
+    )
+    if not hasattr(PostgresHook, "_create_connection"):
+        expected = {"host": "there" if "there" in extra else "db", "user": "etl", "password": "x y", "dbname": "b"}
+        assert conninfo_to_dict(conninfo_of(connection)).items() >= expected.items()
+        return
+    newer = conninfo_to_dict(conninfo_of(connection))
+    monkeypatch.delattr(PostgresHook, "_create_connection")
+
+    assert conninfo_to_dict(conninfo_of(connection)) == newer
