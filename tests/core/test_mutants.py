@@ -81,22 +81,24 @@ async def test_no_receipt_check(db: Watched, broken: bool, monkeypatch: pytest.M
         assert db.effects() == 1, "noticed: it committed twice"
 
 
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the list that gets the texts that are launched from now on."""
-    texts: list[str] = []
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return the list that gets what is launched from now on: the text, and the setting that it reads its job from."""
+    texts: list[tuple[str, str]] = []
     launch = LaunchingSession.launch
 
     def spy(self: LaunchingSession, text: str, **arguments: Any) -> Any:
-        texts.append(text)
+        texts.append((text, arguments["settings"]["pgbg.work"]))
         return launch(self, text, **arguments)
 
     monkeypatch.setattr(LaunchingSession, "launch", spy)
     return texts
 
 
-async def launch_late(db: Watched, text: str) -> None:
+async def launch_late(db: Watched, launch_call: tuple[str, str]) -> None:
     """Run a worker of a launch call that was lost on its way, and that starts only now."""
+    text, work = launch_call
     with psycopg.connect(db.conninfo, autocommit=True) as late:
+        late.execute("select set_config('pgbg.work', %s, false)", (work,))
         launch, info = (db.database.function(name) for name in ("launch", "result_info"))
         handle = late.execute(f"select pid, cookie from {launch}(%s)".encode(), (text,)).fetchone()
 
