@@ -59,7 +59,7 @@ def test_no_branch_compares_what_is_written_for_people(package: str) -> None:
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 sides = [node.func.value] if node.func.attr in ("startswith", "endswith", "find", "count") else []
             found += [
-                f"{file.name}:{node.lineno}" for side in sides if isinstance(side, ast.Attribute) and side.attr in WORDS
+                f"{file.name}:{side.lineno}" for side in sides if isinstance(side, ast.Attribute) and side.attr in WORDS
             ]
     # The server has no code of its own for DDL that meets DDL: XX000, and these words in English or none.
     assert [line.partition(":")[0] for line in found] == (["retry.py"] if package == "pgbg_orchestration" else [])
