@@ -1,110 +1,70 @@
-"""Measure on an embedded server of its own, and print tables: ``make bench`` (ARGS="--rounds 50").
+"""Measure on an embedded server of its own, print a table, and write it as Markdown: ``make bench``.
 
-Every figure is a median of rounds in which the ways take turns, so that a machine's changing speed falls on all alike;
-quote the ratios and not the milliseconds.
+``ARGS="--smoke"`` runs the whole of it with next to no work. Every ratio is against a named peer in the same run; quote
+the ratios, and not the milliseconds of another machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
-import time
-from collections.abc import Awaitable, Callable
+import os
+import platform
+from pathlib import Path
 
 import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from pgbg_orchestration import Job, Launcher
+from benchmarks.measures import SMOKE, WHOLE, Bench, Row, Size
 from pgbg_orchestration.embedded.server import EmbeddedServer
 from pgbg_orchestration.ledger import install
 from pgbg_orchestration.postgres.pg_background import Extension
 
-Way = Callable[[], Awaitable[None]]
-console = Console()
+ONLY = ("one_job", "many_jobs", "ends", "waiting", "history")
 
 
-async def measure(ways: dict[str, Way], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each way."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            await way()
-            if number:  # the first round warms up
-                taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in taken.items()}
+async def run(conninfo: str, version: str, size: Size, only: list[str]) -> list[Row]:
+    """Take the measures in turn."""
+    bench = Bench(conninfo, Extension(version, "public"), size)
+    return [row for name in only for row in await getattr(bench, name)()]
 
 
-def show(title: str, medians: dict[str, float], *, jobs: int = 1) -> None:
-    """Print one comparison; the first way is what the others are measured against."""
-    table = Table(title=title, title_justify="left")
-    for column in ("way", "ms a job", "ratio"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    first = next(iter(medians.values()))
-    for name, seconds in medians.items():
-        table.add_row(name, f"{seconds / jobs * 1000:.2f}", f"{seconds / first:.2f}")
-    console.print(table)
-
-
-async def raw_launch(conn: psycopg.AsyncConnection, extension: Extension, sql: str) -> None:
-    """Run SQL in a worker as one would by hand: without receipt, without a look, without a retry."""
-    handle = await extension.launch(conn, sql, label="bench")
-    while not (await extension.wait(conn, handle, 60_000)):
-        pass
-    await extension.result_infos(conn, [handle])
-    await extension.detach(conn, handle)
-
-
-async def compare(conninfo: str, version: str, rounds: int) -> None:
-    """Measure a short job, a second's job, and many at once."""
-    extension = Extension(version, "public")
-    async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as conn, Launcher(conninfo) as launcher:
-
-        async def plain(sql: str) -> None:
-            await conn.execute(sql.encode())
-
-        async def ours(sql: str, **kind: str) -> None:
-            await launcher.run(Job(sql, **kind))  # type: ignore[arg-type]
-
-        def ways(sql: str) -> dict[str, Way]:
-            return {
-                "psycopg, on an open connection": lambda: plain(sql),
-                "pg_background by hand": lambda: raw_launch(conn, extension, sql),
-                "this package, kind receipt": lambda: ours(sql),
-                "this package, kind session": lambda: ours(sql, kind="session"),
-                "this package, kind supervised": lambda: ours(sql, kind="supervised"),
-            }
-
-        show("A job that does nothing", await measure(ways("select 1"), rounds))
-        show("A job of a second", await measure(ways("select pg_sleep(1)"), max(rounds // 10, 3)))
-
-        async def by_hand_in_turn(number: int) -> None:
-            for _ in range(number):
-                await raw_launch(conn, extension, "select 1")
-
-        async def together(number: int) -> None:
-            await asyncio.gather(*(launcher.run(Job("select 1")) for _ in range(number)))
-
-        many = 100
-        both: dict[str, Way] = {
-            "pg_background by hand, one after the other": lambda: by_hand_in_turn(many),
-            "this package, at once": lambda: together(many),
-        }
-        show(f"{many} jobs that do nothing", await measure(both, max(rounds // 10, 3)), jobs=many)
+def as_markdown(rows: list[Row], machine: str) -> str:
+    """Return the table as the documentation has it."""
+    lines = ["| measure | ours | against | ratio |", "|---|---|---|---|"]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f} ×"
+        lines.append(f"| {row.measure} | {row.value} | {row.peer or ''} | {ratio} |")
+    return "\n".join([*lines, "", machine, ""])
 
 
 def main() -> None:
     """Start a server, measure, stop it."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
-    with EmbeddedServer() as server:
+    parser.add_argument("--smoke", action="store_true", help="next to no work: that the benchmark itself runs")
+    parser.add_argument("--only", choices=ONLY, action="append", help="only this group of measures")
+    parser.add_argument("--write", type=Path, help="a file for the table as Markdown")
+    given = parser.parse_args()
+    size = SMOKE if given.smoke else WHOLE
+    with EmbeddedServer(max_worker_processes=size.waiting + 60) as server:
         conninfo = server.create_database("bench")
         install.install(conninfo)
-        console.print(f"pg_background: {server.extension}")
-        asyncio.run(compare(conninfo, server.extension.split()[-1], rounds))
+        rows = asyncio.run(run(conninfo, server.extension.split()[-1], size, given.only or list(ONLY)))
+        with psycopg.connect(conninfo) as conn:
+            version = conn.execute("show server_version").fetchone()
+        machine = (
+            f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}, "
+            f"psycopg {psycopg.__version__}, PostgreSQL {version[0] if version else '?'}, {server.extension}."
+        )
+    table = Table(title=machine, title_justify="left")
+    for column in ("measure", "ours", "against", "ratio"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row.measure, row.value, row.peer or "", "" if row.ratio is None else f"{row.ratio:.2f}")
+    Console().print(table)
+    if given.write:
+        given.write.write_text(as_markdown(rows, machine), encoding="utf-8")
 
 
 if __name__ == "__main__":

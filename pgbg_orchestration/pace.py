@@ -12,8 +12,14 @@ import random
 SHARE = 0.04
 SOONEST = 0.01
 LATEST = 5.0
+HANDLE_SHARE = 0.25
+HANDLE_SOONEST = 0.01
+HANDLE_LATEST = 0.25  # one query tells of all handles of a session, and costs a tenth of asking for each
+POLLING = 0.05  # of its time a session polls at most
 LOOK_SOONEST = 1.0  # for what the handle does not tell: blocked output, a stalled session
 LOOK_LATEST = 15.0
+LOOK_BEHIND = 60.0
+BLOCKED = 2.0  # output that nobody reads, of all workers of a session
 RETRY_SOONEST = 0.05
 RETRY_LATEST = 5.0
 
@@ -34,9 +40,22 @@ def poll(age: float, poll_interval: float | None = None) -> float:
     return min(max(SOONEST, SHARE * age), poll_interval or LATEST)
 
 
+def poll_handle(age: float, poll_interval: float | None = None) -> float:
+    """Return how long to wait before the handle of a job is polled that has run for ``age``: for failures mainly."""
+    return min(max(HANDLE_SOONEST, HANDLE_SHARE * age), poll_interval or HANDLE_LATEST)
+
+
 def look(age: float, poll_interval: float | None = None) -> float:
     """Return how long to wait before the next look at a job whose handle is polled besides."""
     return min(max(LOOK_SOONEST, 2 * SHARE * age), max(poll_interval or LOOK_LATEST, LOOK_SOONEST))
+
+
+def look_behind(age: float, poll_interval: float | None = None) -> float:
+    """Return how long to wait before the next look at a job that this process launched, where nothing asks for one.
+
+    Its end is heard of and polled for, and so is blocked output: this is for what neither of them tells.
+    """
+    return max(look(age, poll_interval), min(age, LOOK_BEHIND))
 
 
 def backoff(attempt: int, chance: random.Random | None = None) -> float:

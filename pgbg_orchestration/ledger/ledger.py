@@ -23,6 +23,7 @@ from psycopg.rows import dict_row
 from pgbg_orchestration.errors import ServerUnreachable
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
+from pgbg_orchestration.postgres.opening import Quote
 from pgbg_orchestration.rows import Column, Rows
 
 from . import queries
@@ -34,8 +35,13 @@ T = TypeVar("T")
 MARK_PATIENCE = "25ms"  # how long a mark waits for a worker that began just now; then that worker is signalled
 
 
+def this_process() -> str:
+    """Return what names this process to people."""
+    return f"{socket.gethostname()}/{os.getpid()}"
+
+
 class Ledger:
-    """The receipts, series and history of one database, over two connections that come back when they are lost.
+    """The receipts, series and history of one database, over a few connections that come back when they are lost.
 
     Parameters
     ----------
@@ -51,6 +57,7 @@ class Ledger:
         self.schema = schema
         self._reader = Line(conninfo, "pgbg: looking", on_trouble)
         self._writer = Line(conninfo, "pgbg: ledger", on_trouble)
+        self._lister = Line(conninfo, "pgbg: listing", on_trouble)
         self._wanted: dict[Key, asyncio.Future[Sighting]] = {}
         self._looking: asyncio.Task[None] | None = None
 
@@ -60,6 +67,7 @@ class Ledger:
             self._looking.cancel()
         await self._reader.close()
         await self._writer.close()
+        await self._lister.close()
 
     def _query(self, name: str) -> sql.Composed:
         return queries.query(name, self.schema)
@@ -135,10 +143,31 @@ class Ledger:
     ) -> Registration:
         """Register a launch: committed when this returns, so that everybody knows of it before it runs."""
         query = self._query("register")
-        here = f"{socket.gethostname()}/{os.getpid()}"
+        here = this_process()
         arguments = (key.owner, key.job_id, key.series, generation, label, kind, sql_digest, accept_changed_sql, here)
         row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
         return Registration(**row)
+
+    def registering(
+        self,
+        key: Key,
+        *,
+        generation: int | None,
+        label: str,
+        kind: str,
+        sql_digest: bytes,
+        accept_changed_sql: bool,
+        quote: Quote,
+    ) -> str:
+        """Return what registers a job, as an item of FROM, where nothing is known of it or of its series."""
+        given = (
+            key.owner, key.job_id, key.series, generation, label, str(kind), sql_digest, accept_changed_sql,
+            this_process(), True,
+        )  # fmt: skip
+        return f"{self._name('register')}({', '.join(map(quote, given))})"
+
+    def _name(self, function: str) -> str:
+        return sql.Identifier(self.schema, function).as_string(None)
 
     async def mark_cancelled(self, key: Key, cause: Cause, reason: str, *, of_try: str | None = None) -> str | None:
         """Make a cancel final; returns ``cancelled``, ``committed``, or None while a worker is at work."""
@@ -264,7 +293,7 @@ class Ledger:
         """
         query = self._query("jobs")
         arguments = {
-            "states": list(states),
+            "states": list(states) or None,
             "label": _like(label),
             "series": _like(series),
             "job_id": job_id,

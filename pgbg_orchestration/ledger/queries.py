@@ -28,4 +28,9 @@ def names() -> tuple[str, ...]:
 @cache
 def query(name: str, schema: str) -> sql.Composed:
     """Return a query for the package's schema of that name; raises ``KeyError`` where there is no such query."""
-    return sql.SQL(_texts()[name]).format(schema=sql.Identifier(schema))
+    return filled(name, schema)
+
+
+def filled(name: str, schema: str, **parts: object) -> sql.Composed:
+    """Return a query with further parts of its text put in: SQL as it is, values as literals."""
+    return sql.SQL(_texts()[name]).format(schema=sql.Identifier(schema), **parts)

@@ -24,8 +24,8 @@ from . import install, queries
 
 CONNECTIONS_NEEDED = 3
 """Connections of a process that runs jobs: to look, to write, and to launch."""
-CONNECTIONS_COMFORTABLE = 6
-"""The most that a process holds besides jobs of kind session, with three sessions that launch, and one for a moment."""
+CONNECTIONS_COMFORTABLE = 7
+"""The most that a process holds besides jobs of kind session: three that launch, one that listens, one for a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class ServerFacts:
     worker_timeout: str
     default_transaction_isolation: str
     max_worker_processes: int
+    notifies: bool
     max_connections: int
     login_limit: int | None
     database_limit: int | None

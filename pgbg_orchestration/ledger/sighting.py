@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -16,7 +17,6 @@ RECEIPTS = {
     "committed": Receipt.COMMITTED,
     "cancelled": Receipt.CANCELLED,
 }
-BLOCKED = ("MessageQueuePutMessage", "ClientWrite")  # a worker's own, and a stand-in's
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,17 @@ class Sighting:
         known = {field.name: row[field.name] for field in fields(cls) if field.name != "error"}
         return cls(**{**known, "cause": Cause.known(row["cause"]), "error": error})
 
+    @classmethod
+    def of_commit(cls, attempt: int, worker_pid: int, started_at: datetime, looked_at: datetime) -> Sighting:
+        """Tell of a receipt that was read by itself: nothing else was looked at."""
+        nothing: dict[str, Any] = {field.name: None for field in fields(cls)}
+        told = {
+            "looked_at": looked_at, "status": "committed", "receipt_attempt": attempt, "receipt_pid": worker_pid,
+            "receipt_started_at": started_at, "holder_is_owner": True, "holds_this_job": False, "may_begin": False,
+            "error": ErrorFields(),
+        }  # fmt: skip
+        return cls(**{**nothing, **told})
+
     @property
     def receipt(self) -> Receipt:
         """What the receipt says."""
@@ -137,3 +148,8 @@ class Registration:
     newest: int
     attempt: int
     sql_changed: bool
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> Registration:
+        """Read what a call of the schema's ``register`` gave."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})

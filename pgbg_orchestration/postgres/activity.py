@@ -113,6 +113,12 @@ async def views_of(conn: AsyncConnection[Any]) -> tuple[str, ...]:
     return tuple(name for (name,) in await cursor.fetchall())
 
 
+async def waiting_for(conn: AsyncConnection[Any], events: Sequence[str]) -> set[int]:
+    """Return the processes that wait for one of these, as far as the login sees them."""
+    query = "select a.pid from pg_catalog.pg_stat_activity as a where a.wait_event = any(%s)"
+    return {pid for (pid,) in await (await conn.execute(query, ([*events],))).fetchall()}
+
+
 async def look(
     conn: AsyncConnection[Any], views: Sequence[str], pids: Sequence[int], names: Sequence[str] = ()
 ) -> list[Activity]:
@@ -125,14 +131,14 @@ async def look(
     views:
         As :func:`views_of` returns them.
     pids, names:
-        Their process ids, and the ``application_name`` of those whose process id is not known.
+        Their process ids, and what the ``application_name`` begins with of those whose process id is not known.
 
     Raises
     ------
     psycopg.Error
         The server refuses.
     """
-    query = query_for(views, sql.SQL("a.pid = any(%(pids)s) or a.application_name = any(%(names)s)"))
+    query = query_for(views, sql.SQL("a.pid = any(%(pids)s) or a.application_name ^@ any(%(names)s)"))
     cursor = await conn.cursor(row_factory=dict_row).execute(query, {"pids": [*pids], "names": [*names]})
     return [activity_of(row) for row in await cursor.fetchall()]
 

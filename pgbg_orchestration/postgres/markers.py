@@ -23,6 +23,10 @@ _WHERE = (
 )
 
 
+LENGTH = 18
+"""Characters of a marker."""
+
+
 def marker(owner: str, job_id: str) -> str:
     """Return what the ``application_name`` of a worker without a lock begins with; the schema has the same function."""
     return f"pgbg:{hashlib.sha256(f'{owner}:{job_id}'.encode()).hexdigest()[:12]}:"

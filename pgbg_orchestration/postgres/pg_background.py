@@ -28,6 +28,9 @@ ERROR_FIELDS = (
     "sqlstate", "message", "detail", "hint", "context", "schema_name", "table_name", "column_name", "constraint_name",
 )  # fmt: skip
 
+OUTPUT_WAITS = ("MessageQueuePutMessage", "ClientWrite")
+"""What a worker waits for whose output nobody reads: the extension's own, and a stand-in's."""
+
 # name in 2.0 → name in 1.9 and 1.10, where it is not the 2.0 name with "_v2"
 RENAMED = {"report_progress": "pg_background_progress", "grant_privileges": "grant_pg_background_privileges"}
 LIST_COLUMNS_1_9 = (
@@ -143,6 +146,25 @@ class Extension:
                 if row.get(name) is not None:
                     row[name] = datetime.fromtimestamp(row[name], UTC)
         return {Handle(row.pop("pid"), row.pop("cookie")): ResultInfo(**row) for row in rows}
+
+    async def ended(self, conn: AsyncConnection[Any], setting: str) -> tuple[str | None, int, list[Handle]]:
+        """Return a setting of the session, how many workers it tracks, and which of them are at work no more.
+
+        A tenth of what ``result_info`` of as many handles costs. It is a first look: a worker can be completed, and its
+        process at its end still.
+        """
+        tracked: sql.Composable = sql.Identifier(self.schema, "pg_background_list")
+        if self.numbers < (1, 10):
+            tracked = sql.SQL("{}() as l({})").format(self.name("list"), sql.SQL(LIST_COLUMNS_1_9))
+        if "ended" not in self._queries:
+            self._queries["ended"] = sql.SQL(
+                "select pg_catalog.current_setting(%s, true), count(*),"
+                " array_agg(pid) filter (where state <> 'running'), array_agg(cookie) filter (where state <> 'running')"
+                " from {}"
+            ).format(tracked)
+        cursor = await conn.cursor(row_factory=tuple_row).execute(self._queries["ended"], (setting,))
+        value, number, pids, cookies = await cursor.fetchone() or (None, 0, None, None)
+        return value, number, [Handle(*pair) for pair in zip(pids or (), cookies or (), strict=True)]
 
     async def error_info(self, conn: AsyncConnection[Any], handle: Handle) -> ErrorFields | None:
         """Return the worker's error, or None without one, or where the handle is not known any more."""
@@ -260,6 +282,17 @@ class Extension:
             await conn.execute(self.query("select {f}(%s, %s)", f="detach"), handle)
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
             return  # forgotten already
+
+    async def detach_many(self, conn: AsyncConnection[Any], handles: Sequence[Handle]) -> None:
+        """Forget handles, in one query; where one is not known any more, the others by themselves."""
+        query = self.query(
+            "select {f}(h.pid, h.cookie) from unnest(%s::int4[], %s::int8[]) as h (pid, cookie)", f="detach"
+        )
+        try:
+            await conn.execute(query, ([handle.pid for handle in handles], [handle.cookie for handle in handles]))
+        except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
+            for handle in handles if len(handles) > 1 else ():
+                await self.detach(conn, handle)
 
     async def detach_all(self, conn: AsyncConnection[Any]) -> int:
         """Forget every handle of this session; returns how many there were."""

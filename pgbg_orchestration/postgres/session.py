@@ -10,55 +10,29 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, IsolationLevel, sql
-from psycopg.rows import scalar_row
+from psycopg.rows import dict_row
 
 from pgbg_orchestration import pace
 from pgbg_orchestration.errors import PoolerInTransactionMode
 from pgbg_orchestration.outcome import ErrorFields
 from pgbg_orchestration.testing import faults
 
-from . import connection, describe
+from . import activity, connection, describe, opening
 from .connection import ConnectionLost, ExtensionMoved
 from .describe import Readable
-from .pg_background import MAX_TRACKED, NO_SLOT, Extension, Handle, Progress, ResultInfo
+from .opening import Begun, Claim, LaunchRefused, MayBeLaunched, Opening, Proof, SlotsUsedUp
+from .pg_background import MAX_TRACKED, NO_SLOT, OUTPUT_WAITS, Extension, Handle, Progress, ResultInfo
 
 T = TypeVar("T")
 logger = logging.getLogger("pgbg_orchestration")
 TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
+ASKED_ALL = 20  # polls, after which each handle is asked for by itself
 LAUNCHES = 2_000  # then the session is replaced when its workers have ended: old versions leak memory for each launch
-
-
-class SlotsUsedUp(Exception):
-    """The server has no worker slot free; nothing was launched. ``sqlstate`` tells which limit it was."""
-
-    def __init__(self, error: psycopg.Error) -> None:
-        super().__init__(error.diag.message_primary or str(error))
-        self.sqlstate = error.sqlstate
-
-
-class LaunchRefused(Exception):
-    """The server refused the launch before a worker was started; ``error`` says why.
-
-    ``called`` is False where it refused a setting or the role, before the call itself.
-    """
-
-    def __init__(self, error: psycopg.Error, *, called: bool) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.called = called
-
-
-class MayBeLaunched(Exception):
-    """The launch call failed on its way: a worker may be running, and nobody has its handle."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +47,9 @@ class Worker:
     launched_at: float  # seconds of the event loop's clock
     ended: asyncio.Future[ResultInfo | None]
     poll_interval: float | None = None  # the longest time between two polls; None for the usual one
+    claim: Claim | None = None  # the launch that its receipt would prove, where it writes one
+    proof: Proof | None = None  # that receipt, read after its commit was heard of; it is in the history then
+    nudged: asyncio.Event = field(default_factory=asyncio.Event)  # somebody should look at it before its time
 
     @property
     def gone(self) -> bool:
@@ -101,11 +78,20 @@ class LaunchingSession:
         Its connection, in autocommit mode; this object owns it.
     extension:
         pg_background as installed there.
+    settling:
+        The query that reads the receipts of launches, writes their ends into the history, and tells both; of owners,
+        ids and attempts of jobs, and of handles (lists). None: nothing is heard of.
     """
 
-    def __init__(self, conn: AsyncConnection[Any], extension: Extension) -> None:
+    def __init__(self, conn: AsyncConnection[Any], extension: Extension, settling: sql.Composed | None = None) -> None:
         self._conn = conn
         self.extension = extension
+        self._settling = settling
+        self._heard: dict[Handle, Worker] = {}
+        self._settler: asyncio.Task[None] | None = None
+        self._polls = 0
+        self._looked = 0.0
+        self._spent = 0.0  # seconds that the last poll took
         self.workers: dict[Handle, Worker] = {}
         self.launches = 0
         self.lost = False
@@ -117,7 +103,9 @@ class LaunchingSession:
         self._releasing: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def open(cls, conninfo: connection.Conninfo, extension: Extension) -> LaunchingSession:
+    async def open(
+        cls, conninfo: connection.Conninfo, extension: Extension, settling: sql.Composed | None = None
+    ) -> LaunchingSession:
         """Connect.
 
         Raises
@@ -128,7 +116,7 @@ class LaunchingSession:
         conn = await connection.connect(conninfo, "pgbg: launching")
         try:
             await conn.set_isolation_level(IsolationLevel.READ_COMMITTED)
-            session = cls(conn, extension)
+            session = cls(conn, extension, settling)
             # What is set here is inherited by workers: nothing but what cannot matter to a job's SQL.
             await connection.settle(
                 conn,
@@ -146,7 +134,7 @@ class LaunchingSession:
     async def close(self) -> None:
         """End the session; its workers go on, and whoever waits for them is told that their handles are lost."""
         self._give_up()
-        for task in (self._poller, *self._releasing):
+        for task in (self._poller, self._settler, *self._releasing):
             if task is not None:
                 task.cancel()
         await connection.close(self._conn)
@@ -170,6 +158,80 @@ class LaunchingSession:
         """Whether another worker can be launched here now without waiting for another call."""
         return not self.worn and not self._turn.locked() and len(self.workers) < MAX_TRACKED - 1
 
+    # Registering and launching ------------------------------------------------------------------------------------
+
+    def begin(self, text: Opening, *, settings: Mapping[str, str], poll_interval: float | None) -> asyncio.Task[Begun]:
+        """Register a job of which nothing is known, and launch it, in one round trip; awaited like :meth:`launch`.
+
+        The registration is committed before the launch. ``text.registration`` has it, also where the launch failed.
+
+        Raises (when awaited)
+        ---------------------
+        As :meth:`launch`; and psycopg.Error, where the registration is refused.
+        """
+        return asyncio.create_task(self._begin(text, settings, poll_interval))
+
+    async def _begin(self, text: Opening, settings: Mapping[str, str], poll_interval: float | None) -> Begun:
+        script = text.script(self._conn, settings, self.extension.name("launch"))
+        async with self._turn:
+            faults.point("before_launch")
+            sent = False
+            try:
+                async with asyncio.timeout(pace.CALL):
+                    if self.lost:
+                        raise ConnectionLost("the launching session is lost")
+                    sent = True
+                    handle = await opening.run(self._conn, script, text)
+            except opening.Refused as refused:
+                error = refused.error
+                lost = self._give_up_if_lost(error)
+                if text.registration is None and not lost and not connection.is_passing(error):
+                    raise error from None
+                raise self._launch_error(error, called=refused.called, lost=lost) from error
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                self._give_up()
+                raise (MayBeLaunched(error) if sent else ConnectionLost(str(error))) from error
+            assert text.registration is not None
+            worker = None
+            if handle is not None:
+                faults.point("after_launch")
+                claim = Claim(text.owner, text.job_id, text.registration["attempt"])
+                worker = self._track(handle, poll_interval, claim)
+        if worker is not None:
+            self._start_polling()
+        return Begun(text.registration, worker)
+
+    def _launch_error(self, error: BaseException, *, called: bool, lost: bool) -> Exception:
+        """Return what a failed launch means for whoever asked for it."""
+        if not called and (lost or connection.is_passing(error)):
+            return ConnectionLost(str(error))
+        if lost or not isinstance(error, psycopg.Error):
+            return MayBeLaunched(error)
+        if isinstance(error, psycopg.errors.UndefinedFunction | psycopg.errors.InvalidSchemaName):
+            self._give_up()
+            return ExtensionMoved(str(error))
+        if called and error.sqlstate in NO_SLOT:
+            return SlotsUsedUp(error)
+        if called and not isinstance(error, psycopg.errors.InsufficientPrivilege):
+            return MayBeLaunched(error)
+        return LaunchRefused(error, called=called)
+
+    def _track(self, handle: Handle, poll_interval: float | None, claim: Claim | None) -> Worker:
+        self.launches += 1
+        loop = asyncio.get_running_loop()
+        self._answered = loop.time()
+        known = self.workers.pop(handle, None)
+        if known is not None and not known.ended.done():
+            known.ended.set_result(None)  # a pid and cookie given twice: trust neither
+        worker = Worker(self, handle, loop.time(), loop.create_future(), poll_interval, claim)
+        self.workers[handle] = worker
+        return worker
+
+    def _start_polling(self) -> None:
+        self._wake.set()
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll_while_workers_run())
+
     # Launching ----------------------------------------------------------------------------------------------------
 
     def launch(
@@ -181,6 +243,7 @@ class LaunchingSession:
         settings: Mapping[str, str],
         role: str | None = None,
         poll_interval: float | None = None,
+        claim: Claim | None = None,
     ) -> asyncio.Task[Worker]:
         """Begin to launch a worker, with settings that hold for it and not for this session.
 
@@ -200,7 +263,7 @@ class LaunchingSession:
         MayBeLaunched
             The connection or the call was lost on its way.
         """
-        return asyncio.create_task(self._launch(text, label, queue_size, settings, role, poll_interval))
+        return asyncio.create_task(self._launch(text, label, queue_size, settings, role, poll_interval, claim))
 
     async def _launch(
         self,
@@ -210,6 +273,7 @@ class LaunchingSession:
         settings: Mapping[str, str],
         role: str | None,
         poll_interval: float | None,
+        claim: Claim | None,
     ) -> Worker:
         async with self._turn:
             called = False
@@ -223,28 +287,9 @@ class LaunchingSession:
                     faults.point("after_launch")
             except (psycopg.Error, OSError, TimeoutError) as error:
                 lost = self._give_up_if_lost(error)
-                if not called and (lost or connection.is_passing(error)):
-                    raise ConnectionLost(str(error)) from error
-                if lost or not isinstance(error, psycopg.Error):
-                    raise MayBeLaunched(error) from error
-                if isinstance(error, psycopg.errors.UndefinedFunction | psycopg.errors.InvalidSchemaName):
-                    self._give_up()
-                    raise ExtensionMoved(str(error)) from error
-                if called and error.sqlstate in NO_SLOT:
-                    raise SlotsUsedUp(error) from error
-                if called and not isinstance(error, psycopg.errors.InsufficientPrivilege):
-                    raise MayBeLaunched(error) from error
-                raise LaunchRefused(error, called=called) from error
-            self.launches += 1
-            loop = asyncio.get_running_loop()
-            self._answered = loop.time()
-            known = self.workers.pop(handle, None)
-            if known is not None and not known.ended.done():
-                known.ended.set_result(None)  # a pid and cookie given twice: trust neither
-            worker = self.workers[handle] = Worker(self, handle, loop.time(), loop.create_future(), poll_interval)
-        self._wake.set()
-        if self._poller is None or self._poller.done():
-            self._poller = asyncio.create_task(self._poll_while_workers_run())
+                raise self._launch_error(error, called=called, lost=lost) from error
+            worker = self._track(handle, poll_interval, claim)
+        self._start_polling()
         return worker
 
     # Polling ------------------------------------------------------------------------------------------------------
@@ -260,8 +305,9 @@ class LaunchingSession:
     async def _poll_in_turn(self) -> None:
         loop = asyncio.get_running_loop()
         while not self.lost and (waiting := [w for w in self.workers.values() if not w.ended.done()]):
-            # One query polls all: the one that is due first sets the pace.
-            pause = min(pace.poll(loop.time() - worker.launched_at, worker.poll_interval) for worker in waiting)
+            # One query polls all: the one that is due first sets the pace, but for what polling may cost.
+            pause = min(pace.poll_handle(loop.time() - worker.launched_at, worker.poll_interval) for worker in waiting)
+            pause = max(pause, min(self._spent / pace.POLLING, pace.LOOK_SOONEST))
             self._wake.clear()
             try:
                 async with asyncio.timeout(pause):
@@ -274,10 +320,17 @@ class LaunchingSession:
             waiting = {handle: worker for handle, worker in self.workers.items() if not worker.ended.done()}
             if not waiting or self.lost:
                 return
+            self._polls += 1
+            began = asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(pace.CALL):
-                    await self._check_token()
-                    found = await self.extension.result_infos(self._conn, waiting)
+                    token, tracked, ended = await self.extension.ended(self._conn, TOKEN)
+                    self._check_token(token)
+                    if tracked < len(self.workers) or self._polls % ASKED_ALL == 0:
+                        ended = [*waiting]  # one is missing; and now and then each is asked for by itself
+                    await self._look_for_blocked(waiting)
+                    asked = [handle for handle in ended if handle in waiting]
+                    found = await self.extension.result_infos(self._conn, asked) if asked else {}
             except PoolerInTransactionMode as error:
                 self._give_up(error)
                 return
@@ -286,22 +339,96 @@ class LaunchingSession:
                 self._give_up()
                 return
             self._answered = asyncio.get_running_loop().time()
-        for handle, worker in waiting.items():
-            info = found.get(handle)
-            if worker.ended.done():
-                continue
-            if info is None or info.completed:
+            self._spent = self._answered - began
+        for handle, info in found.items():
+            worker = waiting[handle]
+            if not worker.ended.done() and (info is None or info.completed):
                 worker.ended.set_result(info)
 
-    async def _check_token(self) -> None:
-        cursor = await self._conn.cursor(row_factory=scalar_row).execute(
-            "select pg_catalog.current_setting(%s, true)", (TOKEN,)
-        )
-        if await cursor.fetchone() != self._token:
+    async def _look_for_blocked(self, waiting: Mapping[Handle, Worker]) -> None:
+        """Now and then, have whoever follows a worker look at it that waits for its output to be read."""
+        now = asyncio.get_running_loop().time()
+        if now < self._looked + pace.BLOCKED:
+            return
+        self._looked = now
+        pids = await activity.waiting_for(self._conn, OUTPUT_WAITS)
+        for worker in waiting.values():
+            # A hint: the pid of a handle can be another's.
+            if worker.handle.pid in pids:
+                worker.nudged.set()
+
+    def _check_token(self, token: str | None) -> None:
+        if token != self._token:
             raise PoolerInTransactionMode(
                 "this connection is given another server session from one statement to the next",
                 todo="Connect to the server itself, or through a pool in session mode.",
             )
+
+    # Hearing ------------------------------------------------------------------------------------------------------
+
+    def hear(self, worker: Worker) -> None:
+        """Take a hint that a worker's launch may have committed: its receipt is read, and nothing else believed."""
+        if worker.ended.done() or self.lost:
+            return
+        if worker.claim is None or self._settling is None:
+            worker.nudged.set()
+            return
+        self._heard[worker.handle] = worker
+        if self._settler is None or self._settler.done():
+            self._settler = asyncio.create_task(self._settle_heard())
+            self._settler.add_done_callback(self._released)
+
+    async def _settle_heard(self) -> None:
+        """Read the receipts of all launches that were heard of meanwhile, and write down how they ended, together."""
+        while self._heard and not self.lost:
+            async with self._turn:
+                heard, self._heard = self._heard, {}
+                waiting = [worker for worker in heard.values() if not worker.ended.done()]
+                ended = await self._settle(waiting) if waiting and not self.lost else []
+                for worker, info in ended:
+                    if not worker.ended.done():
+                        worker.ended.set_result(info)
+                if ended and not self.lost:
+                    await self._forget([worker for worker, _ in ended])
+
+    async def _settle(self, workers: Sequence[Worker]) -> list[tuple[Worker, ResultInfo]]:
+        assert self._settling is not None
+        claims = [worker.claim for worker in workers if worker.claim is not None]
+        columns = [[*column] for column in zip(*claims, strict=True)]
+        columns += [[*column] for column in zip(*(worker.handle for worker in workers), strict=True)]
+        faults.point("before_record")
+        try:
+            async with asyncio.timeout(pace.CALL):
+                cursor = await self._conn.cursor(row_factory=dict_row).execute(self._settling, columns)
+                rows = await cursor.fetchall()
+        except (psycopg.Error, OSError, TimeoutError) as error:
+            if self._give_up_if_lost(error):
+                return []
+            if len(workers) == 1:
+                return []  # it was a hint: the poll finds out
+            return [pair for worker in workers for pair in await self._settle([worker])]
+        faults.point("after_record")
+        self._answered = asyncio.get_running_loop().time()
+        ended = []
+        for row in rows:
+            worker = workers[row["number"] - 1]
+            if not row["recorded"]:
+                continue  # its report is not there yet, or the history has no line of it
+            worker.proof = Proof(row["worker_pid"], row["started_at"], row["seen_at"])
+            info = ResultInfo(True, False, row["row_count"], row["command_tag"], row["started_at"], row["seen_at"])
+            ended.append((worker, info))
+        return ended
+
+    async def _forget(self, workers: Sequence[Worker]) -> None:
+        """Forget handles whose ends are in the history."""
+        handles = [worker.handle for worker in workers if self.workers.pop(worker.handle, None) is not None]
+        try:
+            async with asyncio.timeout(pace.CALL):
+                await self.extension.detach_many(self._conn, handles)
+        except (psycopg.Error, OSError, TimeoutError) as error:
+            if not self._give_up_if_lost(error) and not connection.is_passing(error):
+                raise
+        faults.point("after_detach")
 
     def _give_up(self, error: Exception | None = None) -> None:
         self.lost = True
@@ -443,6 +570,8 @@ class LaunchingSession:
 
     def release(self, worker: Worker) -> None:
         """Detach a worker as soon as this session has time, without a wait for that."""
+        if worker.handle not in self.workers and worker.ended.done():
+            return  # forgotten already
         releasing = asyncio.create_task(self.detach(worker))
         self._releasing.add(releasing)
         releasing.add_done_callback(self._released)

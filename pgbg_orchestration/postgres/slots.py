@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pgbg_orchestration import pace
 
-from .session import SlotsUsedUp
+from .opening import SlotsUsedUp
 
 T = TypeVar("T")
 

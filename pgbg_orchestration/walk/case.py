@@ -10,12 +10,14 @@ from typing import Any
 
 import psycopg
 
+from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import Cause, Event, EventKind
 from pgbg_orchestration.postgres import describe
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.session import LaunchingSession, MayBeLaunched, Worker
+from pgbg_orchestration.postgres.opening import Begun, MayBeLaunched, Opening
+from pgbg_orchestration.postgres.session import LaunchingSession, Worker
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Intent, Report
 
@@ -39,6 +41,8 @@ class Case:
         Of the cancel, once the caller has gone away.
     attempts:
         The numbers of the launches that may have started a worker.
+    opening, nudged:
+        What registered and launched the job in one call, if that was tried; somebody should look before the time.
     call, worker, reading:
         The launch call on its way; the last worker; the task that reads its result to the end.
     launch_error:
@@ -59,7 +63,8 @@ class Case:
     memory: Memory = field(default_factory=Memory)
     cause: Cause = Cause.INTERRUPTED
     attempts: list[int] = field(default_factory=list)
-    call: asyncio.Task[Worker] | None = None
+    call: asyncio.Task[Worker] | asyncio.Task[Begun] | None = None
+    opening: Opening | None = None
     worker: Worker | None = None
     reading: asyncio.Task[tuple[int | None, str | None]] | None = None
     launch_error: BaseException | None = None
@@ -70,6 +75,7 @@ class Case:
     readable: Readable | None = None
     last_marked: float = 0.0
     worker_pid: int | None = None
+    nudged: asyncio.Event = field(default_factory=asyncio.Event)
     told: set[str] = field(default_factory=set)
 
     @property
@@ -104,13 +110,19 @@ class Case:
             call.add_done_callback(_forget_worker)
             self.memory = self.memory.refused()
             return False
+        if self.opening is not None and self.opening.registration is not None and not self.attempts:
+            self.memory = self.memory.registered(Registration.read(self.opening.registration))
         error = call.exception()
         if error is not None and not isinstance(error, MayBeLaunched):
             self.memory = self.memory.refused()
             return False
+        result = call.result() if error is None else None
+        if isinstance(result, Begun) and result.worker is None:
+            self.memory = self.memory.refused()  # there is something to look at first
+            return False
         self.attempts.append(self.attempt if self.work.carries_receipt else len(self.attempts) + 1)
-        if error is None:
-            self.worker = call.result()
+        if result is not None:
+            self.worker = result.worker if isinstance(result, Begun) else result
             self.memory = self.memory.running()
         else:
             self.memory = self.memory.call_lost()
@@ -241,7 +253,11 @@ def deadline_of(timeout: float | None, deadline: datetime | None) -> float | Non
     return min(bounds, default=None)
 
 
-def _forget_worker(call: asyncio.Task[Worker]) -> None:
+def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:
     """Forget the worker of a call that has ended: nobody waits for it."""
-    if not call.cancelled() and call.exception() is None:
-        call.result().release()
+    if call.cancelled() or call.exception() is not None:
+        return
+    result = call.result()
+    worker = result.worker if isinstance(result, Begun) else result
+    if worker is not None:
+        worker.release()

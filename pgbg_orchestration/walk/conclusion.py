@@ -70,7 +70,8 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
 async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outcome:
     own = bool(case.attempts) if seen is None else seen.receipt_attempt in case.attempts
     last = seen is None or seen.receipt_attempt == case.attempt
-    if last and case.memory.launch.report is Report.RUNNING and case.worker is not None:
+    counts = case.work.kind is not Kind.SUPERVISED  # a supervisor has written them down already
+    if last and counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
         # The commit is visible a little before the worker has ended and its report is there.
         await asyncio.wait({case.worker.ended}, timeout=pace.GRACE)
         await case.read_report()
@@ -80,7 +81,7 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
         outcome = await _with_receipt(case, ledger, seen, launched=own)
         if case.work.job.fetch is not None:
             outcome = await _with_rows(case, ledger, outcome)
-    if own:
+    if own and (case.worker is None or case.worker.proof is None):
         await record(case, ledger, "committed", outcome=outcome)
     what = ", ".join(wording.summary(outcome)) or "done"
     how = "" if outcome.launched else " by an earlier or another launch"

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from pgbg_orchestration import pace
 from pgbg_orchestration.job import Kind
-from pgbg_orchestration.ledger.sighting import BLOCKED, Sighting
+from pgbg_orchestration.ledger.sighting import Sighting
 from pgbg_orchestration.outcome import Cause
+from pgbg_orchestration.postgres.pg_background import OUTPUT_WAITS
 from pgbg_orchestration.verdict import CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 
 from .memory import Memory, Stray, Terms
@@ -117,10 +118,19 @@ def weigh(seen: Sighting, terms: Terms, memory: Memory, now: float) -> tuple[Evi
         may_begin=seen.may_begin,
         superseded=is_superseded(seen, terms, memory),
         recorded_failure=recorded,
-        output_blocked=seen.wait_event in BLOCKED,
+        output_blocked=seen.wait_event in OUTPUT_WAITS,
         lift=_lifts(seen, terms, memory),
     )
     return evidence, memory
+
+
+def weigh_proof(terms: Terms, memory: Memory, now: float) -> tuple[Evidence, Memory]:
+    """Return what a receipt means that was read by itself, after its commit was heard of."""
+    memory = memory.at(now, terms)
+    told = _evidence(
+        terms, memory, receipt=Receipt.COMMITTED, holder=Holder.NOBODY, may_begin=False, output_blocked=False
+    )
+    return told, memory
 
 
 def weigh_marker(
@@ -146,7 +156,7 @@ def weigh_marker(
         receipt=Receipt.COMMITTED if launch.result else Receipt.NONE,
         holder=Holder.THIS_JOB if marked and launch.report is not Report.NONE else Holder.NOBODY,
         may_begin=launch.may_begin,
-        output_blocked=wait_event in BLOCKED,
+        output_blocked=wait_event in OUTPUT_WAITS,
     )
     return evidence, memory
 

@@ -12,10 +12,11 @@ from psycopg import AsyncConnection
 from pgbg_orchestration import pace, telemetry
 from pgbg_orchestration.errors import NOT_STARTED, PoolerInTransactionMode, ServerUnreachable
 from pgbg_orchestration.job import Job, Kind
-from pgbg_orchestration.ledger import readiness
+from pgbg_orchestration.ledger import queries, readiness
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.readiness import ServerFacts
 from pgbg_orchestration.postgres import connection, describe
+from pgbg_orchestration.postgres.listener import Listener
 from pgbg_orchestration.postgres.pg_background import Extension
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.postgres.slots import SlotQueue
@@ -50,6 +51,7 @@ class Host:
         self._sessions: list[LaunchingSession] = []
         self._opening = asyncio.Lock()
         self.onlooker = Onlooker(self.ledger)
+        self._listener = Listener(conninfo)
         telemetry.watch(self)
 
     @property
@@ -65,6 +67,7 @@ class Host:
     async def close(self) -> None:
         """Close all connections. Workers go on."""
         await self.onlooker.close()
+        await self._listener.close()
         sessions, self._sessions = self._sessions, []
         for session in sessions:
             await session.close()
@@ -156,6 +159,8 @@ class Host:
         except ServerUnreachable as error:
             error.data_state = NOT_STARTED
             raise
+        if job.parameters is None and job.role is None and job.owner is None and job.fetch is None:
+            return await bind(job, None, facts.login)  # nothing to ask the server for
         return await self.ledger.run(lambda conn: bind(job, conn, facts.login))
 
     async def require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
@@ -231,10 +236,19 @@ class Host:
             self._sessions.append(session)
             return session
 
+    @property
+    def listener(self) -> Listener | None:
+        """What hears of commits; None where they are not told, or a connection for that is not to be had."""
+        facts = self._facts
+        if facts is None or not facts.notifies:
+            return None
+        limit = facts.connection_limit
+        return self._listener if limit is None or limit[0] > readiness.CONNECTIONS_NEEDED + 1 else None
+
     def _most_sessions(self) -> int:
         """Return how many launching sessions to share: fewer where the login may not have so many connections."""
         limit = self._facts.connection_limit if self._facts else None
-        spare = SESSIONS if limit is None else limit[0] - readiness.CONNECTIONS_NEEDED
+        spare = SESSIONS if limit is None else limit[0] - readiness.CONNECTIONS_NEEDED - 1
         return max(min(SESSIONS, spare), 1)
 
     async def cancel_all(self) -> int:
@@ -247,7 +261,8 @@ class Host:
         attempt, told = 0, -pace.TOLD_AGAIN
         while True:
             try:
-                return await LaunchingSession.open(self.conninfo, extension)
+                settling = queries.filled("settling", self.schema, result_info=extension.name("result_info"))
+                return await LaunchingSession.open(self.conninfo, extension, settling)
             except (psycopg.OperationalError, OSError, TimeoutError) as error:
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
                     raise connection.unreachable(error, "no launching session can be opened") from error

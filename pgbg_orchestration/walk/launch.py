@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import psycopg
 
@@ -17,7 +17,9 @@ from pgbg_orchestration.outcome import EventKind
 from pgbg_orchestration.postgres import describe, markers
 from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
 from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.session import LaunchingSession, LaunchRefused, MayBeLaunched, SlotsUsedUp
+from pgbg_orchestration.postgres.opening import Claim, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
+from pgbg_orchestration.postgres.session import LaunchingSession
+from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Intent
@@ -27,7 +29,7 @@ from .case import Case
 from .conclusion import record
 from .host import Host
 from .memory import Stage
-from .work import PADDING
+from .work import PADDING, WORK
 
 T = TypeVar("T")
 SESSIONS_LOST = 6  # one after the other, before a launch counts as impossible
@@ -48,6 +50,65 @@ class Launches:
         self._host = host
         self._ledger: Ledger = host.ledger
         self._case = case
+
+    async def begin(self) -> None:
+        """Register and launch in one round trip a job of which nothing is known, as most are.
+
+        Whatever else there is to it (an earlier try, another generation, no slot) is for the steps of a turn: they find
+        what was done here.
+        """
+        case, work = self._case, self._case.work
+        memory = case.memory
+        tried = case.opening is not None or memory.looked or case.attempts
+        if tried or work.kind is not Kind.RECEIPT or memory.intent is not Intent.NONE or self._host.slots.waiting:
+            return  # others may have waited longer for a slot
+        if case.options.notices or not (work.job.fetch is None or isinstance(work.job.fetch, Fetch)):
+            return  # its output is read while it runs
+        faults.point("before_register")
+        case.opening = Opening(
+            owner=work.key.owner,
+            job_id=work.key.job_id,
+            registering=lambda quote: self._ledger.registering(
+                work.key,
+                generation=work.job.generation,
+                label=work.label,
+                kind=work.kind,
+                sql_digest=work.sql_digest,
+                accept_changed_sql=case.options.accept_changed_sql,
+                quote=quote,
+            ),
+            text=telemetry.comment() + work.text(self._host.schema),
+            arguments=(WORK, *work.arguments()),
+            label=work.label,
+            queue_size=work.job.queue_size,
+        )
+        settings = work.settings(case.seconds_left(), (await self._host.facts()).defaults)
+        session = await self._host.session()
+        case.memory = case.memory.calling()
+        case.call = session.begin(case.opening, settings=settings, poll_interval=case.options.poll_interval)
+        try:
+            await asyncio.shield(case.call)
+        except ConnectionLost as lost:
+            if isinstance(lost, ExtensionMoved):
+                self._host.forget_facts()
+        except SlotsUsedUp as error:
+            self._on_slots_used_up(error)
+        except MayBeLaunched as error:
+            case.launch_error = error.error
+        except LaunchRefused as error:
+            await self.take_over_call()
+            await self._refuse(error)
+        await self.take_over_call()
+        registration = case.opening.registration
+        if registration is not None and registration["verdict"] == "reused":
+            raise failures.reused(work)
+        await self._wait_at_first()
+
+    async def _wait_at_first(self) -> None:
+        if self._case.worker is not None:
+            faults.point("while_running")
+            # A look at once would show a worker that has not begun: most jobs have ended by the first look like this.
+            await asyncio.wait({self._case.worker.ended}, timeout=self._case.bounded(pace.LOOK_SOONEST))
 
     async def register(self) -> None:
         """Register the launch that comes next.
@@ -91,10 +152,7 @@ class Launches:
         await self._put_last_launch_away()
         await self._wait_for_slot_and_call(text)
         await self.take_over_call()
-        faults.point("while_running")
-        if case.worker is not None:
-            # A look at once would show a worker that has not begun: most jobs have ended by the first look like this.
-            await asyncio.wait({case.worker.ended}, timeout=case.bounded(pace.LOOK_SOONEST))
+        await self._wait_at_first()
         return True
 
     async def _mark_older(self, registration: Registration) -> bool:
@@ -207,9 +265,13 @@ class Launches:
         except MayBeLaunched as error:
             case.launch_error = error.error
         except LaunchRefused as error:
-            await record(case, self._ledger, "failed", error=work.telling(describe.error_fields(error.error)))
-            facts = await self._host.facts()
-            raise failures.launch_refused(work, error.error, facts, called=error.called) from error.error
+            await self._refuse(error)
+
+    async def _refuse(self, refused: LaunchRefused) -> NoReturn:
+        work, error = self._case.work, refused.error
+        await record(self._case, self._ledger, "failed", error=work.telling(describe.error_fields(error)))
+        facts = await self._host.facts()
+        raise failures.launch_refused(work, error, facts, called=refused.called) from error
 
     async def _call(self, text: str) -> None:
         case, work = self._case, self._case.work
@@ -229,6 +291,7 @@ class Launches:
                 settings=settings,
                 role=work.job.role if work.kind is Kind.SESSION else None,
                 poll_interval=case.options.poll_interval,
+                claim=Claim(work.key.owner, work.key.job_id, case.attempt) if work.kind is Kind.RECEIPT else None,
             )
             try:
                 await asyncio.shield(case.call)
@@ -266,6 +329,8 @@ class Launches:
         case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
         if case.options.notices and case.readable is not None and case.reading is None:
             case.begin_reading(case.worker, case.readable)
+        if case.nudged.is_set():
+            case.worker.session.hear(case.worker)  # it was quicker than its launch call
 
     def _on_slots_used_up(self, error: SlotsUsedUp) -> None:
         self._case.waited_for_slot = True

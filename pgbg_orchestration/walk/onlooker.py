@@ -19,7 +19,7 @@ from pgbg_orchestration import pace
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.outcome import EventKind
-from pgbg_orchestration.postgres import activity
+from pgbg_orchestration.postgres import activity, markers
 from pgbg_orchestration.postgres.activity import Activity, Blocker
 from pgbg_orchestration.postgres.pg_background import Progress
 from pgbg_orchestration.postgres.session import LaunchingSession, Worker
@@ -164,7 +164,11 @@ class Onlooker:
             self._views = await self._ledger.run(activity.views_of)
         views = self._views
         found = await self._ledger.run(lambda conn: activity.look(conn, views, [*by_pid], [*by_name]))
-        return {case: one for one in found for case in by_pid.get(one.pid) or by_name.get(one.name or "") or ()}
+        return {
+            case: one
+            for one in found
+            for case in by_pid.get(one.pid) or by_name.get((one.name or "")[: markers.LENGTH]) or ()
+        }
 
     async def _reported(self, watched: list[Watched]) -> dict[int, Progress]:
         """Return what the workers reported of their progress, by the ``id`` of their cases."""

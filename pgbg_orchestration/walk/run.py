@@ -89,6 +89,9 @@ class Run:
         """Follow the job; when the caller goes away, cancel it or leave it at work, as the caller chose."""
         following = self._loop.create_task(self._follow())
         self._host.onlooker.watch(self._case)
+        listener = self._host.listener if self._case.work.carries_receipt else None
+        if listener is not None:
+            listener.watch(self._case.work.marker, self._hear)
         try:
             return await asyncio.shield(following)
         except asyncio.CancelledError:
@@ -96,8 +99,18 @@ class Run:
             await _to_its_end(self._let_go(following))
             raise
         finally:
+            if listener is not None:
+                listener.leave(self._case.work.marker, self._hear)
             if await _to_its_end(self._close()):
                 raise asyncio.CancelledError
+
+    def _hear(self) -> None:
+        """Take a hint that something is to be read of the job: at what, the next look tells."""
+        worker = self._case.worker
+        if worker is None or worker.ended.done():
+            self._case.nudged.set()
+        else:
+            worker.session.hear(worker)
 
     async def _close(self) -> None:
         self._host.onlooker.leave(self._case)
@@ -154,6 +167,7 @@ class Run:
             try:
                 async with limit:
                     await self._launches.take_over_call()
+                    await self._launches.begin()
                     step = judge(await self._look())
                     if step not in OUTCOMES:
                         await self._take_patiently(step)
@@ -199,6 +213,10 @@ class Run:
         if case.memory.launch.report is Report.GONE:
             case.tell_once(EventKind.SESSION_LOST, "its handle is lost; following the worker by its lock and receipt")
         now = self._loop.time
+        if case.worker is not None and case.worker.proof is not None:
+            self._seen = Sighting.of_commit(case.attempt, *case.worker.proof)
+            weighed, case.memory = evidence.weigh_proof(case.terms, case.memory, now())
+            return weighed
         if case.work.carries_receipt:
             seen = await look(self._ledger, case.work.key, lambda s: evidence.doubt(s, case.terms, case.memory, now()))
             self._check_digest(seen)
@@ -277,8 +295,8 @@ class Run:
             age = self._loop.time() - worker.launched_at
             if seen is not None and seen.marked_pid is not None:
                 case.tell_once(EventKind.AT_WORK, "its worker is at work", pid=seen.marked_pid)
-            pause = pace.look(age, case.options.poll_interval)
-            await asyncio.wait({worker.ended}, timeout=case.bounded(pause))
+            pause = pace.look_behind(age, case.options.poll_interval)
+            await _first_of(worker.ended, worker.nudged, case.bounded(pause))
             return
         if seen is not None and case.memory.attached_since is not None:
             message = "attached to the worker that already runs this job"
@@ -388,7 +406,7 @@ class Run:
 
     async def _sleep(self) -> None:
         pause = pace.poll(self._waited(), self._case.options.poll_interval)
-        await asyncio.sleep(self._case.bounded(pause))
+        await _first_of(None, self._case.nudged, self._case.bounded(pause))
 
 
 async def cancel_job(
@@ -462,6 +480,17 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> bool:
             cancelled = True
     task.result()
     return cancelled
+
+
+async def _first_of(ended: asyncio.Future[Any] | None, nudged: asyncio.Event, pause: float) -> None:
+    """Wait for an end, a hint, or so many seconds, whichever is first."""
+    hint = asyncio.ensure_future(nudged.wait())
+    try:
+        either = {hint} if ended is None else {hint, ended}
+        await asyncio.wait(either, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        hint.cancel()
+    nudged.clear()
 
 
 def _there(value: T | None) -> T:

@@ -194,11 +194,14 @@ class Work:
 
     def _arguments(self, registration: Registration) -> str:
         """Return the arguments of ``begin_job``, which reads them from a setting."""
-        arguments = (
-            self.key.owner, self.key.job_id, self.key.series, registration.generation, self.label,
-            registration.attempt, self.sql_digest.hex(),
-        )  # fmt: skip
-        return json.dumps(arguments, ensure_ascii=False)
+        head, middle, tail = self.arguments()
+        return f"{head}{registration.generation}{middle}{registration.attempt}{tail}"
+
+    def arguments(self) -> tuple[str, str, str]:
+        """Return those arguments before, between and after the generation and the attempt of its launch."""
+        key = [json.dumps(part, ensure_ascii=False) for part in (self.key.owner, self.key.job_id, self.key.series)]
+        label = json.dumps(self.label, ensure_ascii=False)
+        return f"[{', '.join(key)}, ", f", {label}, ", f', "{self.sql_digest.hex()}"]'
 
     def meaning(self) -> dict[str, str]:
         """Return the settings that the meaning of the statements' text may depend on, the role included."""
@@ -234,13 +237,14 @@ class Work:
         return settings
 
 
-async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
+async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str) -> Work:
     """Bind a job's parameters with psycopg's own quoting, and check its role.
 
     Parameters
     ----------
     conn:
-        A connection to the database that the job is for; it is asked for encoding and roles only.
+        A connection to the database that the job is for; it is asked for encoding and roles only. None for a job
+        with neither parameters, role, owner nor rows to keep.
     login:
         The ``session_user`` there.
 
@@ -253,6 +257,7 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
     """
     texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
     if job.parameters is not None:
+        assert conn is not None
         cursor = AsyncClientCursor(conn)
         literals.register(cursor)
         values = literals.bound(literals.literals_of(job.parameters, texts, job_id=job.id, label=job.label))
@@ -266,9 +271,9 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
         statements.check(parts, one_transaction=len(parts) > 1 or job.kind is Kind.RECEIPT)
     except ValueError as error:
         raise InvalidJob(str(error), job_id=job.id, label=job.label) from error
-    if job.role is not None:
+    if conn is not None and job.role is not None:
         await _check_role(job, conn)
-    if job.owner is not None:
+    if conn is not None and job.owner is not None:
         await _check_owner(job, conn)
     assert job.id  # the job filled in what was not given
     assert job.series
@@ -281,7 +286,7 @@ async def bind(job: Job, conn: AsyncConnection[Any], login: str) -> Work:
         statements=parts,
         sql_digest=hashlib.sha256(";".join(part.text for part in parts).encode()).digest(),
     )
-    if not isinstance(job.fetch, Fetch):
+    if conn is None or not isinstance(job.fetch, Fetch):
         return work
     return replace(work, kept=await keeping.plan(job, job.fetch, parts, conn, work.meaning()))
 

@@ -32,16 +32,22 @@ RUN_POINTS = tuple(point for point in POINTS if point not in CANCEL_POINTS)
 
 
 @pytest.mark.servers("real", "embedded", "standin19")
-@pytest.mark.parametrize("point", RUN_POINTS)
-async def test_launching_process_killed(db: Watched, point: str) -> None:
+@pytest.mark.parametrize(
+    ("known", "point"),
+    # What is new is registered and launched in one round trip, with nothing between the two.
+    [(known, point) for known in (False, True) for point in RUN_POINTS if known or point != "after_register"],
+)
+async def test_launching_process_killed(db: Watched, known: bool, point: str) -> None:
     """SIGKILL at a point of the algorithm; a second process runs the same job."""
-    job: dict[str, Any] = {"sql": slow("j", 0.4), "id": "j"}
+    job: dict[str, Any] = {"sql": slow("j", 0.4), "id": "j", "series": "s", "generation": 1}
+    if known:
+        await within(arun(db.conninfo, Job("select 1", id="older", series="s", generation=0)))
     async with launching_process(db.conninfo, f"{point}:kill") as child:
         child.run(job)
         await child.killed()
     outcome = await within(arun(db.conninfo, Job(**job)))
     assert db.effects("j") == 1
-    assert db.states() == {"j": "committed"}
+    assert db.states()["j"] == "committed"
     assert outcome.launched is (point in ("before_register", "after_register", "before_launch"))
     assert outcome.worker_pid == db.value("select pid from effects")
     again = await within(arun(db.conninfo, Job(**job)))
@@ -262,14 +268,15 @@ async def test_jobs_watched_by_another_process(db: Watched) -> None:
 @pytest.mark.servers("real", "embedded", "standin19")
 async def test_a_job_that_waits_for_its_launch_is_waiting(db: Watched) -> None:
     """However long it has waited for its turn: lost is only what nobody is there to launch any more."""
-    async with launching_process(db.conninfo, "before_launch:stop") as child:
-        child.run({"sql": effect("j"), "id": "j"})
+    await within(arun(db.conninfo, Job("select 1", id="older", series="s", generation=0)))
+    async with launching_process(db.conninfo, "after_register:stop") as child:
+        child.run({"sql": effect("j"), "id": "j", "series": "s", "generation": 1})
         await child.stopped()
         db.sql("update pgbg.job set launched_at = launched_at - interval '1 hour'")
-        assert db.states() == {"j": "waiting"}
+        assert db.states()["j"] == "waiting"
         child.signal(signal.SIGKILL)
         await child.killed()
         await eventually(lambda: not db.sessions("pgbg:%"), "its sessions have ended")
-        assert db.states() == {"j": "lost"}
-    assert (await within(arun(db.conninfo, Job(effect("j"), id="j")))).launched
+        assert db.states()["j"] == "lost"
+    assert (await within(arun(db.conninfo, Job(effect("j"), id="j", series="s", generation=1)))).launched
     assert db.effects("j") == 1

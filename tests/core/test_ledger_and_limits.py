@@ -17,6 +17,7 @@ from pgbg_orchestration import Job, Launcher, Outcome, arun, errors
 from pgbg_orchestration.doctor.examination import Status, examine
 from pgbg_orchestration.ledger import install
 from pgbg_orchestration.postgres import connection
+from pgbg_orchestration.postgres.pg_background import Extension
 from pgbg_orchestration.postgres.session import LaunchingSession
 from tests.conftest import Database
 from tests.core.kit import APP, Watched, cancelled, effect, ended, eventually, slow, within
@@ -160,7 +161,7 @@ async def test_a_handle_that_cannot_be_forgotten(
     unheard: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
     async with Launcher(db.conninfo) as launcher:
-        monkeypatch.setattr(LaunchingSession, "detach", broken)
+        monkeypatch.setattr(Extension, "detach_many", broken)
         first = await within(launcher.run(Job(effect("j"), id="j")))
         await eventually(lambda: "could not forget a worker" in caplog.text, "it is told")
         monkeypatch.undo()

@@ -12,6 +12,8 @@ This is the list. What the search through the model notices besides stands in ``
 | success on "completed and not has_error" | in the verdict | a worker that ends by a FATAL error is told as a success |
 | cancel at once | one signal, without waiting until the worker is at work | a cancelled job leaves its effect |
 | detach before the outcome is written | in the conclusion | a process that dies in between leaves no outcome |
+| a notification is believed | in the session, without the receipt | a job that fails is told as a success |
+| no poll below the notifications | handles and jobs are never looked at | a commit that nobody hears of is waited for |
 """
 
 from __future__ import annotations
@@ -19,19 +21,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
 import pytest
 
-from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, launcher
+from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, launcher, pace
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Key
-from pgbg_orchestration.postgres.session import LaunchingSession
+from pgbg_orchestration.postgres.opening import Opening, Proof
+from pgbg_orchestration.postgres.pg_background import ResultInfo
+from pgbg_orchestration.postgres.session import LaunchingSession, Worker
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Evidence, Report, Step, judge
 from pgbg_orchestration.walk import conclusion, run
 from pgbg_orchestration.walk.case import Case
+from pgbg_orchestration.walk.work import WORK
 from tests.core.kit import APP, Watched, cancelled, effect, ended, eventually, slow, within
 
 pytestmark = pytest.mark.servers("real", "embedded")
@@ -82,15 +88,29 @@ async def test_no_receipt_check(db: Watched, broken: bool, monkeypatch: pytest.M
 
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Return the list that gets what is launched from now on: the text, and the setting that it reads its job from."""
+    """Return the list that gets what is launched from now on: texts, and the settings that say which launch it is."""
     texts: list[tuple[str, str]] = []
-    launch = LaunchingSession.launch
+    launch, begin = LaunchingSession.launch, LaunchingSession.begin
 
     def spy(self: LaunchingSession, text: str, **arguments: Any) -> Any:
-        texts.append((text, arguments["settings"]["pgbg.work"]))
+        texts.append((text, arguments["settings"][WORK]))
         return launch(self, text, **arguments)
 
+    def spy_at_first(self: LaunchingSession, opening: Opening, **arguments: Any) -> Any:
+        call = begin(self, opening, **arguments)
+
+        def note(_: object) -> None:
+            registered = opening.registration or {}
+            if registered.get("verdict") == "registered":
+                _, head, middle, tail = opening.arguments
+                work = f"{head}{registered['generation']}{middle}{registered['attempt']}{tail}"
+                texts.append((opening.text, work))
+
+        call.add_done_callback(note)
+        return call
+
     monkeypatch.setattr(LaunchingSession, "launch", spy)
+    monkeypatch.setattr(LaunchingSession, "begin", spy_at_first)
     return texts
 
 
@@ -211,15 +231,20 @@ async def test_cancel_at_once(own_db: Callable[..., Watched], broken: bool, monk
 async def test_detach_before_the_outcome_is_written(
     db: Watched, sql: str, broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = conclusion.record
+    record, settle = conclusion.record, LaunchingSession._settle
 
     async def too_late(case: Case, *arguments: Any, **named: Any) -> None:
         if case.worker is not None:
             await case.worker.detach()
         await record(case, *arguments, **named)
 
+    async def settled_too_late(self: LaunchingSession, workers: list[Worker]) -> list[tuple[Worker, ResultInfo]]:
+        faults.point("after_detach")
+        return await settle(self, workers)
+
     if broken:
         monkeypatch.setattr(conclusion, "record", too_late)
+        monkeypatch.setattr(LaunchingSession, "_settle", settled_too_late)
     written: list[object] = []
 
     def look(point: str) -> None:
@@ -235,3 +260,47 @@ async def test_detach_before_the_outcome_is_written(
         faults.install(None)
     with noticed(broken):
         assert written[0] in ("committed", "failed"), "noticed: detached, and nothing is written"
+
+
+async def _believe(self: LaunchingSession, workers: list[Worker]) -> list[tuple[Worker, ResultInfo]]:
+    now = datetime.now(UTC)
+    for worker in workers:
+        worker.proof = Proof(worker.handle.pid, now, now)
+    return [(worker, ResultInfo(True, False, 1, "SELECT")) for worker in workers]
+
+
+@BOTH
+async def test_a_notification_is_believed(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody can notify."""
+    if broken:
+        monkeypatch.setattr(LaunchingSession, "_settle", _believe)
+    async with Launcher(db.conninfo) as launching:
+        task = asyncio.create_task(launching.run(Job(f"{slow('j', 1)}; select 1/0", id="j")))
+        await db.at_work("j")
+        await eventually(lambda: db.sessions("pgbg: listening"), "somebody listens")
+        while not task.done():
+            db.sql("select pg_notify('pgbg', pgbg.marker(%s, 'j'))", APP)
+            await asyncio.sleep(0.05)
+        end = await ended(task)
+        await eventually(lambda: not db.workers(), "the worker has ended")
+    with noticed(broken):
+        assert isinstance(end, errors.WorkerError), "noticed: a success"
+    assert db.effects() == 0
+
+
+@BOTH
+async def test_no_poll_below_the_notifications(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken:
+        monkeypatch.setattr(pace, "poll_handle", lambda *_: 10_000)
+        monkeypatch.setattr(pace, "look", lambda *_: 10_000)
+    async with Launcher(db.conninfo) as launching:
+        # It takes longer than the first wait, after which a job is looked at in any case.
+        silent = {"pgbg.notify": "off"}
+        task = asyncio.create_task(launching.run(Job(slow("j", 3), id="j", settings=silent), on_cancel="leave"))
+        await db.at_work("j")
+        await eventually(lambda: db.receipts() == {"j"} and not db.workers(), "the commit")
+        with noticed(broken):
+            done, _ = await asyncio.wait({task}, timeout=5 if broken else 60)
+            assert done, "noticed: nobody looks"
+        task.cancel()
+        await asyncio.wait({task})

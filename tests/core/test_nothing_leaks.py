@@ -226,7 +226,17 @@ VALUES = {
 }
 NAMED = {"p_owner": "'pgbg_app'", "p_job_id": "'j'", "p_series": "'j'",
          "p_outcome": "'committed'", "p_cause": "'asked'"}  # fmt: skip
-HARMLESS = {"sendable", "digest", "lock_key", "marker", "marked", "is_mine", "is_member", "require_read_committed"}
+HARMLESS = {
+    "sendable",
+    "tell",
+    "digest",
+    "lock_key",
+    "marker",
+    "marked",
+    "is_mine",
+    "is_member",
+    "require_read_committed",
+}
 """Functions that read and write nothing of anybody's jobs."""
 OF_THE_LOGIN = {"prune", "list_jobs"}
 """Functions that take no owner, and keep to what the login may see."""

@@ -14,6 +14,18 @@ select r.* from {schema}.register(%s, %s, %s, %s, %s, %s, %s, %s, %s) as r,
     pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
     then 'off' else 'local' end, true) as how
 
+-- name: settling
+-- Of launches that may have committed: the receipt, what the handle tells, and the end written into the history. Count and
+-- tag are there before the commit, and the word "completed" a little after it.
+select k.number::int, r.worker_pid, r.started_at, pg_catalog.clock_timestamp() as seen_at, i.row_count, i.command_tag,
+       case when i.command_tag <> '' then {schema}.record(
+           k.owner, k.job_id, k.attempt, 'committed', r.worker_pid, r.started_at, i.row_count, i.command_tag, null)
+       end as recorded
+from unnest(%s::text[], %s::text[], %s::int4[], %s::int4[], %s::int8[])
+    with ordinality as k (owner, job_id, attempt, pid, cookie, number)
+join lateral {schema}.committed(k.owner, k.job_id) as r on r.attempt = k.attempt
+cross join lateral {result_info}(k.pid, k.cookie) as i
+
 -- name: mark_cancelled
 -- A cancel that was asked for is final, and told only once it cannot be lost: it waits for a synchronous standby. One that
 -- the next call takes back does not.
@@ -94,14 +106,7 @@ select j.owner, j.job_id, j.label, j.series, j.generation, j.kind, j.state, j.at
        j.launched_by, j.registered_at, j.launched_at, j.ended_at, j.row_count, j.command_tag, j.sqlstate,
        j.message, j.detail, j.hint, j.context, j.cancelled_by, j.reason, j.worker_pid, j.started_at, j.cause,
        j.has_launcher
-from {schema}.jobs as j
-where (%(states)s::text[] = '{{}}' or j.state = any(%(states)s))
-  and (%(label)s::text is null or j.label like %(label)s)
-  and (%(series)s::text is null or j.series like %(series)s)
-  and (%(job_id)s::text is null or j.job_id = %(job_id)s)
-  and (%(since)s::timestamptz is null or coalesce(j.launched_at, j.ended_at) >= %(since)s)
-order by coalesce(j.launched_at, j.ended_at) desc, j.job_id
-limit %(limit)s
+from {schema}.list_jobs(%(job_id)s, %(label)s, %(series)s, %(since)s, %(states)s::text[], %(limit)s) as j
 
 -- name: durations
 -- How long the jobs of a name took: those that committed, from the beginning of their work to its end as it is known.
@@ -161,6 +166,8 @@ select session_user::text as login, current_user::text as role,
        coalesce(pg_catalog.current_setting('pg_background.worker_timeout', true), '0') as worker_timeout,
        pg_catalog.current_setting('default_transaction_isolation') as default_transaction_isolation,
        pg_catalog.current_setting('max_worker_processes')::int as max_worker_processes,
+       lower(coalesce(pg_catalog.current_setting('pgbg.notify', true), '')) not in ('off', 'false', 'no', '0')
+           as notifies,
        pg_catalog.current_setting('max_connections')::int as max_connections,
        (select r.rolconnlimit from pg_catalog.pg_roles as r
          where r.rolname = session_user and not r.rolsuper) as login_limit,

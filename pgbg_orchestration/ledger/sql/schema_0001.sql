@@ -86,6 +86,13 @@ create table @schema@.job (
     primary key (owner, job_digest)
 );
 create index job_series on @schema@.job (owner, series_digest, generation);
+-- For list_jobs.
+create index job_digest on @schema@.job (job_digest);
+create index job_launched on @schema@.job (launched_at);
+create index job_label on @schema@.job (label text_pattern_ops, launched_at);
+create index job_series_name on @schema@.job (series text_pattern_ops, launched_at);
+create index receipt_digest on @schema@.receipt (job_digest);
+create index receipt_unregistered on @schema@.receipt (decided_at) where attempt is null;
 comment on table @schema@.job is
     'History and diagnosis, written by the launching side, which may die at any point: never the proof of anything. '
     'reported_at is null while nobody was told of a failure that a supervisor wrote down.';
@@ -1031,7 +1038,13 @@ $$;
 
 -- For people ---------------------------------------------------------------------------------------------------
 
-create function @schema@.list_jobs()
+-- The true state of jobs, newest launch first. Filters that are null are none; p_label and p_series are patterns of LIKE.
+-- What is registered is found by an index, whatever the history's length. With p_limit, a receipt of a worker's whose line
+-- of the history somebody deleted is left out: to find such takes a look at every receipt.
+create function @schema@.list_jobs(
+    p_job_id text default null, p_label text default null, p_series text default null, p_since timestamptz default null,
+    p_states text[] default null, p_limit bigint default null
+)
     returns table (
         owner text, job_id text, label text, series text, generation bigint, kind text, state text, attempt int,
         running_pid int, launched_by text, registered_at timestamptz, launched_at timestamptz, ended_at timestamptz,
@@ -1044,23 +1057,51 @@ create function @schema@.list_jobs()
 as $$
 #variable_conflict use_column
 declare
-    v_locks jsonb;
+    v_keys   bigint[];
+    v_pids   int[];
+    v_logins oid[];
+    v_here   oid := (select d.oid from pg_database d where d.datname = current_database());
+    v_job    bytea := @schema@.digest(p_job_id);
 begin
     perform @schema@.require_read_committed();
-    v_locks := coalesce((
-        select jsonb_agg(jsonb_build_array((l.classid::bigint << 32) | l.objid::bigint, l.pid, a.usesysid))
+    select array_agg((l.classid::bigint << 32) | l.objid::bigint), array_agg(l.pid), array_agg(a.usesysid)
+        into v_keys, v_pids, v_logins
         from pg_locks l left join pg_stat_activity a on a.pid = l.pid
-        where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
-          and l.database = (select d.oid from pg_database d where d.datname = current_database())
-    ), '[]');
+        where l.locktype = 'advisory' and l.objsubid = 1 and l.granted and l.database = v_here;
     return query
         with held as materialized (
-            select (e ->> 0)::bigint as key, (e ->> 1)::int as pid, (e ->> 2)::oid as login
-            from jsonb_array_elements(v_locks) e
-        )
-        select coalesce(j.owner, r.owner), coalesce(j.job_id, r.job_id), coalesce(j.label, r.label), j.series,
-               j.generation, j.kind,
-               case -- The mark of a newer generation, or of a call that gives up, comes after how it ended.
+            select h.key, h.pid, h.login from unnest(v_keys, v_pids, v_logins) as h (key, pid, login)
+        ), here as materialized (
+            -- Not by its start too, which the owner of this schema may not see.
+            select a.pid from pg_stat_activity a where a.datid = v_here
+        ), registered as (
+            select j.owner, j.job_id, coalesce(j.label, r.label) as label, j.series, j.generation, j.kind, s.state,
+                   j.attempt, w.pid as running_pid, j.launched_by, j.registered_at, j.launched_at,
+                   -- A receipt of the work's own transaction (xid) was written at its start.
+                   case when r.status in ('committed', 'cancelled') and r.xid is null
+                       then coalesce(j.ended_at, r.decided_at) else j.ended_at end as ended_at,
+                   j.row_count, j.command_tag, j.sqlstate, j.message, j.detail, j.hint, j.context,
+                   case when r.status = 'cancelled' then r.decided_by end as cancelled_by, r.reason,
+                   coalesce(w.pid, r.worker_pid, j.worker_pid) as worker_pid,
+                   coalesce(r.started_at, j.started_at) as started_at, r.cause,
+                   l.pid is not null as has_launcher, j.launched_at as at
+            from @schema@.job j
+            left join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
+            -- Anybody can take the lock.
+            left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
+                and (h.login is null or @schema@.is_member(h.login, j.owner))
+            -- CASE, and no WHERE: the planner would call the function for every job and filter afterwards.
+            cross join lateral (
+                select case when r.status = 'launching'
+                    then @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by, r.supervisor_pid) end as pid
+            ) m
+            -- Of two workers, the one whose cancel ends the SQL and not the one above it.
+            cross join lateral (
+                select case when r.status = 'launching' or j.kind = 'supervised' then m.pid else h.pid end as pid
+            ) w
+            left join here l on l.pid = j.launcher_pid
+            cross join lateral (
+                select case -- The mark of a newer generation, or of a call that gives up, comes after how it ended.
                     when r.status = 'cancelled' and r.cause in ('superseded', 'given up')
                          and j.outcome in ('failed', 'lost', 'unknown')
                         then j.outcome
@@ -1071,36 +1112,55 @@ begin
                         then case j.outcome when 'committed' then
                             case j.kind when 'receipt' then 'lost' else 'committed' end else j.outcome end
                     -- Neither lock nor receipt: it may be about to start as long as somebody is there to launch it.
-                    when l.pid is not null or j.launched_at > clock_timestamp() - interval '10 s' then 'waiting'
+                    when j.launched_at > clock_timestamp() - interval '10 s' or l.pid is not null then 'waiting'
                     when j.kind <> 'receipt' then 'unknown'
-                    else 'lost' end,
-               j.attempt, w.pid, j.launched_by, j.registered_at, j.launched_at,
-               -- A receipt of the work's own transaction (xid) was written at its start.
-               case when r.status in ('committed', 'cancelled') and r.xid is null then coalesce(j.ended_at, r.decided_at)
-                    else j.ended_at end,
-               j.row_count, j.command_tag, j.sqlstate, j.message, j.detail, j.hint, j.context,
-               case when r.status = 'cancelled' then r.decided_by end, r.reason,
-               coalesce(w.pid, r.worker_pid, j.worker_pid), coalesce(r.started_at, j.started_at), r.cause,
-               l.pid is not null
-        from @schema@.job j
-        full join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
-        -- Anybody can take the lock.
-        left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
-            and (h.login is null or @schema@.is_member(h.login, j.owner))
-        -- CASE, and no WHERE: the planner would call the function for every job and filter afterwards.
-        cross join lateral (
-            select case when r.status = 'launching'
-                then @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by, r.supervisor_pid) end as pid
-        ) m
-        -- Of two workers, the one whose cancel ends the SQL and not the one above it.
-        cross join lateral (
-            select case when r.status = 'launching' or j.kind = 'supervised' then m.pid else h.pid end as pid
-        ) w
-        -- Not by its start too, which the owner of this schema may not see.
-        left join pg_stat_activity l on l.pid = j.launcher_pid
-            and l.datid = (select d.oid from pg_database d where d.datname = current_database())
-        where @schema@.is_mine(coalesce(j.owner, r.owner))
-        order by coalesce(j.launched_at, r.decided_at) desc;
+                    else 'lost' end as state
+            ) s
+            where (p_job_id is null or j.job_digest = v_job)
+              and (p_label is null or j.label like p_label)
+              and (p_series is null or j.series like p_series)
+              and (p_since is null or j.launched_at >= p_since)
+              and (p_states is null or s.state = any (p_states))
+              and @schema@.is_mine(j.owner)
+            order by j.launched_at desc
+            limit p_limit
+        ), unregistered as (
+            select r.owner, r.job_id, r.label, null::text, null::bigint, null::text, s.state, null::int,
+                   m.pid, null::text, null::timestamptz, null::timestamptz,
+                   case when r.xid is null and r.status <> 'launching' then r.decided_at end,
+                   null::bigint, null::text, null::text, null::text, null::text, null::text, null::text,
+                   case when r.status = 'cancelled' then r.decided_by end, r.reason, r.worker_pid, r.started_at, r.cause,
+                   false, r.decided_at
+            from @schema@.receipt r
+            cross join lateral (
+                select case when r.status = 'launching'
+                    then @schema@.marked(r.owner, r.job_id, r.worker_pid, r.decided_by, r.supervisor_pid) end as pid
+            ) m
+            cross join lateral (
+                select case when r.status <> 'launching' then r.status
+                            when m.pid is not null then 'running' else 'unknown' end as state
+            ) s
+            where (r.attempt is null or p_limit is null)
+              and not exists (
+                  select from @schema@.job j where j.owner = r.owner and j.job_digest = r.job_digest)
+              and (p_job_id is null or r.job_digest = v_job)
+              and (p_label is null or r.label like p_label)
+              and p_series is null
+              and (p_since is null or r.decided_at >= p_since)
+              and (p_states is null or s.state = any (p_states))
+              and @schema@.is_mine(r.owner)
+            order by r.decided_at desc
+            limit p_limit
+        ), both_kinds as (
+            select * from registered union all select * from unregistered
+        )
+        select b.owner, b.job_id, b.label, b.series, b.generation, b.kind, b.state, b.attempt, b.running_pid,
+               b.launched_by, b.registered_at, b.launched_at, b.ended_at, b.row_count, b.command_tag, b.sqlstate,
+               b.message, b.detail, b.hint, b.context, b.cancelled_by, b.reason, b.worker_pid, b.started_at, b.cause,
+               b.has_launcher
+        from both_kinds b
+        order by b.at desc, b.job_id
+        limit p_limit;
 end $$;
 
 create view @schema@.jobs as select * from @schema@.list_jobs();

@@ -1,0 +1,82 @@
+"""One connection of a process that hears when jobs commit.
+
+What it hears is a hint and never a proof: whoever is told reads the receipt. A notification can be lost with the
+connection, so everybody is told when another one listens, and polls besides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import psycopg
+
+from pgbg_orchestration import pace
+from pgbg_orchestration.errors import PgbgError
+
+from . import connection
+
+logger = logging.getLogger("pgbg_orchestration")
+CHANNEL = "pgbg"  # the schema's own function names it too
+
+
+class Listener:
+    """Calls back whoever watches a job when something is to be read of it.
+
+    Parameters
+    ----------
+    conninfo:
+        As :func:`connection.connect` takes it.
+    """
+
+    def __init__(self, conninfo: connection.Conninfo) -> None:
+        self._conninfo = conninfo
+        self._watched: dict[str, list[Callable[[], None]]] = {}
+        self._listening: asyncio.Task[None] | None = None
+
+    def watch(self, marker: str, call: Callable[[], None]) -> None:
+        """Call ``call`` at each hint about the job of this marker, until :meth:`leave`."""
+        self._watched.setdefault(marker, []).append(call)
+        if self._listening is None or self._listening.done():
+            self._listening = asyncio.create_task(self._listen())
+
+    def leave(self, marker: str, call: Callable[[], None]) -> None:
+        """Call it no more."""
+        calls = self._watched.get(marker, [])
+        if call in calls:
+            calls.remove(call)
+        if not calls:
+            self._watched.pop(marker, None)
+
+    async def close(self) -> None:
+        """Stop listening."""
+        self._watched.clear()
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.wait({self._listening})
+
+    async def _listen(self) -> None:
+        tries = 0
+        while True:
+            try:
+                conn = await connection.connect(self._conninfo, "pgbg: listening")
+                try:
+                    await connection.settle(conn, connection.BOOKKEEPING)
+                    await conn.execute(f"listen {CHANNEL}".encode())
+                    tries = 0
+                    for marker in [*self._watched]:
+                        self._tell(marker)  # it may have been said while nobody listened
+                    async for notification in conn.notifies():
+                        self._tell(notification.payload)
+                finally:
+                    await connection.close(conn)
+            except (psycopg.Error, OSError, TimeoutError, PgbgError) as error:
+                if tries == 0:
+                    logger.info("commits are not heard of now (%s); jobs are polled", connection.words(error))
+            tries += 1
+            await asyncio.sleep(max(pace.backoff(tries), pace.LOOK_SOONEST))
+
+    def _tell(self, marker: str) -> None:
+        for call in [*self._watched.get(marker, ())]:
+            call()

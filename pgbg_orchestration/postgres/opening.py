@@ -1,0 +1,217 @@
+"""Register a job and launch it in one round trip.
+
+One text of several statements, with two transactions of its own: the registration is committed before the launch, and
+where it fails, or finds something to look at first, nothing is launched. The launch gets the generation and the attempt
+that were registered from a setting of the session, under a word that no other call knows.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import psycopg
+from psycopg import AsyncConnection, generators, pq, sql
+
+from .pg_background import DEFAULT_QUEUE_BYTES, Handle
+
+if TYPE_CHECKING:
+    from .session import Worker
+
+SETTING = "pgbg.opening"
+REGISTERED, LAUNCHED = 2, 6  # the numbers of the statements in the text, from 0
+
+
+class SlotsUsedUp(Exception):
+    """The server has no worker slot free; nothing was launched. ``sqlstate`` tells which limit it was."""
+
+    def __init__(self, error: psycopg.Error) -> None:
+        super().__init__(error.diag.message_primary or str(error))
+        self.sqlstate = error.sqlstate
+
+
+class LaunchRefused(Exception):
+    """The server refused the launch before a worker was started; ``error`` says why.
+
+    ``called`` is False where it refused a setting or the role, before the call itself.
+    """
+
+    def __init__(self, error: psycopg.Error, *, called: bool) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.called = called
+
+
+class MayBeLaunched(Exception):
+    """The launch call failed on its way: a worker may be running, and nobody has its handle."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Claim(NamedTuple):
+    """One launch of a job, as its receipt names it."""
+
+    owner: str
+    job_id: str
+    attempt: int
+
+
+class Proof(NamedTuple):
+    """The receipt of a launch: it committed, and its end is in the history."""
+
+    worker_pid: int
+    started_at: datetime
+    seen_at: datetime
+
+
+class Begun(NamedTuple):
+    """What came of it: the registration, and the worker where it was launched."""
+
+    registration: dict[str, Any]
+    worker: Worker | None
+
+
+class Refused(Exception):
+    """A statement failed; ``called`` says whether it was the launch call itself, or came after it."""
+
+    def __init__(self, error: psycopg.Error, *, called: bool) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.called = called
+
+
+Quote: TypeAlias = Callable[[str | int | bytes | None], str]
+
+_SCRIPT = """\
+begin isolation level read committed read write;
+select pg_catalog.set_config('statement_timeout', '0', true), pg_catalog.set_config('lock_timeout', '0', true);
+select r.*, pg_catalog.set_config({setting}, case r.verdict when 'registered'
+    then pg_catalog.concat_ws(':', {word}, r.generation, r.attempt) else '' end, false)
+from {registering} as r;
+commit;
+begin isolation level read committed;
+select {local}, pg_catalog.set_config({name},
+    {head} || pg_catalog.split_part(o, ':', 2) || {middle} || pg_catalog.split_part(o, ':', 3) || {tail}, true)
+from pg_catalog.current_setting({setting}, true) as o;
+select l.pid, l.cookie
+from (
+    select {text} as text
+    from pg_catalog.current_setting({setting}, true) as o
+    where pg_catalog.starts_with(o, {word} || ':')
+    offset 0  -- so that the function is called for that row, and without one never
+) as t
+cross join lateral {launch}(t.text, {queue_size}, {label}) as l;
+commit
+"""
+
+
+@dataclass(slots=True)
+class Opening:
+    """A job to be registered and launched.
+
+    Attributes
+    ----------
+    owner, job_id:
+        The job.
+    registering:
+        Gives the call that registers it, if it is new, as an item of FROM.
+    text:
+        What the worker runs.
+    arguments:
+        The setting in which the worker finds which launch it is: its name, and its value before, between and after the
+        generation and the attempt.
+    label, queue_size:
+        As for any launch.
+    registration:
+        What came of registering it, once that is known to be committed.
+    """
+
+    owner: str
+    job_id: str
+    registering: Callable[[Quote], str]
+    text: str
+    arguments: tuple[str, str, str, str]
+    label: str
+    queue_size: int | None
+    registration: dict[str, Any] | None = None
+    _word: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def script(self, conn: AsyncConnection[Any], settings: Mapping[str, str], launch: sql.Identifier) -> bytes:
+        """Return the statements. ``settings`` hold for the worker, ``launch`` is the launch function's name."""
+        quote = quoting(conn)
+        name, head, middle, tail = self.arguments
+        local = ", ".join(f"pg_catalog.set_config({quote(n)}, {quote(v)}, true)" for n, v in settings.items())
+        return _SCRIPT.format(
+            setting=quote(SETTING),
+            word=quote(self._word),
+            registering=self.registering(quote),
+            local=local,
+            launch=launch.as_string(None),
+            name=quote(name),
+            text=quote(self.text),
+            head=quote(head),
+            middle=quote(middle),
+            tail=quote(tail),
+            queue_size=quote(self.queue_size or DEFAULT_QUEUE_BYTES),
+            label=quote(self.label),
+        ).encode()
+
+
+def quoting(conn: AsyncConnection[Any]) -> Quote:
+    """Return what makes a literal of a value, by libpq's own quoting: a tenth of the work of composing the SQL."""
+    escape = pq.Escaping(conn.pgconn).escape_literal
+
+    def quote(value: str | int | bytes | None) -> str:
+        if value is None:
+            return "null"
+        if isinstance(value, str):
+            return bytes(escape(value.encode())).decode()
+        return str(value).lower() if isinstance(value, int) else f"pg_catalog.decode('{value.hex()}', 'hex')"
+
+    return quote
+
+
+async def run(conn: AsyncConnection[Any], script: bytes, opening: Opening) -> Handle | None:
+    """Run an opening's statements; returns the handle of its worker, None where there was something to look at first.
+
+    Raises
+    ------
+    Refused
+        A statement failed; the connection is in no transaction any more.
+    psycopg.OperationalError
+        The connection was lost on the way.
+    """
+    results = await _send(conn, script)
+    if len(results) > REGISTERED + 1 and results[REGISTERED + 1].status == pq.ExecStatus.COMMAND_OK:
+        opening.registration = _registration(results[REGISTERED])
+    last = results[-1]
+    if last.status == pq.ExecStatus.FATAL_ERROR:
+        error = psycopg.errors.error_from_result(last)
+        if conn.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+            await _send(conn, b"rollback")
+        raise Refused(error, called=len(results) > LAUNCHED)
+    launched = results[LAUNCHED]
+    pid, cookie = (launched.get_value(0, column) if launched.ntuples else None for column in (0, 1))
+    return None if pid is None or cookie is None else Handle(int(pid), int(cookie))
+
+
+async def _send(conn: AsyncConnection[Any], script: bytes) -> list[pq.abc.PGresult]:
+    # psycopg gives the results before a failed one to nobody; it is made of the parts that it makes its own calls of.
+    async with conn.lock:
+        conn.pgconn.send_query(script)
+        return list(await conn.wait(generators.execute(conn.pgconn)))
+
+
+def _registration(result: pq.abc.PGresult) -> dict[str, Any]:
+    def text(column: int) -> str:
+        return (result.get_value(0, column) or b"").decode()
+
+    return {
+        "verdict": text(0), "generation": int(text(1) or 0), "newest": int(text(2) or 0), "attempt": int(text(3) or 0),
+        "sql_changed": text(4) == "t",
+    }  # fmt: skip

@@ -1,0 +1,20 @@
+"""The benchmark runs, and its table has its lines. Nothing is asserted about what it measures."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.__main__ import ONLY, as_markdown
+from benchmarks.measures import SMOKE, Bench
+from pgbg_orchestration.launcher import Launcher
+from tests.core.kit import Watched, within
+
+
+@pytest.mark.servers("real", "embedded")
+@pytest.mark.parametrize("group", ONLY)
+async def test_smoke(db: Watched, group: str) -> None:
+    async with Launcher(db.admin_conninfo) as launcher:
+        extension = (await launcher.facts()).extension
+    rows = await within(getattr(Bench(db.admin_conninfo, extension, SMOKE), group)(), 120)
+    assert rows
+    assert as_markdown(rows, "a machine").count("\n| ") == len(rows)

@@ -1,0 +1,156 @@
+"""Commits are heard of, and nothing depends on it: lost listeners, poolers, other processes, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from pgbg_orchestration import Job, Launcher, Outcome, arun, pace
+from tests.core.kit import APP, Watched, effect, eventually, slow, within
+from tests.kit import pgbouncer
+
+pytestmark = pytest.mark.servers("real", "embedded")
+LISTENING = "pgbg: listening"
+
+
+def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody poll for minutes, so that only what is heard ends a wait."""
+    monkeypatch.setattr(pace, "poll_handle", lambda *_: 600)
+    monkeypatch.setattr(pace, "look", lambda *_: 600)
+
+
+def listener(db: Watched) -> int | None:
+    """The process that listens, once it does."""
+    rows = db.sql("select pid from pg_stat_activity where application_name = %s and query ~ '^listen'", LISTENING)
+    return int(rows[0][0]) if rows else None
+
+
+async def test_a_commit_is_heard(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf(monkeypatch)
+    async with Launcher(db.conninfo) as launcher:
+        outcome = await within(launcher.run(Job(f"{slow('j', 2)}; insert into effects values ('j'), ('j')", id="j")))
+        assert (outcome.proof, outcome.row_count, outcome.command_tag) == ("receipt", 2, "INSERT")
+        assert outcome.worker_pid == db.value("select worker_pid from pgbg.receipt")
+        told = db.sql("select state, row_count, command_tag, ended_at is not null from pgbg.jobs")
+        assert told == [("committed", 2, "INSERT", True)]
+
+
+async def test_many_that_end_together(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ends are written down together, and each is told its own."""
+    deaf(monkeypatch)
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job("select 1")))
+        await eventually(lambda: listener(db), "it listens")
+        sql = "insert into effects select 'j' from generate_series(1, {})"
+        jobs = [Job(sql.format(number), id=f"j{number}") for number in range(1, 31)]
+        outcomes = await within(asyncio.gather(*(launcher.run(job) for job in jobs)))
+    assert [outcome.row_count for outcome in outcomes] == list(range(1, 31))
+    assert set(db.states().values()) == {"committed"}
+
+
+async def test_a_listener_that_was_terminated(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said meanwhile is looked for when another one listens."""
+    deaf(monkeypatch)
+    async with Launcher(db.conninfo) as launcher:
+        task = asyncio.create_task(launcher.run(Job(slow("j", 2), id="j")))
+        await db.at_work("j")
+        first = await eventually(lambda: listener(db), "it listens")
+        assert first is not None
+        db.terminate([first])
+        assert (await within(task)).launched
+        second = await eventually(lambda: listener(db), "it listens again")
+        assert second != first
+
+
+async def test_hints_about_jobs_of_others(db: Watched) -> None:
+    """Of another process, and of nobody: whoever hears them reads the receipt, or lets them pass."""
+    async with Launcher(db.conninfo) as mine, Launcher(db.conninfo) as other:
+        task = asyncio.create_task(mine.run(Job(slow("mine", 1.5), id="mine")))
+        await db.at_work("mine")
+        await within(asyncio.gather(*(other.run(Job(effect(f"o{n}"), id=f"o{n}")) for n in range(5))))
+        for payload in ("", "pgbg:", "x" * 7000, "é"):
+            db.sql("select pg_notify('pgbg', %s)", payload)
+        db.sql("select pg_notify('pgbg', pgbg.marker(%s, 'mine'))", APP)  # before its commit
+        assert not task.done()
+        assert (await within(task)).launched
+    assert db.effects() == 6
+
+
+async def test_who_is_attached_hears_it_too(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Launcher(db.conninfo) as one, Launcher(db.conninfo) as other:
+        first = asyncio.create_task(one.run(Job(slow("j", 3), id="j")))
+        await db.at_work("j")
+        second = asyncio.create_task(other.run(Job(slow("j", 3), id="j")))
+        await eventually(lambda: len(db.sessions(LISTENING)) == 2, "both listen")
+        monkeypatch.setattr(pace, "poll", lambda *_: 600)
+        assert [(await within(task)).launched for task in (first, second)] == [True, False]
+    assert db.effects() == 1
+
+
+@pytest.mark.parametrize("where", ["login", "job"])
+async def test_notifications_can_be_turned_off(db: Watched, where: str) -> None:
+    off = {"pgbg.notify": "off"}
+    if where == "login":
+        db.sql(f"alter role {APP} in database {db.database.name} set pgbg.notify to off")
+    heard: list[str] = []
+    with psycopg.connect(db.admin_conninfo, autocommit=True) as eavesdropping:
+        eavesdropping.execute("listen pgbg")
+        eavesdropping.add_notify_handler(lambda told: heard.append(told.payload))
+        async with Launcher(db.conninfo) as launcher:
+            job = Job(slow("j", 1.5), id="j", settings=off if where == "job" else None)
+            task = asyncio.create_task(launcher.run(job))
+            await db.at_work("j")
+            assert len(db.sessions(LISTENING)) == (1 if where == "job" else 0)
+            assert (await within(task)).launched
+        eavesdropping.execute("select 1")
+    assert heard == []
+
+
+async def test_a_hint_names_nobodys_job(db: Watched) -> None:
+    heard: list[str] = []
+    with psycopg.connect(db.admin_conninfo, autocommit=True) as eavesdropping:
+        eavesdropping.execute("listen pgbg")
+        eavesdropping.add_notify_handler(lambda told: heard.append(told.payload))
+        for kind in ("receipt", "supervised"):
+            await within(arun(db.conninfo, Job(effect(kind), id=f"secret {kind}", kind=kind)))
+        eavesdropping.execute("select 1")
+    assert heard == [db.value("select pgbg.marker(%s, %s)", APP, f"secret {k}") for k in ("receipt", "supervised")]
+
+
+async def test_a_restart_between(own_db: Callable[..., Watched]) -> None:
+    """The listener and the launching session go with the server; the job is run again, once."""
+    db = own_db()
+    async with Launcher(db.conninfo) as launcher:
+        task = asyncio.create_task(launcher.run(Job(slow("j", 2), id="j")))
+        await db.at_work("j")
+        await eventually(lambda: listener(db), "it listens")
+        db.close()
+        db.server.stop()
+        db.server.start()
+        outcome = await within(task, 120)
+        assert isinstance(outcome, Outcome)
+    assert db.effects("j") == 1
+
+
+async def test_a_pooler_in_session_mode(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pgbouncer.program() is None:
+        pytest.skip("pgbouncer is not installed")
+    deaf(monkeypatch)
+    with pgbouncer.pooler(db.conninfo, "session") as conninfo:
+        async with Launcher(conninfo) as launcher:
+            assert (await within(launcher.run(Job(slow("j", 2), id="j")))).launched
+    assert db.effects("j") == 1
+
+
+async def test_the_end_of_a_job_that_was_heard_of_is_forgotten(db: Watched) -> None:
+    """Its handle counts against pg_background.max_workers until then."""
+    async with Launcher(db.conninfo) as launcher:
+        for _ in range(5):
+            await within(launcher.run(Job("select 1")))
+        session = await launcher._host.session()
+        await eventually(lambda: not session._turn.locked() and not session.workers, "all are forgotten")
+        assert await within(session.extension.stats(session._conn))
+        assert await within(session.extension.list(session._conn)) == []
