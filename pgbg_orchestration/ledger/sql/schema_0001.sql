@@ -573,6 +573,8 @@ declare
     v_ready   boolean := false;
     v_named   boolean := false;
     v_cancel  boolean := false;
+    v_seen    boolean := false;
+    v_blocked boolean := false;
     v_error   text[];
     v_polls   int := 0;  -- bigint % int is no operator of pg_catalog: somebody could make one
     v_name    text := pg_catalog.current_setting('application_name');
@@ -633,10 +635,25 @@ begin
             -- At a quick pace first: a supervisor that ends before it saw its worker leaves the job unknown.
             perform pg_catalog.pg_sleep(case when v_polls < 4 then 0.001 when v_polls < 20 then 0.01 else 0.05 end);
             execute p_calls[2] into v_rows, v_tag, v_done, v_failed using v_pid, v_cookie;
+            v_polls := v_polls + 1;
+            -- It bears the marker before its first statement, which may take it off.
+            v_seen := not v_done and not v_named and exists (
+                select from pg_catalog.pg_stat_activity a
+                where a.pid = v_pid and a.datname = pg_catalog.current_database()
+                  and (pg_catalog.starts_with(a.application_name, v_marker) or a.state = 'active'));
+            if v_seen then
+                perform @schema@.follow(p_owner, p_job_id, p_attempt, v_pid);
+            end if;
+            -- Nobody reads its output, and it waits for that: read it now.
+            v_blocked := not v_done and v_polls % 20 = 0 and exists (
+                select from pg_catalog.pg_stat_activity a
+                where (pg_catalog.starts_with(a.application_name, v_marker) or a.pid = v_pid)
+                  and a.datname = pg_catalog.current_database()
+                  and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
+            v_named := v_named or v_seen;
         exception when query_canceled then
             v_cancel := true;
         end;
-        v_polls := v_polls + 1;
         -- Again until it is accepted: a worker that starts does not take it.
         if v_cancel and not v_done then
             begin
@@ -645,20 +662,7 @@ begin
                 v_cancel := false;  -- whoever cancelled this one may do more than it may
             end;
         end if;
-        -- It bears the marker before its first statement, which may take it off.
-        if not v_done and not v_named and exists (
-            select from pg_catalog.pg_stat_activity a
-            where a.pid = v_pid and a.datname = pg_catalog.current_database()
-              and (pg_catalog.starts_with(a.application_name, v_marker) or a.state = 'active'))
-        then
-            perform @schema@.follow(p_owner, p_job_id, p_attempt, v_pid);
-            v_named := true;
-        end if;
-        -- Nobody reads its output, and it waits for that: read it now.
-        exit when v_polls % 20 = 0 and exists (
-            select from pg_catalog.pg_stat_activity a
-            where (pg_catalog.starts_with(a.application_name, v_marker) or a.pid = v_pid) and a.datname = pg_catalog.current_database()
-              and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
+        exit when v_blocked;
     end loop;
     if v_failed then
         execute p_calls[3] into v_error using v_pid, v_cookie;
