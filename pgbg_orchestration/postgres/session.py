@@ -89,9 +89,7 @@ class LaunchingSession:
         self._settling = settling
         self._heard: dict[Handle, Worker] = {}
         self._settler: asyncio.Task[None] | None = None
-        self._polls = 0
-        self._looked = 0.0
-        self._spent = 0.0  # seconds that the last poll took
+        self._polls, self._looked, self._spent = 0, 0.0, 0.0  # the last is the seconds that a poll took
         self.workers: dict[Handle, Worker] = {}
         self.launches = 0
         self.lost = False
@@ -163,11 +161,8 @@ class LaunchingSession:
     def begin(self, text: Opening, *, settings: Mapping[str, str], poll_interval: float | None) -> asyncio.Task[Begun]:
         """Register a job of which nothing is known, and launch it, in one round trip; awaited like :meth:`launch`.
 
-        The registration is committed before the launch. ``text.registration`` has it, also where the launch failed.
-
-        Raises (when awaited)
-        ---------------------
-        As :meth:`launch`; and psycopg.Error, where the registration is refused.
+        The registration is committed before the launch; ``text.registration`` has it, also where the launch failed.
+        Raises what :meth:`launch` does, and psycopg.Error where the registration is refused.
         """
         return asyncio.create_task(self._begin(text, settings, poll_interval))
 
@@ -347,15 +342,12 @@ class LaunchingSession:
 
     async def _look_for_blocked(self, waiting: Mapping[Handle, Worker]) -> None:
         """Now and then, have whoever follows a worker look at it that waits for its output to be read."""
-        now = asyncio.get_running_loop().time()
-        if now < self._looked + pace.BLOCKED:
+        if (now := asyncio.get_running_loop().time()) < self._looked + pace.BLOCKED:
             return
         self._looked = now
         pids = await activity.waiting_for(self._conn, OUTPUT_WAITS)
-        for worker in waiting.values():
-            # A hint: the pid of a handle can be another's.
-            if worker.handle.pid in pids:
-                worker.nudged.set()
+        for worker in (worker for handle, worker in waiting.items() if handle.pid in pids):
+            worker.nudged.set()  # a hint: the pid of a handle can be another's
 
     def _check_token(self, token: str | None) -> None:
         if token != self._token:
@@ -402,13 +394,10 @@ class LaunchingSession:
                 cursor = await self._conn.cursor(row_factory=dict_row).execute(self._settling, columns)
                 rows = await cursor.fetchall()
         except (psycopg.Error, OSError, TimeoutError) as error:
-            if self._give_up_if_lost(error):
-                return []
-            if len(workers) == 1:
+            if self._give_up_if_lost(error) or len(workers) == 1:
                 return []  # it was a hint: the poll finds out
             return [pair for worker in workers for pair in await self._settle([worker])]
         faults.point("after_record")
-        self._answered = asyncio.get_running_loop().time()
         ended = []
         for row in rows:
             worker = workers[row["number"] - 1]
