@@ -95,7 +95,8 @@ class Submission:
         PgbgError
             It could not be launched, or it has failed already.
         """
-        async with self._connect() as launcher:
+        launcher = self._connect()
+        try:
             self._chosen, lift = await self._member.choose(launcher)
             running = asyncio.ensure_future(
                 launcher.run(
@@ -111,6 +112,8 @@ class Submission:
                 await _until_at_work(launcher, self._chosen, running)
             finally:
                 await _stop(running)
+        finally:
+            await _to_its_end(asyncio.ensure_future(launcher.close()))
         assert self._chosen.id is not None  # a Job gives itself one
         return self._chosen.id
 
@@ -136,9 +139,13 @@ async def _until_at_work(launcher: Launcher, job: Job, running: asyncio.Future[O
 async def _stop(running: asyncio.Future[Outcome]) -> None:
     """Stop waiting for a job; its worker goes on."""
     running.cancel()
-    while not running.done():
+    await _to_its_end(running)
+
+
+async def _to_its_end(task: asyncio.Future[Any]) -> None:
+    while not task.done():
         try:
-            await asyncio.wait({running})
+            await asyncio.wait({task})
         except asyncio.CancelledError:
             continue  # the step is interrupted too: its job is dealt with by withdraw()
 

@@ -35,6 +35,7 @@ T = TypeVar("T")
 logger = logging.getLogger("dagster_resource")
 
 CANCELLED = (DagsterRunStatus.CANCELING, DagsterRunStatus.CANCELED)
+INTERRUPTIONS = (RunTerminated, DagsterExecutionInterruptedError, KeyboardInterrupt)
 ENDED = (*CANCELLED, DagsterRunStatus.FAILURE, DagsterRunStatus.SUCCESS)
 
 
@@ -56,6 +57,7 @@ class Caller:
         self._cancel_on_termination = cancel_on_termination
         self._has_run = identity.has_run(self._context)
         self._decision: bool | None = None
+        self._taken_back = False
 
     @property
     def retry_number(self) -> int | None:
@@ -139,11 +141,25 @@ class Caller:
             The step was interrupted.
         """
         try:
-            return self._drive(work, interval=interval, look_again=True)
-        except (RunTerminated, DagsterExecutionInterruptedError, KeyboardInterrupt):
-            if self._cancels():
-                see_through(withdraw, log=self._log)
+            try:
+                return self._drive(work, interval=interval, look_again=True)
+            except INTERRUPTIONS:
+                self._take_back(withdraw)
+                raise
+        except INTERRUPTIONS:
+            # The signal may come after the run's status has told: on the way into what is done about that.
+            self._take_back(withdraw)
             raise
+
+    def _take_back(self, withdraw: Callable[[Talk], Coroutine[Any, Any, None]]) -> None:
+        """Withdraw what was launched, once, if it is to end, however often the step is interrupted meanwhile."""
+        while not self._taken_back:
+            try:
+                if self._cancels():
+                    see_through(withdraw, log=self._log)
+                self._taken_back = True
+            except INTERRUPTIONS:
+                continue
 
     def _cancels(self) -> bool:
         """Tell whether an interruption of this code is to end its workers; decided once."""
