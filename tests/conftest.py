@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import settings
 
 from pgbg_orchestration.embedded.databases import Contents, Databases
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
@@ -20,6 +21,10 @@ from tests.matrix import LONG, at_a_push
 from tests.servers.debian import ServerUnavailableError
 from tests.servers.kinds import KINDS, Server
 from tests.servers.older import MAJORS
+
+# No test asserts a time: an example that took 0.3 s on a busy machine is no failure.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 OLDER = "the server is older: "
 """How the reason starts for which a test marked ``since`` is skipped."""
