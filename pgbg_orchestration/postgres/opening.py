@@ -127,6 +127,8 @@ class Opening:
         generation and the attempt.
     label, queue_size:
         As for any launch.
+    is_counted:
+        Whether the handle's report has the job's own count and tag: else its result is read, and its end not settled.
     registration:
         What came of registering it, once that is known to be committed.
     """
@@ -138,6 +140,7 @@ class Opening:
     arguments: tuple[str, str, str, str]
     label: str
     queue_size: int | None
+    is_counted: bool = True
     registration: dict[str, Any] | None = None
     _word: str = field(default_factory=lambda: secrets.token_hex(8))
 

@@ -191,7 +191,7 @@ class LaunchingSession:
             if handle is not None:
                 faults.point("after_launch")
                 claim = Claim(text.owner, text.job_id, text.registration["attempt"])
-                worker = self._track(handle, poll_interval, claim)
+                worker = self._track(handle, poll_interval, claim if text.is_counted else None)
         if worker is not None:
             self._start_polling()
         return Begun(text.registration, worker)

@@ -81,6 +81,7 @@ class Launches:
             arguments=(WORK, *work.arguments()),
             label=work.label,
             queue_size=work.job.queue_size,
+            is_counted=not work.is_padded,
         )
         settings = work.settings(case.seconds_left(), (await self._host.facts()).defaults)
         session = await self._host.session()
@@ -291,7 +292,9 @@ class Launches:
                 settings=settings,
                 role=work.job.role if work.kind is Kind.SESSION else None,
                 poll_interval=case.options.poll_interval,
-                claim=Claim(work.key.owner, work.key.job_id, case.attempt) if work.kind is Kind.RECEIPT else None,
+                claim=Claim(work.key.owner, work.key.job_id, case.attempt)
+                if work.kind is Kind.RECEIPT and not work.is_padded
+                else None,
             )
             try:
                 await asyncio.shield(case.call)
