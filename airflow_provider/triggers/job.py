@@ -58,15 +58,13 @@ class PgBackgroundStartTrigger(PgBackgroundTrigger):
     ----------
     sql, parameters, worker_label, settings:
         The attributes of :class:`~airflow_provider.operators.PgBackgroundOperator` of these names.
-    fetch:
-        The attribute of this name, as one text.
     fixed:
         What belongs to ``parameters`` and ``settings`` and is not to be rendered, as
         :func:`~airflow_provider.templates.taken_apart` returns it: the two then hold texts to be rendered only. None in
         a row of a release before it, which has them whole.
     kwargs:
-        The operator's further attributes of which :data:`pgbg_orchestration.job.SQL_OPTIONS` has the names, and what
-        :class:`PgBackgroundTrigger` takes, without ``job``.
+        The operator's further attributes of which :data:`pgbg_orchestration.job.SQL_OPTIONS` has the names (``fetch``
+        as one text), and what :class:`PgBackgroundTrigger` takes, without ``job``.
     """
 
     packs: ClassVar[tuple[str, ...]] = ()
