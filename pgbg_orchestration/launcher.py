@@ -224,7 +224,8 @@ async def arun(conninfo: str, job: Job, *, schema: str = "pgbg", **options: Unpa
         Name of the package's schema.
     options:
         As :class:`pgbg_orchestration.options.Options` takes them: ``on_cancel``, ``on_superseded``,
-        ``retry_cancelled``, ``accept_changed_sql``, ``slot_timeout``, ``poll_interval``, ``deadline``, ``observer``.
+        ``retry_cancelled``, ``accept_changed_sql``, ``slot_timeout``, ``poll_interval``, ``deadline``, ``observer``,
+        ``of_try``, ``notices``.
 
     Returns
     -------

@@ -50,9 +50,10 @@ class Options:
     slot_timeout:
         Seconds to wait for a worker slot at most. Default: as long as the job may take.
     poll_interval:
-        The longest time between two looks at the job, in seconds, from 0.01. Looks come at a pace of their own (a look
-        comes late by at most 4 % of the time that the job has run), and this is where the pauses stop growing. Default:
-        5, and 15 for progress and blocked output, which are looked at once a second at most.
+        The longest time between two looks at the job, in seconds, from 0.01: where the pauses stop growing, which begin
+        with 10 ms and grow with the time that the job has run. Default: 0.25 for a worker that this call launched, 5
+        for one that it is attached to, and 15 for progress, which is looked at once a second at most. A commit that is
+        heard of (docs/performance.md) waits for none of them.
     deadline:
         The moment until which the job has time, with time zone; like ``Job.timeout``, but absolute.
     observer:
@@ -60,7 +61,6 @@ class Options:
     of_try:
         Names the caller's try of the work. It goes into the receipt with a cancel that this call makes, and a cancel
         that this very try made is not taken back by ``retry_cancelled`` when the try goes on elsewhere.
-
     notices:
         Tell what the SQL raises, from NOTICE up, as it is raised: each as an event and a line of the log. RAISE DEBUG
         too, where the job's settings have ``client_min_messages = debug1``. It costs a connection of the job's own for

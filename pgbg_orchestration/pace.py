@@ -1,8 +1,10 @@
 """The pace of polling: the one place that says how often anything is looked at.
 
-A wait adds at most ``SHARE`` of the time that a job has run already, so a short job is seen to end within
-milliseconds and an hour-long one costs a query every few seconds. A caller's ``poll_interval`` takes the place of the
-longest wait, and leaves the rest as it is. All times are in seconds.
+Each pause is a share of the time that a job has run already, between two bounds, so a short job is seen to end within
+milliseconds. Commits are heard of. Failures, and what nobody heard of, the handle tells (``HANDLE_…``: one cheap query
+a session, every quarter of a second at the latest); a job that another process launched is looked at by its lock and
+receipt (``SHARE``, ``SOONEST``, ``LATEST``); what is rare or for people less often (``LOOK_…``, ``BLOCKED``). A
+caller's ``poll_interval`` takes the place of the longest pause, and leaves the rest as it is. All times are in seconds.
 """
 
 from __future__ import annotations
