@@ -203,7 +203,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         jobs:
             SQL by name. The name is part of the job's id: take one that is the same on the next try.
         max_running:
-            How many run at the same time at most. Default: as many as there are worker slots.
+            How many run at the same time at most. Default: all; those without a worker slot wait for one.
         fail_fast:
             When one fails, cancel the others; otherwise let them end first.
         policy:

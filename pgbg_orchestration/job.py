@@ -1,4 +1,4 @@
-"""A job: one SQL text to be run once, with a stable id."""
+"""A job: SQL to be run once, as one text or a list of statements, with a stable id."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ _OWN: Final[Mapping[type[BaseException], _Own]] = MappingProxyType(
         errors.JobIdReused: _Own(None, _fail("the job's id stands for other SQL"), final=True),
         errors.JobCancelled: _Own("PB003", _fail("the job was cancelled, on purpose"), final=True),
         errors.Superseded: _Own("PB003", _fail("a newer generation of the job is there"), final=True),
-        # Running it again could do the work twice: only a verify_sql can tell, and the runner has asked it by now.
+        # Running it again could do the work twice: only a verify_sql can tell, and it was asked by now.
         errors.OutcomeUnknown: _Own(
             None, _fail("how the job ended cannot be told, and it is never run again blindly"), final=True
         ),
@@ -433,8 +433,8 @@ class RetryPolicy:
             where = origin or Origin.JOB
             return error.sqlstate, self._rule_of_fields(error, where), where
         if isinstance(error, errors.WorkerError):
-            # The runner has looked by now and found no receipt: a PB code here was raised by the job's own SQL, and
-            # what that means only its author knows.
+            # Whoever ran the job has looked by now and found no receipt: a PB code here was raised by the job's own
+            # SQL, and what that means only its author knows.
             raised_by_user = error.sqlstate is not None and error.sqlstate.startswith("PB")
             raised_by_user = raised_by_user and error.sqlstate != TOO_MANY_ROWS
             return (

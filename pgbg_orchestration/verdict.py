@@ -1,6 +1,6 @@
 """The verdict: from what can be seen of a job to the next step, or to its outcome.
 
-A pure function without I/O: the runner, the state machine of the tests and the exhaustive search all use it.
+A pure function without I/O: the walk of a job (``walk/run.py``) and the tests' exhaustive search use it.
 
 How to read the signs:
 

@@ -1,4 +1,4 @@
-"""Queries whose answer is a number of rows: a worker's row count is all that comes back from it."""
+"""Queries whose answer is a number of rows: it comes back as the worker's row count, and no row does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The ``pgbg`` schema as Python sees it: the only module that knows its functions.
 
-Looks of all jobs of a process are gathered into one query. Writes go through a connection of their own, so that one
-that waits (a cancel for a worker's commit) keeps no look waiting.
+Looks that are wanted while one is under way are gathered into one query. Writes go through a connection of their own,
+so that one that waits (a cancel for a worker's commit) keeps no look waiting.
 """
 
 from __future__ import annotations
