@@ -1,4 +1,4 @@
-"""The sensor: waits for a job that somebody else runs, or for a worker that somebody launched by hand."""
+"""The sensor: waits for jobs that somebody else runs, or for workers that somebody launched by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class PgBackgroundSensor(BaseSensorOperator):
-    """Waits for a job, by its id or label, or for a worker, by its pid.
+    """Waits for jobs, by id or label, or for workers that somebody launched by hand, by pid or label.
 
     Parameters
     ----------

@@ -51,8 +51,8 @@ class Case:
         Until when to wait for a worker slot, fixed at the first wait; whether the launch waits for one, or did when it
         was broken off; whether this job counts as one that needs two.
     session, readable, last_marked:
-        Of the kinds without a receipt: the session of its own, how the statement's result is read, when its worker was
-        last seen (on the event loop's clock).
+        Where the result is read (a kind without a receipt, or notices that are asked for): the session of its own, how
+        that is done, when the worker was last seen (on the event loop's clock).
     worker_pid:
         The process that runs the job's SQL, as the last look saw it.
     """

@@ -1,4 +1,4 @@
-"""What a walk is lent: the launching sessions, the slot queue and the ledger of one database, shared by many jobs."""
+"""What a walk is lent: launching sessions, slot queue, listener and ledger of one database, shared by many jobs."""
 
 from __future__ import annotations
 
