@@ -150,7 +150,8 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         Parameters
         ----------
         context:
-            The context of the step: it says which work this is.
+            The context of the step, hook, IO manager, sensor or schedule: it says which work this is. None elsewhere,
+            for work of its own.
         sql:
             The statements, which run in one transaction; also ``(sql, parameters)``, or :class:`Sql`.
         name:
@@ -199,7 +200,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         Parameters
         ----------
         context:
-            The context of the step.
+            As :meth:`run`.
         jobs:
             SQL by name. The name is part of the job's id: take one that is the same on the next try.
         max_running:
@@ -250,7 +251,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         Parameters
         ----------
         context:
-            The context of the step.
+            As :meth:`run`.
         sql:
             As :meth:`run` takes it.
         form:
@@ -306,7 +307,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         Parameters
         ----------
         context:
-            The context of the step.
+            As :meth:`run`.
         sql:
             One query. It is asked anew each time.
         expect:
@@ -421,7 +422,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         Parameters
         ----------
         context:
-            The context of the step.
+            As :meth:`run`.
         job_id:
             The job. One that is not known yet is waited for.
         timeout:

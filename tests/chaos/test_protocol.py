@@ -1,6 +1,6 @@
 """The protocol, searched exhaustively: nothing is wrong with it, and each way to break it is noticed.
 
-No server takes part. The search drives the very ``judge`` that the runner asks.
+No server takes part. The search drives the very ``judge`` that the walk of a job asks.
 """
 
 from __future__ import annotations
