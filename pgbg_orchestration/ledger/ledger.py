@@ -1,4 +1,4 @@
-"""The ``pgbg`` schema as Python sees it: the only module that knows its functions.
+"""The ``pgbg`` schema as those who run jobs see it: every look and every write that is no worker's own.
 
 Looks that are wanted while one is under way are gathered into one query. Writes go through a connection of their own,
 so that one that waits (a cancel for a worker's commit) keeps no look waiting.
