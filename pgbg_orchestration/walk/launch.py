@@ -81,7 +81,7 @@ class Launches:
             arguments=(WORK, *work.arguments()),
             label=work.label,
             queue_size=work.job.queue_size,
-            is_counted=not work.is_padded,
+            is_counted=work.is_counted,
         )
         settings = work.settings(case.seconds_left(), (await self._host.facts()).defaults)
         session = await self._host.session()
@@ -293,7 +293,7 @@ class Launches:
                 role=work.job.role if work.kind is Kind.SESSION else None,
                 poll_interval=case.options.poll_interval,
                 claim=Claim(work.key.owner, work.key.job_id, case.attempt)
-                if work.kind is Kind.RECEIPT and not work.is_padded
+                if work.kind is Kind.RECEIPT and work.is_counted
                 else None,
             )
             try:

@@ -87,6 +87,11 @@ class Work:
         return giving(last) is not None or last.keywords[:1] in (("FETCH",), ("EXECUTE",))
 
     @property
+    def is_counted(self) -> bool:
+        """Whether its handle's report has the job's own count and tag: its last statement is launched last."""
+        return not self.is_padded and not self.kept
+
+    @property
     def verify_sql(self) -> str | None:
         """What tells whether the work is done: the job's own query, or one of the catalog."""
         return self.job.verify_sql or index_builds.verify_sql(self.statements, tuple(self.job.settings or ()))
