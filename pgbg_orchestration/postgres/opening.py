@@ -89,7 +89,9 @@ Quote: TypeAlias = Callable[[str | int | bytes | None], str]
 
 _SCRIPT = """\
 begin isolation level read committed read write;
-select pg_catalog.set_config('statement_timeout', '0', true), pg_catalog.set_config('lock_timeout', '0', true);
+select pg_catalog.set_config('statement_timeout', '0', true), pg_catalog.set_config('lock_timeout', '0', true),
+    pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit')
+        when 'off' then 'off' else 'local' end, true);  -- it is made durable by the commit of the receipt
 select r.*, pg_catalog.set_config({setting}, case r.verdict when 'registered'
     then pg_catalog.concat_ws(':', {word}, r.generation, r.attempt) else '' end, false)
 from {registering} as r;

@@ -45,6 +45,8 @@ class Case:
         What registered and launched the job in one call, if that was tried; somebody should look before the time.
     call, worker, reading:
         The launch call on its way; the last worker; the task that reads its result to the end.
+    call_forgotten:
+        A launch call was given up before its answer: what it launched is refused, or is told by the receipt.
     launch_error:
         Why the last launch call failed on its way.
     slot_deadline, waited_for_slot, paired:
@@ -67,6 +69,7 @@ class Case:
     opening: Opening | None = None
     worker: Worker | None = None
     reading: asyncio.Task[tuple[int | None, str | None]] | None = None
+    call_forgotten: bool = False
     launch_error: BaseException | None = None
     slot_deadline: float | None = None
     waited_for_slot: bool = False
@@ -108,6 +111,7 @@ class Case:
         self.call = None  # not before: cancelled in that wait, it has to be found here again
         if not call.done():
             call.add_done_callback(_forget_worker)
+            self.call_forgotten = True
             self.memory = self.memory.refused()
             return False
         if self.opening is not None and self.opening.registration is not None and not self.attempts:

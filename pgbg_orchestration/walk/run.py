@@ -204,7 +204,8 @@ class Run:
     @property
     def _launched_nothing(self) -> bool:
         case = self._case
-        return not case.attempts and case.call is None and case.memory.attached_since is None
+        called = bool(case.attempts) or case.call is not None or case.call_forgotten
+        return not called and case.memory.attached_since is None
 
     async def _look(self) -> Evidence:
         """Look at the job, and again as long as what is seen may be half of a sign."""

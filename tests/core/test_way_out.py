@@ -11,6 +11,7 @@ import pytest
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
 from pgbg_orchestration.ledger.ledger import Ledger
 from tests.core.kit import Recorder, Watched, effect, ended, eventually, slow, within
+from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 
 pytestmark = pytest.mark.servers("real", "embedded")
 
@@ -83,6 +84,21 @@ async def test_a_deadline_holds_while_the_server_is_away(own_db: Callable[..., W
     assert end.data_state == errors.NOT_STARTED
 
 
+async def test_a_launch_without_an_answer_is_not_said_to_be_none(db: Watched, proxy: Proxy) -> None:
+    """The deadline passes while nothing comes back from the server any more, where the job commits."""
+    async with Launcher(proxy.through(db.conninfo)) as launcher:
+        await within(launcher.run(Job("select 1", id="warm")))
+        when = proxy.when(TO_SERVER, b"begin_job", stall=TO_CLIENT)
+        task = asyncio.create_task(ended(launcher.run(Job(effect("j"), id="j", timeout=2))))
+        await asyncio.to_thread(when.wait)
+        proxy.stall(TO_CLIENT)
+        await eventually(lambda: db.effects("j"), "it has committed")
+        end = await task
+        proxy.cut()
+    assert isinstance(end, errors.ServerUnreachable), end
+    assert end.data_state != errors.NOT_STARTED
+
+
 async def test_a_deadline_holds_while_commits_wait_for_a_standby(own_db: Callable[..., Watched]) -> None:
     """No standby is there. What this package writes for itself does not wait for it; the job's own commit does."""
     db = own_db()
@@ -102,3 +118,23 @@ async def test_a_deadline_holds_while_commits_wait_for_a_standby(own_db: Callabl
     finally:
         db.sql("alter system reset synchronous_standby_names")
         db.sql("select pg_reload_conf()")
+
+
+async def test_a_job_that_waits_for_no_standby_is_not_kept_waiting_for_one(own_db: Callable[..., Watched]) -> None:
+    """Its registration and the word of its end wait for none either, and nor do the other jobs of the session."""
+    db = own_db()
+    db.sql("set synchronous_commit to local")  # the test's own session waits for nobody
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job("select 1", id="warm")))
+        db.sql("alter system set synchronous_standby_names = 'away'")
+        db.sql("select pg_reload_conf()")
+        (here,) = await eventually(lambda: db.sessions("pgbg: launching"), "the launching session")
+        try:
+            for name in ("i", "j", "k"):
+                job = Job(slow(name, 1) + f"; {effect(name)}", id=name, settings={"synchronous_commit": "local"})
+                outcome = await within(launcher.run(job))
+                assert (outcome.row_count, outcome.command_tag) == (1, "INSERT")
+        finally:
+            db.sql("alter system reset synchronous_standby_names")
+            db.sql("select pg_reload_conf()")
+        assert here[0] in [row[0] for row in db.sessions("pgbg: launching")], "the session was not given up"

@@ -25,6 +25,8 @@ from unnest(%s::text[], %s::text[], %s::int4[], %s::int4[], %s::int8[])
     with ordinality as k (owner, job_id, attempt, pid, cookie, number)
 join lateral {schema}.committed(k.owner, k.job_id) as r on r.attempt = k.attempt
 cross join lateral {result_info}(k.pid, k.cookie) as i
+cross join pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
+    then 'off' else 'local' end, true) as how
 
 -- name: mark_cancelled
 -- A cancel that was asked for is final, and told only once it cannot be lost: it waits for a synchronous standby. One that
