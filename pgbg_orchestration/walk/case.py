@@ -114,7 +114,8 @@ class Case:
             self.call_forgotten = True
             self.memory = self.memory.refused()
             return False
-        if self.opening is not None and self.opening.registration is not None and not self.attempts:
+        # An opening comes before the first look, and every other call after it: that one registered itself.
+        if self.opening is not None and self.opening.registration is not None and not self.memory.looked:
             self.memory = self.memory.registered(Registration.read(self.opening.registration))
         error = call.exception()
         if error is not None and not isinstance(error, MayBeLaunched):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgbg_orchestration import Job, Kind, arun
+from pgbg_orchestration import Job, Kind, arun, errors
 from tests.core.kit import APP, Recorder, Watched, count, within
 
 pytestmark = pytest.mark.servers("real", "embedded")
@@ -76,3 +76,17 @@ async def test_rows_that_nobody_reads_do_not_block(db: Watched, kind: Kind) -> N
     outcome = await within(arun(db.conninfo, Job(sql, id="j", kind=kind), observer=seen))
     assert (outcome.command_tag, outcome.row_count) == ("SELECT", rows)
     assert "output_blocked" not in seen.kinds()
+
+
+@pytest.mark.parametrize("last", ["insert into effects values ('j'), ('j')", "select generate_series(1, 2)"])
+async def test_a_retry_is_an_attempt_of_its_own(db: Watched, last: str) -> None:
+    """Whatever a first message found to be known of the job: launched by this call, counted, and in the history."""
+    job = Job(f"insert into effects select 'j' where 1 / (select count(*) from effects) > 0; {last}", id="j")
+    with pytest.raises(errors.WorkerError):
+        await within(arun(db.conninfo, job))
+    db.sql("insert into effects values ('there')")
+    outcome = await within(arun(db.conninfo, job))
+    assert (outcome.attempt, outcome.launched) == (2, True)
+    assert (outcome.row_count, outcome.command_tag) == (2, last.split(maxsplit=1)[0].upper())
+    told = db.sql("select state, attempt, row_count, command_tag from pgbg.jobs")
+    assert told == [("committed", 2, 2, last.split(maxsplit=1)[0].upper())]
