@@ -25,7 +25,7 @@ from .rows import NoRows, Rows
 from .telemetry import observing
 from .walk import failures
 from .walk.host import Host
-from .walk.run import cancel_job, run_job
+from .walk.run import cancel_job, run_job, to_its_end
 
 
 class Launcher:
@@ -63,7 +63,8 @@ class Launcher:
 
     async def close(self) -> None:
         """Close all connections. Workers go on."""
-        await self._host.close()
+        if await to_its_end(self._host.close()):  # cut short, it would leave connections open
+            raise asyncio.CancelledError
 
     @property
     def ledger(self) -> Ledger:

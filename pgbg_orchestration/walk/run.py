@@ -96,12 +96,12 @@ class Run:
             return await asyncio.shield(following)
         except asyncio.CancelledError:
             # It is bounded (pace.CANCEL): a second cancel does not make it quicker.
-            await _to_its_end(self._let_go(following))
+            await to_its_end(self._let_go(following))
             raise
         finally:
             if listener is not None:
                 listener.leave(self._case.work.marker, self._hear)
-            if await _to_its_end(self._close()):
+            if await to_its_end(self._close()):
                 raise asyncio.CancelledError
 
     def _hear(self) -> None:
@@ -470,7 +470,7 @@ async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str |
         raise failures.may_not_cancel(key, seen) from error
 
 
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> bool:
+async def to_its_end(work: Coroutine[Any, Any, None]) -> bool:
     """Await ``work``, however often the caller is cancelled meanwhile; returns whether it was."""
     task = asyncio.create_task(work)
     cancelled = False

@@ -10,6 +10,7 @@ import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
 from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.postgres.listener import Listener
 from tests.core.kit import Recorder, Watched, effect, ended, eventually, slow, within
 from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 
@@ -82,6 +83,23 @@ async def test_a_deadline_holds_while_the_server_is_away(own_db: Callable[..., W
             db.server.start()
     assert isinstance(end, errors.ServerUnreachable)
     assert end.data_state == errors.NOT_STARTED
+
+
+async def test_a_cancel_while_it_closes_leaves_no_connection(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    closing, close = asyncio.Event(), Listener.close
+
+    async def slowly(self: Listener) -> None:
+        closing.set()
+        await asyncio.sleep(0.3)
+        await close(self)
+
+    monkeypatch.setattr(Listener, "close", slowly)
+    task = asyncio.create_task(arun(db.conninfo, Job(effect("j"), id="j")))
+    await within(closing.wait())
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await eventually(lambda: not db.sessions("pgbg: %"), "all are closed", 10)
 
 
 async def test_a_launch_without_an_answer_is_not_said_to_be_none(db: Watched, proxy: Proxy) -> None:
