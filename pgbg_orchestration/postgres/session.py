@@ -50,7 +50,6 @@ class Worker:
     claim: Claim | None = None  # the launch that its receipt would prove, where it writes one
     proof: Proof | None = None  # that receipt, read after its commit was heard of; it is in the history then
     nudged: asyncio.Event = field(default_factory=asyncio.Event)  # somebody should look at it before its time
-    is_ending: bool = False  # its commit was seen: it is polled without a pause
 
     @property
     def gone(self) -> bool:
@@ -64,11 +63,6 @@ class Worker:
     async def detach(self) -> None:
         """Forget the handle: the worker goes on, its output is dropped."""
         await self.session.detach(self)
-
-    def expect_end(self) -> None:
-        """Have it polled now, whatever its pace: it is about to end."""
-        self.is_ending = True
-        self.session.poll_now()
 
     def release(self) -> None:
         """Forget the handle, in the session's own time."""
@@ -303,20 +297,11 @@ class LaunchingSession:
             logger.exception("the polling of a launching session failed; its workers are followed by their receipts")
             self._give_up()
 
-    def poll_now(self) -> None:
-        """Have the pace of polling set anew: a worker is about to end."""
-        self._wake.set()
-
     async def _poll_in_turn(self) -> None:
         loop = asyncio.get_running_loop()
         while not self.lost and (waiting := [w for w in self.workers.values() if not w.ended.done()]):
             # One query polls all: the one that is due first sets the pace, but for what polling may cost.
-            pause = min(
-                pace.HANDLE_SOONEST
-                if worker.is_ending
-                else pace.poll_handle(loop.time() - worker.launched_at, worker.poll_interval)
-                for worker in waiting
-            )
+            pause = min(pace.poll_handle(loop.time() - worker.launched_at, worker.poll_interval) for worker in waiting)
             pause = max(pause, min(self._spent / pace.POLLING, pace.LOOK_SOONEST))
             self._wake.clear()
             try:

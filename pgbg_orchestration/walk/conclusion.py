@@ -73,7 +73,6 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
     counts = case.work.kind is not Kind.SUPERVISED  # a supervisor has written them down already
     if last and counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
         # The commit is visible a little before the worker has ended and its report is there.
-        case.worker.expect_end()
         await asyncio.wait({case.worker.ended}, timeout=pace.GRACE)
         await case.read_report()
     if seen is None:
