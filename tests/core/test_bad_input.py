@@ -21,7 +21,7 @@ from tests.core.kit import Watched, effect, within
         {"sql": "-- only a comment"},
         {"sql": "/* only /* a nested */ comment */"},
         {"sql": []},
-        {"sql": ["select 1", ""]},
+        {"sql": ["", " ; ", "-- a comment"]},
         {"sql": ["select 1", None]},
         {"sql": "begin; select 1; commit"},
         {"sql": "select 1; commit"},

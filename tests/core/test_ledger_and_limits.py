@@ -227,7 +227,7 @@ async def test_too_few_connections(db: Watched, limited: str, of: str) -> None:
         found = {finding.name: finding for finding in await examine(conninfo)}["connections"]
         assert found.status is Status.FAILS
         db.sql(
-            (found.todo or "").replace("6;", "3" if of == "role" else "5")
+            (found.todo or "").replace("7;", "3" if of == "role" else "5")
         )  # the administrator is in the database too
         outcomes = await within(one_process_with_few(conninfo, db))
         assert all(isinstance(outcome, Outcome) for outcome in outcomes)

@@ -77,8 +77,8 @@ async def in_the_middle(db: Watched) -> int:
 
     def look() -> int | None:
         rows = db.sql(
-            "select a.pid from pg_stat_activity a join pgbg.receipt r on a.application_name ="
-            " pgbg.marker(r.owner, r.job_id) where r.status = 'launching' and a.datname = current_database()"
+            "select a.pid from pg_stat_activity a join pgbg.receipt r on starts_with(a.application_name,"
+            " pgbg.marker(r.owner, r.job_id)) where r.status = 'launching' and a.datname = current_database()"
             " and a.wait_event_type = 'Lock'"
             " and not exists (select from pg_locks l where l.pid = a.pid and l.locktype = 'advisory')"
         )
