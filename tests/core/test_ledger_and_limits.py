@@ -146,7 +146,7 @@ async def test_a_polling_task_that_fails_leaves_nobody_waiting(
         raise RuntimeError("an error that nobody named")
 
     monkeypatch.setattr(LaunchingSession, "_poll", broken)
-    outcome = await within(arun(db.conninfo, Job(effect("j"), id="j")))
+    outcome = await within(arun(db.conninfo, Job(slow("j", 1), id="j")))
     assert outcome.proof == "receipt"
     assert db.effects("j") == 1
     assert "an error that nobody named" in caplog.text
