@@ -39,7 +39,9 @@ RUN_POINTS = tuple(point for point in POINTS if point not in CANCEL_POINTS)
 )
 async def test_launching_process_killed(db: Watched, known: bool, point: str) -> None:
     """SIGKILL at a point of the algorithm; a second process runs the same job."""
-    job: dict[str, Any] = {"sql": slow("j", 0.4), "id": "j", "series": "s", "generation": 1}
+    # A result that is read to its end takes its handle with it: only other handles are detached.
+    work = f"select pg_sleep(0.4); {effect('j')}" if point == "after_detach" else slow("j", 0.4)
+    job: dict[str, Any] = {"sql": work, "id": "j", "series": "s", "generation": 1}
     if known:
         await within(arun(db.conninfo, Job("select 1", id="older", series="s", generation=0)))
     async with launching_process(db.conninfo, f"{point}:kill") as child:
