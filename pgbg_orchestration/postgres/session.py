@@ -308,15 +308,15 @@ class LaunchingSession:
                 async with asyncio.timeout(pause):
                     await self._wake.wait()  # a new worker sets the pace anew
             except TimeoutError:
-                await self._poll()
+                await self.poll()
 
-    async def _poll(self) -> None:
+    async def poll(self) -> None:
+        """Look once which workers have ended, and tell those who wait for them."""
         async with self._turn:
             waiting = {handle: worker for handle, worker in self.workers.items() if not worker.ended.done()}
             if not waiting or self.lost:
                 return
-            self._polls += 1
-            began = asyncio.get_running_loop().time()
+            self._polls, began = self._polls + 1, asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(pace.CALL):
                     token, tracked, ended = await self.extension.ended(self._conn, TOKEN)

@@ -18,6 +18,7 @@ from pgbg_orchestration.outcome import ErrorFields, EventKind, Outcome
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.pg_background import ResultInfo
+from pgbg_orchestration.postgres.session import Worker
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OURS, Intent, Report, Step
@@ -72,8 +73,7 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
     last = seen is None or seen.receipt_attempt == case.attempt
     counts = case.work.kind is not Kind.SUPERVISED  # a supervisor has written them down already
     if last and counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
-        # The commit is visible a little before the worker has ended and its report is there.
-        await asyncio.wait({case.worker.ended}, timeout=pace.GRACE)
+        await _see_end(case.worker)
         await case.read_report()
     if seen is None:
         outcome = _without_receipt(case)
@@ -87,6 +87,15 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
     how = "" if outcome.launched else " by an earlier or another launch"
     case.tell(EventKind.COMMITTED, f"committed{how}: {what}", pid=outcome.worker_pid)
     return outcome
+
+
+async def _see_end(worker: Worker) -> None:
+    """Poll a worker whose commit is visible until its report is there, a moment later, whatever its usual pace."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(pace.GRACE):
+            while not worker.ended.done():
+                await asyncio.shield(worker.session.poll())
+                await asyncio.wait({worker.ended}, timeout=pace.HANDLE_SOONEST)
 
 
 async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched: bool) -> Outcome:

@@ -65,6 +65,20 @@ async def test_the_history_counts_the_jobs_own_rows_where_they_are_kept(
     assert db.sql("select row_count, command_tag from pgbg.jobs where job_id = 'j'") == [(2, "INSERT")]
 
 
+async def test_rows_that_nobody_reads_are_counted_however_rarely_it_is_polled(
+    db: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report of their number comes after the commit that was heard of."""
+    deaf(monkeypatch)
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job("select 1")))
+        await eventually(lambda: listener(db), "it listens")
+        job = Job("select pg_sleep(2); select generate_series(1, 5)", id="j")
+        outcome = await within(launcher.run(job))
+    assert (outcome.row_count, outcome.command_tag) == (5, "SELECT")
+    assert db.sql("select row_count, command_tag from pgbg.jobs where job_id = 'j'") == [(5, "SELECT")]
+
+
 async def test_a_listener_that_was_terminated(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was said meanwhile is looked for when another one listens."""
     deaf(monkeypatch)

@@ -145,7 +145,7 @@ async def test_a_polling_task_that_fails_leaves_nobody_waiting(
     async def broken(self: LaunchingSession) -> None:
         raise RuntimeError("an error that nobody named")
 
-    monkeypatch.setattr(LaunchingSession, "_poll", broken)
+    monkeypatch.setattr(LaunchingSession, "poll", broken)
     outcome = await within(arun(db.conninfo, Job(slow("j", 1), id="j")))
     assert outcome.proof == "receipt"
     assert db.effects("j") == 1
