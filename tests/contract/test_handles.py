@@ -92,9 +92,9 @@ def test_a_worker_goes_on_and_commits_when_its_launching_session_closes(
 ) -> None:
     session.execute("create table done (i int)")
     launching = open_session()
-    handle = launching.launch("do $$begin perform pg_sleep(0.5); end$$; insert into done values (1)")
+    handle = launching.launch("do $$begin perform pg_sleep(2); end$$; insert into done values (1)")
     launching.connection.close()
-    assert session.activity(handle)
+    eventually(lambda: session.activity(handle), "the worker at work without its launcher")
     eventually(lambda: session.value("select count(*) from done"), "the orphan's commit")
 
 
