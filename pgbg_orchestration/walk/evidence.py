@@ -16,7 +16,7 @@ from pgbg_orchestration.outcome import Cause
 from pgbg_orchestration.postgres.pg_background import OUTPUT_WAITS
 from pgbg_orchestration.verdict import CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 
-from .memory import Memory, Stray, Terms
+from .memory import Memory, Stage, Stray, Terms
 
 
 class Sign(Enum):
@@ -95,7 +95,9 @@ def weigh(seen: Sighting, terms: Terms, memory: Memory, now: float) -> tuple[Evi
     """
     memory = memory.at(now, terms)
     if not memory.looked:
-        memory = memory._replace(looked=True, old_mark=seen.decided_at)
+        # A call that has launched its job before it looked had a new one: whatever mark is there came after it.
+        old_mark = seen.decided_at if memory.launch.stage is Stage.NONE else None
+        memory = memory._replace(looked=True, old_mark=old_mark)
     launch = memory.launch
     holder = seen.holder(_generation(seen, terms, memory))
     recorded = _is_recorded(seen, terms, memory)
@@ -225,7 +227,7 @@ def _lifts(seen: Sighting, terms: Terms, memory: Memory) -> bool:
     if seen.is_provisional:
         return True
     # The very one that it saw first: by comparing times, a clock that is set back would make a new one an old one.
-    before = seen.decided_at == memory.old_mark
+    before = memory.old_mark is not None and seen.decided_at == memory.old_mark
     # What this very try made final, before it was taken up elsewhere, stays so.
     own = terms.of_try is not None and seen.of_try == terms.of_try
     return before and not own and seen.cause in terms.takes_back
