@@ -87,6 +87,7 @@ MEANINGS: list[tuple[str, Sighting, Terms, Memory, dict[str, Any]]] = [
     ("a mark that is provisional", sighting(status="cancelled", cause="given up"), TERMS, Memory(looked=True), {"lift": True}),
     ("a mark of before", sighting(status="cancelled", cause="asked"), AGAIN, Memory(), {"lift": True}),
     ("a mark that came meanwhile", sighting(status="cancelled", cause="asked"), AGAIN, Memory(looked=True), {"lift": False}),
+    ("a mark seen first after a launch of its own", sighting(status="cancelled", cause="asked"), AGAIN, Memory(launch=failed(CANCELED)), {"lift": False}),
     ("a mark for another cause", sighting(status="cancelled", cause="run gone"), AGAIN, Memory(), {"lift": False}),
     ("a mark of this very try", replace(sighting(status="cancelled", cause="asked"), of_try="1"), AGAIN._replace(of_try="1"), Memory(), {"lift": False}),
     ("a mark, and no retry", sighting(status="cancelled", cause="asked"), TERMS, Memory(), {"lift": False}),
