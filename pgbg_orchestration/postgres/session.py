@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -544,10 +545,9 @@ class LaunchingSession:
             finally:
                 self._conn.remove_notice_handler(heard)
 
-        try:
+        with suppress(psycopg.Error):  # the worker's own, which is known; or its rows do not fit: nothing is heard then
             await self._ask(read)
-        except psycopg.Error:
-            return  # the worker's own, which is known; or its rows do not fit, behind which nothing is heard
+        faults.point("after_detach")
 
     async def detach(self, worker: Worker) -> None:
         """Forget a handle, and end the wait for it: the worker goes on, its output is dropped."""

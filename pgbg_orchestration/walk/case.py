@@ -169,8 +169,6 @@ class Case:
         info = self.worker.ended.result()
         faults.point("after_end")
         error = await self.worker.error() if info is not None and info.has_error else None
-        if error is not None and error.sqlstate not in OURS and not self.work.job.redact_details:
-            await self.worker.session.hear_failed(self.worker, self._hear)
         self.memory = self.memory.ended(info, error, self.terms)
         if self.memory.launch.report is Report.NONE:
             self.attempts.pop()  # it launched nothing
@@ -191,6 +189,13 @@ class Case:
                 self.memory = self.memory.handle_lost()
             else:
                 self.memory = self.memory.failed(describe.error_fields(error))
+
+    async def hear_failed(self) -> None:
+        """Tell what a worker that failed had raised, once its end is in the history: it costs the handle."""
+        error = self.memory.launch.error
+        if self.worker is None or error is None or error.sqlstate in OURS or self.work.job.redact_details:
+            return
+        await self.worker.session.hear_failed(self.worker, self._hear)
 
     async def stop_reading(self) -> None:
         """Break the reading of the result off; the worker goes on without its handle."""

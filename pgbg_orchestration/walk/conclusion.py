@@ -59,6 +59,7 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
         fields = case.work.telling(fields) if fields else None
         if case.attempts:
             await record(case, ledger, HISTORY[step], error=fields)
+        await case.hear_failed()
         if step is Step.FAILED and seen is not None and seen.is_untold:
             await _report(case, ledger, seen)
         left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []

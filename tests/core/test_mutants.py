@@ -227,7 +227,9 @@ async def test_cancel_at_once(own_db: Callable[..., Watched], broken: bool, monk
 
 
 @BOTH
-@pytest.mark.parametrize("sql", ["select 1", "select 1/0"], ids=["committed", "failed"])
+@pytest.mark.parametrize(
+    "sql", [effect("j"), f"{effect('j')}; do $$ begin perform 1/0; end $$"], ids=["committed", "failed"]
+)
 async def test_detach_before_the_outcome_is_written(
     db: Watched, sql: str, broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +277,7 @@ async def test_a_notification_is_believed(db: Watched, broken: bool, monkeypatch
     if broken:
         monkeypatch.setattr(LaunchingSession, "_settle", _believe)
     async with Launcher(db.conninfo) as launching:
-        task = asyncio.create_task(launching.run(Job(f"{slow('j', 1)}; select 1/0", id="j")))
+        task = asyncio.create_task(launching.run(Job(f"{slow('j', 1)}; do $$ begin perform 1/0; end $$", id="j")))
         await db.at_work("j")
         await eventually(lambda: db.sessions("pgbg: listening"), "somebody listens")
         while not task.done():

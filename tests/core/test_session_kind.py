@@ -170,8 +170,10 @@ async def test_session_job_with_much_output(db: Watched) -> None:
     assert outcome.launched
 
 
-# More than its queue holds, row by row: its result is being read when the job is cancelled.
-SLOW_OUTPUT = "select repeat('x', 1000), pg_sleep(0.002)::text from generate_series(1, 15000)"
+# Warnings, more than its queue holds: its result is being read when the job is cancelled. (Its rows are not sent.)
+SLOW_OUTPUT = (
+    "do $$ begin for i in 1..15000 loop raise warning '%', repeat('x', 1000); perform pg_sleep(0.002); end loop; end $$"
+)
 
 
 async def _reading(db: Watched) -> None:

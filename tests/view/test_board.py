@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import psycopg
+import pytest
 
 from pgbg_orchestration import Job, Launcher
 from pgbg_orchestration.ledger.board import HIDDEN, Board, look_at_all
@@ -84,6 +85,7 @@ async def test_a_job_that_waits_for_a_lock_names_its_blocker(db: Watched) -> Non
             assert (await within(waiting)).launched
 
 
+@pytest.mark.real  # a stand-in's worker without a label is a client backend like any other
 async def test_a_worker_launched_by_hand(db: Watched) -> None:
     async with (
         Launcher(db.conninfo) as launcher,
