@@ -54,8 +54,10 @@ OF_A_TRY = frozenset({Cause.INTERRUPTED, Cause.FAILED_BESIDE, Cause.RUN_GONE})
 class ErrorFields:
     """The fields of a PostgreSQL error, as ``error_info`` of pg_background gives them.
 
-    The last four are known on pg_background 2.0 only. See the PostgreSQL manual, 54.8 "Error and Notice
-    Message Fields".
+    Names of objects are known on pg_background 2.0 only. See the PostgreSQL manual, 54.8 "Error and Notice
+    Message Fields". The last three say where the error was, as far as that is known: which statement of the job
+    (``3 of 7``), its first line, and the line with a caret below the place, as psql shows it. Placeholders stand for
+    parameters there.
     """
 
     sqlstate: str | None = None
@@ -67,12 +69,27 @@ class ErrorFields:
     table_name: str | None = None
     column_name: str | None = None
     constraint_name: str | None = None
+    statement: str | None = None
+    first_line: str | None = None
+    pointer: str | None = None
 
     def lines(self) -> list[str]:
         """Return one line for each known field, SQLSTATE first, as psql shows them."""
-        names = {f.name: getattr(self, f.name) for f in fields(self)}
+        names = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLACE}
         head = f"SQLSTATE {names.pop('sqlstate')}: {names.pop('message')}"
-        return [head, *(f"{name.replace('_', ' ').upper()}: {value}" for name, value in names.items() if value)]
+        told = [f"{name.replace('_', ' ').upper()}: {value}" for name, value in names.items() if value]
+        return [head, *told, *self.place()]
+
+    def place(self) -> list[str]:
+        """Return the lines that tell where the error was."""
+        told = [f"STATEMENT{f' {self.statement}' if self.statement else ''}: {self.first_line or ''}".rstrip(": ")]
+        pointer = self.pointer.splitlines() if self.pointer else []
+        return [*(told if self.statement or self.first_line else []), *pointer]
+
+    def as_history(self) -> ErrorFields:
+        """Return the fields as the history keeps them: the place is part of the context."""
+        context = "\n".join([*([self.context] if self.context else []), *self.place()])
+        return replace(self, context=context or None, statement=None, first_line=None, pointer=None)
 
     def to_dict(self) -> dict[str, str]:
         """Return the known fields, by their names."""
@@ -84,10 +101,11 @@ class ErrorFields:
         return cls(**{f.name: given[f.name] for f in fields(cls) if given.get(f.name) is not None})
 
     def redacted(self) -> ErrorFields:
-        """Return what can hold no data: the SQLSTATE, and the names of schema, table, column and constraint."""
-        return replace(self, message=WITHHELD, detail=None, hint=None, context=None)
+        """Return what can hold no data: the SQLSTATE, names of schema, table, column and constraint, a number."""
+        return replace(self, message=WITHHELD, detail=None, hint=None, context=None, first_line=None, pointer=None)
 
 
+PLACE = ("statement", "first_line", "pointer")
 NO_FIELDS = ErrorFields()
 
 
@@ -164,7 +182,13 @@ class EventKind(StrEnum):
     LAUNCHED = "launched", "its worker was launched (`pid`; of a supervised job `at_work` tells it)"
     AT_WORK = "at_work", "the worker of a supervised job is at work (`pid`)"
     ATTACHED = "attached", "a worker that somebody else launched is at it, and is waited for (`pid`)"
-    PROGRESS = "progress", "how far it is: what its SQL reports, or a command that the server tells of (`percent`)"
+    PROGRESS = (
+        "progress",
+        (
+            "how far it is: what its SQL reports, or a command that the server tells of (`percent`); "
+            "with `notices=True` also which `statement` of how many (`of`)"
+        ),
+    )
     BLOCKED = "blocked", "its worker waits for a lock of other sessions (`blockers`), or for a standby"
     NOTICE = "notice", "what its SQL raised (`severity`, `sqlstate`, `detail`, `hint`); with `notices=True`"
     WAITING_FOR_SERIES = "waiting_for_series", "another job of its series is at work, and is waited for (`pid`)"

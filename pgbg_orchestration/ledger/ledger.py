@@ -253,7 +253,8 @@ class Ledger:
     ) -> None:
         """Write an attempt's outcome into the history."""
         query = self._query("record")
-        told = [getattr(error, field.name) for field in fields(error)] if error else None
+        kept = error.as_history() if error else None
+        told = [getattr(kept, field.name) for field in fields(kept)] if kept else None
         arguments = (
             key.owner, key.job_id, attempt, outcome, worker_pid, started_at, row_count, command_tag, told,
         )  # fmt: skip

@@ -33,7 +33,8 @@ class ServerFacts:
     """What a login sees of its server and database.
 
     ``role`` is the role in force, whose privileges count: the login, unless ALTER ROLE … SET role made it another.
-    ``backend_pid`` is what the server says; behind a pooler it is not what the connection was told at its start.
+    ``runs_blocks``: every role may run DO. ``backend_pid`` is what the server says; behind a pooler it is not what the
+    connection was told at its start.
     """
 
     login: str
@@ -60,6 +61,7 @@ class ServerFacts:
     superuser: bool
     in_role: bool
     read_only: bool
+    runs_blocks: bool
     through_pooler: bool
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from pgbg_orchestration.outcome import Cause, ErrorFields
+from pgbg_orchestration.outcome import PLACE, Cause, ErrorFields
 from pgbg_orchestration.verdict import Holder, Receipt
 
 RECEIPTS = {
@@ -75,7 +75,7 @@ class Sighting:
     @classmethod
     def of(cls, row: dict[str, Any]) -> Sighting:
         """Read a row of the schema's ``look``."""
-        error = ErrorFields(**{field.name: row[field.name] for field in fields(ErrorFields)})
+        error = ErrorFields(**{f.name: row[f.name] for f in fields(ErrorFields) if f.name not in PLACE})
         known = {field.name: row[field.name] for field in fields(cls) if field.name != "error"}
         return cls(**{**known, "cause": Cause.known(row["cause"]), "error": error})
 

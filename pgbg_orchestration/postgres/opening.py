@@ -19,7 +19,7 @@ from psycopg import AsyncConnection, generators, pq, sql
 from .pg_background import DEFAULT_QUEUE_BYTES, Handle
 
 if TYPE_CHECKING:
-    from .session import Worker
+    from .worker import Worker
 
 SETTING = "pgbg.opening"
 REGISTERED, LAUNCHED = 2, 6  # the numbers of the statements in the text, from 0

@@ -10,9 +10,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, IsolationLevel, sql
@@ -28,46 +26,14 @@ from .connection import ConnectionLost, ExtensionMoved
 from .describe import Readable
 from .opening import Begun, Claim, LaunchRefused, MayBeLaunched, Opening, Proof, SlotsUsedUp
 from .pg_background import MAX_TRACKED, NO_SLOT, OUTPUT_WAITS, Extension, Handle, Progress, ResultInfo
+from .worker import Worker
 
 T = TypeVar("T")
+Hearing: TypeAlias = Callable[[psycopg.errors.Diagnostic], None]
 logger = logging.getLogger("pgbg_orchestration")
 TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
 ASKED_ALL = 20  # polls, after which each handle is asked for by itself
 LAUNCHES = 2_000  # then the session is replaced when its workers have ended: old versions leak memory for each launch
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """A worker that this process launched: its handle, and the future of how it ended.
-
-    ``ended`` gets the last ``ResultInfo``, or None when the handle is lost.
-    """
-
-    session: LaunchingSession
-    handle: Handle
-    launched_at: float  # seconds of the event loop's clock
-    ended: asyncio.Future[ResultInfo | None]
-    poll_interval: float | None = None  # the longest time between two polls; None for the usual one
-    claim: Claim | None = None  # the launch that its receipt would prove, where it writes one
-    proof: Proof | None = None  # that receipt, read after its commit was heard of; it is in the history then
-    nudged: asyncio.Event = field(default_factory=asyncio.Event)  # somebody should look at it before its time
-
-    @property
-    def gone(self) -> bool:
-        """Whether the handle is lost."""
-        return self.ended.done() and self.ended.result() is None
-
-    async def error(self) -> ErrorFields | None:
-        """Return the worker's error; None without one, or with the session lost."""
-        return await self.session.error_info(self.handle)
-
-    async def detach(self) -> None:
-        """Forget the handle: the worker goes on, its output is dropped."""
-        await self.session.detach(self)
-
-    def release(self) -> None:
-        """Forget the handle, in the session's own time."""
-        self.session.release(self)
 
 
 class LaunchingSession:
@@ -491,7 +457,7 @@ class LaunchingSession:
                 raise ConnectionLost(str(error)) from error
 
     async def drain(
-        self, worker: Worker, readable: Readable, heard: Callable[[psycopg.errors.Diagnostic], None] | None = None
+        self, worker: Worker, readable: Readable, heard: Hearing | None = None
     ) -> tuple[int | None, str | None]:
         """Read the worker's result to its end, which proves its commit; returns row count and command tag.
 
@@ -530,13 +496,13 @@ class LaunchingSession:
                 if not worker.ended.done():
                     worker.ended.set_result(None)
 
-    async def hear_failed(self, worker: Worker, heard: Callable[[psycopg.errors.Diagnostic], None]) -> None:
+    async def hear_failed(self, worker: Worker, heard: Hearing) -> psycopg.Error | None:
         """Tell what a worker that failed had raised, as far as the server kept it: WARNINGs, where nothing else is set.
 
-        The server forgets the handle with that, so its error has to be known before.
+        Returns what reading its result raises: its error, with a position. The handle is forgotten with that.
         """
         if self.workers.pop(worker.handle, None) is None or self.lost:
-            return
+            return None
 
         async def read() -> None:
             self._conn.add_notice_handler(heard)
@@ -545,9 +511,13 @@ class LaunchingSession:
             finally:
                 self._conn.remove_notice_handler(heard)
 
-        with suppress(psycopg.Error):  # the worker's own, which is known; or its rows do not fit: nothing is heard then
+        error = None
+        try:
             await self._ask(read)
+        except psycopg.Error as raised:
+            error = raised  # the worker's own; or its rows do not fit, behind which nothing is heard
         faults.point("after_detach")
+        return error
 
     async def detach(self, worker: Worker) -> None:
         """Forget a handle, and end the wait for it: the worker goes on, its output is dropped."""

@@ -12,15 +12,17 @@ import psycopg
 
 from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.options import Options
-from pgbg_orchestration.outcome import Cause, Event, EventKind
+from pgbg_orchestration.outcome import Cause, ErrorFields, Event, EventKind
 from pgbg_orchestration.postgres import describe
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.opening import Begun, MayBeLaunched, Opening
-from pgbg_orchestration.postgres.session import LaunchingSession, Worker
+from pgbg_orchestration.postgres.session import LaunchingSession
+from pgbg_orchestration.postgres.worker import Worker
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Intent, Report
 
+from . import steps
 from .memory import Memory, Terms
 from .work import Work
 
@@ -45,6 +47,8 @@ class Case:
         What registered and launched the job in one call, if that was tried; somebody should look before the time.
     call, worker, reading:
         The launch call on its way; the last worker; the task that reads its result to the end.
+    text, step, failure:
+        What was launched last; the number of its statement that was last told to be at work; where it failed.
     call_forgotten:
         A launch call was given up before its answer: what it launched is refused, or is told by the receipt.
     launch_error:
@@ -69,6 +73,9 @@ class Case:
     opening: Opening | None = None
     worker: Worker | None = None
     reading: asyncio.Task[tuple[int | None, str | None]] | None = None
+    text: str = ""
+    step: int | None = None
+    failure: steps.Told = field(default_factory=steps.Told)
     call_forgotten: bool = False
     launch_error: BaseException | None = None
     slot_deadline: float | None = None
@@ -140,8 +147,23 @@ class Case:
         self.reading = loop.create_task(worker.session.drain(worker, readable, heard))
         self.last_marked = loop.time()
 
+    def _note_failure(self, error: ErrorFields, raised: psycopg.Error) -> None:
+        """Remember where the worker failed."""
+        position = raised.diag.statement_position if raised.sqlstate == error.sqlstate else None
+        # An error without any context comes from outside of the statements: from the commit.
+        number = self.step if error.context else None
+        self.failure = steps.Told(int(position) if position else None, number)
+
     def _hear(self, diag: psycopg.errors.Diagnostic) -> None:
         """Tell something that the job's SQL raised."""
+        if (number := steps.number_of(diag)) is not None:
+            self.step = number
+            if self.reading is not None:
+                of = len(self.work.statements)
+                self.tell(EventKind.PROGRESS, f"statement {number} of {of}", statement=number, of=of, percent=None)
+            return
+        if self.work.job.redact_details:
+            return
         severity = diag.severity_nonlocalized or "NOTICE"
         lines = [f"{severity}: {diag.message_primary}"]
         lines += [
@@ -188,14 +210,18 @@ class Case:
             if error.sqlstate == "08006" or about_call or not error.diag.context:
                 self.memory = self.memory.handle_lost()
             else:
-                self.memory = self.memory.failed(describe.error_fields(error))
+                fields = describe.error_fields(error)
+                self._note_failure(fields, error)
+                self.memory = self.memory.failed(fields)
 
     async def hear_failed(self) -> None:
-        """Tell what a worker that failed had raised, once its end is in the history: it costs the handle."""
+        """Hear what a worker that failed had raised, and where it failed, once its end is recorded: it costs the handle."""
         error = self.memory.launch.error
-        if self.worker is None or error is None or error.sqlstate in OURS or self.work.job.redact_details:
+        if self.worker is None or error is None or error.sqlstate in OURS:
             return
-        await self.worker.session.hear_failed(self.worker, self._hear)
+        raised = await self.worker.session.hear_failed(self.worker, self._hear)
+        if raised is not None:
+            self._note_failure(error, raised)
 
     async def stop_reading(self) -> None:
         """Break the reading of the result off; the worker goes on without its handle."""

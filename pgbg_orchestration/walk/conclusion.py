@@ -18,12 +18,13 @@ from pgbg_orchestration.outcome import ErrorFields, EventKind, Outcome
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.pg_background import ResultInfo
-from pgbg_orchestration.postgres.session import Worker
+from pgbg_orchestration.postgres.worker import Worker
 from pgbg_orchestration.statements import index_builds
+from pgbg_orchestration.statements.giving import giving
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OURS, Intent, Report, Step
 
-from . import failures
+from . import failures, steps
 from .case import Case
 from .memory import Stage
 
@@ -56,10 +57,16 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
         turned_away = fields is not None and fields.sqlstate in OURS
         if step is Step.FAILED and seen is not None and (fields is None or (turned_away and seen.outcome == "failed")):
             fields = seen.error  # as another process, or a supervisor, wrote it down
+        own = fields is not None and fields is case.memory.launch.error
         fields = case.work.telling(fields) if fields else None
         if case.attempts:
             await record(case, ledger, HISTORY[step], error=fields)
         await case.hear_failed()
+        if step is Step.FAILED and fields is not None and fields.sqlstate not in OURS:
+            placed = await _placed(case, ledger, fields, own=own)
+            if placed != fields and case.attempts and own:
+                await record(case, ledger, HISTORY[step], error=placed)
+            fields = placed
         if step is Step.FAILED and seen is not None and seen.is_untold:
             await _report(case, ledger, seen)
         left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
@@ -67,6 +74,39 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
     finally:
         if case.worker is not None:
             case.worker.release()
+
+
+async def _placed(case: Case, ledger: Ledger, fields: ErrorFields, *, own: bool) -> ErrorFields:
+    """Return an error that tells which statement it came from, and where; ``own``: it is this call's last launch's."""
+    work = case.work
+    number: int | None = 0 if len(work.statements) == 1 else None
+    at: int | None = None
+    if own and work.kind is Kind.RECEIPT:
+        bodies = work.bodies(ledger.schema)
+        number, at = steps.place(case.text, work.body(ledger.schema), bodies, case.failure)
+        if number is not None and at is not None:
+            found, part = giving(work.statements[number]), work.statements[number].text
+            at = steps.offset_in(bodies[number], part, found.verb_at if found else 0, at)
+    elif own and case.failure.position is not None:
+        at = case.failure.position - 1 - case.text.find(work.statements[0].text)
+    if number is None:
+        return fields
+    one = None if work.job.redact_details else await _shown(case, ledger, number)
+    at = one.at(at) if one is not None and at is not None and at >= 0 else None
+    return steps.telling(fields, number, len(work.statements), one.text if one else None, at)
+
+
+async def _shown(case: Case, ledger: Ledger, number: int) -> steps.Shown | None:
+    """Return a statement as it may be shown: with placeholders for its parameters."""
+    work = case.work
+    if work.job.parameters is None:
+        return steps.Shown((work.statements[number].text,), (), ())
+    try:
+        shown = await ledger.run(lambda conn: steps.shown(work.job, work.statements, conn))
+    except (psycopg.Error, PgbgError) as failure:
+        logger.warning("job %s: the statement that failed cannot be shown: %s", work.label, failure)
+        return None
+    return shown[number] if shown is not None else None
 
 
 async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outcome:

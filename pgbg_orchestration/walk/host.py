@@ -160,8 +160,8 @@ class Host:
             error.data_state = NOT_STARTED
             raise
         if job.parameters is None and job.role is None and job.owner is None and job.fetch is None:
-            return await bind(job, None, facts.login)  # nothing to ask the server for
-        return await self.ledger.run(lambda conn: bind(job, conn, facts.login))
+            return await bind(job, None, facts.login, may_mark=facts.runs_blocks)  # nothing to ask the server for
+        return await self.ledger.run(lambda conn: bind(job, conn, facts.login, may_mark=facts.runs_blocks))
 
     async def require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
         """Return what is known of the server, and refuse one on which a job cannot run.

@@ -159,8 +159,8 @@ async def _describe(conn: AsyncConnection[Any], text: str, settings: Mapping[str
     )
 
 
-def texts(parts: Sequence[Statement], kept: Sequence[Keeping], fetch: Fetch, keep_table: str) -> list[str]:
-    """Return what the worker runs: each statement, or what runs it and keeps its rows.
+def texts(parts: Sequence[Statement], kept: Sequence[Keeping], fetch: Fetch, keep_table: str) -> list[list[str]]:
+    """Return what the worker runs for each statement: itself, or what runs it and keeps its rows.
 
     Parameters
     ----------
@@ -174,21 +174,22 @@ def texts(parts: Sequence[Statement], kept: Sequence[Keeping], fetch: Fetch, kee
         The call of the schema's function, up to its first two arguments, the job's owner and id.
     """
     of_number = {keeping.number: keeping for keeping in kept}
-    lines: list[str] = []
+    bodies: list[list[str]] = []
     for number, part in enumerate(parts, 1):
         keeping = of_number.get(number)
         if keeping is None:
-            lines.append(part.text)
+            bodies.append([part.text])
             continue
         rest = (number, keeping.told, keeping.giving.tag, fetch.max_rows, fetch.max_bytes)
-        lines += [
+        body = [
             *_making(keeping, part.text, fetch.max_rows + 1),
             f"grant select on {keeping.table} to public",  # nobody else sees it: for the login, where a role made it
             _TO_THE_LOGIN,
             f"{keep_table}, {', '.join(sql.Literal(value).as_string(None) for value in rest)})",
             _BACK_AGAIN,
         ]
-    return lines
+        bodies.append(body)
+    return bodies
 
 
 ROLE_OF_THE_LOGIN = "select pg_catalog.set_config('pgbg.login_role', pg_catalog.current_setting('role'), true)"

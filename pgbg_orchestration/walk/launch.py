@@ -24,7 +24,7 @@ from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Intent
 
-from . import failures
+from . import failures, steps
 from .case import Case
 from .conclusion import record
 from .host import Host
@@ -65,6 +65,7 @@ class Launches:
         if case.options.notices or not (work.job.fetch is None or isinstance(work.job.fetch, Fetch)):
             return  # its output is read while it runs
         faults.point("before_register")
+        case.text = telemetry.comment() + work.text(self._host.schema)
         case.opening = Opening(
             owner=work.key.owner,
             job_id=work.key.job_id,
@@ -77,7 +78,7 @@ class Launches:
                 accept_changed_sql=case.options.accept_changed_sql,
                 quote=quote,
             ),
-            text=telemetry.comment() + work.text(self._host.schema),
+            text=case.text,
             arguments=(WORK, *work.arguments()),
             label=work.label,
             queue_size=work.job.queue_size,
@@ -285,8 +286,9 @@ class Launches:
         async def call(session: LaunchingSession) -> None:
             case.memory = case.memory.calling()
             case.waited_for_slot = False
+            case.text, case.failure, case.step = telemetry.comment() + text, steps.Told(), None
             case.call = session.launch(
-                telemetry.comment() + text,
+                case.text,
                 label=work.label,
                 queue_size=work.job.queue_size,
                 settings=settings,

@@ -22,7 +22,8 @@ from pgbg_orchestration.outcome import EventKind
 from pgbg_orchestration.postgres import activity, markers
 from pgbg_orchestration.postgres.activity import Activity, Blocker
 from pgbg_orchestration.postgres.pg_background import Progress
-from pgbg_orchestration.postgres.session import LaunchingSession, Worker
+from pgbg_orchestration.postgres.session import LaunchingSession
+from pgbg_orchestration.postgres.worker import Worker
 
 from .case import Case
 

@@ -22,11 +22,12 @@ from pgbg_orchestration.ledger.sighting import SUPERVISES, Key, Registration
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
 from pgbg_orchestration.postgres import literals, markers
 from pgbg_orchestration.postgres.durations import milliseconds
+from pgbg_orchestration.postgres.pg_background import DEFAULT_QUEUE_BYTES
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.statements.giving import giving
 
-from . import keeping
+from . import keeping, steps
 
 # Sent before the user's own settings, which win.
 BASE_SETTINGS: Mapping[str, str] = {
@@ -63,6 +64,7 @@ class Work:
     statements: tuple[statements.Statement, ...]
     sql_digest: bytes
     kept: tuple[keeping.Keeping, ...] = ()  # statements whose rows are kept
+    may_mark: bool = False  # every role may run what tells the statement that is at work
 
     @property
     def carries_receipt(self) -> bool:
@@ -105,6 +107,28 @@ class Work:
     def worker_name(self) -> str:
         """The ``application_name`` of a worker without a lock: its marker, and its label for people."""
         return markers.worker_name(self.key.owner, self.key.job_id, self.label)
+
+    @property
+    def is_marked_by_step(self) -> bool:
+        """Whether its worker tells which of its statements is at work."""
+        number = len(self.statements)
+        room = (self.job.queue_size or DEFAULT_QUEUE_BYTES) // 2
+        return self.may_mark and self.kind is Kind.RECEIPT and 1 < number <= steps.MOST and number * steps.BYTES <= room
+
+    def bodies(self, schema: str) -> list[str]:
+        """Return what stands in the worker's text for each statement."""
+        if not self.kept or not isinstance(self.job.fetch, Fetch):
+            return [part.text for part in self.statements]
+        keep = sql.SQL("select {}({}, {}").format(
+            sql.Identifier(schema, "keep_table"), _literal(self.key.owner), _literal(self.key.job_id)
+        )
+        texts = keeping.texts(self.statements, self.kept, self.job.fetch, keep.as_string(None))
+        return [statements.SEPARATOR.join(lines) for lines in texts]
+
+    def body(self, schema: str) -> str:
+        """Return the part of the worker's text that the job's statements make."""
+        bodies = self.bodies(schema)
+        return steps.marked(bodies) if self.is_marked_by_step else statements.SEPARATOR.join(bodies)
 
     def telling(self, fields: ErrorFields) -> ErrorFields:
         """Return what may be told of a server's error."""
@@ -165,14 +189,7 @@ class Work:
             head.append(keeping.ROLE_OF_THE_LOGIN)
         if self.job.role is not None:
             head.append(sql.SQL("set local role {}").format(sql.Identifier(self.job.role)).as_string(None))
-        if not self.kept or not isinstance(self.job.fetch, Fetch):
-            tail = PADDING if self.is_padded else ""
-            return "\n;".join([*head, statements.join(self.statements)]) + tail
-        keep = sql.SQL("select {}({}, {}").format(
-            sql.Identifier(schema, "keep_table"), _literal(self.key.owner), _literal(self.key.job_id)
-        )
-        lines = keeping.texts(self.statements, self.kept, self.job.fetch, keep.as_string(None))
-        return "\n;".join([*head, statements.SEPARATOR.join(lines)])
+        return "\n;".join([*head, self.body(schema)]) + (PADDING if self.is_padded else "")
 
     def launch_settings(
         self, seconds_left: float | None, defaults: Mapping[str, str], registration: Registration | None
@@ -242,7 +259,7 @@ class Work:
         return settings
 
 
-async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str) -> Work:
+async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark: bool = False) -> Work:
     """Bind a job's parameters with psycopg's own quoting, and check its role.
 
     Parameters
@@ -252,6 +269,8 @@ async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str) -> Work:
         with neither parameters, role, owner nor rows to keep.
     login:
         The ``session_user`` there.
+    may_mark:
+        Every role may run there what tells the statement that is at work.
 
     Raises
     ------
@@ -290,6 +309,7 @@ async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str) -> Work:
         label=job.label,
         statements=parts,
         sql_digest=hashlib.sha256(";".join(part.text for part in parts).encode()).digest(),
+        may_mark=may_mark,
     )
     if conn is None or not isinstance(job.fetch, Fetch):
         return work

@@ -32,7 +32,8 @@ from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Key
 from pgbg_orchestration.postgres.opening import Opening, Proof
 from pgbg_orchestration.postgres.pg_background import ResultInfo
-from pgbg_orchestration.postgres.session import LaunchingSession, Worker
+from pgbg_orchestration.postgres.session import LaunchingSession
+from pgbg_orchestration.postgres.worker import Worker
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Evidence, Report, Step, judge
 from pgbg_orchestration.walk import conclusion, run

@@ -90,7 +90,8 @@ def test_python(server: EmbeddedServer, admin: psycopg.Connection) -> None:
     admin.execute("drop table if exists facts; create table facts (day date); create table report (n int)")
     admin.execute("create table staged as select date '2013-01-01' as day from generate_series(1, 3)")
     admin.execute("create table one_row (n int constraint only_one unique)")
-    program = "\n".join(snippet.text for snippet in snippets.of(DOCS / "python.md"))
+    parts = snippets.of(DOCS / "python.md")
+    program = "\n".join(snippet.text for snippet in parts if snippet.language == "python")
     program = f"conninfo = {server.conninfo('pages')!r}\n{program}"
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -185,7 +185,9 @@ select session_user::text as login, current_user::text as role,
        coalesce((select pg_catalog.pg_has_role(current_user, r.oid, 'USAGE') from pg_catalog.pg_roles as r
          where r.rolname = %(role)s), false) as in_role,
        coalesce((select r.reset_val from pg_catalog.pg_settings as r
-         where r.name = 'default_transaction_read_only'), 'off') = 'on' as read_only
+         where r.name = 'default_transaction_read_only'), 'off') = 'on' as read_only,
+       exists (select from pg_catalog.pg_language as l where l.lanname = 'plpgsql'
+         and pg_catalog.has_language_privilege('public', l.oid, 'USAGE')) as runs_blocks
 from (select) as one
 left join pg_catalog.pg_extension as e on e.extname = 'pg_background'
 left join pg_catalog.pg_namespace as n on n.oid = e.extnamespace
