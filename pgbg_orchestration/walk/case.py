@@ -215,7 +215,7 @@ class Case:
                 self.memory = self.memory.failed(fields)
 
     async def hear_failed(self) -> None:
-        """Hear what a worker that failed had raised, and where it failed, once its end is recorded: it costs the handle."""
+        """Hear what a failed worker had raised, and where it failed. It costs the handle: record the end before."""
         error = self.memory.launch.error
         if self.worker is None or error is None or error.sqlstate in OURS:
             return
