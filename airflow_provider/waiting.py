@@ -77,8 +77,8 @@ class Waiting(Generic[T]):
         try:
             return driver.run(on_interrupt=_patience)
         except asyncio.CancelledError:
-            fate = "cancelled" if self._cancel_on_kill else "left at work"
-            raise TaskKilled(f"the task was asked to end; its jobs are {fate}") from None
+            fate = "and so were its jobs" if self._cancel_on_kill else "its jobs are left at work"
+            raise TaskKilled(f"the task was asked to end, {fate}") from None
 
     def kill(self, wait: float = KILL_SECONDS) -> None:
         """End the work and wait until that is decided; safe in a signal handler, and more than once.
@@ -107,7 +107,9 @@ class Waiting(Generic[T]):
                     blows = [asyncio.create_task(launcher.cancel_all())]
                     await asyncio.wait(blows, timeout=BLOW_SECONDS)
                 working.cancel()
-                await asyncio.gather(*blows, working, return_exceptions=True)
+                await asyncio.gather(working, return_exceptions=True)
+                for blow in blows:
+                    blow.cancel()  # that one would wait for a server that is away as long as for any other
                 raise
 
 

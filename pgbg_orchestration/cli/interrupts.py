@@ -42,8 +42,8 @@ class Interrupts:
         self.seen += 1
         name = "Ctrl-C" if number is signal.SIGINT else number.name
         if self.seen == 1:
-            self._watch.say(f"{name}: leaving its worker at work" if self._leave else f"{name}: cancelling its worker")
             self._task.cancel()
+            self._watch.say(f"{name}: leaving its worker at work" if self._leave else f"{name}: cancelling its worker")
         elif self.seen == 2:
             self._watch.say("waiting until that is decided, a minute at most; once more gives up without an answer")
         else:

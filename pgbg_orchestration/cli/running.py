@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from pgbg_orchestration import wording
-from pgbg_orchestration.errors import JobCancelled, ServerUnreachable, WorkerError
+from pgbg_orchestration.errors import JobCancelled, WorkerError
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.outcome import Cause, Outcome
@@ -242,11 +242,6 @@ def _read_sql(sql: str | None, file: Path | None) -> str:
 
 async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch: Watch) -> Outcome:
     async with Launcher(dsn, schema=schema) as launcher:
-        try:
-            await launcher.facts()
-        except ServerUnreachable as error:
-            # At once, and without its words on what was launched: nothing was.
-            raise Stop(ExitCode.UNREACHABLE, error.message, todo=error.todo) from error
         task = asyncio.ensure_future(launcher.run(job, observer=watch.on_event, **options))
         with Interrupts(task, watch, leave=options["on_cancel"] == "leave") as interrupts:
             try:

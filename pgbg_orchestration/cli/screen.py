@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,21 @@ from pgbg_orchestration.postgres.connection import what_to_check
 
 from .codes import ExitCode, code_for
 
+
+class Screen(Console):
+    """A console that falls silent when nobody reads it any more: that ends no command in the middle of its work."""
+
+    def on_broken_pipe(self) -> None:
+        """Write to nothing from now on, what the interpreter flushes at its end included."""
+        self.quiet = True
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self.file.fileno())
+        os.close(nothing)
+
+
 # They find sys.stdout and sys.stderr when they print, so tests and pipes get what is theirs.
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Screen(highlight=False)
+err = Screen(stderr=True, highlight=False)
 
 # The core's advice is for callers in Python.
 _AS_OPTIONS = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 
+from pgbg_orchestration import pace
 from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import Cause, ErrorFields, Event, EventKind
@@ -61,6 +62,8 @@ class Case:
         that is done, when the worker was last seen (on the event loop's clock).
     worker_pid:
         The process that runs the job's SQL, as the last look saw it.
+    way_out:
+        Once the call wants the end, until when it has to be decided, on the event loop's clock.
     """
 
     work: Work
@@ -85,6 +88,7 @@ class Case:
     readable: Readable | None = None
     last_marked: float = 0.0
     worker_pid: int | None = None
+    way_out: float | None = None
     nudged: asyncio.Event = field(default_factory=asyncio.Event)
     told: set[str] = field(default_factory=set)
 
@@ -226,8 +230,7 @@ class Case:
     async def stop_reading(self) -> None:
         """Break the reading of the result off; the worker goes on without its handle."""
         if self.reading is not None:
-            self.reading.cancel()
-            await asyncio.wait({self.reading})
+            await broken_off(self.reading)
             self._take_over_reading(self.reading)
 
     # Time -----------------------------------------------------------------------------------------------------------
@@ -237,6 +240,12 @@ class Case:
         if self.terms.deadline is None:
             return None
         return max(self.terms.deadline - asyncio.get_running_loop().time(), 0)
+
+    def patience(self) -> float:
+        """Return for how many seconds a question may take that only completes what is told of the end."""
+        if self.way_out is None:
+            return pace.CALL
+        return min(max(self.way_out - asyncio.get_running_loop().time(), 0), pace.CALL)
 
     def bounded(self, seconds: float) -> float:
         """Return ``seconds``, or what is left until the deadline."""
@@ -287,6 +296,21 @@ def deadline_of(timeout: float | None, deadline: datetime | None) -> float | Non
     if deadline is not None:
         bounds.append(now + (deadline - datetime.now(deadline.tzinfo)).total_seconds())
     return min(bounds, default=None)
+
+
+async def broken_off(task: asyncio.Task[Any], *, at: float | None = None) -> None:
+    """Cancel a task, now or at a time of the event loop's clock, and wait until it has ended.
+
+    psycopg answers a cancel by cancelling the query, and waits ten seconds behind a peer that is silent. Cancelled
+    again there, it closes the connection.
+    """
+    if at is not None:
+        await asyncio.wait({task}, timeout=max(at - asyncio.get_running_loop().time(), 0))
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=pace.BREAK)
+    if not task.cancelled():
+        task.exception()  # it may be that nobody else asks
 
 
 def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:

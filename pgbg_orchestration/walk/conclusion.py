@@ -174,8 +174,9 @@ async def _counts(case: Case, info: ResultInfo) -> tuple[int | None, str | None]
         return info.row_count, info.command_tag or None
     try:
         # It has ended: nothing is waited for.
-        return await case.worker.session.drain(case.worker, Readable("", None, padded=True))
-    except (psycopg.Error, ConnectionLost) as error:
+        async with asyncio.timeout(case.patience()):
+            return await case.worker.session.drain(case.worker, Readable("", None, padded=True))
+    except (psycopg.Error, ConnectionLost, TimeoutError) as error:
         logger.warning("job %s: how many rows it gave is not known: %s", case.work.label, case.work.server_text(error))
         return None, None
 
@@ -191,7 +192,11 @@ async def _await_counts(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
 
 async def _with_rows(case: Case, ledger: Ledger, outcome: Outcome) -> Outcome:
     """Add the rows that were kept; where they are the last statement's, its own count and tag, not our keeping's."""
-    results = await ledger.rows(case.work.key)
+    try:
+        async with asyncio.timeout_at(case.way_out):
+            results = await ledger.rows(case.work.key)
+    except TimeoutError as error:
+        raise failures.unread(case.work) from error
     last = results[-1] if results and results[-1].statement == len(case.work.statements) else None
     if last is None:
         return replace(outcome, results=results)
@@ -224,8 +229,9 @@ async def _invalid_indexes(case: Case, ledger: Ledger) -> list[str]:
     if found is None:
         return []
     try:
-        return await ledger.run(lambda conn: index_builds.invalid_indexes(conn, found))
-    except (psycopg.Error, PgbgError) as failure:
+        async with asyncio.timeout(case.patience()):
+            return await ledger.run(lambda conn: index_builds.invalid_indexes(conn, found))
+    except (psycopg.Error, PgbgError, TimeoutError) as failure:
         logger.warning("job %s: whether an invalid index is left is not known: %s", case.work.label, failure)
         return []
 
@@ -261,7 +267,7 @@ async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:
     if not case.attempts:
         case.tell(EventKind.FOUND_FAILED, "its last launch failed when nobody was there to be told")
     try:
-        async with asyncio.timeout(pace.CALL):
+        async with asyncio.timeout(case.patience()):
             await ledger.reported(case.work.key, seen.attempt or case.attempt)
     except (psycopg.Error, PgbgError, TimeoutError) as failure:
         logger.warning("the history of job %s could not be written: %s", case.work.label, failure)
@@ -278,7 +284,7 @@ async def record(
     # A supervisor is not the worker: it wrote down itself who that was.
     own_pid = worker.handle.pid if worker and case.work.kind is not Kind.SUPERVISED else None
     try:
-        async with asyncio.timeout(pace.CALL):
+        async with asyncio.timeout(case.patience()):
             await ledger.record(
                 case.work.key,
                 case.attempt,

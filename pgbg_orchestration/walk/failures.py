@@ -102,14 +102,26 @@ def no_slot(work: Work, options: Options) -> PgbgError:
     )
 
 
-def undecided(work: Work, *, nothing_launched: bool) -> PgbgError:
-    """The end that this call wants could not be decided in time."""
+def undecided(job_id: str, label: str | None = None, *, nothing_launched: bool = False) -> PgbgError:
+    """The end that a call wants could not be decided in time."""
     return errors.ServerUnreachable(
         f"it was to end, and that could not be decided within {pace.CANCEL:g} s: the server does not answer, or the "
         "cancel waits for a synchronous standby that is away",
         sqlstate="08006",
         data_state=errors.NOT_STARTED if nothing_launched else None,
         todo="Once the server answers, `pgbg jobs` and `pgbg cancel` tell and decide how it ended.",
+        job_id=job_id,
+        label=label,
+    )
+
+
+def unread(work: Work) -> PgbgError:
+    """The job is committed, and the server went away before its rows were read."""
+    return errors.ServerUnreachable(
+        "it is committed, and its rows could not be read in time: the server does not answer",
+        sqlstate="08006",
+        data_state=errors.COMMITTED,
+        todo="Its rows are kept: `pgbg result` reads them once the server answers.",
         **_named(work),
     )
 

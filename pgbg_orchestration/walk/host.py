@@ -118,9 +118,10 @@ class Host:
     async def _look_at_server(self) -> ServerFacts:
         conn = await connection.connect(self.conninfo, "pgbg: looking")
         try:
-            facts = await readiness.look_at(conn, self.schema)
-            if facts.through_pooler:
-                await self._refuse_transaction_pooling(conn)
+            async with asyncio.timeout(pace.CALL):
+                facts = await readiness.look_at(conn, self.schema)
+                if facts.through_pooler:
+                    await self._refuse_transaction_pooling(conn)
         except psycopg.Error as error:
             if connection.is_lost(conn, error):
                 raise connection.ConnectionLost(str(error)) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 import psycopg
@@ -27,7 +28,7 @@ from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OUTCOMES, Evidence, Holder, Intent, Receipt, Report, Step, judge
 
 from . import evidence, failures
-from .case import Case, case_of, deadline_of
+from .case import Case, broken_off, case_of, deadline_of
 from .conclusion import conclude
 from .evidence import Doubt, Sign
 from .host import Host
@@ -83,7 +84,6 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._seen: Sighting | None = None  # the last look
         self._step: tuple[Step | None, float] = (None, 0.0)  # the step that is being taken, and since when
-        self._way_out: float | None = None  # until when the end has to be decided that this call wants
 
     async def outcome(self) -> Outcome:
         """Follow the job; when the caller goes away, cancel it or leave it at work, as the caller chose."""
@@ -95,7 +95,7 @@ class Run:
         try:
             return await asyncio.shield(following)
         except asyncio.CancelledError:
-            # It is bounded (pace.CANCEL): a second cancel does not make it quicker.
+            # It is bounded (pace.CANCEL, and pace.BREAK): a second cancel does not make it quicker.
             await to_its_end(self._let_go(following))
             raise
         finally:
@@ -123,8 +123,8 @@ class Run:
     async def _let_go(self, following: asyncio.Task[Outcome]) -> None:
         """End the job, or leave it; what comes of that is told, and not raised: the caller wants to be cancelled."""
         case = self._case
-        following.cancel()
-        await asyncio.wait({following})
+        await broken_off(following)
+        case.way_out = self._loop.time() + pace.CANCEL
         try:
             if following.cancelled():
                 cause = case.options.cause_of_cancel()
@@ -132,7 +132,7 @@ class Run:
                     await self._leave()
                     return
                 case.memory, case.cause = case.memory.wanting(Intent.ASKED), cause
-                outcome = await self._follow()
+                outcome = await self._decided(self._loop.create_task(self._follow()))
             else:
                 outcome = following.result()  # it was as quick as the cancel
         except PgbgError as error:
@@ -144,6 +144,12 @@ class Run:
         else:
             case.tell(EventKind.LET_GO, "the cancel came too late: committed", outcome=outcome.to_dict())
 
+    async def _decided(self, following: asyncio.Task[Outcome]) -> Outcome:
+        await broken_off(following, at=_there(self._case.way_out) + pace.BREAK)
+        if following.cancelled():
+            raise self._undecided()
+        return following.result()
+
     def _tell_end(self, error: PgbgError) -> None:
         # First for those who asked: what they have been told by an event they need not read in a log.
         self._case.tell(EventKind.LET_GO, f"let go: {error.message}", error=error.to_dict())
@@ -152,16 +158,19 @@ class Run:
 
     async def _leave(self) -> None:
         case = self._case
-        if case.call is not None:
-            await asyncio.wait({case.call}, timeout=pace.CALL)
-        await self._launches.take_over_call()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(case.way_out):
+                if case.call is not None:
+                    await asyncio.wait({case.call}, timeout=pace.CALL)
+                await self._launches.take_over_call()
         await case.stop_reading()
         if case.worker is not None:
-            await case.worker.detach()
+            case.worker.release()
 
     # The turn -----------------------------------------------------------------------------------------------------
 
     async def _follow(self) -> Outcome:
+        case = self._case
         while True:
             limit = asyncio.timeout_at(self._bound())
             try:
@@ -175,14 +184,14 @@ class Run:
             except TimeoutError:
                 if not limit.expired():
                     raise
-                if self._way_out is not None:
+                if case.way_out is not None:
                     raise self._undecided() from None
                 continue  # the deadline passed
             except ServerUnreachable as error:
                 if self._launched_nothing:
                     error.data_state = errors.NOT_STARTED
                 raise
-            return await conclude(self._case, self._ledger, step, self._seen)
+            return await conclude(case, self._ledger, step, self._seen)
 
     def _bound(self) -> float | None:
         """Return until when a turn may take: the deadline, or one bound for all that comes once the end is wanted."""
@@ -190,16 +199,17 @@ class Run:
         case.memory = case.memory.at(now, case.terms)
         if case.memory.intent is Intent.NONE:
             return case.terms.deadline
-        if self._way_out is None:
-            self._way_out = now + pace.CANCEL
-        return self._way_out
+        if case.way_out is None:
+            case.way_out = now + pace.CANCEL
+        return case.way_out
 
     def _undecided(self) -> PgbgError:
         """Return the error of a call that wanted the end, and could not have it decided in time."""
         case = self._case
         if self._step[0] is Step.SIGNAL:
             return failures.survivor(case.work.key, self._seen, "the worker")
-        return failures.undecided(case.work, nothing_launched=self._launched_nothing)
+        work = case.work
+        return failures.undecided(work.key.job_id, work.label, nothing_launched=self._launched_nothing)
 
     @property
     def _launched_nothing(self) -> bool:
@@ -419,9 +429,24 @@ async def cancel_job(
     ------
     StillRunning
         Its worker does not end within ``pace.CANCEL`` seconds, or this login may not signal it.
+    ServerUnreachable
+        Within that time it could not be decided.
     OutcomeUnknown
         It was supervised, and its supervisor is gone without a word of how it ended.
     """
+    cancelling = asyncio.create_task(_cancel(ledger, key, cause, reason, of_try))
+    try:
+        async with asyncio.timeout(pace.CANCEL):
+            return await asyncio.shield(cancelling)
+    except TimeoutError as error:
+        raise failures.undecided(key.job_id) from error
+    finally:
+        await broken_off(cancelling)
+
+
+async def _cancel(
+    ledger: Ledger, key: Key, cause: Cause, reason: str, of_try: str | None
+) -> Literal["cancelled", "committed"]:
     loop = asyncio.get_running_loop()
     began = loop.time()
     while True:
@@ -435,7 +460,7 @@ async def cancel_job(
             return "cancelled"
         if seen.is_unsupervised:
             raise failures.untold(key)
-        if loop.time() - began > pace.CANCEL:
+        if loop.time() - began > pace.CANCEL - pace.BREAK:
             raise failures.survivor(key, seen, "the worker")
         faults.point("before_cancel")
         await _signal_worker(ledger, key, seen, key.job_id)

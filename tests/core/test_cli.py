@@ -15,11 +15,13 @@ import psycopg
 import pytest
 from typer.testing import CliRunner, Result
 
+from pgbg_orchestration import errors
 from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import ExitCode
 from pgbg_orchestration.ledger import install
 from tests.conftest import Database
 from tests.core.kit import APP, ROOT, Watched, effect, eventually, slow, within
+from tests.kit.proxy import TO_CLIENT, Proxy
 
 Pgbg = Callable[..., Result]
 
@@ -351,6 +353,8 @@ class TestSetup:
 # Whoever runs the suite may ignore signals, under nohup or in the background of a script; a child would inherit that.
 PGBG = """
 import signal
+from pgbg_orchestration import pace
+pace.CANCEL = 3.0  # that there is a bound is tested, not how long it is
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -359,10 +363,10 @@ main()
 """
 
 
-async def start(db: Watched, command: str, *arguments: str) -> asyncio.subprocess.Process:
+async def start(db: Watched, command: str, *arguments: str, dsn: str | None = None) -> asyncio.subprocess.Process:
     """Start ``pgbg`` as a process of its own; await :func:`output_of` it."""
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PGBG, command, "--dsn", db.conninfo, *arguments,
+        sys.executable, "-c", PGBG, command, "--dsn", dsn or db.conninfo, *arguments,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
 
@@ -415,6 +419,68 @@ class TestInterrupts:
         assert code == ExitCode.OK, printed
         assert "too late" in printed
         assert db.effects("j") == 1
+
+    async def test_nobody_reads_what_it_prints(self, db: Watched) -> None:
+        process = await start(db, "run", slow("j", 60), "--id", "j")
+        await db.at_work("j")
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for stream in (process.stdout, process.stderr):
+            stream._transport.close()  # type: ignore[attr-defined]  # as a shell's pipe does when its reader ends
+
+        process.send_signal(signal.SIGTERM)
+
+        assert await within(process.wait()) == ExitCode.CANCELLED
+        assert db.receipts("cancelled") == {"j"}
+
+    @pytest.mark.servers("real", "embedded")
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    async def test_the_server_is_stopped(self, own_db: Callable[..., Watched], number: signal.Signals) -> None:
+        db = own_db()
+        process = await start(db, "run", slow("j", 60), "--id", "j")
+        await db.at_work("j")
+        db.close()
+        db.server.stop()
+        try:
+            process.send_signal(number)
+            printed, code = await output_of(process)
+        finally:
+            db.server.start()
+
+        assert code == ExitCode.UNREACHABLE, printed
+        assert "could not be decided within 3 s" in printed
+        assert errors.NOT_STARTED not in printed
+
+    @pytest.mark.servers("real", "embedded")
+    async def test_no_connection_left_before_the_launch(self, own_db: Callable[..., Watched]) -> None:
+        """The login may have no connection any more while the job waits for its series: nothing was launched."""
+        db = own_db()
+        assert await (await start(db, "run", "select 1", "--series", "s", "--generation", "1")).wait() == 0
+        (key,) = db.sql("select pgbg.lock_key('series', %s, pgbg.digest('s'))", APP)[0]
+        db.sql("select pg_advisory_lock(%s)", key)
+        process = await start(db, "run", effect("j"), "--id", "j", "--series", "s", "--generation", "2")
+        await eventually(lambda: db.sessions("pgbg: looking"), "it waits")
+        db.sql(f"alter role {APP} connection limit 0")
+        db.sql("select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgbg: %%'")
+        process.send_signal(signal.SIGTERM)
+        printed, code = await output_of(process)
+
+        assert code == ExitCode.UNREACHABLE, printed
+        assert errors.NOT_STARTED in printed
+        assert db.effects() == 0
+
+    async def test_before_the_server_answers(self, db: Watched, proxy: Proxy) -> None:
+        when = proxy.when(TO_CLIENT, 1, stall=TO_CLIENT)
+        process = await start(db, "run", effect("j"), "--id", "j", dsn=proxy.through(db.conninfo))
+        await asyncio.to_thread(when.wait)
+
+        process.send_signal(signal.SIGINT)
+        printed, code = await output_of(process)
+
+        assert code == ExitCode.CANCELLED, printed
+        assert "before anything was launched" in printed
+        proxy.cut()
+        assert db.effects() == 0
 
     @pytest.mark.parametrize("kind", ["session", "supervised"])
     async def test_a_job_without_a_receipt_of_its_own(self, db: Watched, kind: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Literal
 
 import psycopg
 import pytest
@@ -83,6 +84,58 @@ async def test_a_deadline_holds_while_the_server_is_away(own_db: Callable[..., W
             db.server.start()
     assert isinstance(end, errors.ServerUnreachable)
     assert end.data_state == errors.NOT_STARTED
+
+
+async def test_a_cancel_from_outside_while_the_server_is_away(own_db: Callable[..., Watched]) -> None:
+    db = own_db()
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job("select 1", id="warm")))
+        db.close()
+        db.server.stop()
+        try:
+            end = await ended(launcher.cancel("j"))
+        finally:
+            db.server.start()
+    assert isinstance(end, errors.ServerUnreachable)
+    assert "could not be decided within 3 s" in end.message
+
+
+@pytest.mark.parametrize("on_cancel", ["cancel", "leave"])
+async def test_cancelled_while_the_server_is_silent(
+    db: Watched, proxy: Proxy, on_cancel: Literal["cancel", "leave"]
+) -> None:
+    """Nothing comes back any more, on connections that are open and on new ones."""
+    seen = Recorder()
+    task = asyncio.create_task(
+        arun(proxy.through(db.conninfo), Job(slow("j", 5), id="j"), observer=seen, on_cancel=on_cancel)
+    )
+    await db.at_work("j")
+    proxy.stall(TO_CLIENT)
+    task.cancel()
+    assert isinstance(await ended(task), asyncio.CancelledError)
+    if on_cancel == "cancel":
+        told = next(event for event in seen.events if event.kind == "let_go").data["error"]
+        assert told["data_state"] != errors.NOT_STARTED
+    proxy.cut()
+    await eventually(lambda: not db.workers(), "the worker has ended")
+
+
+async def test_rows_that_cannot_be_read_in_time(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline passes while the rows of a job are read that has committed."""
+    asked = asyncio.Event()
+
+    async def never(*_: object, **__: object) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Ledger, "rows", never)
+    seen = Recorder()
+    task = asyncio.create_task(arun(db.conninfo, Job("select 1", id="j", fetch=True), observer=seen))
+    await within(asked.wait())
+    task.cancel()
+    assert isinstance(await ended(task), asyncio.CancelledError)
+    told = next(event for event in seen.events if event.kind == "let_go").data["error"]
+    assert told["data_state"] == errors.COMMITTED
 
 
 async def test_a_cancel_while_it_closes_leaves_no_connection(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
