@@ -33,6 +33,7 @@ CANCEL = 55.0  # all of the way out, once an end is wanted: a minute with BREAK
 BREAK = 1.0  # for what is broken off to end by itself; psycopg would take ten behind a peer that is silent
 STALLED = 3.0  # a launching session that does not answer
 DEADLINE_MARGIN = 30.0  # from a job's deadline to the moment when its worker ends by itself
+CONFIRM = 10.0  # for a synchronous standby to confirm a cancel that a person asked for
 GRACE = 2.0  # for the launching side of another process to write down how a job failed
 STARTING = 3.0  # for a worker to show itself whose supervisor ended just after the launch: then it is attached to
 COUNTS = 0.3  # the same for the counts of a job that committed

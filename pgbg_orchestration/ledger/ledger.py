@@ -20,6 +20,7 @@ import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
+from pgbg_orchestration import pace
 from pgbg_orchestration.errors import ServerUnreachable
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
@@ -55,6 +56,8 @@ class Ledger:
 
     def __init__(self, conninfo: connection.Conninfo, schema: str, on_trouble: Callable[[str], None]) -> None:
         self.schema = schema
+        self._conninfo = conninfo
+        self._on_trouble = on_trouble
         self._reader = Line(conninfo, "pgbg: looking", on_trouble)
         self._writer = Line(conninfo, "pgbg: ledger", on_trouble)
         self._lister = Line(conninfo, "pgbg: listing", on_trouble)
@@ -170,7 +173,11 @@ class Ledger:
         return sql.Identifier(self.schema, function).as_string(None)
 
     async def mark_cancelled(self, key: Key, cause: Cause, reason: str, *, of_try: str | None = None) -> str | None:
-        """Make a cancel final; returns ``cancelled``, ``committed``, or None while a worker is at work."""
+        """Make a cancel final; returns ``cancelled``, ``committed``, or None while a worker is at work.
+
+        It is in force at once. One that a person asked for is told once a synchronous standby has it too, or with a
+        warning after ``pace.CONFIRM`` seconds.
+        """
         query = self._query("mark_cancelled")
         arguments = {
             "owner": key.owner,
@@ -180,8 +187,29 @@ class Ledger:
             "of_try": of_try,
             "patience": MARK_PATIENCE,
         }
-        status: str | None = await self._patiently(query, arguments)
+        try:
+            row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
+        except psycopg.errors.LockNotAvailable:
+            return None
+        status: str | None = row["status"]
+        if cause is Cause.ASKED and status == "cancelled" and row["awaits"]:
+            await self._confirm(key)
         return status
+
+    async def _confirm(self, key: Key) -> None:
+        """Wait until a failover could not take a cancel away, for a while; on a connection that nobody else needs."""
+        try:
+            async with (
+                asyncio.timeout(pace.CONFIRM),
+                connection.for_a_question(self._conninfo, "pgbg: confirming") as conn,
+            ):
+                await connection.settle(conn, connection.BOOKKEEPING)
+                await conn.execute(self._query("confirm"))
+        except (psycopg.Error, connection.ConnectionLost, TimeoutError):
+            self._on_trouble(
+                f"the cancel of the job {key.job_id!r} is in force on this server, and no synchronous standby has "
+                "confirmed it: a failover now would lose it"
+            )
 
     async def mark_older(self, key: Key, generation: int) -> Sequence[str] | None:
         """Cancel every older generation for good; returns None while a worker of one is at work.

@@ -8,6 +8,8 @@ from importlib import resources
 
 from psycopg import sql
 
+from pgbg_orchestration.postgres.opening import AWAIT_NO_STANDBY
+
 _NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 _COMMENT = re.compile(r"^ *--.*\n", re.MULTILINE)
 
@@ -33,4 +35,6 @@ def query(name: str, schema: str) -> sql.Composed:
 
 def filled(name: str, schema: str, **parts: object) -> sql.Composed:
     """Return a query with further parts of its text put in: SQL as it is, values as literals."""
-    return sql.SQL(_texts()[name]).format(schema=sql.Identifier(schema), **parts)
+    return sql.SQL(_texts()[name]).format(
+        schema=sql.Identifier(schema), await_no_standby=sql.SQL(AWAIT_NO_STANDBY), **parts
+    )

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from .worker import Worker
 
 SETTING = "pgbg.opening"
+AWAIT_NO_STANDBY = (
+    "pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') "
+    "when 'off' then 'off' else 'local' end, true)"
+)
+"""Has the commit of this transaction wait for no synchronous standby."""
 REGISTERED, LAUNCHED = 2, 6  # the numbers of the statements in the text, from 0
 
 
@@ -90,8 +95,7 @@ Quote: TypeAlias = Callable[[str | int | bytes | None], str]
 _SCRIPT = """\
 begin isolation level read committed read write;
 select pg_catalog.set_config('statement_timeout', '0', true), pg_catalog.set_config('lock_timeout', '0', true),
-    pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit')
-        when 'off' then 'off' else 'local' end, true);  -- it is made durable by the commit of the receipt
+    {await_no_standby};  -- it is made durable by the commit of the receipt
 select r.*, pg_catalog.set_config({setting}, case r.verdict when 'registered'
     then pg_catalog.concat_ws(':', {word}, r.generation, r.attempt) else '' end, false)
 from {registering} as r;
@@ -152,6 +156,7 @@ class Opening:
         name, head, middle, tail = self.arguments
         local = ", ".join(f"pg_catalog.set_config({quote(n)}, {quote(v)}, true)" for n, v in settings.items())
         return _SCRIPT.format(
+            await_no_standby=AWAIT_NO_STANDBY,
             setting=quote(SETTING),
             word=quote(self._word),
             registering=self.registering(quote),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import psycopg
 import pytest
 
-from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
+from pgbg_orchestration import Job, Kind, Launcher, Outcome, arun, errors, pace
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.postgres.listener import Listener
 from tests.core.kit import Recorder, Watched, effect, ended, eventually, slow, within
@@ -22,6 +23,14 @@ pytestmark = pytest.mark.servers("real", "embedded")
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound, made short: what is tested is that there is one."""
     monkeypatch.setattr(pace, "CANCEL", 3.0)
+
+
+SLEEPING = "select pid from pg_stat_activity where wait_event = 'PgSleep' and query like '%pg_sleep(60)%'"
+
+
+def told_of(seen: Recorder) -> dict[str, Any]:
+    """The error that a call was let go with."""
+    return dict(next(event for event in seen.events if event.kind == "let_go").data["error"])
 
 
 async def test_a_timeout_of_the_callers_becomes_a_timeout_error_whatever_the_ledger_says(
@@ -67,7 +76,7 @@ async def test_cancelled_while_the_server_is_away(
             assert isinstance(await ended(task), asyncio.CancelledError)
         finally:
             db.server.start()
-    told = next(event for event in seen.events if event.kind == "let_go").data["error"]
+    told = told_of(seen)
     assert told["data_state"] == errors.NOT_STARTED
     assert "could not be decided within 3 s" in told["message"]
 
@@ -114,7 +123,7 @@ async def test_cancelled_while_the_server_is_silent(
     task.cancel()
     assert isinstance(await ended(task), asyncio.CancelledError)
     if on_cancel == "cancel":
-        told = next(event for event in seen.events if event.kind == "let_go").data["error"]
+        told = told_of(seen)
         assert told["data_state"] != errors.NOT_STARTED
     proxy.cut()
     await eventually(lambda: not db.workers(), "the worker has ended")
@@ -134,7 +143,7 @@ async def test_rows_that_cannot_be_read_in_time(db: Watched, monkeypatch: pytest
     await within(asked.wait())
     task.cancel()
     assert isinstance(await ended(task), asyncio.CancelledError)
-    told = next(event for event in seen.events if event.kind == "let_go").data["error"]
+    told = told_of(seen)
     assert told["data_state"] == errors.COMMITTED
 
 
@@ -170,14 +179,28 @@ async def test_a_launch_without_an_answer_is_not_said_to_be_none(db: Watched, pr
     assert end.data_state != errors.NOT_STARTED
 
 
-async def test_a_deadline_holds_while_commits_wait_for_a_standby(own_db: Callable[..., Watched]) -> None:
-    """No standby is there. What this package writes for itself does not wait for it; the job's own commit does."""
-    db = own_db()
-    db.sql("set synchronous_commit to local")  # the test's own session waits for nobody
+@contextmanager
+def standby_away(db: Watched) -> Iterator[None]:
+    """Commits wait for a synchronous standby that is not there, but for the test's own."""
+    db.sql("set synchronous_commit to local")
     db.sql("alter system set synchronous_standby_names = 'away'")
     db.sql("select pg_reload_conf()")
-    await eventually(lambda: db.value("show synchronous_standby_names") == "away", "the standby is missed")
     try:
+        yield
+    finally:
+        db.sql("alter system reset synchronous_standby_names")
+        db.sql("select pg_reload_conf()")
+
+
+async def missed(db: Watched) -> None:
+    await eventually(lambda: db.value("show synchronous_standby_names") == "away", "the standby is missed")
+
+
+async def test_a_deadline_holds_while_commits_wait_for_a_standby(own_db: Callable[..., Watched]) -> None:
+    """What this package writes for itself does not wait for the standby; the job's own commit does."""
+    db = own_db()
+    with standby_away(db):
+        await missed(db)
         seen = Recorder()
         end = await ended(arun(db.conninfo, Job(effect("j"), id="j", timeout=5), observer=seen))
         assert "launched" in seen.kinds(), "the registration did not wait"
@@ -186,26 +209,70 @@ async def test_a_deadline_holds_while_commits_wait_for_a_standby(own_db: Callabl
         assert db.effects() == 1
         late = await ended(arun(db.conninfo, Job(slow("k", 60), id="k", timeout=2)))
         assert isinstance(late, errors.DeadlinePassed), late
-    finally:
-        db.sql("alter system reset synchronous_standby_names")
-        db.sql("select pg_reload_conf()")
+
+
+@pytest.mark.parametrize("kind", [Kind.RECEIPT, Kind.SUPERVISED])
+async def test_an_interrupt_is_decided_while_commits_wait_for_a_standby(
+    own_db: Callable[..., Watched], kind: Kind
+) -> None:
+    db = own_db()
+    with standby_away(db):
+        await missed(db)
+        seen = Recorder()
+        job = Job("select pg_sleep(60)", id="j", kind=kind)
+        task = asyncio.create_task(arun(db.conninfo, job, observer=seen))
+        await eventually(lambda: db.sql(SLEEPING), "it is at work")
+        task.cancel()
+        assert isinstance(await ended(task), asyncio.CancelledError)
+        assert told_of(seen)["error"] == "JobCancelled", "nothing of it waited for the standby"
+        assert db.receipts("cancelled") == {"j"}
+
+
+@pytest.mark.parametrize("kind", [Kind.RECEIPT, Kind.SUPERVISED])
+async def test_an_interrupt_while_the_commit_itself_waits_for_a_standby(
+    own_db: Callable[..., Watched], kind: Kind
+) -> None:
+    """The wait for the standby is what is cancelled: the commit is made on this server, and that is told."""
+    db = own_db()
+    with standby_away(db):
+        await missed(db)
+        seen = Recorder()
+        task = asyncio.create_task(arun(db.conninfo, Job(effect("j"), id="j", kind=kind), observer=seen))
+        await eventually(lambda: db.sql("select pid from pg_stat_activity where wait_event = 'SyncRep'"), "it waits")
+        task.cancel()
+        assert isinstance(await ended(task), asyncio.CancelledError)
+        let_go = next(event for event in seen.events if event.kind == "let_go")
+        assert let_go.data.get("outcome"), let_go.data
+        assert db.effects("j") == 1
+        assert db.receipts() == {"j"}
+
+
+async def test_a_persons_cancel_is_in_force_at_once_and_says_what_a_failover_would_lose(
+    own_db: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pace, "CONFIRM", 0.5)
+    monkeypatch.setattr(pace, "CANCEL", 30.0)
+    db = own_db()
+    async with Launcher(db.conninfo) as launcher:
+        assert await within(launcher.cancel("i")) == "cancelled"
+        assert not caplog.messages, "no standby is wanted"
+        with standby_away(db):
+            await missed(db)
+            assert await within(launcher.cancel("j")) == "cancelled"
+            assert db.receipts("cancelled") == {"i", "j"}
+            assert any("no synchronous standby has confirmed it" in line for line in caplog.messages)
 
 
 async def test_a_job_that_waits_for_no_standby_is_not_kept_waiting_for_one(own_db: Callable[..., Watched]) -> None:
     """Its registration and the word of its end wait for none either, and nor do the other jobs of the session."""
     db = own_db()
-    db.sql("set synchronous_commit to local")  # the test's own session waits for nobody
     async with Launcher(db.conninfo) as launcher:
         await within(launcher.run(Job("select 1", id="warm")))
-        db.sql("alter system set synchronous_standby_names = 'away'")
-        db.sql("select pg_reload_conf()")
-        (here,) = await eventually(lambda: db.sessions("pgbg: launching"), "the launching session")
-        try:
+        with standby_away(db):
+            await missed(db)
+            (here,) = await eventually(lambda: db.sessions("pgbg: launching"), "the launching session")
             for name in ("i", "j", "k"):
                 job = Job(slow(name, 1) + f"; {effect(name)}", id=name, settings={"synchronous_commit": "local"})
                 outcome = await within(launcher.run(job))
                 assert (outcome.row_count, outcome.command_tag) == (1, "INSERT")
-        finally:
-            db.sql("alter system reset synchronous_standby_names")
-            db.sql("select pg_reload_conf()")
         assert here[0] in [row[0] for row in db.sessions("pgbg: launching")], "the session was not given up"

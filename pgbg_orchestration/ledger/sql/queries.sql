@@ -1,5 +1,9 @@
 -- The ledger's queries, by name: what stands between two lines `-- name:` is one query. {schema} stands for the name
 -- of the package's schema; parameters are psycopg's. queries.py reads this file.
+--
+-- What is written here waits for no synchronous standby ({await_no_standby}): one that is away would keep everybody
+-- waiting. A registration is made durable by the commit of its receipt, which comes later; what a failover takes away of
+-- the rest is found out again, or is taken back by the next try anyway. A person's cancel is confirmed after it is made.
 
 -- name: look
 select l.*, a.wait_event
@@ -8,11 +12,8 @@ left join pg_catalog.pg_stat_activity as a on a.pid = l.holder_pid
 order by l.number
 
 -- name: register
--- What a later commit makes durable with itself, or what proves nothing, waits for no synchronous standby: one that is
--- away would keep everybody waiting. A receipt's commit comes after its registration, and takes it along.
 select r.* from {schema}.register(%s, %s, %s, %s, %s, %s, %s, %s, %s) as r,
-    pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
-    then 'off' else 'local' end, true) as how
+    {await_no_standby} as how
 
 -- name: settling
 -- Of launches that may have committed: the receipt, what the handle tells, and the end written into the history. Count and
@@ -25,28 +26,31 @@ from unnest(%s::text[], %s::text[], %s::int4[], %s::int4[], %s::int8[])
     with ordinality as k (owner, job_id, attempt, pid, cookie, number)
 join lateral {schema}.committed(k.owner, k.job_id) as r on r.attempt = k.attempt
 cross join lateral {result_info}(k.pid, k.cookie) as i
-cross join pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
-    then 'off' else 'local' end, true) as how
+cross join {await_no_standby} as how
 
 -- name: mark_cancelled
--- A cancel that was asked for is final, and told only once it cannot be lost: it waits for a synchronous standby. One that
--- the next call takes back does not.
-select {schema}.mark_cancelled(%(owner)s, %(job_id)s, %(cause)s, %(reason)s, %(of_try)s) as status
-from pg_catalog.set_config('lock_timeout', %(patience)s, true),
-    pg_catalog.set_config('synchronous_commit', case
-        when %(cause)s in ('deadline', 'given up') and pg_catalog.current_setting('synchronous_commit') <> 'off' then 'local'
-        else pg_catalog.current_setting('synchronous_commit') end, true) as how
+-- "awaits": the login's commits wait for a synchronous standby; this one does not.
+select {schema}.mark_cancelled(%(owner)s, %(job_id)s, %(cause)s, %(reason)s, %(of_try)s) as status, l.awaits
+from (
+    select pg_catalog.current_setting('synchronous_standby_names') <> ''
+           and pg_catalog.current_setting('synchronous_commit') not in ('off', 'local') as awaits
+    offset 0  -- before it is changed
+) as l
+cross join pg_catalog.set_config('lock_timeout', %(patience)s, true)
+cross join lateral (select {await_no_standby} where l.awaits is not null offset 0) as how
+
+-- name: confirm
+-- Its commit waits for a synchronous standby, and so for all that was committed before.
+select pg_catalog.pg_logical_emit_message(true, 'pgbg', '')
 
 -- name: mark_older
 select {schema}.mark_older(%s, %s, %s) as status
 from pg_catalog.set_config('lock_timeout', %s, true),
-    pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
-    then 'off' else 'local' end, true) as how
+    {await_no_standby} as how
 
 -- name: lift_cancel
 select {schema}.lift_cancel(%s, %s) as lifted
-from pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
-    then 'off' else 'local' end, true) as how
+from {await_no_standby} as how
 
 -- name: signal
 -- The one that holds the job's lock, unless that is a supervisor: then the worker below it. Anybody can take the lock,
@@ -77,11 +81,11 @@ select coalesce(bool_or(pg_catalog.pg_cancel_backend(t.pid)), false) as sent fro
 
 -- name: follow
 select {schema}.follow(%s, %s, %s, %s)
-from pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
-    then 'off' else 'local' end, true) as how
+from {await_no_standby} as how
 
 -- name: settle
 select {schema}.end_supervision(%s, %s, %s, %s, null, null, null, null)
+from {await_no_standby} as how
 
 -- name: at_work
 -- A supervisor holds locks too, and is never said to be at work.
@@ -95,13 +99,11 @@ where l.locktype = 'advisory' and l.granted and l.pid = any(%(pids)s)
 
 -- name: record
 select {schema}.record(%s, %s, %s, %s, %s, %s, %s, %s, %s::text[])
-from pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
-    then 'off' else 'local' end, true) as how
+from {await_no_standby} as how
 
 -- name: reported
 select {schema}.reported(%s, %s, %s)
-from pg_catalog.set_config('synchronous_commit', case pg_catalog.current_setting('synchronous_commit') when 'off'
-    then 'off' else 'local' end, true) as how
+from {await_no_standby} as how
 
 -- name: jobs
 select j.owner, j.job_id, j.label, j.series, j.generation, j.kind, j.state, j.attempt, j.running_pid,
@@ -151,7 +153,7 @@ order by last_at desc nulls last, name
 limit %(limit)s
 
 -- name: prune
-select receipts, jobs from {schema}.prune(%s)
+select receipts, jobs from {await_no_standby} as how cross join lateral {schema}.prune(%s)
 
 -- name: facts
 -- What a login sees of its server and database, before anything is launched there. Privileges are those of the role in

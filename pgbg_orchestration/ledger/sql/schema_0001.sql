@@ -217,6 +217,18 @@ as $$
         false)
 $$;
 
+-- Has this transaction's commit wait for no synchronous standby: where one is away, what a supervisor writes would keep
+-- its job from ending.
+create function @schema@.await_no_standby() returns void
+    language plpgsql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if current_setting('synchronous_commit') <> 'off' then
+        perform set_config('synchronous_commit', 'local', true);
+    end if;
+end $$;
+
 create function @schema@.require_read_committed() returns void
     language plpgsql stable
     set search_path = pg_catalog, pg_temp
@@ -581,6 +593,7 @@ declare
     v_role    text := pg_catalog.current_setting('role');  -- ALTER ROLE ... SET role
     v_withheld constant text := '(withheld: redact_details)';
 begin
+    perform @schema@.await_no_standby();
     perform @schema@.begin_supervision(
         p_owner, p_job_id, p_series, p_generation, p_label, p_attempt, p_sql_digest);
     commit;
@@ -617,6 +630,7 @@ begin
         v_error[2] := v_withheld;
     end if;
     if v_error is not null then
+        perform @schema@.await_no_standby();
         perform @schema@.end_supervision(
             p_owner, p_job_id, p_attempt, case when v_error[1] in ('53000', '53400', '53100') then 'unlaunched' else 'failed' end,
             null, null, null, v_error);
@@ -642,6 +656,7 @@ begin
                 where a.pid = v_pid and a.datname = pg_catalog.current_database()
                   and (pg_catalog.starts_with(a.application_name, v_marker) or a.state = 'active'));
             if v_seen then
+                perform @schema@.await_no_standby();
                 perform @schema@.follow(p_owner, p_job_id, p_attempt, v_pid);
             end if;
             -- Nobody reads its output, and it waits for that: read it now.
@@ -688,6 +703,7 @@ begin
             v_error[i] := null;
         end loop;
     end if;
+    perform @schema@.await_no_standby();
     if v_read then
         perform @schema@.end_supervision(
             p_owner, p_job_id, p_attempt, 'committed', v_pid, v_rows, nullif(v_tag, ''), null);
