@@ -372,8 +372,6 @@ class RetryPolicy:
         attempt: int = 1,
         *,
         origin: Origin | None = None,
-        ran_for: float | None = None,
-        limits: Mapping[str, float] | None = None,
     ) -> Decision:
         """Decide what to do about ``error``.
 
@@ -387,10 +385,6 @@ class RetryPolicy:
         origin:
             Where the error came from. By default a driver's error came from a connection, a
             :class:`~pgbg_orchestration.errors.LaunchFailed` from the launch call, and all else from the job.
-        ran_for:
-            Seconds that the job ran. With ``limits`` it tells which of the causes of 57014 it was.
-        limits:
-            The timeouts in force, in seconds by name, such as ``{"statement_timeout": 30}``; 0 means that one is off.
 
         Returns
         -------
@@ -409,8 +403,6 @@ class RetryPolicy:
         if found is None:
             return Decision(DEFAULT, None, f"{named}: no rule knows it, the orchestrator's settings decide", sqlstate)
         why = found.why
-        if sqlstate == "57014" and where is Origin.JOB and (cause := _which_limit(ran_for, limits or {})):
-            why = f"{why} ({cause})"
         look_first = found.look_first or (found.action is RETRY and _commit_unknown(sqlstate, where))
         if found.action is not RETRY:
             return Decision(found.action, None, f"{named}: {why}", sqlstate, look_first, found.uses_attempt)
@@ -502,20 +494,6 @@ def _is_lost_connection(error: BaseException) -> bool:
     # file 64 ms.
     psycopg = sys.modules.get("psycopg")
     return psycopg is not None and isinstance(error, psycopg.OperationalError)
-
-
-def _which_limit(ran_for: float | None, limits: Mapping[str, float]) -> str | None:
-    """Say which timeout a cancelled query ran into, or that it was none of them."""
-    active = {name: seconds for name, seconds in limits.items() if seconds > 0}
-    if ran_for is None:
-        return None
-    # A timeout fires after its time and never before; clocks are read on both sides of a network, so allow for 2 %.
-    reached = [name for name, seconds in active.items() if ran_for >= seconds * 0.98]
-    if not reached:
-        return f"it ran for {ran_for:.1f} s and no timeout had passed: somebody cancelled it"
-    # Of several that have passed, the shortest was the one that fired.
-    name = min(reached, key=lambda passed: active[passed])
-    return f"it ran for {ran_for:.1f} s and {name} is {active[name]:g} s"
 
 
 def _name_of(error: BaseException | ErrorFields | str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -62,6 +63,8 @@ class Case:
         that is done, when the worker was last seen (on the event loop's clock).
     worker_pid:
         The process that runs the job's SQL, as the last look saw it.
+    limits:
+        The timeouts in force for the SQL, in seconds by name.
     way_out:
         Once the call wants the end, until when it has to be decided, on the event loop's clock.
     """
@@ -88,6 +91,7 @@ class Case:
     readable: Readable | None = None
     last_marked: float = 0.0
     worker_pid: int | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
     way_out: float | None = None
     nudged: asyncio.Event = field(default_factory=asyncio.Event)
     told: set[str] = field(default_factory=set)

@@ -243,7 +243,10 @@ def _error(
     match step:
         case Step.FAILED:
             found = seen.ended_at if seen is not None and seen.is_untold and not case.attempts else None
-            return failures.failed(work, fields or ErrorFields(), invalid_indexes, found)
+            ran_for = _ran_for(case)
+            return failures.failed(
+                work, fields or ErrorFields(), invalid_indexes, found, ran_for=ran_for, limits=case.limits
+            )
         case Step.SUPERSEDED:
             return failures.superseded(work, seen)
         case Step.CANCELLED if ours and case.waited_for_slot and not case.attempts:
@@ -260,6 +263,16 @@ def _error(
         case _:
             verification = case.memory.verification
             return failures.unknown(work, verified=verification.done if verification else None)
+
+
+def _ran_for(case: Case) -> float | None:
+    """Return the seconds that a worker of this call's ran which has ended: by the server's clock where that is told."""
+    info, worker = case.memory.launch.info, case.worker
+    if worker is None or info is None:
+        return None
+    if case.work.kind is not Kind.SUPERVISED and info.started_at is not None and info.finished_at is not None:
+        return (info.finished_at - info.started_at).total_seconds()
+    return asyncio.get_running_loop().time() - worker.launched_at
 
 
 async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:

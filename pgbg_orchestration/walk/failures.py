@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import TypedDict
 
 import psycopg
@@ -19,6 +20,8 @@ from pgbg_orchestration.outcome import WITHHELD, Cause, ErrorFields
 from pgbg_orchestration.verdict import CANCELED
 
 from .work import Work
+
+NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
 
 class _Named(TypedDict):
@@ -40,20 +43,32 @@ def _ended(work: Work) -> _Ended:
 
 
 def failed(
-    work: Work, fields: ErrorFields, invalid_indexes: Sequence[str] = (), found: datetime | None = None
+    work: Work,
+    fields: ErrorFields,
+    invalid_indexes: Sequence[str] = (),
+    found: datetime | None = None,
+    *,
+    ran_for: float | None = None,
+    limits: Mapping[str, float] = NO_LIMITS,
 ) -> PgbgError:
-    """The SQL failed; ``invalid_indexes`` are what a build has left, ``found`` when it failed with nobody there."""
+    """The SQL failed.
+
+    Parameters
+    ----------
+    invalid_indexes:
+        What a build has left.
+    found:
+        When it failed, with nobody there.
+    ran_for, limits:
+        The seconds that it ran, where that is known, and the timeouts that were in force, in seconds by name.
+    """
     what = "the SQL failed in its worker"
     todo = None
     if found is not None:
         what += f", at {found.isoformat(timespec='seconds')}, when nobody was there to be told"
         todo = "Run it again to have it launched again."
     if fields.sqlstate == CANCELED:
-        todo = (
-            "Nobody asked this job to end. A statement_timeout or pg_background.worker_timeout in force ends SQL so, a "
-            "timeout that the SQL gives itself (PostgreSQL 19's WAIT FOR), and somebody's pg_cancel_backend or "
-            "pg_terminate_backend: a worker reports both alike."
-        )
+        todo = what_ended(ran_for, limits)
     elif fields.sqlstate in ("2D000", "25001"):
         todo = "SQL that commits by itself or cannot run in a transaction block runs alone, as kind='supervised'."
     elif invalid_indexes:
@@ -63,6 +78,26 @@ def failed(
             "With drop_invalid_index=True the next try of a named index drops it first."
         )
     return errors.WorkerError(what, fields=fields, todo=todo, **_ended(work))
+
+
+def what_ended(ran_for: float | None, limits: Mapping[str, float]) -> str:
+    """Return what is known of the cause of a 57014 that nobody asked for here; its message is localised."""
+    others = "somebody's pg_cancel_backend or pg_terminate_backend (a worker reports both alike)"
+    own = "a timeout that the SQL gives itself (PostgreSQL 19's WAIT FOR)"
+    if ran_for is None:
+        return (
+            "Nobody asked this job to end. A statement_timeout or pg_background.worker_timeout in force ends SQL so, "
+            f"{own}, and {others}."
+        )
+    # A timeout fires after its time and never before; two clocks may differ by a little.
+    reached = [name for name, seconds in limits.items() if ran_for >= seconds * 0.98]
+    if not reached:
+        return f"It ran for {ran_for:.1f} s, and no timeout in force was as short. So it was {others}, or {own}."
+    name = min(reached, key=lambda passed: limits[passed])  # the shortest was the one that fired
+    return (
+        f"It ran for {ran_for:.1f} s, and its {name} is {limits[name]:g} s. Where that is too short for this job, set "
+        f"another one for it: settings={{'{name}': '…'}}."
+    )
 
 
 def cancelled(work: Work, seen: Sighting | None) -> PgbgError:

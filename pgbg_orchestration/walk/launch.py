@@ -84,7 +84,8 @@ class Launches:
             queue_size=work.job.queue_size,
             is_counted=work.is_counted,
         )
-        settings = work.settings(case.seconds_left(), (await self._host.facts()).defaults)
+        defaults = (await self._host.facts()).defaults
+        settings, case.limits = work.settings(case.seconds_left(), defaults), work.limits(defaults)
         session = await self._host.session()
         case.memory = case.memory.calling()
         case.call = session.begin(case.opening, settings=settings, poll_interval=case.options.poll_interval)
@@ -278,6 +279,7 @@ class Launches:
     async def _call(self, text: str) -> None:
         case, work = self._case, self._case.work
         defaults = (await self._host.facts()).defaults
+        case.limits = work.limits(defaults)
         settings = work.launch_settings(case.seconds_left(), defaults, case.memory.registration)
         if case.options.notices:
             wanted = (work.job.settings or {}).get("client_min_messages", "notice")

@@ -258,6 +258,18 @@ class Work:
             settings["application_name"] = self.worker_name  # without it, nobody could find or cancel the worker
         return settings
 
+    def limits(self, defaults: Mapping[str, str]) -> dict[str, float]:
+        """Return the timeouts in force for the SQL, but for the job's own deadline, in seconds by name.
+
+        Parameters
+        ----------
+        defaults:
+            As in `settings`.
+        """
+        clock = {**defaults, **self.settings(None, defaults)}
+        known = {name: milliseconds(clock.get(name, "0")) or 0 for name in defaults}
+        return {name: value / 1000 for name, value in known.items() if value}
+
 
 async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark: bool = False) -> Work:
     """Bind a job's parameters with psycopg's own quoting, and check its role.

@@ -68,6 +68,8 @@ async def test_the_pid_that_is_shown_ends_the_sql(db: Watched) -> None:
         end = await ended(task)
     assert isinstance(end, errors.WorkerError)
     assert end.sqlstate == "57014"
+    assert isinstance(end, errors.WorkerError)
+    assert "no timeout in force was as short" in (end.todo or "")
     assert db.effects("j") == 0
     assert db.sql("select state, worker_pid from pgbg.jobs") == [("failed", pid)]
     assert db.value("select count(*) from pgbg.receipt") == 0

@@ -17,6 +17,7 @@ async def test_a_statement_timeout_holds(db: Watched, kind: str, timeout: float 
     with pytest.raises(errors.WorkerError) as caught:
         await within(arun(db.conninfo, job))
     assert caught.value.sqlstate == "57014"
+    assert "its statement_timeout is 0.2 s" in (caught.value.todo or "")
 
 
 async def test_a_logins_own_statement_timeout_holds_beside_a_jobs(db: Watched) -> None:
@@ -24,6 +25,7 @@ async def test_a_logins_own_statement_timeout_holds_beside_a_jobs(db: Watched) -
     with pytest.raises(errors.WorkerError) as caught:
         await within(arun(db.conninfo, Job(SLOW, id="slow", timeout=50)))
     assert caught.value.sqlstate == "57014"
+    assert "its statement_timeout is 0.2 s" in (caught.value.todo or "")
 
 
 @pytest.mark.parametrize("how", ["set", "set local"])

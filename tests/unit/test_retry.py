@@ -385,26 +385,6 @@ class TestTheSameCodeInAnotherPlace:
         assert type(error).__name__ in decision.reason
 
 
-@pytest.mark.parametrize(
-    ("ran_for", "limits", "said"),
-    [
-        (30.02, {"statement_timeout": 30.0, "transaction_timeout": 0.0}, "statement_timeout is 30 s"),
-        (12.0, {"statement_timeout": 30.0}, "somebody cancelled it"),
-        (
-            31.0,
-            {"statement_timeout": 30.0, "pg_background.worker_timeout": 10.0},
-            "pg_background.worker_timeout is 10 s",
-        ),
-        (3.0, {}, "somebody cancelled it"),
-    ],
-)
-def test_says_which_of_the_causes_of_57014_it_was(ran_for: float, limits: dict[str, float], said: str) -> None:
-    decision = policy().decide(worker_error("57014"), ran_for=ran_for, limits=limits)
-
-    assert decision.action is FAIL
-    assert said in decision.reason
-
-
 def test_messages_never_decide_and_never_leak() -> None:
     secret = "SQLSTATE 40001 password=hunter2 deadlock detected"
 
