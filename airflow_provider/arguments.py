@@ -88,7 +88,9 @@ def fetch_of(given: Any) -> dict[str, Any] | None:
 
 
 def shape_of(sql: str | Sequence[str]) -> dict[str, Any]:
-    """Return whether SQL is a list, and the number of the last statement of each item, or of each statement of a text.
+    """Return whether SQL is a list, and the numbers of its statements.
+
+    ``ends``: of the last statement of each item, or of each statement of a text. ``gives``: of those that give rows.
 
     Raises
     ------
@@ -96,11 +98,16 @@ def shape_of(sql: str | Sequence[str]) -> dict[str, Any]:
         A string, comment or quoted identifier does not end.
     """
     from pgbg_orchestration import statements
+    from pgbg_orchestration.statements.giving import giving
 
+    items = [statements.split(item) for item in ([sql] if isinstance(sql, str) else sql)]
+    counts = [len(parts) for parts in items]
+    every = [part for parts in items for part in parts]
+    gives = [number for number, part in enumerate(every, 1) if giving(part) is not None]
     if isinstance(sql, str):
-        return {"listed": False, "ends": list(range(1, len(statements.split(sql)) + 1))}
-    counts = [len(statements.split(item)) for item in sql]
-    return {"listed": True, "ends": [sum(counts[: at + 1]) if count else 0 for at, count in enumerate(counts)]}
+        return {"listed": False, "ends": list(range(1, len(every) + 1)), "gives": gives}
+    ends = [sum(counts[: at + 1]) if count else 0 for at, count in enumerate(counts)]
+    return {"listed": True, "ends": ends, "gives": gives}
 
 
 def literals_of(given: Any, job_id: str | None, label: str | None) -> Any:

@@ -113,7 +113,8 @@ def handled(
     outcome:
         The job's.
     shape:
-        Whether its SQL was a list, and the number of the last statement of each of its items, or of each statement.
+        Whether its SQL was a list, the number of the last statement of each of its items, or of each statement, and
+        the numbers of those that give rows.
     kept:
         The rows of its statements.
 
@@ -124,14 +125,15 @@ def handled(
         pruned. The job is committed; a retry would find the same.
     """
     assert operator.handler is not None
-    if not kept and outcome["command_tag"] in _GIVE_ROWS:
+    single = not shape["listed"] and operator.return_last
+    numbers = shape["ends"][-1:] if single else shape["ends"]
+    # An event of a release before this one does not tell which statements give rows.
+    if not kept and (outcome["command_tag"] in _GIVE_ROWS or set(numbers) & set(shape.get("gives", ()))):
         raise _final(
             f"job {outcome['job_id']} is committed, and no rows of it are kept: whoever launched it did not ask for "
             "them, or they are pruned. Clear the task to run the SQL again."
         )
     by_statement = {rows.statement: rows for rows in kept}
-    single = not shape["listed"] and operator.return_last
-    numbers = shape["ends"][-1:] if single else shape["ends"]
     results, descriptions = [], []
     for number in numbers:
         cursor = RowsCursor(by_statement.get(number))

@@ -197,6 +197,11 @@ async def _with_rows(case: Case, ledger: Ledger, outcome: Outcome) -> Outcome:
             results = await ledger.rows(case.work.key)
     except TimeoutError as error:
         raise failures.unread(case.work) from error
+    if case.work.kept and not results:
+        logger.warning(
+            "job %s: no rows of it are kept: the launch that committed did not ask for them, or they are pruned",
+            case.work.label,
+        )
     last = results[-1] if results and results[-1].statement == len(case.work.statements) else None
     if last is None:
         return replace(outcome, results=results)

@@ -197,13 +197,30 @@ def test_a_retry_reads_the_same_rows_and_runs_nothing() -> None:
     assert operator.execute(context("again")) == first
 
 
-def test_rows_that_nobody_asked_for_are_no_empty_result() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sql": "select 1"},
+        {"sql": "insert into effect values ('a') returning what"},
+        {"sql": "select 1; insert into effect values ('a')", "return_last": False},
+        {"sql": ["insert into effect values ('a') returning what", "insert into effect values ('b')"]},
+    ],
+    ids=["query", "returning", "each", "list"],
+)
+def test_rows_that_nobody_asked_for_are_no_empty_result(options: dict[str, Any]) -> None:
     """The job committed in a try whose DAG had no handler yet."""
-    given: dict[str, Any] = {"task_id": "t", "postgres_conn_id": "books", "sql": "select 1"}
+    given = {"task_id": "t", "postgres_conn_id": "books", **options}
     PgBackgroundOperator(**given).execute(context("late"))
 
     with pytest.raises(AirflowFailException, match="no rows of it are kept"):
         PgBackgroundOperator(**given, handler=fetch_all_handler).execute(context("late"))
+
+
+def test_a_job_that_gives_no_rows_has_none_to_miss() -> None:
+    given: dict[str, Any] = {"task_id": "t", "postgres_conn_id": "books", "sql": "insert into effect values ('a')"}
+    PgBackgroundOperator(**given).execute(context("late"))
+
+    assert PgBackgroundOperator(**given, handler=fetch_all_handler).execute(context("late")) is None
 
 
 def test_more_rows_than_the_bound_commit_nothing(database: Database) -> None:

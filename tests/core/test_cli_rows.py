@@ -75,4 +75,7 @@ def test_bounds_and_none(db: Watched, pgbg: Pgbg) -> None:
     none = pgbg("result", "plain")
     assert none.exit_code == ExitCode.NO_SUCH_JOB
     assert "no rows are kept" in none.stderr
+    late = pgbg("run", "select 1", "--id", "plain", "--rows")
+    assert late.exit_code == ExitCode.OK
+    assert "no rows of it are kept" in late.stderr
     assert pgbg("result", "nobody").exit_code == ExitCode.NO_SUCH_JOB
