@@ -134,11 +134,13 @@ class Rows:
         from psycopg.adapt import Transformer
 
         of_types = Transformer()
-        loaders = [of_types.get_loader(column.type_oid, pq.Format.TEXT).load for column in self.columns]
-        return [
-            tuple(None if cell is None else load(cell.encode()) for load, cell in zip(loaders, row, strict=True))
-            for row in self.cells
-        ]
+        if not self.columns or not self.cells:
+            return [() for _ in self.cells]
+        loaded = []
+        for column, cells in zip(self.columns, zip(*self.cells, strict=True), strict=True):
+            load = of_types.get_loader(column.type_oid, pq.Format.TEXT).load
+            loaded.append([None if cell is None else load(cell.encode()) for cell in cells])
+        return list(zip(*loaded, strict=True))
 
     def __len__(self) -> int:
         return len(self.cells)

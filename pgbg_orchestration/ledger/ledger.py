@@ -393,9 +393,11 @@ class Ledger:
         return await self._writer.ask(work)
 
 
-def _rows_of(count: int | None, cells: list[list[str | None]] | None) -> Iterable[tuple[str | None, ...]]:
-    """Return the rows of a part; without columns there are no cells to keep."""
-    return repeat((), count or 0) if cells is None else map(tuple, cells)
+def _rows_of(count: int | None, cells: list[str | None] | None) -> Iterable[tuple[str | None, ...]]:
+    """Return the rows of a part, whose cells stand in it by column; without columns there are no cells to keep."""
+    if cells is None or not count:
+        return repeat((), count or 0)
+    return zip(*(cells[begin : begin + count] for begin in range(0, len(cells), count)), strict=True)
 
 
 def _like(pattern: str | None) -> str | None:

@@ -211,7 +211,10 @@ def _making(keeping: Keeping, text: str, limit: int) -> list[str]:
                 tag += "_"
             run = sql.Literal(text).as_string(None)
             loop = f"for line in execute {run} loop insert into {keeping.table} values (line); end loop"
-            return [f"{make} (c1 text) on commit drop", f"do ${tag}$ declare line text; begin {loop}; end ${tag}$"]
+            return [
+                f"{make} (c1 text) using heap on commit drop",
+                f"do ${tag}$ declare line text; begin {loop}; end ${tag}$",
+            ]
         case Giver.CHANGE:
             before, change = text[: found.verb_at], text[found.verb_at :]
             with_ = f"{before}, " if found.has_with else f"{before}with "
@@ -224,7 +227,8 @@ def _making(keeping: Keeping, text: str, limit: int) -> list[str]:
             whole = f"(select * from (\n{text}\n) as q offset 0) as q{names}"
             once = "pg_catalog.generate_series(1, 1) as once"
             query = f"select {_listed(keeping)} from {whole}, {once} limit {limit}"
-    return [f"{make}{names} on commit drop as\n{query}"]
+    # A heap, whose blocks the schema's function goes through, whatever default_table_access_method is.
+    return [f"{make}{names} using heap on commit drop as\n{query}"]
 
 
 def _listed(keeping: Keeping) -> str:

@@ -119,7 +119,7 @@ def test_rows_are_kept_by_a_task_in_its_own_process(database: Database, fetch: A
 
     assert (outcome["row_count"], outcome["command_tag"]) == (1, "SELECT")
     assert "results" not in outcome
-    assert rows(database, KEPT) == [("{{42}}",)]
+    assert rows(database, KEPT) == [("{42}",)]
 
 
 def test_rows_are_kept_by_a_trigger(database: Database) -> None:
@@ -135,4 +135,4 @@ def test_rows_are_kept_by_a_trigger(database: Database) -> None:
 
     (payload,) = asyncio.run(fire())
     assert payload["status"] == "committed"
-    assert rows(database, KEPT) == [("{{42}}",)]
+    assert rows(database, KEPT) == [("{42}",)]

@@ -117,10 +117,12 @@ create table @schema@.row_chunk (
     statement  int not null,
     chunk      bigint not null,
     row_count  int not null,
-    cells      text[],
+    cells      text[],  -- the values of its first column, then those of its second, and so on
     primary key (owner, job_digest, statement, chunk),
     foreign key (owner, job_digest) references @schema@.receipt on delete cascade
 );
+-- Compressing them would take longer than all else that is done for them.
+alter table @schema@.row_chunk alter column cells set storage external;
 
 -- Keys ---------------------------------------------------------------------------------------------------------
 
@@ -395,9 +397,17 @@ as $$
 declare
     v_table   text := format('pg_temp.pgbg_rows_%s', p_statement);
     v_columns jsonb;
-    v_cells   text;
+    v_values  text;
+    v_arrays  text;
+    v_sizes   text;
     v_rows    bigint;
-    v_part    bigint;
+    v_blocks  bigint;
+    v_span    bigint;
+    v_first   bigint;
+    v_count   int;
+    v_cells   text[];
+    v_size    bigint;
+    v_bytes   bigint := 0;
 begin
     with recursive shown as (
         select a.attnum, a.attname, a.atttypid as oid, a.atttypmod as typmod, a.atttypid as given, a.atttypmod as given_typmod
@@ -413,10 +423,16 @@ begin
     select coalesce(jsonb_agg(jsonb_build_object(
                'name', l.attname, 'oid', l.oid::bigint, 'typmod', l.typmod,
                'type', format_type(l.given, l.given_typmod)) order by l.attnum), '[]'),
+           -- A cast to text is the type's output form where nobody has defined another one, and the faster way to it.
            string_agg(
-               format('case when t.%1$I is distinct from null then format(''%%s'', t.%1$I) end', l.attname), ', '
-               order by l.attnum)
-        into v_columns, v_cells
+               case when l.oid = 'text'::regtype or not exists (
+                   select from pg_cast c where c.castsource = l.oid and c.casttarget = 'text'::regtype
+               ) then format('t.%I::text as c%s', l.attname, l.attnum)
+               else format('case when t.%1$I is distinct from null then format(''%%s'', t.%1$I) end as c%2$s',
+                   l.attname, l.attnum) end, ', ' order by l.attnum),
+           string_agg(format('array_agg(c%s)', l.attnum), ' || ' order by l.attnum),
+           string_agg(format('coalesce(octet_length(c%s), 0)', l.attnum), ' + ' order by l.attnum)
+        into v_columns, v_values, v_arrays, v_sizes
         from last l;
     if p_columns is not null then
         -- What the describe knew better: names that a table cannot have twice, and types that a table cannot have.
@@ -426,22 +442,24 @@ begin
         v_columns := coalesce(v_columns, '[]');
     end if;
     execute format('select count(*) from %s', v_table) into v_rows;
-    if v_cells is null or v_rows > p_max_rows then
+    if v_values is null or v_rows > p_max_rows then
         perform @schema@.keep_chunk(
             p_owner, p_job_id, p_statement, 0, v_rows::int, null, v_rows, 0, p_max_rows, p_max_bytes);
     else
-        -- Parts of some megabytes: one array has to hold each.
-        v_part := greatest(1, least(1000, 4194304 * v_rows / greatest(pg_total_relation_size(v_table::regclass), 1)));
-        execute format($sql$
-            select @schema@.keep_chunk(
-                $1, $2, $3, part, row_count, cells, $4, (sum(bytes) over (order by part))::bigint, $5, $6)
-            from (
-                select n / $7 as part, count(*)::int as row_count, array_agg(cells order by n) as cells,
-                       sum(octet_length(array_to_string(cells, ''))) as bytes
-                from (select row_number() over () - 1 as n, array[%s]::text[] as cells from %s as t) as numbered
-                group by n / $7
-            ) as parts
-        $sql$, v_cells, v_table) using p_owner, p_job_id, p_statement, v_rows, p_max_rows, p_max_bytes, v_part;
+        -- Parts of some megabytes, which one array has to hold each: so many blocks of the table, in the rows' own order.
+        v_blocks := pg_relation_size(v_table::regclass) / current_setting('block_size')::bigint;
+        v_span := greatest(1, least(64, 4194304 * v_blocks / greatest(pg_table_size(v_table::regclass), 1)));
+        for v_first in select generate_series(0, v_blocks - 1, v_span) loop
+            execute format(
+                'select count(*), %s, sum(%s) from ('
+                '    select %s from %s as t where t.ctid >= ''(%s,0)'' and t.ctid < ''(%s,0)'' offset 0'
+                ') as part', v_arrays, v_sizes, v_values, v_table, v_first, v_first + v_span
+            ) into v_count, v_cells, v_size;
+            continue when v_count = 0;
+            v_bytes := v_bytes + v_size;
+            perform @schema@.keep_chunk(
+                p_owner, p_job_id, p_statement, v_first, v_count, v_cells, v_rows, v_bytes, p_max_rows, p_max_bytes);
+        end loop;
     end if;
     perform @schema@.keep_set(p_owner, p_job_id, p_statement, v_columns, p_command_tag);
 end $$;
