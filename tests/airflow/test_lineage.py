@@ -10,6 +10,7 @@ from airflow.sdk.exceptions import TaskDeferred
 from airflow_provider import PgBackgroundBatchOperator, PgBackgroundOperator
 from airflow_provider.lineage import readable
 from airflow_provider.operators.decorated import PgBackgroundDecoratedOperator
+from airflow_provider.triggers import PgBackgroundTrigger
 from demo.airflow_processes import connection_json
 from tests.conftest import Database
 
@@ -152,7 +153,7 @@ def test_a_deferred_decorated_task_tells_it_in_another_process(
     where: str, returned: Any, monkeypatch: pytest.MonkeyPatch, listened: bool
 ) -> None:
     monkeypatch.setattr("airflow_provider.operators.decorated.is_listened_to", lambda: listened)
-    monkeypatch.setattr(PgBackgroundOperator, "execute", lambda self, context: self._wait_for(context, SERVED))
+    monkeypatch.setattr(PgBackgroundOperator, "execute", _defer_to_a_trigger)
     with pytest.raises(TaskDeferred) as deferred:
         _decorated(returned, deferrable=True).execute(NOWHERE)
     kept = deferred.value.kwargs or {}
@@ -167,14 +168,9 @@ def test_a_deferred_decorated_task_tells_it_in_another_process(
     assert _tables(told.outputs, where) == ({"public.sales"} if listened else set())
 
 
-class _Served:
-    deadline = None
-
-    def check_storable(self) -> None:
-        """Nothing of it is stored."""
-
-
-SERVED: Any = _Served()
+def _defer_to_a_trigger(operator: PgBackgroundOperator, context: Any) -> Any:
+    job = {"id": "j", "sql": operator.sql, "label": "l"}
+    return operator._wait_for(context, PgBackgroundTrigger(job=job, deadline=None, **operator._trigger_arguments()))
 
 
 def test_a_mapped_and_a_started_task_are_like_any_other(where: str) -> None:
