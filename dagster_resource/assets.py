@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast, get_type_hints, overload
 
 from dagster import (
@@ -37,7 +38,7 @@ def pg_background_asset(fn: SqlFunction) -> AssetsDefinition: ...
 
 @overload
 def pg_background_asset(
-    *, resource_key: str = ..., job: JobOptions | None = ..., **options: Any
+    *, resource_key: str = ..., job: JobOptions | None = ..., preview: int = ..., notices: bool = ..., **options: Any
 ) -> Callable[[SqlFunction], AssetsDefinition]: ...
 
 
@@ -46,6 +47,8 @@ def pg_background_asset(
     *,
     resource_key: str = "pg",
     job: JobOptions | None = None,
+    preview: int = 0,
+    notices: bool = False,
     **options: Any,
 ) -> AssetsDefinition | Callable[[SqlFunction], AssetsDefinition]:
     """Make an asset of a function that returns SQL, or SQL and parameters; a worker runs it.
@@ -61,6 +64,10 @@ def pg_background_asset(
         Key of the :class:`PgBackgroundResource`.
     job:
         Options of the job, as :class:`JobOptions` names them: ``label``, ``timeout`` (seconds), ``role``, …
+    preview:
+        How many of the last statement's rows to show in the metadata; the job keeps its rows for that (``fetch``).
+    notices:
+        Write what the SQL raises to the log, as :meth:`PgBackgroundResource.run` has it.
     options:
         Further arguments of :func:`dagster.asset`. Leave out ``retry_policy``: errors that are worth another try are
         retried without one.
@@ -85,7 +92,10 @@ def pg_background_asset(
     def decorate(function: SqlFunction) -> AssetsDefinition:
         def execute(context: AssetExecutionContext, given: SqlLike) -> MaterializeResult[Any]:
             pg: PgBackgroundResource = getattr(context.resources, resource_key)
-            return pg.run(context, Sql.of(given, job)).to_materialize_result()
+            wanted = Sql.of(given, job)
+            if preview:
+                wanted = replace(wanted, options=JobOptions(**{"fetch": True, **wanted.options}))
+            return pg.run(context, wanted, notices=notices).to_materialize_result(preview=preview)
 
         wrapped = _wrap(function, execute, AssetExecutionContext, MaterializeResult)
         required = {resource_key, *options.pop("required_resource_keys", ())}

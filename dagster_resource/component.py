@@ -88,6 +88,10 @@ class SqlJob(Model, Resolvable):
         bool | None, told("Before CREATE INDEX CONCURRENTLY, drop the invalid index that an earlier build left.")
     ] = None
     redact_details: Annotated[bool | None, told("Keep of the server's errors no text that may quote data.")] = None
+    fetch: Annotated[
+        bool | dict[str, int | bool] | None,
+        told("Keep the last statement's rows beside the receipt: true, or the bounds max_rows and max_bytes."),
+    ] = None
 
 
 @record(checked=False)  # its checks would look for the names of the inherited annotations in this module
@@ -106,6 +110,12 @@ class SqlAsset(AssetSpecKwargs):
         ),
     ] = None
     job: Annotated[SqlJob | None, told("Options of the job.")] = None
+    preview: Annotated[
+        int | None, told("How many of the last statement's rows to show in the metadata; they are kept for that.")
+    ] = None
+    notices: Annotated[bool | None, told("Write what the SQL raises (RAISE NOTICE) into the log, as it is raised.")] = (
+        None
+    )
     checks: Annotated[Sequence[SqlCheck], told("Queries that are to hold, each a check of the asset.")] = ()
 
 
@@ -191,7 +201,7 @@ class PgBackgroundSqlComponent(Component, Resolvable, Model):
 
 PASSED_ON = (
     "deps", "description", "metadata", "group_name", "owners", "tags", "automation_condition",
-    "partitions_def", "freshness_policy", "pool", "backfill_policy",
+    "partitions_def", "freshness_policy", "pool", "backfill_policy", "preview", "notices",
 )  # fmt: skip
 
 

@@ -163,7 +163,10 @@ class Rows:
         return [dict(zip(names, row, strict=True)) for row in self.rows]
 
     def to_arrow(self) -> Any:
-        """Return a PyArrow table; numeric becomes a decimal, and what Arrow has no type for its text.
+        """Return a PyArrow table; numeric becomes a decimal, and json, uuid and what Arrow has no type for their text.
+
+        A column's type is that of the column, whatever its values are, but for numeric without a scale: that is as wide
+        as its values, and Arrow's null type without any; and for arrays of several dimensions, which become their text.
 
         Raises
         ------
@@ -178,13 +181,16 @@ class Rows:
         names = self._names()
         for number, column in enumerate(self.columns):
             kind = _arrow_type(arrow, column)
-            if kind is not None:
-                arrays.append(arrow.array([row[number] for row in self.rows], type=kind))
-                continue
-            try:
-                arrays.append(arrow.array([row[number] for row in self.rows]))
-            except (arrow.ArrowInvalid, arrow.ArrowTypeError, arrow.ArrowNotImplementedError):
-                arrays.append(arrow.array([row[number] for row in self.cells], type=arrow.string()))
+            array = None
+            if column.type_oid not in AS_TEXT:
+                try:
+                    array = arrow.array([row[number] for row in self.rows], type=kind)
+                except (arrow.ArrowInvalid, arrow.ArrowTypeError, arrow.ArrowNotImplementedError):
+                    if kind is not None and not arrow.types.is_list(kind):
+                        raise  # else an array of several dimensions
+            if array is None or (array.type == arrow.null() and column.type_oid != NUMERIC):
+                array = arrow.array([row[number] for row in self.cells], type=arrow.string())
+            arrays.append(array)
         return arrow.table(dict(zip(names, arrays, strict=True)))
 
     def to_polars(self) -> Any:
@@ -269,6 +275,13 @@ class Results:
 
 
 # By type oid (src/include/catalog/pg_type.dat).
+NUMERIC = 1700
+AS_TEXT = {114, 3802, 2950}  # json and jsonb, whose values have a type each, and uuid
+# Of an array type, its element's.
+ARRAYS = {
+    1000: 16, 1016: 20, 1005: 21, 1007: 23, 1009: 25, 1021: 700, 1022: 701, 1015: 1043, 1001: 17, 1182: 1082,
+    1183: 1083, 1115: 1114, 1185: 1184,
+}  # fmt: skip
 PANDAS_TYPES = {16: "boolean", 20: "Int64", 21: "Int16", 23: "Int32"}
 
 
@@ -278,9 +291,11 @@ def _arrow_type(arrow: Any, column: Column) -> Any:
         16: arrow.bool_(), 20: arrow.int64(), 21: arrow.int16(), 23: arrow.int32(), 25: arrow.string(),
         700: arrow.float32(), 701: arrow.float64(), 1042: arrow.string(), 1043: arrow.string(), 17: arrow.binary(),
         1082: arrow.date32(), 1083: arrow.time64("us"), 1114: arrow.timestamp("us"),
-        1184: arrow.timestamp("us", tz="UTC"),
+        1184: arrow.timestamp("us", tz="UTC"), 1186: arrow.duration("us"), 26: arrow.int64(),
     }  # fmt: skip
-    if column.type_oid == 1700 and column.typmod >= 0:
+    if (element := ARRAYS.get(column.type_oid)) is not None:
+        return arrow.list_(simple[element])
+    if column.type_oid == NUMERIC and column.typmod >= 0:
         # typmod holds precision and scale (numeric.c); Arrow's wider decimal has 76 digits.
         precision, scale = (column.typmod - 4) >> 16, (column.typmod - 4) & 0x7FF
         if 0 <= scale <= precision <= 76:

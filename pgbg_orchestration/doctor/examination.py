@@ -488,6 +488,7 @@ _CHECKS: tuple[tuple[str, Callable[[Patient], Awaitable[list[Finding]]]], ...] =
     ("schema", _schema),
     ("privileges", privileges.login),
     ("privileges", privileges.grants),
+    ("privileges", privileges.temporary),
     ("privileges", privileges.search_path),
     ("privileges", privileges.server_log),
     ("workers", _worker_slots),

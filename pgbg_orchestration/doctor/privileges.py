@@ -63,6 +63,19 @@ async def grants(patient: Patient) -> list[Finding]:
     return [Finding("privileges", "grants", Status.WARNING, text, todo)]
 
 
+async def temporary(patient: Patient) -> list[Finding]:
+    """Say whether jobs can keep their rows, which go through a temporary table."""
+    row = await patient.one(
+        "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'TEMPORARY') as may,"
+        " pg_catalog.quote_ident(current_user) as role, pg_catalog.quote_ident(pg_catalog.current_database()) as name"
+    )
+    if row["may"]:
+        return [Finding("privileges", "temporary", Status.OK, "Jobs may keep their rows (fetch).")]
+    text = "Jobs cannot keep their rows (fetch): whoever runs their SQL may make no temporary table in this database."
+    todo = f"If jobs are to: GRANT TEMPORARY ON DATABASE {row['name']} TO {row['role']};"
+    return [Finding("privileges", "temporary", Status.WARNING, text, todo)]
+
+
 async def search_path(patient: Patient) -> list[Finding]:
     """Say where everybody can create what a job's SQL may run unawares (PostgreSQL wiki, CVE-2018-1058)."""
     row = await patient.one(

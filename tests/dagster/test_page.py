@@ -13,7 +13,7 @@ from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
-from dagster import AssetsDefinition, AssetSpec, Definitions, OpDefinition, SensorDefinition
+from dagster import AssetsDefinition, AssetSpec, Definitions, OpDefinition, SensorDefinition, materialize
 from dagster.components.resolved.core_models import AssetSpecKwargs
 from dagster.components.testing import create_defs_folder_sandbox
 
@@ -179,6 +179,36 @@ def test_texts_of_digits_stay_texts() -> None:
             assert (spec.code_version, spec.skippable) == ("3", True)
 
 
+SHOWN = """
+type: dagster_resource.PgBackgroundSqlComponent
+attributes:
+  assets:
+    - key: shown
+      sql: |
+        do $$ begin raise notice 'half of it'; end $$;
+        select n, 1.5::numeric(10, 2) as price from generate_series(1, 3) as n
+      preview: 2
+      notices: true
+      job: {fetch: {max_rows: 3}}
+"""
+
+
+@pytest.mark.servers("real")
+def test_rows_and_notices_of_an_asset_from_yaml(database: Database, capfd: pytest.CaptureFixture[str]) -> None:
+    with create_defs_folder_sandbox() as sandbox:
+        folder = sandbox.defs_folder_path / "books"
+        folder.mkdir()
+        (folder / "defs.yaml").write_text(SHOWN)
+        with sandbox.load_component_and_build_defs(defs_path=folder) as (_, definitions):
+            (made,) = definitions.assets or []
+            assert isinstance(made, AssetsDefinition)
+            run = materialize([made], resources={"pg": PgBackgroundResource(conninfo=database.conninfo)})
+    (shown,) = run.asset_materializations_for_node("shown")
+    assert shown.metadata["dagster/row_count"].value == 3
+    assert "| 2 | 1.50 |" in str(shown.metadata["pgbg/preview"].value)
+    assert "NOTICE: half of it" in capfd.readouterr().err
+
+
 def options(function: Callable[..., Any]) -> set[str]:
     """The parameters of a function that are options of ours: no context, and not what is handed on to Dagster."""
     parameters = inspect.signature(function).parameters
@@ -201,7 +231,7 @@ TABLES = {
     "build_pg_background_sensor": options(build_pg_background_sensor),
     "build_pg_background_sweep_sensors": options(build_pg_background_sweep_sensors),
     "RetryRule": set(RetryRule.model_fields),
-    "An asset": {"sql", "sql_file", "pool", "backfill_policy", "job", "checks"},
+    "An asset": {"sql", "sql_file", "pool", "backfill_policy", "job", "preview", "notices", "checks"},
     "A check": set(component.SqlCheck.model_fields),
 }
 
@@ -247,7 +277,7 @@ def test_a_wrong_attribute_is_found_before_anything_runs() -> None:
 
 
 def test_all_that_dagster_knows_of_an_asset_is_handed_on() -> None:
-    own = TABLES["An asset"] - {"pool", "backfill_policy"}
+    own = TABLES["An asset"] - {"pool", "backfill_policy", "preview", "notices"}
     handled = {*component.PASSED_ON, *own, "key", "kinds", "skippable", "code_version"}
 
     assert set(component.SqlAsset.model().model_fields) == handled
@@ -257,4 +287,4 @@ def test_the_components_own_fields_are_those_of_the_page() -> None:
     inherited = set(AssetSpecKwargs.__annotations__)
 
     assert set(component.SqlAsset.__annotations__) - inherited == TABLES["An asset"]
-    assert set(component.SqlJob.model_fields) == TABLES["Options of a job"] - {"parameters", "fetch"}
+    assert set(component.SqlJob.model_fields) == TABLES["Options of a job"] - {"parameters"}

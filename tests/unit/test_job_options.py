@@ -24,7 +24,7 @@ NOT_HERE: dict[str, set[str]] = {
     "the command line": {"fetch"},
     "Airflow": set(),
     "Dagster": set(),
-    "Dagster's component": {"fetch"},
+    "Dagster's component": set(),
 }
 """What a surface does not offer."""
 
