@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from airflow_provider.hook import PgBackgroundHook
     from pgbg_orchestration import Rows
-
-    from .job import PgBackgroundOperator
 
 XCOM_BYTES = 1024 * 1024
 """How large a result may be, as JSON, that becomes an XCom: Airflow keeps it in its metadata database."""
@@ -69,25 +68,52 @@ class RowsCursor:
         """Do nothing: what is read is read."""
 
 
-def read_rows(operator: PgBackgroundOperator, job_ids: Sequence[str]) -> dict[str, tuple[Rows, ...]]:
+class Handling(NamedTuple):
+    """What an operator does with rows, in the words of ``SQLExecuteQueryOperator``.
+
+    Attributes
+    ----------
+    handler:
+        Is called with a cursor for each statement that is asked for, and gives its result.
+    output_processor:
+        Is called with the results and the descriptions, and gives the results that are returned.
+    return_last:
+        Whether of a text the result of its last statement alone is wanted.
+    show:
+        Logs the results, where that is wanted.
+    """
+
+    handler: Callable[[Any], Any]
+    output_processor: Callable[[list[Any], list[Any]], Any] | None
+    return_last: bool
+    show: Callable[[str, Any], None] | None
+
+
+def read_rows(hook: PgBackgroundHook, schema: str, job_ids: Sequence[str]) -> dict[str, tuple[Rows, ...]]:
     """Return the rows that jobs kept, by their ids; none of one that kept none.
 
     They are read in the task's own process, over a connection of its own, whoever ran the jobs.
+
+    Parameters
+    ----------
+    hook:
+        Says which server.
+    schema:
+        Where ``pgbg_orchestration`` is installed there.
+    job_ids:
+        The jobs.
 
     Raises
     ------
     PgbgError
         As :meth:`pgbg_orchestration.Launcher.rows`.
     """
-    from airflow_provider.hook import PgBackgroundHook
     from pgbg_orchestration import Launcher
     from pgbg_orchestration.rows import NoRows
 
-    hook = PgBackgroundHook(operator.postgres_conn_id, database=operator.database, endpoint=operator.endpoint)
-
     async def read() -> dict[str, tuple[Rows, ...]]:
         found: dict[str, tuple[Rows, ...]] = {}
-        async with Launcher(hook.conninfo(), schema=operator.schema) as launcher:
+        async with Launcher(hook.conninfo(), schema=schema) as launcher:
             for job_id in job_ids:
                 try:
                     found[job_id] = await launcher.rows(job_id)
@@ -98,18 +124,16 @@ def read_rows(operator: PgBackgroundOperator, job_ids: Sequence[str]) -> dict[st
     return asyncio.run(read())
 
 
-def handled(
-    operator: PgBackgroundOperator, outcome: Mapping[str, Any], shape: Mapping[str, Any], kept: tuple[Rows, ...]
-) -> Any:
-    """Return what the operator's handler makes of a job's rows, as ``SQLExecuteQueryOperator`` returns it.
+def handled(handling: Handling, outcome: Mapping[str, Any], shape: Mapping[str, Any], kept: tuple[Rows, ...]) -> Any:
+    """Return what a handler makes of a job's rows, as ``SQLExecuteQueryOperator`` returns it.
 
     Of a text it is the result of the last statement, of each with ``return_last=False``; of a list, a list with the
     result of each item's last statement.
 
     Parameters
     ----------
-    operator:
-        It says which handler.
+    handling:
+        The handler, and what is returned of it.
     outcome:
         The job's.
     shape:
@@ -124,8 +148,7 @@ def handled(
         The SQL gives rows, and none are kept: the job was committed by a launch that did not ask for them, or they are
         pruned. The job is committed; a retry would find the same.
     """
-    assert operator.handler is not None
-    single = not shape["listed"] and operator.return_last
+    single = not shape["listed"] and handling.return_last
     numbers = shape["ends"][-1:] if single else shape["ends"]
     # An event of a release before this one does not tell which statements give rows.
     if not kept and (outcome["command_tag"] in _GIVE_ROWS or set(numbers) & set(shape.get("gives", ()))):
@@ -137,29 +160,28 @@ def handled(
     results, descriptions = [], []
     for number in numbers:
         cursor = RowsCursor(by_statement.get(number))
-        results.append(operator.handler(cursor))
+        results.append(handling.handler(cursor))
         descriptions.append(cursor.description)
-    if operator.show_return_value_in_logs:
-        operator.log.info("Operator output is: %s", results)
-    if operator.output_processor is not None:
-        results = operator.output_processor(results, descriptions)
+    if handling.show is not None:
+        handling.show("Operator output is: %s", results)
+    if handling.output_processor is not None:
+        results = handling.output_processor(results, descriptions)
     return results[-1] if single else results
 
 
-def bounded(operator: PgBackgroundOperator, result: Any) -> Any:
-    """Return a result that may become an XCom.
+def check_size(result: Any) -> None:
+    """Refuse a result that is too large for an XCom.
 
     Raises
     ------
     AirflowFailException
         It is too large. The job is committed; a retry would find the same.
     """
-    if operator.do_xcom_push and (size := len(json.dumps(result, default=str).encode())) > XCOM_BYTES:
+    if (size := len(json.dumps(result, default=str).encode())) > XCOM_BYTES:
         raise _final(
             f"the job is committed, and what the handler returned has {size:,} bytes as JSON, of which an XCom holds "
             f"{XCOM_BYTES:,} here. Let the handler return less or store it elsewhere, or set do_xcom_push=False."
         )
-    return result
 
 
 def _final(message: str) -> Exception:

@@ -294,11 +294,18 @@ class PgBackgroundOperator(BaseOperator):
 
     def _handled(self, ends: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return what the handler makes of the rows of each job, by its name."""
+        from airflow_provider.hook import PgBackgroundHook
+
         from . import handling
 
-        kept = handling.read_rows(self, [end["job_id"] for end in ends.values()])
-        results = {name: handling.handled(self, end, end["shape"], kept[end["job_id"]]) for name, end in ends.items()}
-        handling.bounded(self, results)
+        hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
+        kept = handling.read_rows(hook, self.schema, [end["job_id"] for end in ends.values()])
+        assert self.handler is not None
+        show = self.log.info if self.show_return_value_in_logs else None
+        how = handling.Handling(self.handler, self.output_processor, self.return_last, show)
+        results = {name: handling.handled(how, end, end["shape"], kept[end["job_id"]]) for name, end in ends.items()}
+        if self.do_xcom_push:
+            handling.check_size(results)
         return results
 
     def _fetch(self, given: Any, sql: Any) -> Any:

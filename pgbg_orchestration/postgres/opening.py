@@ -10,16 +10,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import psycopg
 from psycopg import AsyncConnection, generators, pq, sql
 
+from .handles import Worker
 from .pg_background import DEFAULT_QUEUE_BYTES, Handle
-
-if TYPE_CHECKING:
-    from .worker import Worker
 
 SETTING = "pgbg.opening"
 AWAIT_NO_STANDBY = (
@@ -56,22 +53,6 @@ class MayBeLaunched(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-class Claim(NamedTuple):
-    """One launch of a job, as its receipt names it."""
-
-    owner: str
-    job_id: str
-    attempt: int
-
-
-class Proof(NamedTuple):
-    """The receipt of a launch: it committed, and its end is in the history."""
-
-    worker_pid: int
-    started_at: datetime
-    seen_at: datetime
 
 
 class Begun(NamedTuple):

@@ -1,71 +1,32 @@
-"""One launching session: the PostgreSQL session that owns handles, and drives many of them.
-
-A handle works in the session that launched it and nowhere else. When the session ends, its workers go on and commit;
-whoever waits for them here learns that the handle is gone and looks at lock and receipt instead.
-"""
+"""One launching session: the PostgreSQL session that launches workers, and follows many of them by their handles."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection, IsolationLevel, sql
-from psycopg.rows import dict_row
 
 from pgbg_orchestration import pace
-from pgbg_orchestration.errors import PoolerInTransactionMode
-from pgbg_orchestration.outcome import ErrorFields
 from pgbg_orchestration.testing import faults
 
-from . import activity, connection, describe, opening
+from . import connection, describe, opening
 from .connection import ConnectionLost, ExtensionMoved
-from .describe import Readable
-from .opening import Begun, Claim, LaunchRefused, MayBeLaunched, Opening, Proof, SlotsUsedUp
-from .pg_background import MAX_TRACKED, NO_SLOT, OUTPUT_WAITS, Extension, Handle, Progress, ResultInfo
-from .worker import Worker
+from .handles import TOKEN, Claim, HandleSession, Worker
+from .opening import Begun, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
+from .pg_background import MAX_TRACKED, NO_SLOT, Extension, Handle
 
-T = TypeVar("T")
-Hearing: TypeAlias = Callable[[psycopg.errors.Diagnostic], None]
-logger = logging.getLogger("pgbg_orchestration")
-TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
-ASKED_ALL = 20  # polls, after which each handle is asked for by itself
 LAUNCHES = 2_000  # then the session is replaced when its workers have ended: old versions leak memory for each launch
 
 
-class LaunchingSession:
-    """A session that launches workers and polls all of them with one query.
-
-    Parameters
-    ----------
-    conn:
-        Its connection, in autocommit mode; this object owns it.
-    extension:
-        pg_background as installed there.
-    settling:
-        The query that reads the receipts of launches, writes their ends into the history, and tells both; of owners,
-        ids and attempts of jobs, and of handles (lists). None: nothing is heard of.
-    """
+class LaunchingSession(HandleSession):
+    """A session that launches workers, and owns their handles; parameters as of :class:`HandleSession`."""
 
     def __init__(self, conn: AsyncConnection[Any], extension: Extension, settling: sql.Composed | None = None) -> None:
-        self._conn = conn
-        self.extension = extension
-        self._settling = settling
-        self._heard: dict[Handle, Worker] = {}
-        self._settler: asyncio.Task[None] | None = None
-        self._polls, self._looked, self._spent = 0, 0.0, 0.0  # the last is the seconds that a poll took
-        self.workers: dict[Handle, Worker] = {}
+        super().__init__(conn, extension, settling)
         self.launches = 0
-        self.lost = False
-        self._token = secrets.token_hex(8)
-        self._turn = asyncio.Lock()
-        self._wake = asyncio.Event()
-        self._poller: asyncio.Task[None] | None = None
-        self._answered = asyncio.get_running_loop().time()
-        self._releasing: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(
@@ -95,23 +56,6 @@ class LaunchingSession:
             await connection.close(conn)  # whoever wanted it may have gone away meanwhile
             raise
         return session
-
-    async def close(self) -> None:
-        """End the session; its workers go on, and whoever waits for them is told that their handles are lost."""
-        self._give_up()
-        for task in (self._poller, self._settler, *self._releasing):
-            if task is not None:
-                task.cancel()
-        await connection.close(self._conn)
-
-    @property
-    def stalled(self) -> bool:
-        """Whether the session has workers, is asked something, and has not answered for a while."""
-        return (
-            bool(self.workers)
-            and self._turn.locked()
-            and asyncio.get_running_loop().time() - self._answered > pace.STALLED
-        )
 
     @property
     def worn(self) -> bool:
@@ -158,7 +102,7 @@ class LaunchingSession:
             if handle is not None:
                 faults.point("after_launch")
                 claim = Claim(text.owner, text.job_id, text.registration["attempt"])
-                worker = self._track(handle, poll_interval, claim if text.is_counted else None)
+                worker = self._launched(handle, poll_interval, claim if text.is_counted else None)
         if worker is not None:
             self._start_polling()
         return Begun(text.registration, worker)
@@ -177,22 +121,6 @@ class LaunchingSession:
         if called and not isinstance(error, psycopg.errors.InsufficientPrivilege):
             return MayBeLaunched(error)
         return LaunchRefused(error, called=called)
-
-    def _track(self, handle: Handle, poll_interval: float | None, claim: Claim | None) -> Worker:
-        self.launches += 1
-        loop = asyncio.get_running_loop()
-        self._answered = loop.time()
-        known = self.workers.pop(handle, None)
-        if known is not None and not known.ended.done():
-            known.ended.set_result(None)  # a pid and cookie given twice: trust neither
-        worker = Worker(self, handle, loop.time(), loop.create_future(), poll_interval, claim)
-        self.workers[handle] = worker
-        return worker
-
-    def _start_polling(self) -> None:
-        self._wake.set()
-        if self._poller is None or self._poller.done():
-            self._poller = asyncio.create_task(self._poll_while_workers_run())
 
     # Launching ----------------------------------------------------------------------------------------------------
 
@@ -250,179 +178,15 @@ class LaunchingSession:
             except (psycopg.Error, OSError, TimeoutError) as error:
                 lost = self._give_up_if_lost(error)
                 raise self._launch_error(error, called=called, lost=lost) from error
-            worker = self._track(handle, poll_interval, claim)
+            worker = self._launched(handle, poll_interval, claim)
         self._start_polling()
         return worker
 
-    # Polling ------------------------------------------------------------------------------------------------------
+    def _launched(self, handle: Handle, poll_interval: float | None, claim: Claim | None) -> Worker:
+        self.launches += 1
+        return self._track(handle, poll_interval, claim)
 
-    async def _poll_while_workers_run(self) -> None:
-        try:
-            await self._poll_in_turn()
-        except Exception:
-            # Whatever it was: nobody would poll these workers any more. Their receipts tell how they end.
-            logger.exception("the polling of a launching session failed; its workers are followed by their receipts")
-            self._give_up()
-
-    async def _poll_in_turn(self) -> None:
-        loop = asyncio.get_running_loop()
-        while not self.lost and (waiting := [w for w in self.workers.values() if not w.ended.done()]):
-            # One query polls all: the one that is due first sets the pace, but for what polling may cost.
-            pause = min(pace.poll_handle(loop.time() - worker.launched_at, worker.poll_interval) for worker in waiting)
-            pause = max(pause, min(self._spent / pace.POLLING, pace.LOOK_SOONEST))
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(pause):
-                    await self._wake.wait()  # a new worker sets the pace anew
-            except TimeoutError:
-                await self.poll()
-
-    async def poll(self) -> None:
-        """Look once which workers have ended, and tell those who wait for them."""
-        async with self._turn:
-            waiting = {handle: worker for handle, worker in self.workers.items() if not worker.ended.done()}
-            if not waiting or self.lost:
-                return
-            self._polls, began = self._polls + 1, asyncio.get_running_loop().time()
-            try:
-                async with asyncio.timeout(pace.CALL):
-                    token, tracked, ended = await self.extension.ended(self._conn, TOKEN)
-                    self._check_token(token)
-                    if tracked < len(self.workers) or self._polls % ASKED_ALL == 0:
-                        ended = [*waiting]  # one is missing; and now and then each is asked for by itself
-                    await self._look_for_blocked(waiting)
-                    asked = [handle for handle in ended if handle in waiting]
-                    found = await self.extension.result_infos(self._conn, asked) if asked else {}
-            except PoolerInTransactionMode as error:
-                self._give_up(error)
-                return
-            except (psycopg.Error, OSError, TimeoutError):
-                # Whatever it was, this session cannot tell its workers' state any more; their receipts can.
-                self._give_up()
-                return
-            self._answered = asyncio.get_running_loop().time()
-            self._spent = self._answered - began
-        for handle, info in found.items():
-            worker = waiting[handle]
-            if not worker.ended.done() and (info is None or info.completed):
-                worker.ended.set_result(info)
-
-    async def _look_for_blocked(self, waiting: Mapping[Handle, Worker]) -> None:
-        """Now and then, have whoever follows a worker look at it that waits for its output to be read."""
-        if (now := asyncio.get_running_loop().time()) < self._looked + pace.BLOCKED:
-            return
-        self._looked = now
-        pids = await activity.waiting_for(self._conn, OUTPUT_WAITS)
-        for worker in (worker for handle, worker in waiting.items() if handle.pid in pids):
-            worker.nudged.set()  # a hint: the pid of a handle can be another's
-
-    def _check_token(self, token: str | None) -> None:
-        if token != self._token:
-            raise PoolerInTransactionMode(
-                "this connection is given another server session from one statement to the next",
-                todo="Connect to the server itself, or through a pool in session mode.",
-            )
-
-    # Hearing ------------------------------------------------------------------------------------------------------
-
-    def hear(self, worker: Worker) -> None:
-        """Take a hint that a worker's launch may have committed: its receipt is read, and nothing else believed."""
-        if worker.ended.done() or self.lost:
-            return
-        if worker.claim is None or self._settling is None:
-            worker.nudged.set()
-            return
-        self._heard[worker.handle] = worker
-        if self._settler is None or self._settler.done():
-            self._settler = asyncio.create_task(self._settle_heard())
-            self._settler.add_done_callback(self._released)
-
-    async def _settle_heard(self) -> None:
-        """Read the receipts of all launches that were heard of meanwhile, and write down how they ended, together."""
-        while self._heard and not self.lost:
-            async with self._turn:
-                heard, self._heard = self._heard, {}
-                waiting = [worker for worker in heard.values() if not worker.ended.done()]
-                ended = await self._settle(waiting) if waiting and not self.lost else []
-                for worker, info in ended:
-                    if not worker.ended.done():
-                        worker.ended.set_result(info)
-                if ended and not self.lost:
-                    await self._forget([worker for worker, _ in ended])
-
-    async def _settle(self, workers: Sequence[Worker]) -> list[tuple[Worker, ResultInfo]]:
-        assert self._settling is not None
-        claims = [worker.claim for worker in workers if worker.claim is not None]
-        columns = [[*column] for column in zip(*claims, strict=True)]
-        columns += [[*column] for column in zip(*(worker.handle for worker in workers), strict=True)]
-        faults.point("before_record")
-        try:
-            async with asyncio.timeout(pace.CALL):
-                cursor = await self._conn.cursor(row_factory=dict_row).execute(self._settling, columns)
-                rows = await cursor.fetchall()
-        except (psycopg.Error, OSError, TimeoutError) as error:
-            if self._give_up_if_lost(error) or len(workers) == 1:
-                return []  # it was a hint: the poll finds out
-            return [pair for worker in workers for pair in await self._settle([worker])]
-        faults.point("after_record")
-        ended = []
-        for row in rows:
-            worker = workers[row["number"] - 1]
-            if not row["recorded"]:
-                continue  # its report is not there yet, or the history has no line of it
-            worker.proof = Proof(row["worker_pid"], row["started_at"], row["seen_at"])
-            info = ResultInfo(True, False, row["row_count"], row["command_tag"], row["started_at"], row["seen_at"])
-            ended.append((worker, info))
-        return ended
-
-    async def _forget(self, workers: Sequence[Worker]) -> None:
-        """Forget handles whose ends are in the history."""
-        handles = [worker.handle for worker in workers if self.workers.pop(worker.handle, None) is not None]
-        try:
-            async with asyncio.timeout(pace.CALL):
-                await self.extension.detach_many(self._conn, handles)
-        except (psycopg.Error, OSError, TimeoutError) as error:
-            if not self._give_up_if_lost(error) and not connection.is_passing(error):
-                raise
-        faults.point("after_detach")
-
-    def _give_up(self, error: Exception | None = None) -> None:
-        self.lost = True
-        workers, self.workers = self.workers, {}
-        for worker in workers.values():
-            if worker.ended.done():
-                continue
-            if error is None:
-                worker.ended.set_result(None)
-            else:
-                worker.ended.set_exception(error)
-                worker.ended.exception()  # its waiter may be gone
-        self._wake.set()
-
-    def _give_up_if_lost(self, error: BaseException) -> bool:
-        lost = connection.is_lost(self._conn, error)
-        if lost:
-            self._give_up()
-        return lost
-
-    # A worker's end -----------------------------------------------------------------------------------------------
-
-    async def error_info(self, handle: Handle) -> ErrorFields | None:
-        """Return the error of a worker; None without one, or with this session lost."""
-        return await self._ask(lambda: self.extension.error_info(self._conn, handle)) if not self.lost else None
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the session is being asked something, or reads a result: another question would wait."""
-        return self.lost or self._turn.locked()
-
-    async def look_at_progress(self, workers: Sequence[Worker]) -> dict[Worker, Progress]:
-        """Return what the SQL of these workers last reported, by one query; nothing of one that reported none."""
-        handles = {worker.handle: worker for worker in workers}
-        if self.lost:
-            return {}
-        found = await self._ask(lambda: self.extension.progress(self._conn, [*handles]))
-        return {handles[handle]: progress for handle, progress in (found or {}).items()}
+    # Before a launch ----------------------------------------------------------------------------------------------
 
     async def describe(self, text: str, settings: Mapping[str, str]) -> sql.Composable | None:
         """Return the column definition list of a statement's result, None without one; nothing is run.
@@ -455,116 +219,3 @@ class LaunchingSession:
                 if not self._give_up_if_lost(error) and not connection.is_passing(error):
                     raise
                 raise ConnectionLost(str(error)) from error
-
-    async def drain(
-        self, worker: Worker, readable: Readable, heard: Hearing | None = None
-    ) -> tuple[int | None, str | None]:
-        """Read the worker's result to its end, which proves its commit; returns row count and command tag.
-
-        This session does nothing else meanwhile. However it ends, the server has forgotten the handle then; a worker
-        whose result was not read to its end goes on.
-
-        Parameters
-        ----------
-        heard:
-            Is told what the SQL raises, as it is raised.
-
-        Raises
-        ------
-        psycopg.Error
-            As :meth:`Extension.drain`.
-        ConnectionLost
-            The connection is gone.
-        """
-        async with self._turn:
-            if self.lost:
-                raise ConnectionLost("the launching session is lost")
-            self.workers.pop(worker.handle, None)
-            try:
-                if heard is not None:
-                    # The session raises them again, below its own threshold too.
-                    await connection.settle(self._conn, (("client_min_messages", "debug1"),))
-                    self._conn.add_notice_handler(heard)
-                return await self.extension.drain(self._conn, worker.handle, readable.columns, padded=readable.padded)
-            except (psycopg.Error, OSError) as error:
-                if self._give_up_if_lost(error):
-                    raise ConnectionLost(str(error)) from error
-                raise
-            finally:
-                if heard is not None:
-                    self._conn.remove_notice_handler(heard)
-                if not worker.ended.done():
-                    worker.ended.set_result(None)
-
-    async def hear_failed(self, worker: Worker, heard: Hearing) -> psycopg.Error | None:
-        """Tell what a worker that failed had raised, as far as the server kept it: WARNINGs, where nothing else is set.
-
-        Returns what reading its result raises: its error, with a position. The handle is forgotten with that.
-        """
-        if self.workers.pop(worker.handle, None) is None or self.lost:
-            return None
-
-        async def read() -> None:
-            self._conn.add_notice_handler(heard)
-            try:
-                await self.extension.result(self._conn, worker.handle)
-            finally:
-                self._conn.remove_notice_handler(heard)
-
-        error = None
-        try:
-            await self._ask(read)
-        except psycopg.Error as raised:
-            error = raised  # the worker's own; or its rows do not fit, behind which nothing is heard
-        faults.point("after_detach")
-        return error
-
-    async def detach(self, worker: Worker) -> None:
-        """Forget a handle, and end the wait for it: the worker goes on, its output is dropped."""
-        if self.workers.pop(worker.handle, None) is not None and not self.lost:
-            await self._ask(lambda: self.extension.detach(self._conn, worker.handle))
-            faults.point("after_detach")
-        if not worker.ended.done():
-            worker.ended.set_result(None)
-
-    def release(self, worker: Worker) -> None:
-        """Detach a worker as soon as this session has time, without a wait for that."""
-        if worker.handle not in self.workers and worker.ended.done():
-            return  # forgotten already
-        releasing = asyncio.create_task(self.detach(worker))
-        self._releasing.add(releasing)
-        releasing.add_done_callback(self._released)
-
-    def _released(self, releasing: asyncio.Task[None]) -> None:
-        self._releasing.discard(releasing)
-        if not releasing.cancelled() and releasing.exception() is not None:
-            # A handle that may be kept counts against pg_background.max_workers; the session can be done without.
-            logger.warning("a launching session is given up: it could not forget a worker: %s", releasing.exception())
-            self._give_up()
-
-    async def cancel_all(self, at_work: Callable[[Sequence[int]], Awaitable[bool]]) -> int:
-        """Cancel every worker of this session by the extension's own ``cancel_all``; returns how many.
-
-        Parameters
-        ----------
-        at_work:
-            Tells whether all workers with these process ids are seen at work. Where one is not, nothing is cancelled:
-            one that is starting can take the whole server down (pg_background before 2.0.2).
-        """
-
-        async def cancel() -> int:
-            # Inside the session's turn, so that no launch comes in between.
-            pids = [worker.handle.pid for worker in self.workers.values() if not worker.ended.done()]
-            return await self.extension.cancel_all(self._conn) if pids and await at_work(pids) else 0
-
-        return await self._ask(cancel) or 0 if not self.lost else 0
-
-    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T | None:
-        async with self._turn:
-            try:
-                async with asyncio.timeout(pace.CALL):
-                    return await question()
-            except (psycopg.Error, OSError, TimeoutError) as error:
-                if not self._give_up_if_lost(error) and not connection.is_passing(error):
-                    raise
-                return None

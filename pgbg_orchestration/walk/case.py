@@ -18,9 +18,9 @@ from pgbg_orchestration.outcome import Cause, ErrorFields, Event, EventKind
 from pgbg_orchestration.postgres import describe
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
+from pgbg_orchestration.postgres.handles import Worker
 from pgbg_orchestration.postgres.opening import Begun, MayBeLaunched, Opening
 from pgbg_orchestration.postgres.session import LaunchingSession
-from pgbg_orchestration.postgres.worker import Worker
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Intent, Report
 

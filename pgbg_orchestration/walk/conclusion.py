@@ -17,8 +17,8 @@ from pgbg_orchestration.ledger.sighting import Sighting
 from pgbg_orchestration.outcome import ErrorFields, EventKind, Outcome
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
+from pgbg_orchestration.postgres.handles import Worker
 from pgbg_orchestration.postgres.pg_background import ResultInfo
-from pgbg_orchestration.postgres.worker import Worker
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.statements.giving import giving
 from pgbg_orchestration.testing import faults

@@ -17,7 +17,8 @@ from pgbg_orchestration.outcome import EventKind
 from pgbg_orchestration.postgres import describe, markers
 from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
 from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.opening import Claim, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
+from pgbg_orchestration.postgres.handles import Claim
+from pgbg_orchestration.postgres.opening import LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds

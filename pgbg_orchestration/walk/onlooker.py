@@ -21,9 +21,8 @@ from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.outcome import EventKind
 from pgbg_orchestration.postgres import activity, markers
 from pgbg_orchestration.postgres.activity import Activity, Blocker
+from pgbg_orchestration.postgres.handles import HandleSession, Worker
 from pgbg_orchestration.postgres.pg_background import Progress
-from pgbg_orchestration.postgres.session import LaunchingSession
-from pgbg_orchestration.postgres.worker import Worker
 
 from .case import Case
 
@@ -173,7 +172,7 @@ class Onlooker:
 
     async def _reported(self, watched: list[Watched]) -> dict[int, Progress]:
         """Return what the workers reported of their progress, by the ``id`` of their cases."""
-        by_session: dict[LaunchingSession, dict[Worker, int]] = defaultdict(dict)
+        by_session: dict[HandleSession, dict[Worker, int]] = defaultdict(dict)
         for one in watched:
             worker = one.case.worker
             if worker is not None and not worker.ended.done() and not worker.session.is_busy:

@@ -9,8 +9,7 @@ import socket
 import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
-from pgbg_orchestration.postgres import connection
-from pgbg_orchestration.postgres import session as launching
+from pgbg_orchestration.postgres import connection, handles
 from tests.core.kit import Watched, cancelled, count, effect, ended, eventually, seeded, slow, within
 from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 
@@ -184,7 +183,7 @@ async def test_another_server_session_behind_the_same_connection(db: Watched) ->
         task = asyncio.create_task(launcher.run(Job(slow("j", 2), id="j"), on_cancel="leave"))
         await db.at_work("j")
         (session,) = launcher._host._sessions
-        await connection.settle(session._conn, ((launching.TOKEN, "another session's"),))
+        await connection.settle(session._conn, ((handles.TOKEN, "another session's"),))
         with pytest.raises(errors.PoolerInTransactionMode, match="another server session"):
             await within(task)
         await eventually(lambda: not db.workers(), "the worker has ended")

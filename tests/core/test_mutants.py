@@ -30,10 +30,10 @@ import pytest
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, launcher, pace
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Key
-from pgbg_orchestration.postgres.opening import Opening, Proof
+from pgbg_orchestration.postgres.handles import Proof, Worker
+from pgbg_orchestration.postgres.opening import Opening
 from pgbg_orchestration.postgres.pg_background import ResultInfo
 from pgbg_orchestration.postgres.session import LaunchingSession
-from pgbg_orchestration.postgres.worker import Worker
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Evidence, Report, Step, judge
 from pgbg_orchestration.walk import conclusion, run

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
+import importlib.util
 import ipaddress
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Container, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -71,6 +75,30 @@ def texts() -> dict[str, str]:
     return found
 
 
+def circle_of(root: Path) -> list[str] | None:
+    """Return modules of the packages under ``root`` of which each imports the next, and the last the first."""
+    paths = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
+    modules = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    imported = {name: set(_imports(name, path, modules)) - {name} for name, path in modules.items()}
+    try:
+        graphlib.TopologicalSorter(imported).prepare()
+    except graphlib.CycleError as error:
+        return [str(name) for name in error.args[1]]
+    return None
+
+
+def _imports(name: str, path: Path, modules: Container[str]) -> Iterator[str]:
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield from ([inner] if inner in modules else [source] if source in modules else [])
+
+
 class TestImports:
     def test_contracts_hold(self) -> None:
         done = subprocess.run(
@@ -120,6 +148,30 @@ class TestImports:
         assert done.returncode == 1, done.stdout + done.stderr
         broken = source.format(name=f"breach_in_{module}").removesuffix(".py").replace("/", ".")
         assert broken in done.stdout
+
+    def test_no_circle(self) -> None:
+        """Neither among functions' own imports, nor among those for types only: who knows whom points one way."""
+        assert circle_of(ROOT) is None
+
+    @pytest.mark.parametrize(
+        ("other", "own"),
+        [
+            ("from pgbg_orchestration.one import name", "from pgbg_orchestration.other import name"),
+            ("from . import one", "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from .other import name"),
+            ("import pgbg_orchestration.one", "def late():\n    from pgbg_orchestration import other"),
+        ],
+    )
+    def test_a_circle_is_noticed(self, tmp_path: Path, other: str, own: str) -> None:
+        room = tmp_path / "pgbg_orchestration"
+        room.mkdir()
+        (room / "__init__.py").touch()
+        (room / "one.py").write_text(own)
+        (room / "other.py").write_text(other)
+
+        circle = circle_of(tmp_path)
+
+        assert circle is not None
+        assert set(circle) == {"pgbg_orchestration.one", "pgbg_orchestration.other"}
 
     @pytest.mark.parametrize("package", PACKAGES)
     def test_types_are_shipped(self, package: str) -> None:
