@@ -6,7 +6,7 @@ import pytest
 
 from tests.core.kit import only_long
 
-from .conftest import EXAMPLES, Lab
+from .conftest import EXAMPLE_DAGS, Lab
 
 pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow]
 
@@ -190,7 +190,7 @@ def test_used_up_worker_slots_are_waited_for_without_a_try(lab: Lab) -> None:
     assert lab.effects(run) == 1
 
 
-@pytest.mark.parametrize("dag_id", sorted(path.stem for path in EXAMPLES.glob("airflow_*.py")))
+@pytest.mark.parametrize("dag_id", EXAMPLE_DAGS)
 def test_every_example_runs(lab: Lab, dag_id: str) -> None:
     lab.processes.wait_for_dag(dag_id)
     run = lab.processes.trigger_dag(dag_id)
