@@ -161,6 +161,8 @@ async def test_a_handle_that_cannot_be_forgotten(
     unheard: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
     async with Launcher(db.conninfo) as launcher:
+        # By one or the other, as its end is heard of or polled for.
+        monkeypatch.setattr(Extension, "detach", broken)
         monkeypatch.setattr(Extension, "detach_many", broken)
         first = await within(launcher.run(Job(effect("j"), id="j")))
         await eventually(lambda: "could not forget a worker" in caplog.text, "it is told")
