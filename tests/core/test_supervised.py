@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from typing import Any
 
 import pytest
 
 from pgbg_orchestration import Job, Kind, Launcher, arun, errors
-from tests.core.kit import APP, Watched, eventually, within
+from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.outcome import EventKind
+from pgbg_orchestration.postgres.pg_background import Extension, Handle
+from pgbg_orchestration.testing import faults
+from tests.core.kit import APP, Recorder, Watched, cancelled, eventually, within
 
 PROCEDURE = """
 create procedure steps(job text, n int, fails_at int, naps float default 0.05) language plpgsql as $$
@@ -248,3 +253,40 @@ async def test_few_slots_and_twenty_supervised_jobs(own_db: object, slots: int) 
         )
     assert len(outcomes) == 20
     assert db.effects_by_job() == {job.id: 1 for job in jobs}
+
+
+async def test_cancelled_before_its_launch_call_is_answered(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handle is let go as soon as it is there: its supervisor ends with nobody to look at it, and holds nothing."""
+    seen = Recorder()
+    launch, signal = Extension.launch, Ledger.signal
+    launched, answered, detached = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def answered_late(*arguments: Any, **named: Any) -> Handle:
+        handle = await launch(*arguments, **named)
+        launched.set()
+        await answered.wait()
+        return handle
+
+    async def signalled_late(*arguments: Any, **named: Any) -> bool:
+        answered.set()
+        await detached.wait()
+        return await signal(*arguments, **named)
+
+    monkeypatch.setattr(Extension, "launch", answered_late)
+    monkeypatch.setattr(Ledger, "signal", signalled_late)
+    faults.install(lambda point: detached.set() if point == "after_detach" else None)
+    try:
+        async with Launcher(db.conninfo) as launcher:
+            job = Job("select pg_sleep(60)", id="j", kind="supervised")
+            task = asyncio.create_task(launcher.run(job, observer=seen))
+            await within(launched.wait())
+            sleeps = (
+                "select count(*) from pg_stat_activity where wait_event = 'PgSleep' and query like '%pg_sleep(60)%'"
+            )
+            await eventually(lambda: db.value(f"{sleeps} and datname = current_database()"), "its worker")
+            await cancelled(task)
+    finally:
+        faults.install(None)
+    let_go = next(event for event in seen.events if event.kind is EventKind.LET_GO)
+    assert let_go.data["error"]["error"] == "JobCancelled", let_go.message
+    assert db.states() == {"j": "cancelled"}

@@ -730,6 +730,8 @@ begin
     end if;
     -- Otherwise nobody can tell how it ended, and the claimed receipt says so.
     commit;
+    -- Not with its session, which a stand-in's launcher may keep.
+    perform pg_catalog.pg_advisory_unlock_all();
 end $$;
 
 -- On the launching side ------------------------------------------------------------------------------------------
