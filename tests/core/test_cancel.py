@@ -329,12 +329,17 @@ async def test_worker_cancelled_after_its_commit_is_a_success(db: Watched) -> No
     for size in range(QUEUE - 400, QUEUE, 8):
         name = f"j{size}"
         # Rows that nobody reads are not sent; a message that the job asks for is.
-        sql = f"{effect(name)}; do $$ begin raise notice '%', repeat('x', {size}); end $$"
-        job = Job(sql, id=name, queue_size=QUEUE, settings={"client_min_messages": "notice"})
+        sql = f"do $$ begin {effect(name)}; raise notice '%', repeat('x', {size}); end $$"
+        # Heard of, its commit would soon have it detached, and so let go.
+        settings = {"client_min_messages": "notice", "pgbg.notify": "off"}
+        job = Job(sql, id=name, queue_size=QUEUE, settings=settings)
         task = asyncio.create_task(arun(db.conninfo, job))
         while not db.effects(name) and not task.done():
             await asyncio.sleep(0)
-        for (pid,) in db.sql("select pid from pg_stat_activity where wait_event = 'MessageQueuePutMessage'"):
+        waits = "select pid from pg_stat_activity where wait_event = 'MessageQueuePutMessage'"
+        while not (waiting := db.sql(waits)) and not task.done():
+            await asyncio.sleep(0)
+        for (pid,) in waiting:
             signalled += db.value("select pg_cancel_backend(%s)", pid)
         outcome = await within(task)
         assert outcome.job_id == name
