@@ -188,7 +188,7 @@ class Ledger:
             "patience": MARK_PATIENCE,
         }
         try:
-            row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
+            row = await self._writer.ask(lambda conn: _one(conn, query, arguments), patient=False)
         except psycopg.errors.LockNotAvailable:
             return None
         status: str | None = row["status"]
@@ -222,7 +222,7 @@ class Ledger:
 
     async def _patiently(self, query: sql.Composed, arguments: tuple[Any, ...] | Mapping[str, Any]) -> Any:
         try:
-            return (await self._writer.ask(lambda conn: _one(conn, query, arguments)))["status"]
+            return (await self._writer.ask(lambda conn: _one(conn, query, arguments), patient=False))["status"]
         except psycopg.errors.LockNotAvailable:
             return None
 

@@ -13,10 +13,14 @@ from pgbg_orchestration import pace
 from pgbg_orchestration.postgres import connection
 
 T = TypeVar("T")
+LOCK_PATIENCE = "250ms"  # longer than registrations of one series keep one another waiting
 
 
 class Line:
-    """One connection that is made again when it is lost. What is asked must be sound when it is asked twice."""
+    """One connection that is made again when it is lost. What is asked must be sound when it is asked twice.
+
+    What waits for another session's lock on the package's tables waits a moment at a time, and others ask meanwhile.
+    """
 
     def __init__(self, conninfo: connection.Conninfo, name: str, on_trouble: Callable[[str], None]) -> None:
         self._conninfo = conninfo
@@ -36,9 +40,18 @@ class Line:
             conn, self._conn = self._conn, None
             await connection.close(conn)
 
-    async def ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+    async def ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]], *, patient: bool = True) -> T:
+        """Ask, for five minutes at most; ``patient``: also where somebody holds a lock that it needs.
+
+        Raises
+        ------
+        ServerUnreachable
+            The server did not answer in that time, or refuses the login.
+        psycopg.Error
+            It refuses what was asked; 55P03 where a lock was held all that time, or at once where not ``patient``.
+        """
         # A question that is cancelled half way would cost the connection that all jobs share: it is let end.
-        asking = asyncio.create_task(self._ask(question))
+        asking = asyncio.create_task(self._ask(question, patient))
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
         try:
@@ -47,7 +60,7 @@ class Line:
             asking.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             raise
 
-    async def _ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+    async def _ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]], patient: bool) -> T:
         loop, asking = asyncio.get_running_loop(), asyncio.current_task()
         until = loop.time() + pace.RECONNECT
         attempt, told = 0, -pace.TOLD_AGAIN
@@ -56,13 +69,16 @@ class Line:
                 async with self._turn, asyncio.timeout(pace.CALL):
                     if self._conn is None:
                         self._conn = await connection.connect(self._conninfo, self._name)
-                        await connection.settle(self._conn, connection.BOOKKEEPING)
+                        await connection.settle(self._conn, (*connection.BOOKKEEPING, ("lock_timeout", LOCK_PATIENCE)))
                     return await question(self._conn)
             except (psycopg.Error, OSError, TimeoutError) as error:
                 lost = self._conn is None or connection.is_lost(self._conn, error)
+                held = isinstance(error, psycopg.errors.LockNotAvailable)
                 if lost:
                     await self._drop()
-                elif not connection.is_passing(error):
+                elif held and patient and loop.time() < until:
+                    pass
+                elif held or not connection.is_passing(error):
                     raise
                 # Python 3.11's wait_for, which psycopg uses, can swallow a cancel: a closed line connects no more.
                 if asking is not None and asking.cancelling():
@@ -71,6 +87,7 @@ class Line:
                     raise connection.unreachable(error, "the server cannot be reached") from error
                 if loop.time() >= told + pace.TOLD_AGAIN:
                     told = loop.time()
-                    self._on_trouble(f"no connection to the server ({connection.words(error)}), trying again")
+                    what = "somebody holds a lock on the package's tables" if held else "no connection to the server"
+                    self._on_trouble(f"{what} ({connection.words(error)}), trying again")
                 await asyncio.sleep(pace.backoff(attempt))
                 attempt += 1

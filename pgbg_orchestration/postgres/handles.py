@@ -32,6 +32,7 @@ T = TypeVar("T")
 Hearing: TypeAlias = Callable[[psycopg.errors.Diagnostic], None]
 logger = logging.getLogger("pgbg_orchestration")
 TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
+DETACHES = 4  # tries, before a session that cannot forget its handles is given up
 ASKED_ALL = 20  # polls, after which each handle is asked for by itself
 
 
@@ -271,13 +272,28 @@ class HandleSession:
     async def _forget(self, workers: Sequence[Worker]) -> None:
         """Forget handles whose ends are in the history."""
         handles = [worker.handle for worker in workers if self.workers.pop(worker.handle, None) is not None]
+        await self._detach(lambda: self.extension.detach_many(self._conn, handles))
+        faults.point("after_detach")
+
+    async def _detach(self, question: Callable[[], Awaitable[None]]) -> None:
+        """Have the server forget handles, in this session's turn; again where that is broken off."""
+        for attempt in range(DETACHES):
+            if await self._is_done(question):
+                return
+            await asyncio.sleep(pace.backoff(attempt))
+        self._give_up()  # what it keeps counts against pg_background.max_workers; it can be done without
+
+    async def _is_done(self, question: Callable[[], Awaitable[None]]) -> bool:
+        """Ask; returns False where it was broken off, and may be asked again."""
         try:
             async with asyncio.timeout(pace.CALL):
-                await self.extension.detach_many(self._conn, handles)
+                await question()
         except (psycopg.Error, OSError, TimeoutError) as error:
-            if not self._give_up_if_lost(error) and not connection.is_passing(error):
+            lost = self._give_up_if_lost(error)
+            if not lost and not connection.is_passing(error):
                 raise
-        faults.point("after_detach")
+            return lost
+        return True
 
     # A worker's end -----------------------------------------------------------------------------------------------
 
@@ -364,7 +380,8 @@ class HandleSession:
     async def detach(self, worker: Worker) -> None:
         """Forget a handle, and end the wait for it: the worker goes on, its output is dropped."""
         if self.workers.pop(worker.handle, None) is not None and not self.lost:
-            await self._ask(lambda: self.extension.detach(self._conn, worker.handle))
+            async with self._turn:
+                await self._detach(lambda: self.extension.detach(self._conn, worker.handle))
             faults.point("after_detach")
         if not worker.ended.done():
             worker.ended.set_result(None)

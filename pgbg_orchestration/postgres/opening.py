@@ -75,8 +75,7 @@ Quote: TypeAlias = Callable[[str | int | bytes | None], str]
 
 _SCRIPT = """\
 begin isolation level read committed read write;
-select pg_catalog.set_config('statement_timeout', '0', true), pg_catalog.set_config('lock_timeout', '0', true),
-    {await_no_standby};  -- it is made durable by the commit of the receipt
+select pg_catalog.set_config('statement_timeout', '0', true), {await_no_standby};
 select r.*, pg_catalog.set_config({setting}, case r.verdict when 'registered'
     then pg_catalog.concat_ws(':', {word}, r.generation, r.attempt) else '' end, false)
 from {registering} as r;

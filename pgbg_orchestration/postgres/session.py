@@ -91,6 +91,8 @@ class LaunchingSession(HandleSession):
             except opening.Refused as refused:
                 error = refused.error
                 lost = self._give_up_if_lost(error)
+                if text.registration is None and isinstance(error, psycopg.errors.LockNotAvailable):
+                    raise ConnectionLost(str(error)) from error  # a row is held; it is registered step by step
                 if text.registration is None and not lost and not connection.is_passing(error):
                     raise error from None
                 raise self._launch_error(error, called=refused.called, lost=lost) from error

@@ -27,6 +27,7 @@ from unnest(%s::text[], %s::text[], %s::int4[], %s::int4[], %s::int8[])
 join lateral {schema}.committed(k.owner, k.job_id) as r on r.attempt = k.attempt
 cross join lateral {result_info}(k.pid, k.cookie) as i
 cross join {await_no_standby} as how
+cross join pg_catalog.set_config('lock_timeout', '250ms', true) as patience  -- what a session does, all its jobs wait for
 
 -- name: mark_cancelled
 -- "awaits": the login's commits wait for a synchronous standby; this one does not.

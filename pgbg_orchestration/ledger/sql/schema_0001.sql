@@ -759,6 +759,8 @@ declare
     v_status text;
 begin
     perform @schema@.require_read_committed();
+    -- Whoever registers has others wait behind it: a lock that somebody holds for long is tried again (55P03).
+    perform set_config('lock_timeout', '250ms', true);
     loop
         -- The row's lock puts the registrations of one series in order.
         select s.newest into v_newest from @schema@.series s
