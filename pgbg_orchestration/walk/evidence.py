@@ -95,8 +95,10 @@ def weigh(seen: Sighting, terms: Terms, memory: Memory, now: float) -> tuple[Evi
     """
     memory = memory.at(now, terms)
     if not memory.looked:
-        # A call that has launched its job before it looked had a new one: whatever mark is there came after it.
-        old_mark = seen.decided_at if memory.launch.stage is Stage.NONE else None
+        # A call that has registered its job before it looked had a new one, whether that was launched or not: whatever
+        # mark is there came after it.
+        is_new = memory.registration is not None or memory.launch.stage is not Stage.NONE
+        old_mark = None if is_new else seen.decided_at
         memory = memory._replace(looked=True, old_mark=old_mark)
     launch = memory.launch
     holder = seen.holder(_generation(seen, terms, memory))
