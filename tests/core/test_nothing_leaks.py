@@ -237,6 +237,7 @@ HARMLESS = {
     "is_mine",
     "is_member",
     "require_read_committed",
+    "await_no_standby",
 }
 """Functions that read and write nothing of anybody's jobs."""
 OF_THE_LOGIN = {"prune", "list_jobs"}
