@@ -459,7 +459,8 @@ class TestInterrupts:
         (key,) = db.sql("select pgbg.lock_key('series', %s, pgbg.digest('s'))", APP)[0]
         db.sql("select pg_advisory_lock(%s)", key)
         process = await start(db, "run", effect("j"), "--id", "j", "--series", "s", "--generation", "2")
-        await eventually(lambda: db.sessions("pgbg: looking"), "it waits")
+        await eventually(lambda: "j" in db.states(), "it is registered, and waits")
+        await eventually(lambda: db.sessions("pgbg: looking"), "it looks for its turn")
         db.sql(f"alter role {APP} connection limit 0")
         db.sql("select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgbg: %%'")
         process.send_signal(signal.SIGTERM)
