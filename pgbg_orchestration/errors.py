@@ -22,6 +22,7 @@ GOES_ON = (
     "What was launched goes on in the server. A job of kind receipt still commits at most once: "
     "run the same id again, and it is attached to or its outcome is read."
 )
+DONE = "The job is committed, and never runs again; its rows are not to be had any more."
 NOT_KNOWN = "Whether the job is committed is not known from here."
 
 
@@ -222,6 +223,12 @@ class WorkerLost(PgbgError):
     data_state = ROLLED_BACK
 
 
+class RowsGone(PgbgError):
+    """A committed job's rows, which it gives once (``Launcher.stream``), are lost, or went to another reader."""
+
+    data_state = DONE
+
+
 class OutcomeUnknown(PgbgError):
     """A job that can carry no receipt lost its launching session: nobody can tell how it ended."""
 
@@ -333,6 +340,7 @@ __all__ = [
     "PgbgError",
     "PoolerInTransactionMode",
     "ReadOnlyServer",
+    "RowsGone",
     "SchemaMissing",
     "SchemaVersionMismatch",
     "SeriesHeld",

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Literal, Self, Unpack
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
 
@@ -22,8 +22,11 @@ from .outcome import Cause, Outcome
 from .postgres import connection
 from .postgres.connection import Conninfo
 from .rows import NoRows, Rows
+from .stream import Stream
 from .telemetry import observing
 from .walk import failures
+from .walk.conclusion import count
+from .walk.feed import Feed
 from .walk.host import Host
 from .walk.run import cancel_job, run_job, to_its_end
 
@@ -52,6 +55,7 @@ class Launcher:
         if isinstance(conninfo, str):
             connection.check(conninfo)
         self._host = Host(conninfo, schema)
+        self._streams: WeakSet[Stream] = WeakSet()
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,9 +66,14 @@ class Launcher:
         await self.close()
 
     async def close(self) -> None:
-        """Close all connections. Workers go on."""
-        if await to_its_end(self._host.close()):  # cut short, it would leave connections open
+        """Close all connections. Workers go on; streams end."""
+        if await to_its_end(self._close()):  # cut short, it would leave connections open
             raise asyncio.CancelledError
+
+    async def _close(self) -> None:
+        for stream in list(self._streams):
+            await stream.close()
+        await self._host.close()
 
     @property
     def ledger(self) -> Ledger:
@@ -102,6 +111,44 @@ class Launcher:
             outcome = await run_job(self._host, job, observed)
             tell(outcome)
             return outcome
+
+    def stream(self, job: Job, **options: Unpack[RunOptions]) -> Stream:
+        """Return the rows of the job's last statement, to be read once and as they come: ``async for``.
+
+        For results that are too big to keep (``Job.fetch``) or to hold in memory. The job is launched as :meth:`run`
+        launches it, with the first row that is asked for, by a session of its own that reads its rows. The server takes
+        them from the worker as they come and puts them aside (beyond ``work_mem`` in a temporary file), so that the
+        worker never waits for a reader; they are sent when it has committed, as fast as they are read.
+
+        Parameters
+        ----------
+        job:
+            The job: of kind receipt or session, without ``fetch``.
+        options:
+            As :meth:`run` takes them.
+
+        Raises (when read)
+        ------------------
+        PgbgError
+            As :meth:`run`: nothing of the job is committed, or that is not known.
+        RowsGone
+            The job is committed, and its rows, or the rest of them, are lost.
+        """
+
+        async def start(feed: Feed) -> Outcome:
+            with observing(job, Options(**options)) as (observed, tell):
+                outcome = await run_job(self._host, job, observed, feed)
+                tell(outcome)
+                return outcome
+
+        async def finish(stream: Stream, outcome: Outcome | None) -> None:
+            self._streams.discard(stream)
+            if outcome is not None and outcome.proof == "receipt":
+                await count(self._host, job, outcome)
+
+        stream = Stream(job, start, finish)
+        self._streams.add(stream)
+        return stream
 
     async def cancel(
         self,

@@ -304,6 +304,7 @@ _OWN: Final[Mapping[type[BaseException], _Own]] = MappingProxyType(
         errors.OutcomeUnknown: _Own(
             None, _fail("how the job ended cannot be told, and it is never run again blindly"), final=True
         ),
+        errors.RowsGone: _Own(None, _fail("the job is committed, and its rows are not to be had again"), final=True),
         errors.DeadlinePassed: _Own("57014", _fail("the job's own timeout passed; a retry of it has to be asked for")),
         errors.WorkerLost: _Own(None, _look("the worker is gone and reported no SQLSTATE")),
         errors.StillRunning: _Own(None, _look("a worker could not be ended in time and still runs")),

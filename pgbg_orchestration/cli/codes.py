@@ -63,6 +63,7 @@ _BY_ERROR: tuple[tuple[type[errors.PgbgError], ExitCode], ...] = (
     (errors.JobCancelled, ExitCode.CANCELLED),
     (errors.DeadlinePassed, ExitCode.DEADLINE),
     (errors.OutcomeUnknown, ExitCode.UNKNOWN),
+    (errors.RowsGone, ExitCode.NO_SUCH_JOB),
     (errors.NoWorkerSlot, ExitCode.NO_SLOT),
     (errors.ServerUnreachable, ExitCode.UNREACHABLE),
     (errors.StillRunning, ExitCode.STILL_RUNNING),

@@ -34,19 +34,14 @@ class UnreadableResult(Exception):
     """No column definition list can name the result's columns, so ``result()`` cannot read it."""
 
 
-async def columns_of(conn: AsyncConnection[Any], text: str) -> list[tuple[int, int]]:
-    """Return type oid and modifier of each column that ``text`` gives, by a server-side describe; it is not run.
+async def named_columns_of(conn: AsyncConnection[Any], text: str) -> list[tuple[str, int, int]]:
+    """Return name, type oid and modifier of each column that ``text`` gives, by a server-side describe; it is not run.
 
     Raises
     ------
     psycopg.Error
         The server refuses the statement.
     """
-    return [(oid, modifier) for _, oid, modifier in await named_columns_of(conn, text)]
-
-
-async def named_columns_of(conn: AsyncConnection[Any], text: str) -> list[tuple[str, int, int]]:
-    """Return name, type oid and modifier of each column that ``text`` gives, as :func:`columns_of`."""
     # psycopg has no describe without a run; it is made of the parts that psycopg makes its own calls of.
     async with conn.lock:
         conn.pgconn.send_prepare(b"", text.encode())
@@ -65,8 +60,8 @@ def _accepted(results: list[pq.abc.PGresult]) -> pq.abc.PGresult:
     return results[-1]
 
 
-async def column_list(conn: AsyncConnection[Any], columns: list[tuple[int, int]]) -> sql.Composable | None:
-    """Return a column definition list for those columns; None for a statement that gives none.
+async def type_names(conn: AsyncConnection[Any], columns: list[tuple[int, int]]) -> list[str]:
+    """Return the types of columns as SQL has them.
 
     Raises
     ------
@@ -74,7 +69,7 @@ async def column_list(conn: AsyncConnection[Any], columns: list[tuple[int, int]]
         A column has a pseudo-type, such as the ``void`` of ``select pg_sleep(1)``.
     """
     if not columns:
-        return None
+        return []
     cursor = await conn.execute(
         "select pg_catalog.format_type(c.oid, c.mod), t.typtype = 'p'"
         " from unnest(%s::oid[], %s::int4[]) with ordinality as c (oid, mod, n)"
@@ -84,8 +79,13 @@ async def column_list(conn: AsyncConnection[Any], columns: list[tuple[int, int]]
     rows = await cursor.fetchall()
     names = [name for name, _ in rows]
     if any(pseudo for _, pseudo in rows):
-        raise UnreadableResult(f"a result of {', '.join(names)}")
-    return sql.SQL(", ").join(sql.SQL(f"c{n} ") + sql.SQL(name) for n, name in enumerate(names))
+        raise UnreadableResult(f"a column of the type {next(name for name, pseudo in rows if pseudo)}")
+    return names
+
+
+def definition_of(types: list[str]) -> sql.Composable:
+    """Return the column definition list of a result of those types."""
+    return sql.SQL(", ").join(sql.SQL(f"c{n} ") + sql.SQL(name) for n, name in enumerate(types))
 
 
 def error_fields(error: psycopg.Error) -> ErrorFields:

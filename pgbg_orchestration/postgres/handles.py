@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -334,6 +335,12 @@ class HandleSession:
         ConnectionLost
             The connection is gone.
         """
+        async with self.reading(worker, heard) as conn:
+            return await self.extension.drain(conn, worker.handle, readable.columns, padded=readable.padded)
+
+    @asynccontextmanager
+    async def reading(self, worker: Worker, heard: Hearing | None) -> AsyncIterator[AsyncConnection[Any]]:
+        """Lend the connection to read a worker's result; the handle is forgotten with that. Raises as :meth:`drain`."""
         async with self._turn:
             if self.lost:
                 raise ConnectionLost("the launching session is lost")
@@ -343,7 +350,7 @@ class HandleSession:
                     # The session raises them again, below its own threshold too.
                     await connection.settle(self._conn, (("client_min_messages", "debug1"),))
                     self._conn.add_notice_handler(heard)
-                return await self.extension.drain(self._conn, worker.handle, readable.columns, padded=readable.padded)
+                yield self._conn
             except (psycopg.Error, OSError) as error:
                 if self._give_up_if_lost(error):
                     raise ConnectionLost(str(error)) from error

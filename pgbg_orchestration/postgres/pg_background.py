@@ -7,12 +7,12 @@ of a name. The extension is relocatable: every call is qualified with the schema
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, LiteralString, NamedTuple
+from typing import Any, LiteralString, NamedTuple, cast
 
-from psycopg import AsyncConnection, errors, sql
+from psycopg import AsyncConnection, capabilities, errors, sql
 from psycopg.rows import dict_row, scalar_row, tuple_row
 
 from pgbg_orchestration.outcome import ErrorFields
@@ -20,6 +20,7 @@ from pgbg_orchestration.outcome import ErrorFields
 OLDEST = (1, 9)
 ROLE = "pgbackground_role"
 DEFAULT_QUEUE_BYTES = 64 * 1024
+ROWS_AT_ONCE = 500  # that a client has in memory of a result that it reads as it comes
 MAX_TRACKED = 1000  # the most that pg_background.max_workers takes
 NO_HANDLE = ("42704", "55000")  # not attached to this session; or another worker of that pid ("cookie mismatch")
 NO_SLOT = ("53000", "53400", "53100")  # server's worker slots, this session's table, /dev/shm
@@ -248,6 +249,18 @@ class Extension:
         query = head + sql.SQL("r(") + (columns or sql.SQL("tag text")) + sql.SQL(")")
         cursor = await conn.cursor(row_factory=tuple_row).execute(query, handle)
         return await cursor.fetchall()
+
+    def rows(
+        self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        """Return a worker's rows, read a few at a time, the first of them after its end: as :meth:`result` has them.
+
+        The server puts all of them aside (into a file, beyond ``work_mem``) before it sends the first one.
+        """
+        query = self.query("select * from {f}(%s, %s) as ", f="result") + sql.SQL("r(") + columns + sql.SQL(")")
+        size = ROWS_AT_ONCE if capabilities.has_stream_chunked() else 1
+        cursor = conn.cursor(row_factory=tuple_row)
+        return cast(AsyncGenerator[tuple[Any, ...], None], cursor.stream(query, handle, size=size))
 
     async def drain(
         self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable | None, *, padded: bool = False

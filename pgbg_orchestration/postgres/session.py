@@ -10,6 +10,7 @@ import psycopg
 from psycopg import AsyncConnection, IsolationLevel, sql
 
 from pgbg_orchestration import pace
+from pgbg_orchestration.rows import Column
 from pgbg_orchestration.testing import faults
 
 from . import connection, describe, opening
@@ -209,14 +210,20 @@ class LaunchingSession(HandleSession):
         ConnectionLost
             The connection is gone, or the call was broken off.
         """
+        columns = await self.describe_named(text, settings)
+        return describe.definition_of([c.type for c in columns]) if columns else None
+
+    async def describe_named(self, text: str, settings: Mapping[str, str]) -> list[Column]:
+        """Return the columns of a statement's result, types qualified; raises as :meth:`describe`."""
         async with self._turn:
             try:
                 async with asyncio.timeout(pace.CALL), self._conn.transaction(force_rollback=True):
                     await connection.settle(self._conn, (*settings.items(), ("statement_timeout", "0")), local=True)
-                    columns = await describe.columns_of(self._conn, text)
+                    columns = await describe.named_columns_of(self._conn, text)
                     # So that types are qualified: whoever reads the result may have another search_path.
                     await connection.settle(self._conn, (("search_path", "pg_catalog"),), local=True)
-                    return await describe.column_list(self._conn, columns)
+                    types = await describe.type_names(self._conn, [(oid, modifier) for _, oid, modifier in columns])
+                    return [Column(*column, type_) for column, type_ in zip(columns, types, strict=True)]
             except (psycopg.Error, OSError, TimeoutError) as error:
                 if not self._give_up_if_lost(error) and not connection.is_passing(error):
                     raise

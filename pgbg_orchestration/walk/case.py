@@ -15,16 +15,18 @@ from pgbg_orchestration import pace
 from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import Cause, ErrorFields, Event, EventKind
-from pgbg_orchestration.postgres import describe
+from pgbg_orchestration.postgres import describe, reading
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.handles import Worker
+from pgbg_orchestration.postgres.handles import Hearing, Worker
 from pgbg_orchestration.postgres.opening import Begun, MayBeLaunched, Opening
 from pgbg_orchestration.postgres.session import LaunchingSession
+from pgbg_orchestration.statements.giving import giving
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Intent, Report
 
 from . import steps
+from .feed import Feed
 from .memory import Memory, Terms
 from .work import Work
 
@@ -61,6 +63,8 @@ class Case:
     session, readable, last_marked:
         Where the result is read (a kind without a receipt, or notices that are asked for): the session of its own, how
         that is done, when the worker was last seen (on the event loop's clock).
+    feed:
+        Where its rows come out that are streamed.
     worker_pid:
         The process that runs the job's SQL, as the last look saw it.
     limits:
@@ -87,6 +91,7 @@ class Case:
     slot_deadline: float | None = None
     waited_for_slot: bool = False
     paired: bool = False
+    feed: Feed | None = None
     session: LaunchingSession | None = None
     readable: Readable | None = None
     last_marked: float = 0.0
@@ -152,8 +157,18 @@ class Case:
         """Begin to read a worker's result to its end, and what it raises on its way."""
         loop = asyncio.get_running_loop()
         heard = self._hear if self.options.notices else None
-        self.reading = loop.create_task(worker.session.drain(worker, readable, heard))
+        if self.feed is not None:
+            self.reading = loop.create_task(self._feed(self.feed, worker, heard))
+        else:
+            self.reading = loop.create_task(worker.session.drain(worker, readable, heard))
         self.last_marked = loop.time()
+
+    async def _feed(self, feed: Feed, worker: Worker, heard: Hearing | None) -> tuple[int | None, str | None]:
+        """Wait for the end of a worker whose rows are streamed; they and its session are the reader's then."""
+        feed.rows = await reading.read(worker.session, worker, feed.definition, heard)
+        feed.session, self.session = worker.session, None
+        found = giving(self.work.statements[-1])
+        return None, found.tag if found else None
 
     def _note_failure(self, error: ErrorFields, raised: psycopg.Error) -> None:
         """Remember where the worker failed."""

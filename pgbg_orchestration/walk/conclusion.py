@@ -11,9 +11,9 @@ import psycopg
 
 from pgbg_orchestration import pace, wording
 from pgbg_orchestration.errors import PgbgError
-from pgbg_orchestration.job import Kind
+from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger.ledger import Ledger
-from pgbg_orchestration.ledger.sighting import Sighting
+from pgbg_orchestration.ledger.sighting import Key, Sighting
 from pgbg_orchestration.outcome import ErrorFields, EventKind, Outcome
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
@@ -26,6 +26,7 @@ from pgbg_orchestration.verdict import OURS, Intent, Report, Step
 
 from . import failures, steps
 from .case import Case
+from .host import Host
 from .memory import Stage
 
 logger = logging.getLogger("pgbg_orchestration")
@@ -113,6 +114,9 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
     own = bool(case.attempts) if seen is None else seen.receipt_attempt in case.attempts
     last = seen is None or seen.receipt_attempt == case.attempt
     counts = case.work.kind is not Kind.SUPERVISED  # a supervisor has written them down already
+    if case.feed is not None and case.reading is not None:
+        await asyncio.wait({case.reading}, timeout=pace.CALL)  # the first of its rows is about to come
+        await case.read_report()
     if last and counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
         await _see_end(case.worker)
         await case.read_report()
@@ -289,6 +293,25 @@ async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:
             await ledger.reported(case.work.key, seen.attempt or case.attempt)
     except (psycopg.Error, PgbgError, TimeoutError) as failure:
         logger.warning("the history of job %s could not be written: %s", case.work.label, failure)
+
+
+async def count(host: Host, job: Job, outcome: Outcome) -> None:
+    """Add to the history how many rows a job gave that were streamed; a fault here is only told."""
+    facts = await host.facts()
+    key = Key(job.owner or facts.login, outcome.job_id, job.series)
+    try:
+        async with asyncio.timeout(pace.CALL):
+            await host.ledger.record(
+                key,
+                outcome.attempt or 1,
+                "committed",
+                worker_pid=outcome.worker_pid,
+                started_at=outcome.started_at,
+                row_count=outcome.row_count,
+                command_tag=outcome.command_tag,
+            )
+    except (psycopg.Error, PgbgError, TimeoutError) as failure:
+        logger.warning("the history of job %s could not be written: %s", job.label, failure)
 
 
 async def record(

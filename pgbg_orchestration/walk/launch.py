@@ -63,7 +63,11 @@ class Launches:
         tried = case.opening is not None or memory.looked or case.attempts
         if tried or work.kind is not Kind.RECEIPT or memory.intent is not Intent.NONE or self._host.slots.waiting:
             return  # others may have waited longer for a slot
-        if case.options.notices or not (work.job.fetch is None or isinstance(work.job.fetch, Fetch)):
+        if (
+            case.options.notices
+            or case.feed is not None
+            or not (work.job.fetch is None or isinstance(work.job.fetch, Fetch))
+        ):
             return  # its output is read while it runs
         faults.point("before_register")
         case.text = telemetry.comment() + work.text(self._host.schema)
@@ -185,10 +189,13 @@ class Launches:
             calls = facts.extension.supervision(readable.columns, padded=readable.padded)
             return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
         text = work.text(self._host.schema)
-        if not case.options.notices:
+        if not case.options.notices and case.feed is None:
             return text
         if case.session is None or case.session.lost:
             case.session = await self._host.session(exclusive=True)
+        if case.feed is not None:
+            case.readable = Readable(text, case.feed.definition)
+            return text
         # Behind a statement that gives no rows, there are none to read: the result is the statements' tags.
         case.readable = Readable(text if work.is_padded else text + PADDING, None, padded=True)
         return case.readable.text
@@ -200,7 +207,10 @@ class Launches:
             raise failures.already_at_work(case.work, marked.pid)
         if case.session is None or case.session.lost:
             case.session = await self._host.session(exclusive=True)
-        case.readable = await self._make_readable()
+        if case.feed is not None:
+            case.readable = Readable(statements.join(case.work.statements), case.feed.definition)
+        else:
+            case.readable = await self._make_readable()
         return case.readable.text
 
     async def _make_readable(self) -> Readable:
@@ -335,7 +345,8 @@ class Launches:
         # A supervisor's pid is nothing for people: cancelling it is not what they would want.
         pid = None if case.work.kind is Kind.SUPERVISED else case.worker.handle.pid
         case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
-        if case.options.notices and case.readable is not None and case.reading is None:
+        read = case.options.notices or case.feed is not None
+        if read and case.readable is not None and case.reading is None:
             case.begin_reading(case.worker, case.readable)
         if case.nudged.is_set():
             case.worker.session.hear(case.worker)  # it was quicker than its launch call

@@ -31,6 +31,7 @@ from . import evidence, failures
 from .case import Case, broken_off, case_of, deadline_of
 from .conclusion import conclude
 from .evidence import Doubt, Sign
+from .feed import Feed, check, prepare
 from .host import Host
 from .launch import Launches
 
@@ -38,14 +39,26 @@ T = TypeVar("T")
 logger = logging.getLogger("pgbg_orchestration")
 
 
-async def run_job(host: Host, job: Job, options: Options) -> Outcome:
-    """Bind a job and follow it until its outcome is certain."""
+async def run_job(host: Host, job: Job, options: Options, feed: Feed | None = None) -> Outcome:
+    """Bind a job and follow it until its outcome is certain.
+
+    Parameters
+    ----------
+    feed:
+        Where its rows are to come out, of a job that is streamed.
+    """
     deadline = deadline_of(job.timeout, options.deadline)
     try:
         try:
             _check_notices(job, options)
+            if feed is not None:
+                check(job)
             work = await host.bind(job)
-            return await Run(host, case_of(work, options, deadline)).outcome()
+            case = case_of(work, options, deadline)
+            if feed is not None:
+                case.feed = feed
+                case.work, case.session = await prepare(lambda: host.session(exclusive=True), work, feed)
+            return await Run(host, case).outcome()
         except psycopg.Error as error:
             host.forget_facts()  # what was true of the server may not be now
             raise failures.ledger(error, job.id or "", redact=job.redact_details) from error

@@ -64,6 +64,7 @@ class Work:
     statements: tuple[statements.Statement, ...]
     sql_digest: bytes
     kept: tuple[keeping.Keeping, ...] = ()  # statements whose rows are kept
+    is_streamed: bool = False  # its rows are read as they come
     may_mark: bool = False  # every role may run what tells the statement that is at work
 
     @property
@@ -84,14 +85,14 @@ class Work:
         are, their number and the tag are told.
         """
         last = self.statements[-1]
-        if self.kept or statements.best_alone(last):
+        if self.kept or self.is_streamed or statements.best_alone(last):
             return False
         return giving(last) is not None or last.keywords[:1] in (("FETCH",), ("EXECUTE",))
 
     @property
     def is_counted(self) -> bool:
         """Whether its handle's report has the job's own count and tag: its last statement is launched last."""
-        return not self.is_padded and not self.kept
+        return not self.is_padded and not self.kept and not self.is_streamed
 
     @property
     def verify_sql(self) -> str | None:

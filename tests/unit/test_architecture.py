@@ -236,6 +236,7 @@ class TestExports:
             "PgbgError",
             "PoolerInTransactionMode",
             "ReadOnlyServer",
+            "RowsGone",
             "SchemaMissing",
             "SchemaVersionMismatch",
             "SeriesHeld",

@@ -288,6 +288,7 @@ class TestOverrides:
         (errors.WorkerLost("gone"), RETRY, True, True),
         (errors.StillRunning("catches query_canceled"), RETRY, True, True),
         (errors.OutcomeUnknown("session lost"), FAIL, False, True),
+        (errors.RowsGone("read once"), FAIL, False, True),
         (errors.SeriesHeld("by another role"), RETRY, True, True),
         (errors.NoWorkerSlot("none in 60 s"), RETRY, False, False),
         (errors.LaunchFailed("no code"), RETRY, True, True),
