@@ -17,6 +17,10 @@ from .outcome import NO_FIELDS, Cause, ErrorFields
 ROLLED_BACK = "Nothing of this job is committed."
 PARTLY = "This kind of job can commit on its way: what it had committed stays, the rest is rolled back."
 NOT_STARTED = "Nothing was launched."
+NOT_BY_THIS_CALL = (
+    "Nothing was launched by this call. What an earlier one launched goes on in the server, or is committed: "
+    "run the same id again, and it is attached to or its outcome is read."
+)
 COMMITTED = "The job is committed."
 GOES_ON = (
     "What was launched goes on in the server. A job of kind receipt still commits at most once: "

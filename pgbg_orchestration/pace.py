@@ -34,9 +34,9 @@ BREAK = 1.0  # for what is broken off to end by itself; psycopg would take ten b
 STALLED = 3.0  # a launching session that does not answer
 DEADLINE_MARGIN = 30.0  # from a job's deadline to the moment when its worker ends by itself
 CONFIRM = 10.0  # for a synchronous standby to confirm a cancel that a person asked for
-GRACE = 2.0  # for the launching side of another process to write down how a job failed
+GRACE = 2.0  # for the launching side of another process to write down how a job ended
 STARTING = 3.0  # for a worker to show itself whose supervisor ended just after the launch: then it is attached to
-COUNTS = 0.3  # the same for the counts of a job that committed
+SIGN = 0.3  # for half of a sign to become whole: a lock alone, a cancel without its mark
 
 
 def poll(age: float, poll_interval: float | None = None) -> float:

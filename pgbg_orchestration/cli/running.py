@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from pgbg_orchestration import wording
-from pgbg_orchestration.errors import JobCancelled, WorkerError
+from pgbg_orchestration.errors import NOT_BY_THIS_CALL, JobCancelled, WorkerError
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.outcome import Cause, Outcome
@@ -273,7 +273,12 @@ def _decided(job: Job, watch: Watch) -> Outcome:
         watch.say("the interrupt came too late: it is committed")
         return decision
     if decision is None:
-        raise JobCancelled("interrupted before anything was launched", job_id=job.id, label=job.label)
+        raise JobCancelled(
+            "interrupted before anything was launched",
+            job_id=job.id,
+            label=job.label,
+            data_state=NOT_BY_THIS_CALL,  # it was not looked at either
+        )
     ours = isinstance(decision, JobCancelled) and decision.cause is Cause.INTERRUPTED
     unmarked = job.kind is Kind.SESSION and isinstance(decision, WorkerError) and decision.sqlstate == CANCELED
     if not (ours or unmarked):

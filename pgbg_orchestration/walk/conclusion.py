@@ -187,7 +187,7 @@ async def _counts(case: Case, info: ResultInfo) -> tuple[int | None, str | None]
 
 async def _await_counts(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
     with suppress(TimeoutError):
-        async with asyncio.timeout(pace.COUNTS):
+        async with asyncio.timeout(pace.GRACE):
             while seen.outcome is None:
                 await asyncio.sleep(pace.RETRY_SOONEST)
                 seen = await ledger.look(case.work.key)

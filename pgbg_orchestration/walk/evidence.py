@@ -56,7 +56,7 @@ def doubt_the_look(seen: Sighting, starting: float = pace.STARTING) -> Doubt | N
     if seen.is_unsupervised:
         return Doubt(Sign.CLAIM, seen.receipt_attempt, starting)
     if seen.is_between_locks:
-        return Doubt(Sign.LOCKS, None, pace.COUNTS)
+        return Doubt(Sign.LOCKS, None, pace.SIGN)
     return None
 
 
@@ -66,7 +66,7 @@ def doubt(seen: Sighting, terms: Terms, memory: Memory, now: float) -> Doubt | N
     What others may write down is not waited for by a call that ends the job itself.
     """
     # Once verify_sql was asked, a worker had its time to show itself.
-    half = doubt_the_look(seen, pace.STARTING if memory.verification is None else pace.COUNTS)
+    half = doubt_the_look(seen, pace.STARTING if memory.verification is None else pace.SIGN)
     if half is not None or seen.receipt is not Receipt.NONE or memory.at(now, terms).intent is not Intent.NONE:
         return half
     holder = seen.holder(_generation(seen, terms, memory))
@@ -75,7 +75,7 @@ def doubt(seen: Sighting, terms: Terms, memory: Memory, now: float) -> Doubt | N
     sqlstate = seen.error.sqlstate if _is_recorded(seen, terms, memory) else memory.launch.sqlstate
     if sqlstate == CANCELED and holder is Holder.NOBODY:
         # A supervisor has to end before its job can be marked.
-        return Doubt(Sign.CANCEL, None, pace.GRACE if terms.kind is Kind.SUPERVISED else pace.COUNTS)
+        return Doubt(Sign.CANCEL, None, pace.GRACE if terms.kind is Kind.SUPERVISED else pace.SIGN)
     return None
 
 

@@ -143,7 +143,7 @@ def undecided(job_id: str, label: str | None = None, *, nothing_launched: bool =
         f"it was to end, and that could not be decided within {pace.CANCEL:g} s: the server does not answer, or the "
         "cancel waits for a synchronous standby that is away",
         sqlstate="08006",
-        data_state=errors.NOT_STARTED if nothing_launched else None,
+        data_state=errors.NOT_BY_THIS_CALL if nothing_launched else None,
         todo="Once the server answers, `pgbg jobs` and `pgbg cancel` tell and decide how it ended.",
         job_id=job_id,
         label=label,

@@ -10,7 +10,7 @@ import psycopg
 from psycopg import AsyncConnection
 
 from pgbg_orchestration import pace, telemetry
-from pgbg_orchestration.errors import NOT_STARTED, PoolerInTransactionMode, ServerUnreachable
+from pgbg_orchestration.errors import NOT_BY_THIS_CALL, PgbgError, PoolerInTransactionMode
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger import queries, readiness
 from pgbg_orchestration.ledger.ledger import Ledger
@@ -157,8 +157,8 @@ class Host:
         read_write = read_only in ("off", "false", "0", "no")
         try:
             facts = await self.require(receipts=job.kind is not Kind.SESSION, read_write=read_write)
-        except ServerUnreachable as error:
-            error.data_state = NOT_STARTED
+        except PgbgError as error:
+            error.data_state = NOT_BY_THIS_CALL  # the job was not looked at: an earlier call may have launched it
             raise
         if job.parameters is None and job.role is None and job.owner is None and job.fetch is None:
             return await bind(job, None, facts.login, may_mark=facts.runs_blocks)  # nothing to ask the server for

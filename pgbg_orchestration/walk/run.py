@@ -202,7 +202,7 @@ class Run:
                 continue  # the deadline passed
             except ServerUnreachable as error:
                 if self._launched_nothing:
-                    error.data_state = errors.NOT_STARTED
+                    error.data_state = errors.NOT_BY_THIS_CALL
                 raise
             return await conclude(case, self._ledger, step, self._seen)
 

@@ -186,7 +186,7 @@ async def test_the_first_look_is_cut(db: Watched, proxy: Proxy) -> None:
 async def test_a_server_that_is_away_from_the_start() -> None:
     with pytest.raises(errors.ServerUnreachable) as caught:
         await within(arun("host=127.0.0.1 port=1 connect_timeout=2", Job("select 1", id="j")))
-    assert caught.value.data_state == errors.NOT_STARTED
+    assert caught.value.data_state == errors.NOT_BY_THIS_CALL
 
 
 @REAL
@@ -225,7 +225,7 @@ async def test_too_few_connections(db: Watched, limited: str, of: str) -> None:
             await within(arun(conninfo, Job(effect("j"), id="j")))
         assert caught.value.sqlstate == "53300"
         assert f"ALTER {of.upper()}" in (caught.value.todo or "")
-        assert caught.value.data_state == errors.NOT_STARTED
+        assert caught.value.data_state == errors.NOT_BY_THIS_CALL
         found = {finding.name: finding for finding in await examine(conninfo)}["connections"]
         assert found.status is Status.FAILS
         db.sql(

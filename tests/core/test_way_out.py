@@ -77,7 +77,7 @@ async def test_cancelled_while_the_server_is_away(
         finally:
             db.server.start()
     told = told_of(seen)
-    assert told["data_state"] == errors.NOT_STARTED
+    assert told["data_state"] == errors.NOT_BY_THIS_CALL
     assert "could not be decided within 3 s" in told["message"]
 
 
@@ -92,7 +92,22 @@ async def test_a_deadline_holds_while_the_server_is_away(own_db: Callable[..., W
         finally:
             db.server.start()
     assert isinstance(end, errors.ServerUnreachable)
-    assert end.data_state == errors.NOT_STARTED
+    assert end.data_state == errors.NOT_BY_THIS_CALL
+
+
+async def test_a_server_that_is_away_from_a_committed_job(own_db: Callable[..., Watched]) -> None:
+    """A call that sees nothing of the job speaks of itself alone: an earlier one has launched it."""
+    db = own_db()
+    assert (await within(arun(db.conninfo, Job(effect("j"), id="j")))).launched
+    db.close()
+    db.server.stop()
+    try:
+        end = await ended(arun(db.conninfo, Job(effect("j"), id="j")))
+    finally:
+        db.server.start()
+    assert isinstance(end, errors.ServerUnreachable)
+    assert end.data_state == errors.NOT_BY_THIS_CALL
+    assert (await within(arun(db.conninfo, Job(effect("j"), id="j")))).launched is False
 
 
 async def test_a_cancel_from_outside_while_the_server_is_away(own_db: Callable[..., Watched]) -> None:
@@ -124,7 +139,7 @@ async def test_cancelled_while_the_server_is_silent(
     assert isinstance(await ended(task), asyncio.CancelledError)
     if on_cancel == "cancel":
         told = told_of(seen)
-        assert told["data_state"] != errors.NOT_STARTED
+        assert "Nothing was launched" not in told["data_state"]
     proxy.cut()
     await eventually(lambda: not db.workers(), "the worker has ended")
 
@@ -176,7 +191,7 @@ async def test_a_launch_without_an_answer_is_not_said_to_be_none(db: Watched, pr
         end = await task
         proxy.cut()
     assert isinstance(end, errors.ServerUnreachable), end
-    assert end.data_state != errors.NOT_STARTED
+    assert "Nothing was launched" not in end.data_state
 
 
 @contextmanager

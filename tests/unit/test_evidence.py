@@ -44,21 +44,21 @@ HALF: list[tuple[str, Sighting, Terms, Memory, Doubt | None]] = [
     ("a free lock is one", FREE, TERMS, Memory(), None),
     ("a held lock is one", HELD, TERMS, Memory(), None),
     ("claimed, and nobody at work", CLAIMED, SUPERVISED, Memory(), Doubt(Sign.CLAIM, 1, pace.STARTING)),
-    ("the same after verify_sql was asked", CLAIMED, SUPERVISED, Memory(verification=Verification(False)), Doubt(Sign.CLAIM, 1, pace.COUNTS)),
+    ("the same after verify_sql was asked", CLAIMED, SUPERVISED, Memory(verification=Verification(False)), Doubt(Sign.CLAIM, 1, pace.SIGN)),
     ("another claim is another doubt", sighting(status="launching", attempt=2), SUPERVISED, Memory(), Doubt(Sign.CLAIM, 2, pace.STARTING)),
     ("claimed, its worker at work", MARKED, SUPERVISED, Memory(), None),
     ("claimed, its supervisor at work", replace(CLAIMED, holder_pid=1, holds_this_job=True), SUPERVISED, Memory(), None),
-    ("the lock of the series alone", BETWEEN, TERMS, Memory(), Doubt(Sign.LOCKS, None, pace.COUNTS)),
-    ("also for one who wants the end", BETWEEN, TERMS, Memory(intent=Intent.ASKED), Doubt(Sign.LOCKS, None, pace.COUNTS)),
+    ("the lock of the series alone", BETWEEN, TERMS, Memory(), Doubt(Sign.LOCKS, None, pace.SIGN)),
+    ("also for one who wants the end", BETWEEN, TERMS, Memory(intent=Intent.ASKED), Doubt(Sign.LOCKS, None, pace.SIGN)),
     ("the end of a worker that it was attached to", FREE, TERMS, ATTACHED, Doubt(Sign.END, None, pace.GRACE)),
     ("not once it is written down", sighting(failed=True), TERMS, ATTACHED, None),
     ("nor with a receipt", sighting(status="committed"), TERMS, ATTACHED, None),
     ("nor while it is at work", HELD, TERMS, ATTACHED, None),
     ("nor for one who wants the end", FREE, TERMS, ATTACHED._replace(intent=Intent.ASKED), None),
     ("nor after the deadline", FREE, TERMS._replace(deadline=0.0), ATTACHED, None),
-    ("a 57014: its mark may be on its way", FREE, TERMS, Memory(launch=failed(CANCELED)), Doubt(Sign.CANCEL, None, pace.COUNTS)),
+    ("a 57014: its mark may be on its way", FREE, TERMS, Memory(launch=failed(CANCELED)), Doubt(Sign.CANCEL, None, pace.SIGN)),
     ("of a supervised job", FREE, SUPERVISED, Memory(launch=failed(CANCELED)), Doubt(Sign.CANCEL, None, pace.GRACE)),
-    ("a 57014 that was written down", replace(sighting(failed=True), error=ErrorFields(CANCELED)), TERMS, ATTACHED, Doubt(Sign.CANCEL, None, pace.COUNTS)),
+    ("a 57014 that was written down", replace(sighting(failed=True), error=ErrorFields(CANCELED)), TERMS, ATTACHED, Doubt(Sign.CANCEL, None, pace.SIGN)),
     ("a 57014 of old", replace(sighting(failed=True), error=ErrorFields(CANCELED)), TERMS, Memory(), None),
     ("a 57014, and somebody at work", HELD, TERMS, Memory(launch=failed(CANCELED)), None),
     ("another error", FREE, TERMS, Memory(launch=failed(OWN_ERROR)), None),
@@ -279,7 +279,7 @@ def test_holds_for_every_look() -> None:
         half = doubt(seen, terms, memory, 0.0)
         assert half is None or half.seconds > 0, "one look is never enough"
         if memory.intent is not Intent.NONE:
-            own = doubt_the_look(seen, pace.STARTING if memory.verification is None else pace.COUNTS)
+            own = doubt_the_look(seen, pace.STARTING if memory.verification is None else pace.SIGN)
             assert half == own, "whoever ends the job waits for nobody's history"
 
 
