@@ -13,6 +13,7 @@ plain calls from any thread, which have taken effect when they return.
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import struct
 import threading
@@ -217,7 +218,11 @@ class Proxy:
                 writer = connection.writer(direction)
                 connection.half_closed.add(direction)
                 if not writer.is_closing():
-                    writer.write_eof()
+                    try:
+                        writer.write_eof()
+                    except OSError as error:
+                        if error.errno != errno.ENOTCONN:  # its receiver has closed it in this moment
+                            raise
 
         self._do(act)
 
