@@ -38,11 +38,12 @@ ASKED_ALL = 20  # polls, after which each handle is asked for by itself
 
 
 class Claim(NamedTuple):
-    """One launch of a job, as its receipt names it."""
+    """One launch of a job, as its receipt names it; ``is_padded``: a statement of ours stands behind its last one."""
 
     owner: str
     job_id: str
     attempt: int
+    is_padded: bool
 
 
 class Proof(NamedTuple):
@@ -97,8 +98,8 @@ class HandleSession:
     extension:
         pg_background as installed there.
     settling:
-        The query that reads the receipts of launches, writes their ends into the history, and tells both; of owners,
-        ids and attempts of jobs, and of handles (lists). None: nothing is heard of.
+        The query that reads the receipts of launches, writes their ends into the history, and tells both; of claims
+        and of handles (a list for each column). None: nothing is heard of.
     """
 
     def __init__(self, conn: AsyncConnection[Any], extension: Extension, settling: sql.Composed | None = None) -> None:
@@ -271,9 +272,11 @@ class HandleSession:
         return ended
 
     async def _forget(self, workers: Sequence[Worker]) -> None:
-        """Forget handles whose ends are in the history."""
-        handles = [worker.handle for worker in workers if self.workers.pop(worker.handle, None) is not None]
-        await self._detach(lambda: self.extension.detach_many(self._conn, handles))
+        """Forget handles whose ends are in the history; the server has forgotten those whose results were read."""
+        known = [worker for worker in workers if self.workers.pop(worker.handle, None) is not None]
+        handles = [worker.handle for worker in known if worker.claim is None or not worker.claim.is_padded]
+        if handles:
+            await self._detach(lambda: self.extension.detach_many(self._conn, handles))
         faults.point("after_detach")
 
     async def _detach(self, question: Callable[[], Awaitable[None]]) -> None:

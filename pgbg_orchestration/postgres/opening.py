@@ -114,7 +114,9 @@ class Opening:
     label, queue_size:
         As for any launch.
     is_counted:
-        Whether the handle's report has the job's own count and tag: else its result is read, and its end not settled.
+        Whether handle or result have the job's own count and tag: else its end is not settled.
+    is_padded:
+        Whether a statement without rows stands behind the job's last one: then the result has them.
     registration:
         What came of registering it, once that is known to be committed.
     """
@@ -127,6 +129,7 @@ class Opening:
     label: str
     queue_size: int | None
     is_counted: bool = True
+    is_padded: bool = False
     registration: dict[str, Any] | None = None
     _word: str = field(default_factory=lambda: secrets.token_hex(8))
 

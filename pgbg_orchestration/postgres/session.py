@@ -104,7 +104,7 @@ class LaunchingSession(HandleSession):
             worker = None
             if handle is not None:
                 faults.point("after_launch")
-                claim = Claim(text.owner, text.job_id, text.registration["attempt"])
+                claim = Claim(text.owner, text.job_id, text.registration["attempt"], text.is_padded)
                 worker = self._launched(handle, poll_interval, claim if text.is_counted else None)
         if worker is not None:
             self._start_polling()

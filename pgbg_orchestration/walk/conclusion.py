@@ -174,7 +174,7 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
 
 async def _counts(case: Case, info: ResultInfo) -> tuple[int | None, str | None]:
     """Return row count and tag of the job's last statement, behind which another one may stand in the launch."""
-    if not case.work.is_padded or case.worker is None:
+    if not case.work.is_padded or case.worker is None or case.worker.proof is not None:
         return info.row_count, info.command_tag or None
     try:
         # It has ended: nothing is waited for.

@@ -262,7 +262,8 @@ class Host:
         attempt, told = 0, -pace.TOLD_AGAIN
         while True:
             try:
-                settling = queries.filled("settling", self.schema, result_info=extension.name("result_info"))
+                functions = {name: extension.name(name) for name in ("result_info", "result")}
+                settling = queries.filled("settling", self.schema, **functions)
                 return await LaunchingSession.open(self.conninfo, extension, settling)
             except (psycopg.OperationalError, OSError, TimeoutError) as error:
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:

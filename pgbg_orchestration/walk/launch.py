@@ -88,6 +88,7 @@ class Launches:
             label=work.label,
             queue_size=work.job.queue_size,
             is_counted=work.is_counted,
+            is_padded=work.is_padded,
         )
         defaults = (await self._host.facts()).defaults
         settings, case.limits = work.settings(case.seconds_left(), defaults), work.limits(defaults)
@@ -307,7 +308,7 @@ class Launches:
                 settings=settings,
                 role=work.job.role if work.kind is Kind.SESSION else None,
                 poll_interval=case.options.poll_interval,
-                claim=Claim(work.key.owner, work.key.job_id, case.attempt)
+                claim=Claim(work.key.owner, work.key.job_id, case.attempt, work.is_padded)
                 if work.kind is Kind.RECEIPT and work.is_counted
                 else None,
             )

@@ -91,8 +91,8 @@ class Work:
 
     @property
     def is_counted(self) -> bool:
-        """Whether its handle's report has the job's own count and tag: its last statement is launched last."""
-        return not self.is_padded and not self.kept and not self.is_streamed
+        """Whether its handle or its result have the job's own count and tag, not those of our keeping."""
+        return not self.kept and not self.is_streamed
 
     @property
     def verify_sql(self) -> str | None:

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, pace
+from pgbg_orchestration.postgres.handles import HandleSession
 from tests.core.kit import APP, Watched, effect, eventually, slow, within
 from tests.kit import pgbouncer
 
@@ -77,6 +78,40 @@ async def test_rows_that_nobody_reads_are_counted_however_rarely_it_is_polled(
         outcome = await within(launcher.run(job))
     assert (outcome.row_count, outcome.command_tag) == (5, "SELECT")
     assert db.sql("select row_count, command_tag from pgbg.jobs where job_id = 'j'") == [(5, "SELECT")]
+
+
+async def test_rows_that_nobody_reads_are_not_polled_for(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their number is read with the receipt, for all that end together, each its own."""
+
+    async def poll(_: object) -> None:
+        raise AssertionError("polled")
+
+    deaf(monkeypatch)
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job("select 1")))
+        await eventually(lambda: listener(db), "it listens")
+        monkeypatch.setattr(HandleSession, "poll", poll)
+        sql = ("{}; select generate_series(1, {})", "{}; insert into effects select 'j' from generate_series(1, {})")
+        jobs = [Job(sql[n % 2].format(slow(f"j{n}", 1), n), id=f"j{n}") for n in range(1, 21)]
+        outcomes = await within(asyncio.gather(*(launcher.run(job) for job in jobs)))
+        assert launcher._host.worker_count == 0
+    told = [(outcome.row_count, outcome.command_tag) for outcome in outcomes]
+    assert told == [(n, ("SELECT", "INSERT")[n % 2]) for n in range(1, 21)]
+    kept = db.sql("select row_count, command_tag from pgbg.job where job_id ~ '^j' order by substr(job_id, 2)::int")
+    assert kept == told
+
+
+async def test_a_hint_before_the_commit_of_rows_that_nobody_reads(db: Watched) -> None:
+    """A result is read of no worker that is at work: the session would wait for it, and all its other jobs."""
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job("select 1")))
+        await eventually(lambda: listener(db), "it listens")
+        task = asyncio.create_task(launcher.run(Job("select pg_sleep(4)", id="j")))
+        await db.at_work("j")
+        db.sql("select pg_notify('pgbg', pgbg.marker(%s, 'j'))", APP)
+        others = [await within(launcher.run(Job("select 2"))) for _ in range(4)]
+        assert not task.done()
+        assert [outcome.row_count for outcome in [*others, await within(task)]] == [1] * 5
 
 
 async def test_a_listener_that_was_terminated(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
