@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pgbg_orchestration import Event, Outcome
+    from pgbg_orchestration.batch import End
     from pgbg_orchestration.errors import PgbgError
 
 COMMITTED = "committed"
@@ -46,6 +47,13 @@ def of_error(error: PgbgError) -> dict[str, Any]:
     if "fields" in told:
         told["fields"] = {name: value for name, value in told["fields"].items() if name not in _KEPT_BACK}
     return {"status": FAILED, **told}
+
+
+def of_end(end: End, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the event of a job of a batch, however it ended; ``arguments`` as for one that committed."""
+    from pgbg_orchestration.errors import PgbgError
+
+    return of_error(end) if isinstance(end, PgbgError) else of_outcome(end, arguments)
 
 
 def to_error(event: Mapping[str, Any]) -> PgbgError:
@@ -85,14 +93,6 @@ def advised(error: PgbgError) -> PgbgError:
         other = "Where it cannot be installed, SQLExecuteQueryOperator runs the SQL in a session of the task's own."
         error.todo = f"{error.todo or ''} {other}".strip()
     return error
-
-
-def was_stopped(error: PgbgError) -> bool:
-    """Tell whether a job of a batch was cancelled because another one failed."""
-    from pgbg_orchestration.errors import JobCancelled
-    from pgbg_orchestration.outcome import Cause
-
-    return isinstance(error, JobCancelled) and error.cause is Cause.FAILED_BESIDE
 
 
 LONGEST = 20_000

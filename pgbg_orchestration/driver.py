@@ -205,3 +205,16 @@ class Driver(Generic[T]):
         finally:
             with self._lock:  # the loop closes now, and a closed one takes no cancel
                 self._loop = None
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> bool:
+    """Await ``work``, however often the caller is cancelled meanwhile; returns whether it was."""
+    task = asyncio.create_task(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    task.result()
+    return cancelled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Literal, Self, Unpack
@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
 
-from .driver import Driver
-from .errors import InvalidJob
+from .batch import Batch, Call, Preparation
+from .driver import Driver, to_its_end
+from .errors import InvalidJob, PgbgError
 from .job import Job
 from .ledger.ledger import Ledger
 from .ledger.readiness import ServerFacts
@@ -28,7 +29,7 @@ from .walk import failures
 from .walk.conclusion import count
 from .walk.feed import Feed
 from .walk.host import Host
-from .walk.run import cancel_job, run_job, to_its_end
+from .walk.run import cancel_job, run_job
 
 
 class Launcher:
@@ -184,6 +185,50 @@ class Launcher:
         except psycopg.Error as error:
             self._host.forget_facts()
             raise failures.ledger(error, job_id) from error
+
+    async def run_many(
+        self,
+        jobs: Mapping[str, Job],
+        *,
+        at_once: int | None = None,
+        fail_fast: bool = False,
+        **options: Unpack[RunOptions],
+    ) -> dict[str, Outcome | PgbgError]:
+        """Run jobs side by side, each with a commit of its own, and wait for the end of each.
+
+        Parameters
+        ----------
+        jobs:
+            The jobs by name.
+        at_once:
+            How many run at the same time at most. Default: all; those without a worker slot wait for one.
+        fail_fast:
+            Cancel the others when one fails, with :attr:`Cause.FAILED_BESIDE`. A later call with that in its
+            ``retry_cancelled`` runs them.
+        options:
+            As :meth:`run` takes them, for each job.
+
+        Returns
+        -------
+        dict[str, Outcome | PgbgError]
+            How each ended, by its name, in the order in which they ended: its outcome, or the error that :meth:`run`
+            would have raised.
+
+        Raises
+        ------
+        InvalidJob
+            ``at_once`` is below 1.
+        """
+
+        def preparation(job: Job) -> Preparation:
+            async def prepare() -> Call:
+                return Call(job, options)
+
+            return prepare
+
+        members = {name: preparation(job) for name, job in jobs.items()}
+        of_try = options.get("of_try")
+        return await Batch(self, members, at_once=at_once, fail_fast=fail_fast, of_try=of_try).run()
 
     async def cancel_all(self) -> int:
         """Cancel all workers of this launcher at one blow, by the extension's own ``cancel_all``; returns how many.

@@ -118,8 +118,10 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
             if self.handler is not None:
                 return self._handled(ends)
             return {name: events.result_of(end) for name, end in ends.items()}
+        from pgbg_orchestration.batch import was_stopped
+
         # One that was stopped because of another is not the reason.
-        first = next((name for name, error in failures.items() if not events.was_stopped(error)), None)
+        first = next((name for name, error in failures.items() if not was_stopped(error)), None)
         first = first or next(iter(failures))
         error = failures.pop(first)
         error.add_note(f"Job {first!r} of the batch; {len(failures)} more did not commit.")

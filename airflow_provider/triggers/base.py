@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TaskSuccessEvent, TriggerEvent
 
@@ -22,14 +22,9 @@ from .task import GOES_ON, load_core, push_xcom, settle, state_of, to_its_end
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Cause, Launcher, Outcome
+    from pgbg_orchestration.batch import Call, CancelEnd
     from pgbg_orchestration.errors import PgbgError
-
-
-class Why(TypedDict, total=False):
-    """Why jobs are cancelled."""
-
-    cause: Cause
-    of_try: str | None
+    from pgbg_orchestration.options import RunOptions
 
 
 class ServerTrigger(BaseTrigger):
@@ -229,32 +224,22 @@ class JobTrigger(ServerTrigger):
     in_task: bool = False
     """Whether the jobs are run in the task's own process, whose end is the end of its try."""
 
-    async def run_job(
-        self,
-        launcher: Launcher,
-        arguments: dict[str, Any],
-        *,
-        retry_cancelled: Collection[Cause] = (),
-        of_try: str | None = None,
-    ) -> Outcome:
-        """Launch a job or attach to it, and wait for its outcome.
+    def call(self, arguments: dict[str, Any], *, retry_cancelled: Collection[Cause] = ()) -> Call:
+        """Return a job, and how it is run for this trigger's task.
 
         Parameters
         ----------
-        launcher:
-            Over which.
         arguments:
             As :func:`~airflow_provider.arguments.job_of` takes them.
         retry_cancelled:
             Causes of a cancel that this call takes back.
-        of_try:
-            The try of the task, where what it cancelled itself is to stay cancelled.
 
         Raises
         ------
-        PgbgError
-            As :func:`pgbg_orchestration.arun`.
+        InvalidJob
+            It cannot be run.
         """
+        from pgbg_orchestration.batch import Call
         from pgbg_orchestration.errors import InvalidJob
         from pgbg_orchestration.outcome import OF_A_TRY
 
@@ -267,23 +252,39 @@ class JobTrigger(ServerTrigger):
                 job_id=arguments.get("id"),
                 todo="Install the same version on workers and triggerers, and clear the task.",
             ) from error
-        return await launcher.run(
-            job,
+        options: RunOptions = {
             # A triggerer that ends hands its triggers to another, which attaches to the worker.
-            on_cancel="cancel" if self.in_task and self.cancel_on_kill else "leave",
+            "on_cancel": "cancel" if self.in_task and self.cancel_on_kill else "leave",
             # A try that was asked to end (an evicted pod) cancelled the job; this try was started to run it. What a
             # person cancelled stays so.
-            retry_cancelled=OF_A_TRY if self.in_task else retry_cancelled,
-            # A try in a task's own process goes on nowhere else.
-            of_try=None if self.in_task else of_try,
-            on_superseded=self.on_superseded,
-            accept_changed_sql=True,
-            slot_timeout=self.slot_timeout,
-            poll_interval=self.poll_interval,
-            deadline=self.deadline,
-            observer=events.watch,
-            notices=self.enable_log_db_messages,
-        )
+            "retry_cancelled": OF_A_TRY if self.in_task else retry_cancelled,
+            "on_superseded": self.on_superseded,
+            "accept_changed_sql": True,
+            "slot_timeout": self.slot_timeout,
+            "poll_interval": self.poll_interval,
+            "deadline": self.deadline,
+            "observer": events.watch,
+            "notices": self.enable_log_db_messages,
+        }
+        return Call(job, options)
+
+    async def run_job(self, launcher: Launcher, arguments: dict[str, Any]) -> Outcome:
+        """Launch a job or attach to it, and wait for its outcome.
+
+        Parameters
+        ----------
+        launcher:
+            Over which.
+        arguments:
+            As :meth:`call` takes them.
+
+        Raises
+        ------
+        PgbgError
+            As :func:`pgbg_orchestration.arun`.
+        """
+        job, options = self.call(arguments)
+        return await launcher.run(job, **options)
 
     async def on_kill(self) -> None:
         """Cancel the workers of a task that a user ended; leave them at work when the task still waits for them.
@@ -315,29 +316,17 @@ class JobTrigger(ServerTrigger):
             )
             return
         self.log.info("The task is %s: cancelling its jobs.", state or "gone")
+        from pgbg_orchestration.batch import Target, cancel_all
+        from pgbg_orchestration.outcome import Cause
+
+        targets = [Target(job["id"], job.get("owner"), job.get("series")) for job in self.identities()]
         async with self.launcher() as launcher:
-            await self.cancel(launcher, self.identities(), f"the Airflow task is {state or 'gone'}")
+            reason = f"the Airflow task is {state or 'gone'}"
+            ends = await cancel_all(launcher, targets, cause=Cause.ASKED, reason=reason)
+        for target, end in zip(targets, ends, strict=True):
+            note_cancel(self.log, target.job_id, end)
 
-    async def cancel(
-        self, launcher: Launcher, jobs: Iterable[Mapping[str, Any]], reason: str, **why: Unpack[Why]
-    ) -> None:
-        """Cancel jobs side by side, and write to the log how each ended.
 
-        Parameters
-        ----------
-        reason:
-            For people.
-        why:
-            What decides who may take the cancel back, as :meth:`pgbg_orchestration.Launcher.cancel` takes it.
-        """
-        jobs = list(jobs)
-        ends = await asyncio.gather(
-            *(
-                launcher.cancel(job["id"], owner=job.get("owner"), series=job.get("series"), reason=reason, **why)
-                for job in jobs
-            ),
-            return_exceptions=True,
-        )
-        for job, end in zip(jobs, ends, strict=True):
-            level = logging.WARNING if isinstance(end, BaseException) else logging.INFO
-            self.log.log(level, "Job %s: %s", job["id"], end)
+def note_cancel(log: Any, job_id: str | None, end: CancelEnd) -> None:
+    """Write to a task's log what came of a cancel."""
+    log.log(logging.WARNING if isinstance(end, BaseException) else logging.INFO, "Job %s: %s", job_id, end)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider import events
 from airflow_provider.arguments import unpacked
 
-from .base import JobTrigger
+from .base import JobTrigger, note_cancel
 
 if TYPE_CHECKING:
-    from pgbg_orchestration import Launcher
+    from pgbg_orchestration import Job, Launcher
+    from pgbg_orchestration.batch import CancelEnd, Report
     from pgbg_orchestration.errors import PgbgError
-
-
-STOPPED = "another job of the batch failed"
-"""Why the rest of a batch is cancelled, for people; what decides is the cause."""
 
 
 class PgBackgroundBatchTrigger(JobTrigger):
@@ -73,53 +69,42 @@ class PgBackgroundBatchTrigger(JobTrigger):
 
     async def work(self, launcher: Launcher) -> dict[str, Any]:
         """Launch the jobs or attach to them, and wait for the end of each."""
-        turns = asyncio.Semaphore(self.at_once or len(self.jobs))
-        failed = asyncio.Event()
-
-        async def run_one(arguments: dict[str, Any]) -> dict[str, Any]:
-            from pgbg_orchestration.errors import JobCancelled, PgbgError
-            from pgbg_orchestration.outcome import Cause
-
-            async with turns:
-                try:
-                    if self.fail_fast and failed.is_set():
-                        raise JobCancelled(
-                            STOPPED, cause=Cause.FAILED_BESIDE, job_id=arguments["id"], label=arguments["label"]
-                        )
-                    # What an earlier try stopped is run; what this very one stopped, elsewhere, stays so.
-                    outcome = await self.run_job(
-                        launcher, arguments, retry_cancelled={Cause.FAILED_BESIDE}, of_try=str(self.try_number)
-                    )
-                    return events.of_outcome(outcome, arguments)
-                except PgbgError as error:
-                    self.log.error("%s", error)  # noqa: TRY400 - the error says all
-                    failed.set()
-                    return events.of_error(error)
-
-        tasks = {name: asyncio.create_task(run_one(job)) for name, job in self.jobs.items()}
-        stopping = asyncio.create_task(self._stop_rest(launcher, failed, tasks))
-        try:
-            await asyncio.gather(*tasks.values())
-        finally:
-            for task in (stopping, *tasks.values()):
-                task.cancel()
-            await asyncio.gather(stopping, *tasks.values(), return_exceptions=True)
-        return {"jobs": {name: task.result() for name, task in tasks.items()}}
-
-    async def _stop_rest(
-        self, launcher: Launcher, failed: asyncio.Event, tasks: Mapping[str, asyncio.Task[dict[str, Any]]]
-    ) -> None:
+        from pgbg_orchestration.batch import STOPPED, Batch, Call, Preparation
         from pgbg_orchestration.outcome import Cause
 
-        if not self.fail_fast:
-            return
-        await failed.wait()
-        rest = [name for name, task in tasks.items() if not task.done()]
-        self.log.info("A job failed: cancelling %s.", ", ".join(rest) or "none, all others have ended")
-        await self.cancel(
+        def preparation(arguments: dict[str, Any]) -> Preparation:
+            async def prepare() -> Call:
+                # What an earlier try stopped is run; what this very one stopped, elsewhere, stays so.
+                return self.call(arguments, retry_cancelled={Cause.FAILED_BESIDE})
+
+            return prepare
+
+        batch = Batch(
             launcher,
-            [self.jobs[name] for name in rest],
-            f"{STOPPED} (try {self.try_number})",
-            cause=Cause.FAILED_BESIDE,
-            of_try=str(self.try_number),
+            {name: preparation(job) for name, job in self.jobs.items()},
+            at_once=self.at_once,
+            fail_fast=self.fail_fast,
+            reason=f"{STOPPED} (try {self.try_number})",
+            of_try=None if self.in_task else str(self.try_number),
+            report=self._report(),
         )
+        ends = await batch.run()
+        return {"jobs": {name: events.of_end(ends[name], job) for name, job in self.jobs.items()}}
+
+    def _report(self) -> Report:
+        """Return what writes to the task's log how the batch gets on."""
+        from pgbg_orchestration.batch import Report
+
+        log = self.log
+
+        class TaskLog(Report):
+            def failed(self, name: str, error: PgbgError) -> None:
+                log.error("%s", error)
+
+            def stopping(self, names: list[str]) -> None:
+                log.info("A job failed: cancelling %s.", ", ".join(names) or "none, all others have ended")
+
+            def stopped(self, job: Job, end: CancelEnd) -> None:
+                note_cancel(log, job.id, end)
+
+        return TaskLog()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from dagster import AssetObservation
 
 from dagster_resource.steps import contexts, identity
-from dagster_resource.steps.batch import TERMINATED, Member, can_be_found, cancel_jobs
-from dagster_resource.steps.driving import tell
+from dagster_resource.steps.batch import TERMINATED, Member, cancel_jobs
 from dagster_resource.steps.metadata import sql_block
 from pgbg_orchestration import Cause
-from pgbg_orchestration.driver import Talk
+from pgbg_orchestration.batch import can_be_found
+from pgbg_orchestration.driver import Talk, to_its_end
 from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
 from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.verdict import Receipt
@@ -97,23 +97,17 @@ class Submission:
         """
         launcher = self._connect()
         try:
-            self._chosen, lift = await self._member.choose(launcher)
-            running = asyncio.ensure_future(
-                launcher.run(
-                    self._chosen,
-                    # A worker is left here and cancelled afterwards, when it is known what the interruption was.
-                    on_cancel="leave" if can_be_found(self._chosen) or self._keep_on_interrupt else "cancel",
-                    retry_cancelled=lift,
-                    observer=lambda event: tell(talk, event),
-                    **self._options,
-                )
+            self._chosen, options = await self._member.call(
+                launcher, talk, keep_on_interrupt=self._keep_on_interrupt, options=self._options
             )
+            running = asyncio.ensure_future(launcher.run(self._chosen, **options))
             try:
                 await _until_at_work(launcher, self._chosen, running)
             finally:
                 await _stop(running)
         finally:
-            await _to_its_end(asyncio.ensure_future(launcher.close()))
+            # If the step is interrupted meanwhile, its job is dealt with by withdraw().
+            await to_its_end(launcher.close())
         assert self._chosen.id is not None  # a Job gives itself one
         return self._chosen.id
 
@@ -139,15 +133,11 @@ async def _until_at_work(launcher: Launcher, job: Job, running: asyncio.Future[O
 async def _stop(running: asyncio.Future[Outcome]) -> None:
     """Stop waiting for a job; its worker goes on."""
     running.cancel()
-    await _to_its_end(running)
+    await to_its_end(_end_of(running))
 
 
-async def _to_its_end(task: asyncio.Future[Any]) -> None:
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            continue  # the step is interrupted too: its job is dealt with by withdraw()
+async def _end_of(running: asyncio.Future[Outcome]) -> None:
+    await asyncio.wait({running})
 
 
 def _is_at_work(seen: Sighting) -> bool:

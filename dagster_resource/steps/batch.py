@@ -1,4 +1,4 @@
-"""The jobs of one call, run side by side over one launcher."""
+"""The jobs of one call, in Dagster's words: which job a member is, and what the step's log says of their ends."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pgbg_orchestration import Job, Kind
+from pgbg_orchestration import Job, batch
+from pgbg_orchestration.batch import Call, CancelEnd, End, Target, can_be_found, was_stopped
 from pgbg_orchestration.driver import Talk
 from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.options import RunOptions
 from pgbg_orchestration.outcome import OF_A_TRY, Cause, Outcome
 
 from .driving import tell
@@ -62,6 +64,40 @@ class Member:
         # Whoever is let to try it again takes back what ended a try. A cancel of a person's stays.
         return self.job, OF_A_TRY
 
+    async def call(
+        self, launcher: Launcher, talk: Talk, *, keep_on_interrupt: bool, options: Mapping[str, Any]
+    ) -> Call:
+        """Return the job to run, and how it is run for a step.
+
+        Parameters
+        ----------
+        launcher:
+            Over which.
+        talk:
+            Takes its events to the step's log.
+        keep_on_interrupt:
+            Leave a worker at work that leaves no receipt, too.
+        options:
+            Further ones, as :func:`pgbg_orchestration.arun` takes them.
+        """
+        job, lift = await self.choose(launcher)
+        wanted: RunOptions = {
+            # A worker is left here and cancelled afterwards, when it is known what the interruption was.
+            "on_cancel": "leave" if can_be_found(job) or keep_on_interrupt else "cancel",
+            "retry_cancelled": lift,
+            "observer": lambda event: tell(talk, event),
+            **options,  # type: ignore[typeddict-item]
+        }
+        return Call(job, wanted)
+
+
+class _StepLog(batch.Report):
+    def __init__(self, talk: Talk) -> None:
+        self._talk = talk
+
+    def stopped(self, job: Job, end: CancelEnd) -> None:
+        note_cancel(self._talk, job, end)
+
 
 @dataclass
 class Batch:
@@ -90,89 +126,60 @@ class Batch:
     fail_fast: bool
     keep_on_interrupt: bool
     options: Mapping[str, Any]
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    errors: list[PgbgError] = field(default_factory=list)
-    _under_way: dict[str, Job] = field(default_factory=dict)
+    ends: dict[str, End] = field(default_factory=dict)
+
+    @property
+    def outcomes(self) -> dict[str, Outcome]:
+        """The outcomes of those that committed, by name."""
+        return {name: end for name, end in self.ends.items() if isinstance(end, Outcome)}
+
+    @property
+    def errors(self) -> list[PgbgError]:
+        """The errors of the others, the first one first; one that another's failure ended is no reason beside that."""
+        errors = [end for end in self.ends.values() if isinstance(end, PgbgError)]
+        return [error for error in errors if not was_stopped(error)] or errors
 
     async def run(self, talk: Talk) -> None:
         """Run all jobs; returns when each one is decided, or left at work."""
         from pgbg_orchestration import Launcher
 
-        # Two lists: whoever is waiting for its turn holds no connection and launches nothing.
-        turns = asyncio.Semaphore(self.max_running or max(len(self.members), 1))
+        # The launcher of a step is its own: whoever is waiting for its turn holds no connection.
         async with Launcher(self.conninfo, schema=self.schema) as launcher:
-            tasks = [asyncio.ensure_future(self._run_one(launcher, member, turns, talk)) for member in self.members]
-            try:
-                try:
-                    await self._wait_for(tasks)
-                    if any(not task.done() for task in tasks):
-                        await _stop(tasks)
-                        await self._cancel_workers(launcher, talk, Cause.FAILED_BESIDE, FAILED_BESIDE)
-                except Exception:
-                    await _stop(tasks)  # before the connections are closed under them
-                    raise
-            except asyncio.CancelledError:  # whatever it was that the step was interrupted in
-                await _stop(tasks)
-                if talk.cancel_workers:
-                    await self._cancel_workers(launcher, talk, Cause.INTERRUPTED, TERMINATED)
-                raise
 
-    async def _wait_for(self, tasks: Sequence[asyncio.Task[None]]) -> None:
-        """Wait until all have ended or, if one failure is to end all, until the first one has failed."""
-        waiting = set(tasks)
-        while waiting and not (self.fail_fast and self.errors):
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()  # anything but an error of the core's is a fault of ours: let it be seen
-
-    async def _run_one(self, launcher: Launcher, member: Member, turns: asyncio.Semaphore, talk: Talk) -> None:
-        async with turns:
-            try:
-                job, lift = await member.choose(launcher)
-                self._under_way[member.name] = job
-                self.outcomes[member.name] = await launcher.run(
-                    job,
-                    # A worker is left here and cancelled afterwards, when it is known what the interruption was.
-                    on_cancel="leave" if can_be_found(job) or self.keep_on_interrupt else "cancel",
-                    retry_cancelled=lift,
-                    observer=lambda event: tell(talk, event),
-                    **self.options,
+            def preparation(member: Member) -> Any:
+                return lambda: member.call(
+                    launcher, talk, keep_on_interrupt=self.keep_on_interrupt, options=self.options
                 )
-            except PgbgError as error:
-                self.errors.append(error)
-            self._under_way.pop(member.name, None)
 
-    async def _cancel_workers(self, launcher: Launcher, talk: Talk, cause: Cause, reason: str) -> None:
-        """Cancel, for good, what was under way and can be found by its receipt."""
-        await cancel_jobs(launcher, [job for job in self._under_way.values() if can_be_found(job)], talk, cause, reason)
+            jobs = batch.Batch(
+                launcher,
+                {member.name: preparation(member) for member in self.members},
+                at_once=self.max_running,
+                fail_fast=self.fail_fast,
+                reason=FAILED_BESIDE,
+                report=_StepLog(talk),
+            )
+            try:
+                self.ends = await jobs.run()
+            except asyncio.CancelledError:  # whatever it was that the step was interrupted in
+                if talk.cancel_workers:
+                    found = [job for job in jobs.interrupted if can_be_found(job)]
+                    await cancel_jobs(launcher, found, talk, Cause.INTERRUPTED, TERMINATED)
+                raise
 
 
 async def cancel_jobs(launcher: Launcher, jobs: Sequence[Job], talk: Talk, cause: Cause, reason: str) -> None:
     """Cancel jobs for good, and say in the step's log how each of them ended."""
-    ends = await asyncio.gather(
-        *(
-            launcher.cancel(job.id or "", owner=job.owner, series=job.series, cause=cause, reason=reason)
-            for job in jobs
-        ),
-        return_exceptions=True,
-    )
+    ends = await batch.cancel_all(launcher, [Target.of(job) for job in jobs], cause=cause, reason=reason)
     for job, end in zip(jobs, ends, strict=True):
-        if end == "cancelled":
-            talk.note(logging.INFO, f"{job.label}: cancelled; nothing of it is committed")
-        elif end == "committed":
-            talk.note(logging.WARNING, f"{job.label}: the cancel came too late, it is committed")
-        else:
-            talk.note(logging.ERROR, f"{job.label}: could not be cancelled: {end}")
+        note_cancel(talk, job, end)
 
 
-def can_be_found(job: Job) -> bool:
-    """Tell whether a later call finds the job's worker: one of kind ``session`` leaves no receipt."""
-    return job.kind is not Kind.SESSION
-
-
-async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel tasks and wait for them."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+def note_cancel(talk: Talk, job: Job, end: CancelEnd) -> None:
+    """Say in the step's log what came of a cancel."""
+    if end == "cancelled":
+        talk.note(logging.INFO, f"{job.label}: cancelled; nothing of it is committed")
+    elif end == "committed":
+        talk.note(logging.WARNING, f"{job.label}: the cancel came too late, it is committed")
+    else:
+        talk.note(logging.ERROR, f"{job.label}: could not be cancelled: {end}")

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from dagster import Failure, MetadataValue, RetryRequested, TableRecord
 
 from pgbg_orchestration.errors import PgbgError, WorkerError
-from pgbg_orchestration.outcome import NO_FIELDS, ErrorFields
+from pgbg_orchestration.outcome import ErrorFields
 from pgbg_orchestration.retry import ATTACH, DEFAULT, FAIL, RETRY, Decision, RetryPolicy
 
 from .metadata import sql_block
@@ -48,7 +48,7 @@ class PgBackgroundFailure(Failure):
         self.label = error.label
         super().__init__(
             description=f"{error}\n{reason}" if reason else str(error),
-            metadata=_metadata(error, self.fields, sql) | _table(self.errors),
+            metadata=_metadata(error, sql) | _table(self.errors),
             allow_retries=allow_retries,
         )
 
@@ -145,17 +145,11 @@ def _weight(decision: Decision) -> int:
     return {RETRY: 1, ATTACH: 0, DEFAULT: 2}.get(decision.action, 3)
 
 
-def _metadata(error: PgbgError, fields: ErrorFields, sql: str | None) -> dict[str, Any]:
-    told = {
-        "pgbg/job_id": error.job_id,
-        "pgbg/label": error.label,
-        "pgbg/error": type(error).__name__,
-        "pgbg/data_state": error.data_state,
-        "pgbg/message": _message(error),
-        "pgbg/todo": error.todo,
-        **{f"pgbg/{name}": getattr(fields, name) for name in NO_FIELDS.__slots__ if name != "message"},
-    }
-    metadata: dict[str, Any] = {name: MetadataValue.text(value) for name, value in told.items() if value}
+def _metadata(error: PgbgError, sql: str | None) -> dict[str, Any]:
+    told = error.to_dict()
+    del told["notes"]  # they stand in the text
+    told |= told.pop("fields", {})  # the server's message among them, where there is one
+    metadata: dict[str, Any] = {f"pgbg/{name}": MetadataValue.text(str(value)) for name, value in told.items() if value}
     if sql:
         metadata["pgbg/sql"] = sql_block(sql)
     return metadata

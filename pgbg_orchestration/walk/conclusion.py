@@ -264,7 +264,7 @@ def _error(
             worker = bool(case.attempts) or EventKind.ATTACHED in case.told
             return failures.deadline_passed(work, case.options, worker=worker)
         case Step.CANCELLED:
-            return failures.cancelled(work, seen)
+            return failures.cancelled(work, seen, case.cause if case.memory.intent is Intent.ASKED else None)
         case Step.LOST if case.launch_error is not None:
             return failures.launch_failed(work, case.launch_error)
         case Step.LOST:

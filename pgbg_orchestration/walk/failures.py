@@ -100,12 +100,12 @@ def what_ended(ran_for: float | None, limits: Mapping[str, float]) -> str:
     )
 
 
-def cancelled(work: Work, seen: Sighting | None) -> PgbgError:
-    """Somebody cancelled the job."""
+def cancelled(work: Work, seen: Sighting | None, cause: Cause | None) -> PgbgError:
+    """Somebody cancelled the job; ``cause``: why this call did, of a job without a receipt that could say it."""
     who = f" by {seen.decided_by} ({seen.reason})" if seen and seen.decided_by else ""
     return errors.JobCancelled(
         f"cancelled{who}",
-        cause=seen.cause if seen else None,
+        cause=seen.cause if seen else cause,
         sqlstate=CANCELED,
         todo="To run it all the same: retry_cancelled=True, or a new generation.",
         **_ended(work),

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 import psycopg
 
 from pgbg_orchestration import errors, pace
+from pgbg_orchestration.driver import to_its_end
 from pgbg_orchestration.errors import InvalidJob, JobCancelled, PgbgError, ServerUnreachable
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger.ledger import Ledger
@@ -506,19 +507,6 @@ async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str |
         await ledger.signal(key, job_id=job_id)
     except psycopg.errors.InsufficientPrivilege as error:
         raise failures.may_not_cancel(key, seen) from error
-
-
-async def to_its_end(work: Coroutine[Any, Any, None]) -> bool:
-    """Await ``work``, however often the caller is cancelled meanwhile; returns whether it was."""
-    task = asyncio.create_task(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            cancelled = True
-    task.result()
-    return cancelled
 
 
 async def _first_of(ended: asyncio.Future[Any] | None, nudged: asyncio.Event, pause: float) -> None:

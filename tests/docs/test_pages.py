@@ -101,6 +101,7 @@ def test_python(server: EmbeddedServer, admin: psycopg.Connection) -> None:
     assert re.fullmatch(r"3 \d+ 1 True", lines[0])
     assert lines[1] == "Nothing of this job is committed."
     assert "Receipt.COMMITTED committed" in lines
+    assert "['2013-01-02', '2013-01-03']" in lines
     assert re.match(r"only_one retry [\d.]+ SQLSTATE 23505: two loads met", lines[-2])
     assert lines[-1].startswith("ResultInfo(completed=True, has_error=False, row_count=1, command_tag='SELECT'")
     assert admin.execute("select count(*) from facts").fetchone() == (5,)
