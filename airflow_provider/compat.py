@@ -6,6 +6,7 @@ Airflow that is too old; ``get_provider_info`` must not, or that Airflow could n
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,11 +38,13 @@ __all__ = [
     "determine_kwargs",
     "fails_for_good",
     "get_listener_manager",
+    "in_thread",
     "promises_of",
     "take_retry_policy",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,24 @@ class Promises:
         has the identities of the first one, and its SQL counts as committed.
     starts_from_triggers:
         A task can begin in a triggerer and render its templates there.
+    answers_any_thread:
+        A trigger may ask Airflow (for a connection, a state) from a thread. Before 3.2.2 that reads what was meant for
+        the triggerer itself, which then ends with all its triggers (airflow #64620).
     """
 
     calls_on_kill: bool = True
     asks_retry_policies: bool = True
     keeps_task_state: bool = True
     starts_from_triggers: bool = True
+    answers_any_thread: bool = True
 
 
 _BEFORE_3_3 = Promises(
-    calls_on_kill=False, asks_retry_policies=False, keeps_task_state=False, starts_from_triggers=False
+    calls_on_kill=False,
+    asks_retry_policies=False,
+    keeps_task_state=False,
+    starts_from_triggers=False,
+    answers_any_thread=False,
 )
 PROMISES: Mapping[tuple[int, int], Promises] = {(3, 1): _BEFORE_3_3, (3, 2): _BEFORE_3_3, (3, 3): Promises()}
 """By the first version for which they hold, oldest first; that of the first entry is the oldest that is supported."""
@@ -138,6 +149,33 @@ def promises_of(airflow: tuple[int, int]) -> Promises:
 
 HERE = promises_of(airflow_version())
 """What the Airflow that is installed lets this provider keep."""
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """Run in a thread what blocks and may ask Airflow, and return what it returns.
+
+    Where Airflow answers no thread of its own accord, asgiref hands the question on to the event loop, in which the
+    triggerer's own wait for their turn. A question that is broken off would leave its answer to the next one, so it is
+    asked to its end whatever becomes of the caller.
+
+    Raises
+    ------
+    Exception
+        Whatever the function raises.
+    """
+    if HERE.answers_any_thread:
+        return await asyncio.to_thread(function, *arguments, **named)
+    from asgiref.sync import sync_to_async
+
+    # Not thread_sensitive: that is one thread for all triggers, in which another's SQL may run for long.
+    asked = sync_to_async(function, thread_sensitive=False)(*arguments, **named)
+    asking = asyncio.get_running_loop().create_task(asked)
+    _asking.add(asking)  # the loop itself keeps no task alive
+    asking.add_done_callback(_asking.discard)
+    return await asyncio.shield(asking)
+
+
+_asking: set[asyncio.Task[Any]] = set()
 
 
 def take_retry_policy(arguments: dict[str, Any]) -> Any:

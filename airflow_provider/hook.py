@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider.compat import BaseHook
+from airflow_provider.compat import BaseHook, in_thread
 
 if TYPE_CHECKING:
     from airflow.sdk import Connection
@@ -87,8 +86,8 @@ class PgBackgroundHook(BaseHook):
         AirflowNotFoundException, InvalidJob
             As :meth:`conninfo`.
         """
-        # Not asgiref's sync_to_async, nor aget_connection: they share one thread, in which another trigger may wait.
-        return await asyncio.to_thread(self.conninfo)
+        # Not aget_connection: it shares one thread with all triggers, in which another may wait.
+        return await in_thread(self.conninfo)
 
     def run(self, job: Job, **options: Any) -> Outcome:
         """Run a job and wait for its outcome; options and errors are those of :func:`pgbg_orchestration.run`."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
-from airflow_provider.compat import conf
+from airflow_provider.compat import conf, in_thread
 
 GOES_ON = ("deferred", "none", "queued", "restarting", "running", "scheduled", "up_for_reschedule", "up_for_retry")
 """States of a task that still wants its job, or whose next try deals with it. In all others a user ended it.
@@ -52,7 +52,7 @@ async def state_of(ti: Any) -> str | None:
     from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
     mapped = ti.map_index is not None and ti.map_index >= 0
-    states = await asyncio.to_thread(
+    states = await in_thread(
         RuntimeTaskInstance.get_task_states,
         dag_id=ti.dag_id,
         task_ids=[ti.task_id],
@@ -77,7 +77,7 @@ async def push_xcom(ti: Any, value: Any) -> None:
     from airflow.sdk.execution_time.xcom import XCom
 
     # In a thread: a backend may talk to an object store.
-    await asyncio.to_thread(
+    await in_thread(
         XCom.set,
         XCom.XCOM_RETURN_KEY,
         value,

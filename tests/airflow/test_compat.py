@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import msgspec
 import pytest
 from airflow.sdk.exceptions import AirflowException
 
@@ -12,6 +20,7 @@ from airflow_provider import compat
 from airflow_provider.operators import PgBackgroundOperator
 from airflow_provider.retry_policy import SqlStateRetryPolicy
 from airflow_provider.triggers import PgBackgroundTrigger
+from airflow_provider.triggers.task import state_of
 from pgbg_orchestration import ErrorFields
 from pgbg_orchestration.errors import WorkerError
 
@@ -163,3 +172,72 @@ def test_an_older_postgres_provider_hands_the_same_to_libpq(monkeypatch: pytest.
     monkeypatch.delattr(PostgresHook, "_create_connection")
 
     assert conninfo_to_dict(conninfo_of(connection)) == newer
+
+
+class TestAsking:
+    """A trigger asks Airflow while the triggerer does, over the same socket."""
+
+    @pytest.fixture
+    async def decoder(self, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
+        """The triggerer's end of the socket; the other end answers each question with what was asked for."""
+        from airflow.jobs.triggerer_job_runner import TriggerCommsDecoder
+        from airflow.sdk.execution_time import task_runner
+        from airflow.sdk.execution_time.comms import _ResponseFrame
+
+        ours, theirs = socket.socketpair()
+
+        def supervise() -> None:
+            with suppress(OSError), theirs:
+                while length := theirs.recv(4, socket.MSG_WAITALL):
+                    request = msgspec.msgpack.decode(theirs.recv(int.from_bytes(length), socket.MSG_WAITALL))
+                    time.sleep(0.002)
+                    states = {request[1]["run_ids"][0]: {"t": "deferred"}}
+                    answer = {"type": "TaskStatesResult", "task_states": states}
+                    theirs.sendall(_ResponseFrame(request[0], answer).as_bytes())
+
+        thread = threading.Thread(target=supervise)
+        thread.start()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        decoder = TriggerCommsDecoder(async_reader=reader, async_writer=writer, socket=MagicMock())
+        if hasattr(decoder, "start_reader"):
+            await decoder.start_reader()
+        monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", decoder, raising=False)
+        yield decoder
+        await asyncio.get_running_loop().shutdown_default_executor()  # what asked in vain gets its answer too
+        if reading := getattr(decoder, "_reader_task", None):
+            reading.cancel()
+            await asyncio.wait({reading})
+        writer.close()
+        await writer.wait_closed()
+        thread.join()
+
+    async def test_each_gets_its_own_answer(self, decoder: Any) -> None:
+        from airflow.sdk.execution_time.comms import GetTaskStates
+
+        async def the_triggerer(number: int) -> bool:
+            answer = await decoder.asend(GetTaskStates(dag_id="d", task_ids=["t"], run_ids=[f"own {number}"]))
+            return list(answer.task_states) == [f"own {number}"]
+
+        async def a_trigger(number: int) -> bool:
+            ti = SimpleNamespace(dag_id="d", task_id="t", run_id=f"run {number}", map_index=-1)
+            return await state_of(ti) == "deferred"
+
+        async def a_trigger_that_is_ended(number: int) -> bool:
+            asking = asyncio.create_task(a_trigger(number))
+            await asyncio.sleep(number / 1000)
+            asking.cancel()
+            await asyncio.wait({asking})
+            return True
+
+        async with asyncio.timeout(60):
+            told = await asyncio.gather(
+                *(of(number) for number in range(30) for of in (the_triggerer, a_trigger, a_trigger_that_is_ended))
+            )
+        assert set(told) == {True}
+
+    async def test_an_error_is_told(self) -> None:
+        def fail() -> None:
+            raise KeyError("no")
+
+        with pytest.raises(KeyError, match="no"):
+            await compat.in_thread(fail)
