@@ -126,7 +126,7 @@ class Load:
             waiter.cancel()
             await asyncio.wait([waiter])
             async with trigger.launcher() as launcher:
-                await trigger.cancel(launcher, trigger.identities(), "the task was marked failed")
+                await launcher.cancel(name, series=name, reason="the task was marked failed")
             self._ends["cancelled"] += 1
         else:
             self._ends[f"{kind}: {await waiter}"] += 1
