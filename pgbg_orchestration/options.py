@@ -15,6 +15,10 @@ OnCancel = Literal["cancel", "leave"] | Callable[[], Cause | None]
 """What is done with the worker of a caller that is cancelled; a function tells it at that moment."""
 
 
+WhenOrphaned = Literal["cancel", "leave"]
+"""What is done with a worker that nobody wants any more."""
+
+
 class RunOptions(TypedDict, total=False):
     """The options of one call, as keyword arguments; :class:`Options` has their defaults."""
 
@@ -28,6 +32,7 @@ class RunOptions(TypedDict, total=False):
     observer: Callable[[Event], None] | None
     of_try: str | None
     notices: bool
+    when_orphaned: WhenOrphaned | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,10 @@ class Options:
         Tell what the SQL raises, from NOTICE up, as it is raised: each as an event and a line of the log. RAISE DEBUG
         too, where the job's settings have ``client_min_messages = debug1``. It costs a connection of the job's own for
         as long as its worker is at work. Not for supervised jobs, nor with ``redact_details``.
+    when_orphaned:
+        Written down with a launch that this call makes, for those who look for orphans: jobs whose launcher is dead and
+        whose caller has ended otherwise, such as a killed triggerer's whose task was marked meanwhile. They ``cancel``
+        the worker, or ``leave`` it at work and say so. Default: nothing is said, and none of them touches the job.
 
     Raises
     ------
@@ -82,12 +91,15 @@ class Options:
     observer: Callable[[Event], None] | None = None
     of_try: str | None = None
     notices: bool = False
+    when_orphaned: WhenOrphaned | None = None
 
     def __post_init__(self) -> None:
         if self.on_cancel not in ("cancel", "leave") and not callable(self.on_cancel):
             raise InvalidJob(f"on_cancel must be 'cancel', 'leave' or a function, not {self.on_cancel!r}")
         if self.on_superseded not in ("cancel", "wait"):
             raise InvalidJob(f"on_superseded must be 'cancel' or 'wait', not {self.on_superseded!r}")
+        if self.when_orphaned not in (None, "cancel", "leave"):
+            raise InvalidJob(f"when_orphaned must be 'cancel' or 'leave', not {self.when_orphaned!r}")
         if self.slot_timeout is not None and not (_is_number(self.slot_timeout) and self.slot_timeout > 0):
             raise InvalidJob(f"slot_timeout must be a number of seconds above 0, not {self.slot_timeout!r}")
         if self.poll_interval is not None and not (

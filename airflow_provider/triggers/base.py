@@ -6,7 +6,7 @@ import asyncio
 import logging
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,9 +16,10 @@ from airflow_provider import events
 from airflow_provider.arguments import job_of, moment, not_plain, packed
 from airflow_provider.compat import HERE
 from airflow_provider.hook import PgBackgroundHook
+from airflow_provider.sweep import sweeping
 
 from .login import Login
-from .task import GOES_ON, load_core, push_xcom, settle, state_of, to_its_end
+from .task import GOES_ON, load_core, push_xcom, settle, state_of, states_of, to_its_end
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Cause, Launcher, Outcome
@@ -110,7 +111,8 @@ class ServerTrigger(BaseTrigger):
 
         try:
             async with self.launcher() as launcher:
-                payload = await self.work(launcher)
+                with await self._sweeping():
+                    payload = await self.work(launcher)
         except PgbgError as error:
             self.log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would only hide it
             payload = self.failed(error)
@@ -156,6 +158,12 @@ class ServerTrigger(BaseTrigger):
             else:
                 return TaskSuccessEvent()
         return TriggerEvent(payload)  # type: ignore[no-untyped-call]
+
+    async def _sweeping(self) -> AbstractContextManager[None]:
+        """Return what looks for orphans meanwhile; outside of a triggerer (``dag.test()``) nobody does."""
+        if self.task_instance is None:
+            return nullcontext()
+        return sweeping(await Login.of(self.postgres_conn_id, self.database, self.endpoint), self.schema, states_of)
 
     @asynccontextmanager
     async def launcher(self) -> AsyncIterator[Launcher]:
@@ -265,6 +273,7 @@ class JobTrigger(ServerTrigger):
             "deadline": self.deadline,
             "observer": events.watch,
             "notices": self.enable_log_db_messages,
+            "when_orphaned": "cancel" if self.cancel_on_kill else "leave",
         }
         return Call(job, options)
 

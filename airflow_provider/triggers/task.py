@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine, Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from airflow_provider.compat import conf, in_thread
+from airflow_provider.identity import TaskKey
 
 GOES_ON = ("deferred", "none", "queued", "restarting", "running", "scheduled", "up_for_reschedule", "up_for_retry")
 """States of a task that still wants its job, or whose next try deals with it. In all others a user ended it.
@@ -27,6 +30,9 @@ is committed ("finished with state success, but the task instance's state attrib
 ``process_executor_events`` in ``scheduler_job_runner.py``, which exempts tasks that are still ``scheduled``). Only jobs
 of a few seconds meet that, and none that the trigger ends itself.
 """
+
+RUNS_AT_ONCE = 50
+"""How many runs one question for states names: they travel in the address of a request."""
 
 KILL_SECONDS = 25.0
 """How long ``on_kill`` is waited for; Airflow gives it 30 s (``[triggerer] on_kill_timeout``)."""
@@ -49,21 +55,40 @@ async def state_of(ti: Any) -> str | None:
     """Return the state of a trigger's task instance; ``none`` before it is scheduled, None when it is gone."""
     if ti is None:
         return None
+    key = TaskKey(ti.dag_id, ti.run_id, ti.task_id, -1 if ti.map_index is None else ti.map_index)
+    return (await states_of([key])).get(key)
+
+
+async def states_of(tasks: Collection[TaskKey]) -> dict[TaskKey, str]:
+    """Return the states of task instances; ``none`` before one is scheduled. Those that are gone are left out."""
     from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
-    mapped = ti.map_index is not None and ti.map_index >= 0
-    states = await in_thread(
-        RuntimeTaskInstance.get_task_states,
-        dag_id=ti.dag_id,
-        task_ids=[ti.task_id],
-        run_ids=[ti.run_id],
-        map_index=ti.map_index if mapped else None,
-    )
-    of_run = states.get(ti.run_id) or {}
-    key = f"{ti.task_id}_{ti.map_index}" if mapped else ti.task_id
-    if key not in of_run:
-        return None
-    return "none" if of_run[key] is None else str(of_run[key])
+    found: dict[TaskKey, str] = {}
+    of_dag = itemgetter(0, 2)
+    # In one answer `load_1` may be a task, or number 1 of a task `load`: so one question for each task of a DAG.
+    for (dag_id, task_id), some in groupby(sorted(tasks, key=of_dag), key=of_dag):
+        keys = list(some)
+        indexes = {key.map_index for key in keys}
+        only = indexes.pop() if len(indexes) == 1 else -1
+        for runs in _in_parts(sorted({key.run_id for key in keys})):
+            states = await in_thread(
+                RuntimeTaskInstance.get_task_states,
+                dag_id=dag_id,
+                task_ids=[task_id],
+                run_ids=runs,
+                map_index=only if only >= 0 else None,
+            )
+            for key in keys:
+                name = key.task_id if key.map_index < 0 else f"{key.task_id}_{key.map_index}"
+                of_run = states.get(key.run_id) or {}
+                if name in of_run:
+                    found[key] = "none" if of_run[name] is None else str(of_run[name])
+    return found
+
+
+def _in_parts(runs: list[str]) -> Iterator[list[str]]:
+    for begin in range(0, len(runs), RUNS_AT_ONCE):
+        yield runs[begin : begin + RUNS_AT_ONCE]
 
 
 async def push_xcom(ti: Any, value: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pgbg_orchestration import errors
 from pgbg_orchestration.errors import PgbgError
+from pgbg_orchestration.options import WhenOrphaned
 from pgbg_orchestration.outcome import Cause, ErrorFields, Outcome
 
 STATES = ("running", "waiting", "committed", "cancelled", "failed", "lost", "unknown")
@@ -52,6 +53,29 @@ class JobEntry:
     def of(cls, row: dict[str, Any]) -> JobEntry:
         """Read a row of the ``jobs`` view."""
         return cls(**{**row, "cause": Cause.known(row["cause"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A job that is at work, or may begin, while the session that registered its launch is gone.
+
+    Attributes
+    ----------
+    state:
+        ``running`` or ``waiting``.
+    launched_by:
+        Host and process of the launcher that is gone.
+    when_orphaned:
+        What is to become of it where nobody wants it any more, as its caller said.
+    """
+
+    owner: str
+    job_id: str
+    label: str | None
+    series: str
+    state: str
+    launched_by: str
+    when_orphaned: WhenOrphaned
 
 
 @dataclass(frozen=True, slots=True)

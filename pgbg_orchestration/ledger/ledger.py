@@ -22,13 +22,14 @@ from psycopg.rows import dict_row
 
 from pgbg_orchestration import pace
 from pgbg_orchestration.errors import ServerUnreachable
+from pgbg_orchestration.options import WhenOrphaned
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
 from pgbg_orchestration.postgres.opening import Quote
 from pgbg_orchestration.rows import Column, Rows
 
 from . import queries
-from .history import Durations, JobEntry
+from .history import Durations, JobEntry, Orphan
 from .line import Line
 from .sighting import SUPERVISES, Key, Registration, Sighting
 
@@ -143,11 +144,15 @@ class Ledger:
         kind: str,
         sql_digest: bytes,
         accept_changed_sql: bool,
+        when_orphaned: WhenOrphaned | None = None,
     ) -> Registration:
         """Register a launch: committed when this returns, so that everybody knows of it before it runs."""
         query = self._query("register")
         here = this_process()
-        arguments = (key.owner, key.job_id, key.series, generation, label, kind, sql_digest, accept_changed_sql, here)
+        arguments = (
+            key.owner, key.job_id, key.series, generation, label, kind, sql_digest, accept_changed_sql, here,
+            when_orphaned,
+        )  # fmt: skip
         row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
         return Registration(**row)
 
@@ -160,14 +165,15 @@ class Ledger:
         kind: str,
         sql_digest: bytes,
         accept_changed_sql: bool,
+        when_orphaned: WhenOrphaned | None,
         quote: Quote,
     ) -> str:
         """Return what registers a job, as an item of FROM, where nothing is known of it or of its series."""
         given = (
             key.owner, key.job_id, key.series, generation, label, str(kind), sql_digest, accept_changed_sql,
-            this_process(), True,
+            this_process(), when_orphaned, True,
         )  # fmt: skip
-        return f"{self._name('register')}({', '.join(map(quote, given))})"
+        return f"{self._name('register_launch')}({', '.join(map(quote, given))})"
 
     def _name(self, function: str) -> str:
         return sql.Identifier(self.schema, function).as_string(None)
@@ -334,6 +340,27 @@ class Ledger:
             return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
 
         return [JobEntry.of(row) for row in await self._reader.ask(ask)]
+
+    async def orphans(self, *, series: str | None = None, job_id: str | None = None) -> list[Orphan]:
+        """Return the jobs that are at work, or may begin, without the session that registered their launch.
+
+        Only those of which their caller said what is to become of them (``Options.when_orphaned``). Another process may
+        be attached to one by now: who asks has to know whether anybody still wants it.
+
+        Parameters
+        ----------
+        series:
+            Only those that fit; ``*`` and ``?`` stand for any characters, and for one.
+        job_id:
+            Only this one (of each owner).
+        """
+        query = self._query("orphans")
+        arguments = {"series": _like(series), "job_id": job_id}
+
+        async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
+            return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
+
+        return [Orphan(**row) for row in await self._reader.ask(ask)]
 
     async def durations(
         self,

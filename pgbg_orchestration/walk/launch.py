@@ -81,6 +81,7 @@ class Launches:
                 kind=work.kind,
                 sql_digest=work.sql_digest,
                 accept_changed_sql=case.options.accept_changed_sql,
+                when_orphaned=case.options.when_orphaned,
                 quote=quote,
             ),
             text=case.text,
@@ -136,6 +137,7 @@ class Launches:
             kind=work.kind,
             sql_digest=work.sql_digest,
             accept_changed_sql=case.options.accept_changed_sql,
+            when_orphaned=case.options.when_orphaned,
         )
         # A superseded one is seen to be by the next look.
         case.memory = case.memory.registered(registration)

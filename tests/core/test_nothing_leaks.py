@@ -240,7 +240,7 @@ HARMLESS = {
     "await_no_standby",
 }
 """Functions that read and write nothing of anybody's jobs."""
-OF_THE_LOGIN = {"prune", "list_jobs"}
+OF_THE_LOGIN = {"prune", "list_jobs", "orphans"}
 """Functions that take no owner, and keep to what the login may see."""
 
 
@@ -276,7 +276,7 @@ async def test_no_function_takes_another_owner(db: Watched, enemy: psycopg.Conne
                 enemy.execute(call.encode())
         tried.add(name)
     assert tried >= {"begin_job", "begin_work", "begin_supervision",
-                     "end_supervision", "register", "look", "mark_cancelled",
+                     "end_supervision", "register", "register_launch", "orphans", "look", "mark_cancelled",
                      "mark_older", "lift_cancel", "record", "prune", "list_jobs", "supervise", "owner_for",
                      "keep_chunk", "keep_set", "keep_table"}  # fmt: skip
     assert db.sql(f"{everything}, array(select j::text from pgbg.job j)") == before

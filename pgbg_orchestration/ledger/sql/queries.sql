@@ -12,7 +12,7 @@ left join pg_catalog.pg_stat_activity as a on a.pid = l.holder_pid
 order by l.number
 
 -- name: register
-select r.* from {schema}.register(%s, %s, %s, %s, %s, %s, %s, %s, %s) as r,
+select r.* from {schema}.register_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) as r,
     {await_no_standby} as how
 
 -- name: settling
@@ -124,6 +124,10 @@ select j.owner, j.job_id, j.label, j.series, j.generation, j.kind, j.state, j.at
        j.message, j.detail, j.hint, j.context, j.cancelled_by, j.reason, j.worker_pid, j.started_at, j.cause,
        j.has_launcher
 from {schema}.list_jobs(%(job_id)s, %(label)s, %(series)s, %(since)s, %(states)s::text[], %(limit)s) as j
+
+-- name: orphans
+select o.owner, o.job_id, o.label, o.series, o.state, o.launched_by, o.when_orphaned
+from {schema}.orphans(%(series)s, %(job_id)s) as o
 
 -- name: durations
 -- How long the jobs of a name took: those that committed, from the beginning of their work to its end as it is known.

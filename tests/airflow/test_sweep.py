@@ -1,0 +1,528 @@
+"""Orphans are found and cancelled, and nothing else is: on a real server, with Airflow's answers stood in for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+from airflow_provider import sweep as sweep_module
+from airflow_provider.hook import PgBackgroundHook
+from airflow_provider.identity import TaskKey, series_of, task_of
+from airflow_provider.sweep import ENDED, States, Sweeper, sweep, sweeping
+from airflow_provider.triggers import PgBackgroundTrigger
+from airflow_provider.triggers.task import GOES_ON, state_of, states_of
+from pgbg_orchestration import Cause, Job, Launcher
+from tests.conftest import Database
+
+pytestmark = [pytest.mark.airflow, pytest.mark.servers("real", "embedded")]
+
+LOAD = TaskKey("books", "q1", "load", -1)
+
+
+def _states(of: Mapping[TaskKey, str]) -> States:
+    async def answer(tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+        return {task: of[task] for task in tasks if task in of}
+
+    return answer
+
+
+def _in_turn(*answers: str | BaseException) -> States:
+    """What one question after the other is told of the task; the last answer stays."""
+    left = list(answers)
+
+    async def answer(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+        told = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(told, BaseException):
+            raise told
+        return {LOAD: told}
+
+    return answer
+
+
+async def _until(there: Callable[[], Any] | Callable[[], Awaitable[Any]]) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            found = there()
+            if await found if isinstance(found, Awaitable) else found:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def _orphan(
+    database: Database, task: TaskKey = LOAD, *, name: str = "", number: str = "1.0", **options: Any
+) -> str:
+    """Leave a job at work, whose launcher is gone; returns its id."""
+    series = series_of(*task)
+    job = Job(
+        "select pg_sleep(300)",
+        id=f"{series}#{number}{name}",
+        series=f"{series}{name}",
+        generation=1,
+        label=f"{task.task_id}{name}",
+    )
+    said = {"when_orphaned": "cancel", **options}
+    async with Launcher(database.conninfo) as launcher:
+        running = asyncio.create_task(launcher.run(job, on_cancel="leave", **said))
+        await _until(lambda: _state_of(database, job.id or "") == "running")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    with database.connect() as admin:
+        await _until(
+            lambda: (
+                admin.execute("select not has_launcher from pgbg.jobs where job_id = %s", (job.id,)).fetchone()
+                == (True,)
+            )
+        )
+    return job.id or ""
+
+
+def _state_of(database: Database, job_id: str) -> str | None:
+    with database.connect() as admin:
+        row = admin.execute("select state from pgbg.jobs where job_id = %s", (job_id,)).fetchone()
+        return None if row is None else row[0]
+
+
+async def _sweep(database: Database, states: States, told: set[str] | None = None) -> None:
+    async with Launcher(database.conninfo) as launcher:
+        await sweep(launcher, states, set() if told is None else told)
+
+
+async def _end(database: Database, *job_ids: str) -> None:
+    """End what a test left at work on purpose."""
+    async with Launcher(database.conninfo) as launcher:
+        for job_id in job_ids:
+            await launcher.cancel(job_id)
+
+
+@pytest.mark.usefixtures("no_worker_left")
+class TestOrphans:
+    @pytest.mark.parametrize("state", sorted(ENDED))
+    async def test_a_task_that_has_ended(
+        self, database: Database, state: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        job_id = await _orphan(database)
+
+        await _sweep(database, _states({LOAD: state}))
+
+        assert _state_of(database, job_id) == "cancelled"
+        with database.connect() as admin:
+            cause, reason = admin.execute("select cause, reason from pgbg.jobs").fetchone() or ("", "")
+        assert cause == Cause.RUN_GONE
+        assert f"the Airflow task is {state}, and the launcher " in reason
+        assert f"its task is {state}" in caplog.text
+        assert "cancelled now" in caplog.text
+
+    @pytest.mark.parametrize("state", [*GOES_ON, "a state of a newer Airflow"])
+    async def test_a_task_that_goes_on(self, database: Database, state: str) -> None:
+        job_id = await _orphan(database)
+
+        await _sweep(database, _states({LOAD: state}))
+
+        assert _state_of(database, job_id) == "running"
+        await _end(database, job_id)
+
+    async def test_a_task_that_this_airflow_does_not_know(self, database: Database) -> None:
+        """It may be another Airflow's, in the same database."""
+        job_id = await _orphan(database)
+
+        await _sweep(database, _states({}))
+
+        assert _state_of(database, job_id) == "running"
+        await _end(database, job_id)
+
+    async def test_a_job_of_which_nothing_was_said(self, database: Database) -> None:
+        """A submission that nobody waits for, or a launch of a release before this."""
+        job_id = await _orphan(database, when_orphaned=None)
+
+        await _sweep(database, _states({LOAD: "failed"}))
+
+        assert _state_of(database, job_id) == "running"
+        await _end(database, job_id)
+
+    async def test_a_task_that_leaves_its_worker(self, database: Database, caplog: pytest.LogCaptureFixture) -> None:
+        job_id = await _orphan(database, when_orphaned="leave")
+        told: set[str] = set()
+
+        for _ in range(3):
+            await _sweep(database, _states({LOAD: "failed"}), told)
+
+        assert _state_of(database, job_id) == "running"
+        assert caplog.text.count("left at work (cancel_on_kill=False)") == 1
+        await _end(database, job_id)
+        await _sweep(database, _states({LOAD: "failed"}), told)
+        assert told == set(), "what has ended is forgotten"
+
+    async def test_the_members_of_a_batch(self, database: Database) -> None:
+        jobs = [await _orphan(database, name=name) for name in ("/one", "/two/-1/3")]
+        other = await _orphan(database, TaskKey("books", "q1", "load", 0), name="/one")
+
+        await _sweep(database, _states({LOAD: "success"}))
+
+        assert [_state_of(database, job_id) for job_id in (*jobs, other)] == ["cancelled", "cancelled", "running"]
+        await _end(database, other)
+
+    async def test_a_job_of_nobody_in_airflow(self, database: Database) -> None:
+        async with Launcher(database.conninfo) as launcher:
+            running = asyncio.create_task(
+                launcher.run(Job("select pg_sleep(300)", id="mine"), on_cancel="leave", when_orphaned="cancel")
+            )
+            await _until(lambda: _state_of(database, "mine") == "running")
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+        await _sweep(database, _states({LOAD: "failed"}))
+
+        assert _state_of(database, "mine") == "running"
+        await _end(database, "mine")
+
+    async def test_a_task_that_is_cleared_at_the_last_moment(self, database: Database) -> None:
+        job_id = await _orphan(database)
+
+        await _sweep(database, _in_turn("failed", "none"))
+
+        assert _state_of(database, job_id) == "running"
+        await _end(database, job_id)
+
+    async def test_a_job_that_is_launched_again_at_the_last_moment(self, database: Database) -> None:
+        """The word for its launcher is asked again too."""
+        job_id = await _orphan(database)
+        asked = 0
+
+        async def answer(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+            nonlocal asked
+            asked += 1
+            with database.connect() as admin:
+                admin.execute("update pgbg.job set launcher_pid = (select pid from pg_stat_activity where"
+                              " application_name = 'pgbg: looking' limit 1)")  # fmt: skip
+            return {LOAD: "failed"}
+
+        await _sweep(database, answer)
+
+        assert (asked, _state_of(database, job_id)) == (1, "running")
+        await _end(database, job_id)
+
+    async def test_two_that_sweep_at_once(self, database: Database, caplog: pytest.LogCaptureFixture) -> None:
+        jobs = [await _orphan(database, TaskKey("books", f"q{n}", "load", -1)) for n in range(4)]
+        states = _states({TaskKey("books", f"q{n}", "load", -1): "failed" for n in range(4)})
+
+        await asyncio.gather(*(_sweep(database, states) for _ in range(4)))
+
+        assert {_state_of(database, job_id) for job_id in jobs} == {"cancelled"}
+        assert "could not be cancelled" not in caplog.text
+        with database.connect() as admin:
+            assert admin.execute("select count(*) from pgbg.receipt").fetchone() == (4,)
+
+    async def test_what_has_ended_meanwhile(self, database: Database) -> None:
+        job_id = await _orphan(database)
+
+        async def answer(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+            await _end(database, job_id)
+            return {LOAD: "failed"}
+
+        await _sweep(database, answer)
+
+        with database.connect() as admin:
+            assert admin.execute("select cause from pgbg.receipt").fetchall() == [("asked",)]
+
+    async def test_a_cancel_that_fails(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The others are cancelled all the same, and the next look tries it again."""
+        other = TaskKey("books", "q2", "load", -1)
+        first, second = await _orphan(database), await _orphan(database, other)
+        cancel = Launcher.cancel
+
+        async def fails(self: Launcher, job_id: str, **named: Any) -> Any:
+            if job_id == first:
+                raise OSError("the network")
+            return await cancel(self, job_id, **named)
+
+        monkeypatch.setattr(Launcher, "cancel", fails)
+        await _sweep(database, _states({LOAD: "failed", other: "failed"}))
+        assert [_state_of(database, job_id) for job_id in (first, second)] == ["running", "cancelled"]
+        assert f"The orphan {first} could not be cancelled: the network" in caplog.text
+
+        monkeypatch.undo()
+        await _sweep(database, _states({LOAD: "failed", other: "failed"}))
+        assert _state_of(database, first) == "cancelled"
+
+    async def test_a_database_without_the_schema(self, extension_database: Database) -> None:
+        """Sensors of workers that were launched by hand need none."""
+        await _sweep(extension_database, _states({LOAD: "failed"}))
+
+
+@pytest.mark.usefixtures("no_worker_left")
+class TestWhatIsHealthy:
+    """A task that was marked has its worker cancelled by its own trigger: as long as that lives, nobody else does."""
+
+    async def test_a_launcher_that_lives(self, database: Database) -> None:
+        series = series_of(*LOAD)
+        async with Launcher(database.conninfo) as launcher:
+            job = Job("select pg_sleep(300)", id=f"{series}#1.0", series=series, generation=1)
+            running = asyncio.create_task(launcher.run(job, when_orphaned="cancel"))
+            await _until(lambda: _state_of(database, job.id or "") == "running")
+
+            await _sweep(database, _states({LOAD: "failed"}))
+
+            assert _state_of(database, job.id or "") == "running"
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    @pytest.mark.parametrize("days", [-400, 400])
+    async def test_a_clock_that_is_wrong(self, database: Database, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
+        """Attached to by another process, after its launcher died: nothing that a clock says is asked."""
+        job_id = await _orphan(database)
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + days * 86_400)
+
+        await _sweep(database, _states({LOAD: "deferred"}))
+        assert _state_of(database, job_id) == "running"
+
+        await _sweep(database, _states({LOAD: "failed"}))
+        assert _state_of(database, job_id) == "cancelled"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute is a tenth of a second."""
+    monkeypatch.setattr(sweep_module, "ORPHANS_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("no_worker_left")
+class TestNowAndThen:
+    async def test_it_goes_on_while_it_is_held(self, database: Database, quick: None) -> None:
+        sweeper = Sweeper(database.conninfo, "pgbg", _in_turn("deferred", "deferred", "deferred", "failed"))
+        job_id = await _orphan(database)
+
+        with sweeper.held():
+            await _until(lambda: _state_of(database, job_id) == "cancelled")
+
+    async def test_a_failing_look_is_made_again(
+        self, database: Database, quick: None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sweeper = Sweeper(database.conninfo, "pgbg", _in_turn(OSError("Airflow is away"), "failed"))
+        job_id = await _orphan(database)
+
+        with sweeper.held():
+            await _until(lambda: _state_of(database, job_id) == "cancelled")
+
+        assert "Orphans cannot be looked for now" in caplog.text
+        assert "Airflow is away" in caplog.text
+
+    async def test_many_share_one_look_a_minute(self, database: Database) -> None:
+        looks = 0
+
+        async def count(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+            nonlocal looks
+            looks += 1
+            return {LOAD: "deferred"}
+
+        job_id = await _orphan(database)
+        for _ in range(3):
+            with sweeping(database.conninfo, "pgbg", count), sweeping(database.conninfo, "pgbg", count):
+                await _until(lambda: looks)
+                await asyncio.sleep(0.1)
+        assert looks == 1
+        await _end(database, job_id)
+
+    async def test_a_look_is_let_end(self, database: Database) -> None:
+        """Short jobs, each of which is there alone, would otherwise never have one made."""
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+            begun.set()
+            await go_on.wait()
+            return {LOAD: "failed"}
+
+        job_id = await _orphan(database)
+        with sweeping(database.conninfo, "pgbg", slow):
+            await begun.wait()
+        go_on.set()
+
+        await _until(lambda: _state_of(database, job_id) == "cancelled")
+
+    async def test_nothing_is_left_of_it(self, database: Database) -> None:
+        before = asyncio.all_tasks()
+        with sweeping(database.conninfo, "pgbg", _states({})):
+            await asyncio.sleep(0.5)
+            assert asyncio.all_tasks() > before
+
+        await _until(lambda: asyncio.all_tasks() == before)
+
+
+@pytest.mark.usefixtures("no_worker_left")
+class TestTriggers:
+    @pytest.fixture(autouse=True)
+    def _connection(self, monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
+        monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
+        monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
+        monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
+
+    def _trigger(self, sql: str, *, in_triggerer: bool = True, **options: Any) -> PgBackgroundTrigger:
+        series = series_of("books", "q9", "other")
+        job = {"id": f"{series}#1.0", "series": series, "generation": 1, "label": "other", "sql": sql}
+        trigger = PgBackgroundTrigger(job=job, **options)
+        if in_triggerer:
+            trigger.task_instance = SimpleNamespace(dag_id="books", task_id="other", run_id="q9", map_index=-1)
+        return trigger
+
+    async def _fired(self, trigger: PgBackgroundTrigger) -> dict[str, Any]:
+        (event,) = [event async for event in trigger.run()]
+        payload: dict[str, Any] = event.payload
+        return payload
+
+    @pytest.mark.parametrize(("cancel_on_kill", "said"), [(True, "cancel"), (False, "leave")])
+    async def test_what_is_to_become_of_an_orphan(self, database: Database, cancel_on_kill: bool, said: str) -> None:
+        await self._fired(self._trigger("select 1", cancel_on_kill=cancel_on_kill))
+
+        with database.connect() as admin:
+            assert admin.execute("select when_orphaned from pgbg.job").fetchall() == [(said,)]
+
+    async def test_any_trigger_of_ours_looks_for_orphans(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id = await _orphan(database)
+        monkeypatch.setattr("airflow_provider.triggers.base.states_of", _states({LOAD: "failed"}))
+        trigger = self._trigger("select pg_sleep(2)")
+
+        assert (await self._fired(trigger))["status"] == "committed"
+
+        await _until(lambda: _state_of(database, job_id) == "cancelled")
+
+    async def test_a_look_that_fails_fails_no_task(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        job_id = await _orphan(database)
+        monkeypatch.setattr("airflow_provider.triggers.base.states_of", _in_turn(OSError("Airflow is away")))
+
+        assert (await self._fired(self._trigger("select pg_sleep(1)")))["status"] == "committed"
+
+        await _end(database, job_id)
+
+    async def test_what_it_logs_is_no_tasks(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """In the context of a trigger it would stand in the log of that trigger's task."""
+        import contextvars
+
+        of_trigger = contextvars.ContextVar[str]("of_trigger", default="none")
+        seen: list[str] = []
+
+        class Seeing(logging.Filter):
+            def filter(self, _record: logging.LogRecord) -> bool:
+                seen.append(of_trigger.get())
+                return True
+
+        monkeypatch.setattr("airflow_provider.triggers.base.states_of", _states({LOAD: "failed"}))
+        job_id = await _orphan(database)
+        of_trigger.set("a trigger's")
+        filtering = Seeing()
+        sweep_module.logger.addFilter(filtering)
+        try:
+            await self._fired(self._trigger("select pg_sleep(1)"))
+            await _until(lambda: _state_of(database, job_id) == "cancelled" and seen)
+        finally:
+            sweep_module.logger.removeFilter(filtering)
+        assert set(seen) == {"none"}
+
+    async def test_outside_of_a_triggerer_nobody_looks(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id = await _orphan(database)
+        monkeypatch.setattr("airflow_provider.triggers.base.states_of", _states({LOAD: "failed"}))
+
+        assert (await self._fired(self._trigger("select pg_sleep(1)", in_triggerer=False)))["status"] == "committed"
+
+        assert _state_of(database, job_id) == "running"
+        await _end(database, job_id)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "task",
+        [LOAD, LOAD._replace(map_index=3), LOAD._replace(run_id="a/b/1"), LOAD._replace(run_id="manual#1/x")],
+    )
+    @pytest.mark.parametrize("number", ["0.0", "1.try2", "0192d3a4-0000-7000-8000-000000000000"])
+    @pytest.mark.parametrize("name", ["", "/one", "/a/b/-1", "/#1"])
+    def test_of_a_task(self, task: TaskKey, number: str, name: str) -> None:
+        series = series_of(*task)
+        assert task_of(f"{series}{name}", f"{series}#{number}{name}") == task
+
+    @pytest.mark.parametrize(
+        ("series", "job_id"),
+        [
+            ("mine", "mine#1"),
+            ("airflow:books/q1/load/-1", "another"),
+            ("airflow:books/q1/load/-1", "airflow:books/q1/load/-1"),
+            ("airflow:books/q1/load/-1", "airflow:books/q1/load/-1#1.0/one"),
+            ("airflow:books/q1/load/-1/one", "airflow:books/q1/load/-1#1.0"),
+            ("airflow:books/q1/load/-1/one", "airflow:books/q1/load/-1/one"),
+            ("airflow:books/q1/load", "airflow:books/q1/load#1.0"),
+            ("airflow:books/q1/load/x", "airflow:books/q1/load/x#1.0"),
+            ("dagster:books/q1/load/-1", "dagster:books/q1/load/-1#1.0"),
+        ],
+    )
+    def test_of_none(self, series: str, job_id: str) -> None:
+        assert task_of(series, job_id) is None
+
+
+class TestStates:
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+        """What Airflow was asked; it knows the task `load`, mapped in run m, and the task `load_1`."""
+        known: dict[str, dict[str, dict[str, str | None]]] = {
+            "load": {"q1": {"load": "success"}, "q2": {"load": None}, "m": {"load_0": "failed", "load_1": "running"}},
+            "load_1": {"m": {"load_1": "success"}},
+        }
+        questions: list[dict[str, Any]] = []
+
+        def answer(**question: Any) -> dict[str, Any]:
+            questions.append(question)
+            (task_id,) = question["task_ids"]
+            index = question["map_index"]
+            return {
+                run: {k: v for k, v in found.items() if index is None or k == f"{task_id}_{index}"}
+                for run, found in known[task_id].items()
+                if run in question["run_ids"] and question["dag_id"] == "books"
+            }
+
+        monkeypatch.setattr(RuntimeTaskInstance, "get_task_states", staticmethod(answer))
+        return questions
+
+    async def test_of_many_at_once(self, asked: list[dict[str, Any]]) -> None:
+        tasks = {
+            TaskKey("books", "q1", "load", -1): "success",
+            TaskKey("books", "q2", "load", -1): "none",
+            TaskKey("books", "m", "load", 0): "failed",
+            TaskKey("books", "m", "load", 1): "running",
+            TaskKey("books", "m", "load_1", -1): "success",
+        }
+        strangers = [
+            TaskKey("books", "q3", "load", -1),
+            TaskKey("films", "q1", "load", -1),
+            TaskKey("books", "q1", "load", 0),
+        ]
+
+        assert await states_of([*tasks, *strangers]) == tasks
+        assert len(asked) == 3, "one question for each task of a DAG"
+
+    async def test_of_more_runs_than_an_address_holds(self, asked: list[dict[str, Any]]) -> None:
+        assert await states_of([TaskKey("books", f"r{n}", "load", -1) for n in range(120)]) == {}
+        assert sum(len(question["run_ids"]) for question in asked) == 120
+        assert max(len(question["run_ids"]) for question in asked) <= 50
+
+    async def test_of_one(self, asked: list[dict[str, Any]]) -> None:
+        def ti(run_id: str, map_index: int | None) -> SimpleNamespace:
+            return SimpleNamespace(dag_id="books", run_id=run_id, task_id="load", map_index=map_index)
+
+        assert await state_of(ti("q1", None)) == "success"
+        assert await state_of(ti("q2", -1)) == "none"
+        assert await state_of(ti("m", 1)) == "running"
+        assert await state_of(ti("away", -1)) is None
+        assert await state_of(None) is None
+        assert [question["map_index"] for question in asked] == [None, None, 1, None]
