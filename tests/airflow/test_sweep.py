@@ -370,7 +370,8 @@ class TestTriggers:
         job = {"id": f"{series}#1.0", "series": series, "generation": 1, "label": "other", "sql": sql}
         trigger = PgBackgroundTrigger(job=job, **options)
         if in_triggerer:
-            trigger.task_instance = SimpleNamespace(dag_id="books", task_id="other", run_id="q9", map_index=-1)
+            ti: Any = SimpleNamespace(dag_id="books", task_id="other", run_id="q9", map_index=-1)
+            trigger.task_instance = ti
         return trigger
 
     async def _fired(self, trigger: PgBackgroundTrigger) -> dict[str, Any]:
