@@ -90,6 +90,7 @@ async def test_rows_that_nobody_reads_are_not_polled_for(db: Watched, monkeypatc
     async with Launcher(db.conninfo) as launcher:
         await within(launcher.run(Job("select 1")))
         await eventually(lambda: listener(db), "it listens")
+        monkeypatch.setattr(pace, "LOOK_SOONEST", 600)
         monkeypatch.setattr(HandleSession, "poll", poll)
         sql = ("{}; select generate_series(1, {})", "{}; insert into effects select 'j' from generate_series(1, {})")
         jobs = [Job(sql[n % 2].format(slow(f"j{n}", 1), n), id=f"j{n}") for n in range(1, 21)]
