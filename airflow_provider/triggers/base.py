@@ -252,7 +252,7 @@ class JobTrigger(ServerTrigger):
         from pgbg_orchestration.outcome import OF_A_TRY
 
         try:
-            job = job_of(arguments)
+            job = await asyncio.to_thread(job_of, arguments)  # a long text takes seconds
         except TypeError as error:
             # Leaving out what is not known could run something else than what was meant.
             raise InvalidJob(

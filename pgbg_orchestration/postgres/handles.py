@@ -198,6 +198,9 @@ class HandleSession:
                 return
             self._answered = asyncio.get_running_loop().time()
             self._spent = self._answered - began
+            # What would have been done at a notification, had it come before.
+            well = [waiting[handle] for handle, info in found.items() if info and info.completed and not info.has_error]
+            await self._settle_and_forget([w for w in well if w.claim is not None and not w.ended.done()])
         for handle, info in found.items():
             worker = waiting[handle]
             if not worker.ended.done() and (info is None or info.completed):
@@ -238,13 +241,18 @@ class HandleSession:
         while self._heard and not self.lost:
             async with self._turn:
                 heard, self._heard = self._heard, {}
-                waiting = [worker for worker in heard.values() if not worker.ended.done()]
-                ended = await self._settle(waiting) if waiting and not self.lost else []
-                for worker, info in ended:
-                    if not worker.ended.done():
-                        worker.ended.set_result(info)
-                if ended and not self.lost:
-                    await self._forget([worker for worker, _ in ended])
+                await self._settle_and_forget([worker for worker in heard.values() if not worker.ended.done()])
+
+    async def _settle_and_forget(self, workers: Sequence[Worker]) -> None:
+        """Tell how launches ended that committed, when their ends are in the history, and forget their handles."""
+        if not workers or self._settling is None or self.lost:
+            return
+        ended = await self._settle(workers)
+        for worker, info in ended:
+            if not worker.ended.done():
+                worker.ended.set_result(info)
+        if ended and not self.lost:
+            await self._forget([worker for worker, _ in ended])
 
     async def _settle(self, workers: Sequence[Worker]) -> list[tuple[Worker, ResultInfo]]:
         assert self._settling is not None

@@ -12,6 +12,7 @@ from psycopg import AsyncConnection, IsolationLevel, sql
 from pgbg_orchestration import pace
 from pgbg_orchestration.rows import Column
 from pgbg_orchestration.testing import faults
+from pgbg_orchestration.threads import off_loop
 
 from . import connection, describe, opening
 from .connection import ConnectionLost, ExtensionMoved
@@ -79,7 +80,8 @@ class LaunchingSession(HandleSession):
         return asyncio.create_task(self._begin(text, settings, poll_interval))
 
     async def _begin(self, text: Opening, settings: Mapping[str, str], poll_interval: float | None) -> Begun:
-        script = text.script(self._conn, settings, self.extension.name("launch"))
+        launch = self.extension.name("launch")
+        script = await off_loop(len(text.text), lambda: text.script(self._conn, settings, launch))
         async with self._turn:
             faults.point("before_launch")
             sent = False

@@ -25,6 +25,7 @@ READ_ONLY = "default_transaction_read_only"
 _ZERO = re.compile(r"\+?0+(\.0*)?\s*(us|ms|s|min|h|d)?")
 _ON = frozenset({"on", "true", "yes", "1", "t", "tr", "tru", "y", "ye"})
 _OFF = frozenset({"off", "of", "false", "no", "0", "f", "fa", "fal", "fals", "n"})
+_SET_CONFIG = re.compile("set_config", re.IGNORECASE)
 _UTF8 = frozenset({"utf8", "unicode"})
 
 _INSTEAD = {
@@ -69,7 +70,7 @@ def assignment(statement: Statement) -> Assignment | None:
             words = [*tokens(statement.text)][1:]
             name = _name(words)
             return Assignment("*" if name == "all" else name, None)
-        case ("SELECT",):
+        case ("SELECT",) if _may_call(statement):
             given = [*tokens(statement.text)][1:]
             found = _calls(statement, given)
             # Nothing but the call: its closing parenthesis ends the statement.
@@ -211,9 +212,14 @@ def _unquoted(word: Token) -> str:
 
 def _inside(statement: Statement) -> list[Assignment]:
     """Return the calls of ``set_config`` with constants in a query."""
-    if statement.keywords[:1] not in (("SELECT",), ("WITH",)):
+    if statement.keywords[:1] not in (("SELECT",), ("WITH",)) or not _may_call(statement):
         return []
     return _calls(statement, [*tokens(statement.text)])
+
+
+def _may_call(statement: Statement) -> bool:
+    """Tell whether a look at the statement's words is worth its time: for a long one that is seconds."""
+    return _SET_CONFIG.search(statement.text) is not None
 
 
 def _calls(statement: Statement, found: list[Token]) -> list[Assignment]:

@@ -63,7 +63,7 @@ def concurrent_index(statements: Sequence[Statement]) -> ConcurrentIndex | None:
     statements:
         The job's statements, with parameters in.
     """
-    if len(statements) != 1:
+    if len(statements) != 1 or "CONCURRENTLY" not in statements[0].keywords:
         return None
     try:
         words = _Words(statements[0].text)

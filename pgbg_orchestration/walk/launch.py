@@ -23,6 +23,7 @@ from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
+from pgbg_orchestration.threads import off_loop
 from pgbg_orchestration.verdict import Intent
 
 from . import failures, steps
@@ -70,7 +71,7 @@ class Launches:
         ):
             return  # its output is read while it runs
         faults.point("before_register")
-        case.text = telemetry.comment() + work.text(self._host.schema)
+        case.text = telemetry.comment() + await off_loop(work.size, lambda: work.text(self._host.schema))
         case.opening = Opening(
             owner=work.key.owner,
             job_id=work.key.job_id,
@@ -191,7 +192,7 @@ class Launches:
             settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
             calls = facts.extension.supervision(readable.columns, padded=readable.padded)
             return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
-        text = work.text(self._host.schema)
+        text = await off_loop(work.size, lambda: work.text(self._host.schema))
         if not case.options.notices and case.feed is None:
             return text
         if case.session is None or case.session.lost:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from pgbg_orchestration.postgres.pg_background import DEFAULT_QUEUE_BYTES
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.statements.giving import giving
+from pgbg_orchestration.threads import off_loop
 
 from . import keeping, steps
 
@@ -63,6 +64,8 @@ class Work:
     label: str
     statements: tuple[statements.Statement, ...]
     sql_digest: bytes
+    applied: Mapping[str, str]  # what its text sets too late, and its launch therefore
+    gives_rows: bool  # its last statement may give rows
     kept: tuple[keeping.Keeping, ...] = ()  # statements whose rows are kept
     is_streamed: bool = False  # its rows are read as they come
     may_mark: bool = False  # every role may run what tells the statement that is at work
@@ -84,15 +87,17 @@ class Work:
         Only the last statement's rows are sent: so there is no output that has to be read, and however many rows there
         are, their number and the tag are told.
         """
-        last = self.statements[-1]
-        if self.kept or self.is_streamed or statements.best_alone(last):
-            return False
-        return giving(last) is not None or last.keywords[:1] in (("FETCH",), ("EXECUTE",))
+        return self.gives_rows and not self.kept and not self.is_streamed
 
     @property
     def is_counted(self) -> bool:
         """Whether its handle or its result have the job's own count and tag, not those of our keeping."""
         return not self.kept and not self.is_streamed
+
+    @property
+    def size(self) -> int:
+        """How many characters its statements have."""
+        return sum(len(statement.text) for statement in self.statements)
 
     @property
     def verify_sql(self) -> str | None:
@@ -249,7 +254,7 @@ class Work:
             bound = int((max(seconds_left, 0) + pace.DEADLINE_MARGIN) * 1000)
             settings["pg_background.worker_timeout"] = str(min(bound, 2**31 - 1))
         settings |= self.job.settings or {}
-        settings |= statements.applied(self.statements)  # as in psql, where the text comes last
+        settings |= self.applied  # as in psql, where the text comes last
         # In a worker the one takes the other's place, the shorter one's too.
         clock = {**defaults, **settings}
         statement = milliseconds(clock.get("statement_timeout", "0")) or 0
@@ -292,6 +297,24 @@ async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_m
     NoPrivilege
         The login is no member of the role or of the owner.
     """
+    work = await off_loop(_size(job), lambda: _bound(job, conn, login, may_mark=may_mark))
+    if conn is not None and job.role is not None:
+        await _check_role(job, conn)
+    if conn is not None and job.owner is not None:
+        await _check_owner(job, conn)
+    if conn is None or not isinstance(job.fetch, Fetch):
+        return work
+    return replace(work, kept=await keeping.plan(job, job.fetch, work.statements, conn, work.meaning()))
+
+
+def _size(job: Job) -> int:
+    texts = [job.sql] if isinstance(job.sql, str) else job.sql
+    values = job.parameters.values() if isinstance(job.parameters, Mapping) else job.parameters or ()
+    return sum(map(len, texts)) + sum(len(value) for value in values if isinstance(value, Sized))
+
+
+def _bound(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark: bool) -> Work:
+    """Return the job's work, its parameters in; the connection is asked for its encoding only."""
     texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
     if job.parameters is not None:
         assert conn is not None
@@ -308,25 +331,26 @@ async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_m
         statements.check(parts, one_transaction=len(parts) > 1 or job.kind is Kind.RECEIPT)
     except ValueError as error:
         raise InvalidJob(str(error), job_id=job.id, label=job.label) from error
-    if conn is not None and job.role is not None:
-        await _check_role(job, conn)
-    if conn is not None and job.owner is not None:
-        await _check_owner(job, conn)
     assert job.id  # the job filled in what was not given
     assert job.series
     assert job.label
-    work = Work(
+    return Work(
         job=job,
         key=Key(job.owner or login, job.id, job.series),
         kind=Kind(job.kind or Kind.RECEIPT),
         label=job.label,
         statements=parts,
         sql_digest=hashlib.sha256(";".join(part.text for part in parts).encode()).digest(),
+        applied=statements.applied(parts),
+        gives_rows=_gives_rows(parts[-1]),
         may_mark=may_mark,
     )
-    if conn is None or not isinstance(job.fetch, Fetch):
-        return work
-    return replace(work, kept=await keeping.plan(job, job.fetch, parts, conn, work.meaning()))
+
+
+def _gives_rows(last: statements.Statement) -> bool:
+    if statements.best_alone(last):
+        return False
+    return giving(last) is not None or last.keywords[:1] in (("FETCH",), ("EXECUTE",))
 
 
 async def _check_role(job: Job, conn: AsyncConnection[Any]) -> None:

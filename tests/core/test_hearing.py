@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, pace
+from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.postgres.handles import HandleSession
 from tests.core.kit import APP, Watched, effect, eventually, slow, within
 from tests.kit import pgbouncer
@@ -100,6 +101,25 @@ async def test_rows_that_nobody_reads_are_not_polled_for(db: Watched, monkeypatc
     assert told == [(n, ("SELECT", "INSERT")[n % 2]) for n in range(1, 21)]
     kept = db.sql("select row_count, command_tag from pgbg.job where job_id ~ '^j' order by substr(job_id, 2)::int")
     assert kept == told
+
+
+async def test_ends_that_nobody_heard_of_are_written_down_together(
+    db: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The poll that finds them does what a notification has done; no job asks for its own."""
+
+    async def drain(*_: object) -> None:
+        raise AssertionError("read by itself")
+
+    db.sql(f"alter role {APP} in database {db.database.name} set pgbg.notify to off")
+    monkeypatch.setattr(HandleSession, "drain", drain)
+    monkeypatch.setattr(Ledger, "record", drain)
+    monkeypatch.setattr(pace, "LOOK_SOONEST", 600)
+    async with Launcher(db.conninfo) as launcher:
+        jobs = [Job(f"{slow(f'j{n}', 1)}; select generate_series(1, {n})", id=f"j{n}") for n in range(1, 11)]
+        outcomes = await within(asyncio.gather(*(launcher.run(job) for job in jobs)))
+    assert [outcome.row_count for outcome in outcomes] == [*range(1, 11)]
+    assert set(db.states().values()) == {"committed"}
 
 
 async def test_a_hint_before_the_commit_of_rows_that_nobody_reads(db: Watched) -> None:

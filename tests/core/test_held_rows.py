@@ -44,14 +44,15 @@ async def test_the_row_of_a_series(db: Watched) -> None:
     assert db.effects_by_job() == dict.fromkeys([*names, "free"], 1)
 
 
-async def test_the_line_of_a_job_in_the_history(db: Watched) -> None:
+@pytest.mark.parametrize("last", ["select generate_series(1, 3)", "insert into effects values ('j'), ('j'), ('j')"])
+async def test_the_line_of_a_job_in_the_history(db: Watched, last: str) -> None:
     async with Launcher(db.conninfo) as launcher:
-        running = asyncio.create_task(launcher.run(Job(f"{slow('j', 1)}; {effect('j')}", id="j")))
+        running = asyncio.create_task(launcher.run(Job(f"{slow('j', 1)}; {last}", id="j")))
         await db.at_work("j")
         with held(db, "select job_id from pgbg.job where job_id = 'j' for update"):
             await eventually(lambda: db.receipts() == {"j"}, "it has committed")
             await within(launcher.run(Job(effect("free"), id="free")), SOON)
-        assert (await within(running)).launched
+        assert (await within(running)).row_count == 3
     assert db.states() == {"j": "committed", "free": "committed"}
 
 

@@ -18,8 +18,8 @@ select r.* from {schema}.register_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
 -- name: settling
 -- Of launches that may have committed: the receipt, row count and tag, and the end written into the history. The handle
 -- tells the last statement's: before the commit, and the word "completed" a little after it. Where one of ours stands
--- behind the job's last statement, the result has the tags of all. It is read of no launch but one that committed, since
--- a read waits for the worker's end; and the handle is forgotten with that.
+-- behind the job's last statement, the result has the tags of all. That is read of no launch but one that committed, since
+-- a read waits for the worker's end; and behind the line of the history, since the handle is forgotten with it.
 select k.number::int, r.worker_pid, r.started_at, pg_catalog.clock_timestamp() as seen_at, t.row_count, t.command_tag,
        case when t.command_tag <> '' then {schema}.record(
            k.owner, k.job_id, k.attempt, 'committed', r.worker_pid, r.started_at, t.row_count, t.command_tag, null)
@@ -27,6 +27,11 @@ select k.number::int, r.worker_pid, r.started_at, pg_catalog.clock_timestamp() a
 from unnest(%s::text[], %s::text[], %s::int4[], %s::bool[], %s::int4[], %s::int8[])
     with ordinality as k (owner, job_id, attempt, is_padded, pid, cookie, number)
 join lateral {schema}.committed(k.owner, k.job_id) as r on r.attempt = k.attempt
+left join lateral (
+    select {schema}.record(k.owner, k.job_id, k.attempt, 'committed', r.worker_pid, r.started_at, null, null, null)
+    where k.is_padded
+    offset 0
+) as w (recorded) on true
 cross join lateral (
     select i.row_count, i.command_tag from {result_info}(k.pid, k.cookie) as i where not k.is_padded
     union all
@@ -34,9 +39,9 @@ cross join lateral (
     from (
         select (pg_catalog.array_agg(o.tag))[pg_catalog.count(*) - 1] as tag
         from {result}(k.pid, k.cookie) as o (tag text)
-        where k.is_padded and r.attempt = k.attempt  -- asks for the receipt first
+        where w.recorded
     ) as o
-    where k.is_padded
+    where w.recorded
 ) as t
 cross join {await_no_standby} as how
 cross join pg_catalog.set_config('lock_timeout', '250ms', true) as patience  -- what a session does, all its jobs wait for

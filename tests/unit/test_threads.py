@@ -1,0 +1,28 @@
+"""What takes long with a long text is not done in the event loop's own thread."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from pytest_mock import MockerFixture
+
+from pgbg_orchestration import Job, statements
+from pgbg_orchestration.threads import LONG
+from pgbg_orchestration.walk.work import bind
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+async def test_a_text_is_read(is_long: bool, mocker: MockerFixture) -> None:
+    job = Job("select 1" + "; select 'some text'" * (LONG // 10 if is_long else 1))
+    threads: list[threading.Thread] = []
+    check = statements.check
+
+    def checking(*args: object, **named: object) -> None:
+        threads.append(threading.current_thread())
+        check(*args, **named)  # type: ignore[arg-type]
+
+    mocker.patch.object(statements, "check", checking)
+    work = await bind(job, None, "me")
+    assert (threading.main_thread() in threads) is not is_long
+    assert len(work.statements) == (LONG // 10 + 1 if is_long else 2)
