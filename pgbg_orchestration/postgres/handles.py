@@ -111,6 +111,7 @@ class HandleSession:
         self._polls, self._looked, self._spent = 0, 0.0, 0.0  # the last is the seconds that a poll took
         self.workers: dict[Handle, Worker] = {}
         self.lost = False
+        self.is_clean = True  # no reader has left settings of its own, or a statement that was broken off
         self._token = secrets.token_hex(8)
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -356,12 +357,14 @@ class HandleSession:
             if self.lost:
                 raise ConnectionLost("the launching session is lost")
             self.workers.pop(worker.handle, None)
+            was_clean, self.is_clean = self.is_clean, False
             try:
                 if heard is not None:
                     # The session raises them again, below its own threshold too.
                     await connection.settle(self._conn, (("client_min_messages", "debug1"),))
                     self._conn.add_notice_handler(heard)
                 yield self._conn
+                self.is_clean = was_clean and heard is None
             except (psycopg.Error, OSError) as error:
                 if self._give_up_if_lost(error):
                     raise ConnectionLost(str(error)) from error

@@ -1,14 +1,18 @@
-"""Register a job and launch it in one round trip.
+"""Launch a worker in as few round trips as there may be.
 
-One text of several statements, with two transactions of its own: the registration is committed before the launch, and
-where it fails, or finds something to look at first, nothing is launched. The launch gets the generation and the attempt
-that were registered from a setting of the session, under a word that no other call knows.
+A job of which nothing is known is registered and launched in one: one text of several statements, with two transactions
+of its own. The registration is committed before the launch, and where it fails, or finds something to look at first,
+nothing is launched. The launch gets the generation and the attempt that were registered from a setting of the session,
+under a word that no other call knows.
+
+A launch by itself takes two, the settings and the call: where the connection was lost before the call, nothing was
+launched.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,7 +28,7 @@ AWAIT_NO_STANDBY = (
     "when 'off' then 'off' else 'local' end, true)"
 )
 """Has the commit of this transaction wait for no synchronous standby."""
-REGISTERED, LAUNCHED = 2, 6  # the numbers of the statements in the text, from 0
+REGISTERED, LAUNCHED = 2, 6  # the numbers of the statements in the text that registers, from 0
 
 
 class SlotsUsedUp(Exception):
@@ -96,6 +100,9 @@ commit
 """
 
 
+_CALL = "select l.pid, l.cookie from {launch}({text}, {queue_size}, {label}) as l; commit"
+
+
 @dataclass(slots=True)
 class Opening:
     """A job to be registered and launched.
@@ -137,13 +144,12 @@ class Opening:
         """Return the statements. ``settings`` hold for the worker, ``launch`` is the launch function's name."""
         quote = quoting(conn)
         name, head, middle, tail = self.arguments
-        local = ", ".join(f"pg_catalog.set_config({quote(n)}, {quote(v)}, true)" for n, v in settings.items())
         return _SCRIPT.format(
             await_no_standby=AWAIT_NO_STANDBY,
             setting=quote(SETTING),
             word=quote(self._word),
             registering=self.registering(quote),
-            local=local,
+            local=_local(quote, settings),
             launch=launch.as_string(None),
             name=quote(name),
             text=quote(self.text),
@@ -153,6 +159,23 @@ class Opening:
             queue_size=quote(self.queue_size or DEFAULT_QUEUE_BYTES),
             label=quote(self.label),
         ).encode()
+
+
+def call(
+    conn: AsyncConnection[Any], function: sql.Identifier, text: str, *, label: str, queue_size: int | None
+) -> bytes:
+    """Return the statements that launch ``text`` in a worker by ``function``, behind :func:`begin`."""
+    quote = quoting(conn)
+    return _CALL.format(
+        launch=function.as_string(None),
+        text=quote(text),
+        queue_size=quote(queue_size or DEFAULT_QUEUE_BYTES),
+        label=quote(label),
+    ).encode()
+
+
+def _local(quote: Quote, settings: Mapping[str, str]) -> str:
+    return ", ".join(f"pg_catalog.set_config({quote(name)}, {quote(value)}, true)" for name, value in settings.items())
 
 
 def quoting(conn: AsyncConnection[Any]) -> Quote:
@@ -182,13 +205,45 @@ async def run(conn: AsyncConnection[Any], script: bytes, opening: Opening) -> Ha
     results = await _send(conn, script)
     if len(results) > REGISTERED + 1 and results[REGISTERED + 1].status == pq.ExecStatus.COMMAND_OK:
         opening.registration = _registration(results[REGISTERED])
-    last = results[-1]
-    if last.status == pq.ExecStatus.FATAL_ERROR:
-        error = psycopg.errors.error_from_result(last)
-        if conn.pgconn.transaction_status == pq.TransactionStatus.INERROR:
-            await _send(conn, b"rollback")
-        raise Refused(error, called=len(results) > LAUNCHED)
-    launched = results[LAUNCHED]
+    await _accept(conn, results, called=len(results) > LAUNCHED)
+    return _handle(results[LAUNCHED])
+
+
+async def begin(conn: AsyncConnection[Any], settings: Mapping[str, str]) -> None:
+    """Begin the transaction of a launch, with what its worker is to have set.
+
+    Raises
+    ------
+    Refused
+        The server refuses a setting; the connection is in no transaction any more.
+    psycopg.OperationalError
+        The connection was lost.
+    """
+    script = f"begin isolation level read committed; select {_local(quoting(conn), settings)}"
+    await _accept(conn, await _send(conn, script.encode()), called=False)
+
+
+async def launch(conn: AsyncConnection[Any], script: bytes) -> Handle:
+    """Run the statements of :func:`call`; returns the worker's handle. Raises as :func:`run`."""
+    results = await _send(conn, script)
+    await _accept(conn, results, called=True)
+    handle = _handle(results[0])
+    if handle is None:
+        raise Refused(psycopg.errors.InternalError_("the launch call gave no handle"), called=True)
+    return handle
+
+
+async def _accept(conn: AsyncConnection[Any], results: Sequence[pq.abc.PGresult], *, called: bool) -> None:
+    """Raise :class:`Refused` where the last statement failed, once its transaction is ended."""
+    if results[-1].status != pq.ExecStatus.FATAL_ERROR:
+        return
+    error = psycopg.errors.error_from_result(results[-1])
+    if conn.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+        await _send(conn, b"rollback")
+    raise Refused(error, called=called)
+
+
+def _handle(launched: pq.abc.PGresult) -> Handle | None:
     pid, cookie = (launched.get_value(0, column) if launched.ntuples else None for column in (0, 1))
     return None if pid is None or cookie is None else Handle(int(pid), int(cookie))
 

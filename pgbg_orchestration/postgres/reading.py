@@ -27,6 +27,7 @@ async def read(
         first: list[tuple[Any, ...]] = []
         with suppress(StopAsyncIteration):
             first.append(await anext(rows))
+    session.is_clean = False
     return _both(first, rows)
 
 

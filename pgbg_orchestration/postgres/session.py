@@ -65,6 +65,12 @@ class LaunchingSession(HandleSession):
         return self.lost or self.launches >= LAUNCHES
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it is as good as a new one: it follows no worker, does nothing, and is clean."""
+        busy = self.workers or self._releasing or self._turn.locked()
+        return not self.worn and not busy and self.is_clean
+
+    @property
     def room(self) -> bool:
         """Whether another worker can be launched here now without waiting for another call."""
         return not self.worn and not self._turn.locked() and len(self.workers) < MAX_TRACKED - 1
@@ -170,19 +176,26 @@ class LaunchingSession(HandleSession):
         poll_interval: float | None,
         claim: Claim | None,
     ) -> Worker:
+        values = {**settings, **({"role": role} if role else {})}
+        function = self.extension.name("launch")
+        script = await off_loop(
+            len(text), lambda: opening.call(self._conn, function, text, label=label, queue_size=queue_size)
+        )
         async with self._turn:
             called = False
             try:
-                async with asyncio.timeout(pace.CALL), self._conn.transaction():
-                    values = {**settings, **({"role": role} if role else {})}
-                    await connection.settle(self._conn, tuple(values.items()), local=True)
+                async with asyncio.timeout(pace.CALL):
+                    await opening.begin(self._conn, values)
                     faults.point("before_launch")
                     called = True
-                    handle = await self.extension.launch(self._conn, text, label=label, queue_size=queue_size)
+                    handle = await opening.launch(self._conn, script)
                     faults.point("after_launch")
+            except opening.Refused as refused:
+                lost = self._give_up_if_lost(refused.error)
+                raise self._launch_error(refused.error, called=refused.called, lost=lost) from refused.error
             except (psycopg.Error, OSError, TimeoutError) as error:
-                lost = self._give_up_if_lost(error)
-                raise self._launch_error(error, called=called, lost=lost) from error
+                self._give_up()
+                raise self._launch_error(error, called=called, lost=True) from error
             worker = self._launched(handle, poll_interval, claim)
         self._start_polling()
         return worker

@@ -212,7 +212,7 @@ class Host:
             return await index_builds.drop_invalid_index(conn, found)
 
     async def session(self, *, exclusive: bool = False) -> LaunchingSession:
-        """Return a launching session with room; ``exclusive``: one of its own, which the caller closes.
+        """Return a launching session with room; ``exclusive``: one that nobody else uses until it is given back.
 
         Raises
         ------
@@ -223,7 +223,11 @@ class Host:
         """
         extension = (await self.facts()).extension
         if exclusive:
-            return await self._open(extension)
+            idle = next((session for session in self._sessions if session.is_idle), None)
+            if idle is None:
+                return await self._open(extension)
+            self._sessions.remove(idle)
+            return idle
         async with self._opening:
             for session in [s for s in self._sessions if s.lost or (s.worn and not s.workers)]:
                 self._sessions.remove(session)
@@ -236,6 +240,13 @@ class Host:
             session = await self._open(extension)
             self._sessions.append(session)
             return session
+
+    async def give_back(self, session: LaunchingSession) -> None:
+        """Take back an exclusive session: for others, where one as new is wanted, or to be closed."""
+        if session.is_idle and len(self._sessions) < self._most_sessions():
+            self._sessions.append(session)
+        else:
+            await session.close()
 
     @property
     def listener(self) -> Listener | None:

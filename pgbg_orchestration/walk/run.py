@@ -132,7 +132,7 @@ class Run:
         if self._case.paired:
             self._host.pairs.release()
         if self._case.session is not None:
-            await self._case.session.close()
+            await self._host.give_back(self._case.session)
 
     async def _let_go(self, following: asyncio.Task[Outcome]) -> None:
         """End the job, or leave it; what comes of that is told, and not raised: the caller wants to be cancelled."""

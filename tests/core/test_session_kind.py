@@ -205,3 +205,15 @@ async def test_leaving_while_its_output_is_read(db: Watched) -> None:
     await cancelled(task)
     assert db.workers(), "it was to go on"
     db.terminate([row[0] for row in db.workers()])
+
+
+async def test_the_session_of_its_own_is_used_again(db: Watched) -> None:
+    """Where it is as a new one would be: not by a job after the one whose notices were heard."""
+    seen: list[list[int]] = []
+    async with Launcher(db.conninfo) as launcher:
+        for notices in (False, False, True, False):
+            job = Job("select 1", kind="session")
+            assert (await within(launcher.run(job, notices=notices))).row_count == 1
+            seen.append([pid for pid, *_ in db.sessions("pgbg: launching")])
+    assert [len(pids) for pids in seen] == [1, 1, 0, 1]
+    assert seen[0] == seen[1] != seen[3]

@@ -11,7 +11,8 @@ import pytest
 from pgbg_orchestration import Job, Kind, Launcher, arun, errors
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.outcome import EventKind
-from pgbg_orchestration.postgres.pg_background import Extension, Handle
+from pgbg_orchestration.postgres import opening
+from pgbg_orchestration.postgres.pg_background import Handle
 from pgbg_orchestration.testing import faults
 from tests.core.kit import APP, Recorder, Watched, cancelled, eventually, within
 
@@ -258,7 +259,7 @@ async def test_few_slots_and_twenty_supervised_jobs(own_db: object, slots: int) 
 async def test_cancelled_before_its_launch_call_is_answered(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its handle is let go as soon as it is there: its supervisor ends with nobody to look at it, and holds nothing."""
     seen = Recorder()
-    launch, signal = Extension.launch, Ledger.signal
+    launch, signal = opening.launch, Ledger.signal
     launched, answered, detached = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def answered_late(*arguments: Any, **named: Any) -> Handle:
@@ -272,7 +273,7 @@ async def test_cancelled_before_its_launch_call_is_answered(db: Watched, monkeyp
         await detached.wait()
         return await signal(*arguments, **named)
 
-    monkeypatch.setattr(Extension, "launch", answered_late)
+    monkeypatch.setattr(opening, "launch", answered_late)
     monkeypatch.setattr(Ledger, "signal", signalled_late)
     faults.install(lambda point: detached.set() if point == "after_detach" else None)
     try:
