@@ -232,7 +232,7 @@ class JobTrigger(ServerTrigger):
     in_task: bool = False
     """Whether the jobs are run in the task's own process, whose end is the end of its try."""
 
-    def call(self, arguments: dict[str, Any], *, retry_cancelled: Collection[Cause] = ()) -> Call:
+    async def call(self, arguments: dict[str, Any], *, retry_cancelled: Collection[Cause] = ()) -> Call:
         """Return a job, and how it is run for this trigger's task.
 
         Parameters
@@ -292,7 +292,7 @@ class JobTrigger(ServerTrigger):
         PgbgError
             As :func:`pgbg_orchestration.arun`.
         """
-        job, options = self.call(arguments)
+        job, options = await self.call(arguments)
         return await launcher.run(job, **options)
 
     async def on_kill(self) -> None:

@@ -75,7 +75,7 @@ class PgBackgroundBatchTrigger(JobTrigger):
         def preparation(arguments: dict[str, Any]) -> Preparation:
             async def prepare() -> Call:
                 # What an earlier try stopped is run; what this very one stopped, elsewhere, stays so.
-                return self.call(arguments, retry_cancelled={Cause.FAILED_BESIDE})
+                return await self.call(arguments, retry_cancelled={Cause.FAILED_BESIDE})
 
             return prepare
 
