@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from airflow.sdk import BaseHook, RetryPolicy, conf
     from airflow.sdk.bases.decorator import determine_kwargs
     from airflow.sdk.definitions.retry_policy import RetryAction, RetryDecision
-    from airflow.sdk.exceptions import AirflowFailException, AirflowSensorTimeout, AirflowSkipException
+    from airflow.sdk.exceptions import (
+        AirflowFailException,
+        AirflowSensorTimeout,
+        AirflowSkipException,
+        AirflowTaskTimeout,
+    )
     from airflow.sdk.listener import get_listener_manager
 
 __all__ = [
@@ -28,6 +33,7 @@ __all__ = [
     "AirflowFailException",
     "AirflowSensorTimeout",
     "AirflowSkipException",
+    "AirflowTaskTimeout",
     "BaseHook",
     "Promises",
     "RetryAction",
@@ -91,6 +97,7 @@ _PLACES = {
     "AirflowFailException": ("airflow.sdk.exceptions", "airflow.exceptions"),
     "AirflowSensorTimeout": ("airflow.sdk.exceptions", "airflow.exceptions"),
     "AirflowSkipException": ("airflow.sdk.exceptions", "airflow.exceptions"),
+    "AirflowTaskTimeout": ("airflow.sdk.exceptions", "airflow.exceptions"),
     "BaseHook": ("airflow.sdk",),
     "RetryAction": ("airflow.sdk.definitions.retry_policy", "airflow_provider.compat_retries"),
     "RetryDecision": ("airflow.sdk.definitions.retry_policy", "airflow_provider.compat_retries"),

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from airflow.sdk.exceptions import AirflowException, AirflowTaskTimeout
+from airflow.sdk.exceptions import AirflowException
 
+from airflow_provider.compat import AirflowTaskTimeout
 from pgbg_orchestration import pace
 from pgbg_orchestration.driver import Driver, Talk
 

@@ -1,4 +1,4 @@
-"""Steady load through one process that waits as a triggerer does: ``python -m benchmarks.steady --minutes 25``.
+"""Steady load through one process that waits as a triggerer does: ``python -m benchmarks.steady --minutes 30``.
 
 A few hundred of Airflow's triggers wait for long jobs in one event loop, while others end each second: most commit,
 some fail, some are cancelled. The server is restarted at once now and then. Told at fixed intervals, and written as

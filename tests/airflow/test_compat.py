@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from importlib import import_module
+from pkgutil import walk_packages
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -16,6 +18,7 @@ import msgspec
 import pytest
 from airflow.sdk.exceptions import AirflowException
 
+import airflow_provider
 from airflow_provider import compat
 from airflow_provider.operators import PgBackgroundOperator
 from airflow_provider.retry_policy import SqlStateRetryPolicy
@@ -25,6 +28,7 @@ from pgbg_orchestration import ErrorFields
 from pgbg_orchestration.errors import WorkerError
 
 pytestmark = pytest.mark.airflow
+MODULES = sorted(module.name for module in walk_packages(airflow_provider.__path__, "airflow_provider."))
 
 
 @pytest.fixture
@@ -54,6 +58,14 @@ def test_this_airflow_is_known() -> None:
     import airflow
 
     assert compat.airflow_version() == tuple(int(part) for part in airflow.__version__.split(".")[:2])
+
+
+@pytest.mark.parametrize(
+    "module", sorted(m.name for m in walk_packages(airflow_provider.__path__, "airflow_provider."))
+)
+def test_every_module_can_be_imported(module: str) -> None:
+    """What is imported only when a task runs is missed by a DAG file that can be parsed."""
+    import_module(module)
 
 
 def _operator(error: Exception | None) -> Any:

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from airflow.sdk.exceptions import AirflowTaskTimeout, TaskDeferred
+from airflow.sdk.exceptions import TaskDeferred
 
 from airflow_provider import PgBackgroundOperator
+from airflow_provider.compat import AirflowTaskTimeout
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.waiting import TaskKilled, Waiting
 from pgbg_orchestration import Cause, Fetch, Job, Launcher, Outcome, errors
