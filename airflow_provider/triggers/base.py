@@ -19,7 +19,7 @@ from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.sweep import sweeping
 
 from .login import Login
-from .task import GOES_ON, load_core, push_xcom, settle, state_of, states_of, to_its_end
+from .task import GOES_ON, load_core, push_xcom, state_of, states_of, to_its_end, wait_to_resume
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Cause, Launcher, Outcome
@@ -118,7 +118,7 @@ class ServerTrigger(BaseTrigger):
             payload = self.failed(error)
         event = await self._event_of(payload)
         if self.follows_process and not isinstance(event, BaseTaskEndEvent):
-            await settle(began)
+            await wait_to_resume(began)
         self._fired = True
         yield event
 

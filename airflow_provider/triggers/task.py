@@ -20,7 +20,7 @@ After a clear, and on a triggerer that was stalled and lost its triggers (airflo
 nobody killed anything, and finds one of these.
 """
 
-SETTLE_SECONDS = conf.getint("workers", "min_heartbeat_interval", fallback=5) + 1.5
+RESUME_SECONDS = conf.getint("workers", "min_heartbeat_interval", fallback=5) + 1.5
 """How long after its start a trigger may resume its task at the earliest.
 
 The end of a process that deferred is noticed up to ``[workers] min_heartbeat_interval`` late (``_monitor_subprocess``
@@ -40,9 +40,9 @@ KILL_SECONDS = 25.0
 _killing: set[asyncio.Task[None]] = set()
 
 
-async def settle(began: float) -> None:
+async def wait_to_resume(began: float) -> None:
     """Wait until a trigger that began at this time of the loop's clock may fire."""
-    await asyncio.sleep(max(began + SETTLE_SECONDS - asyncio.get_running_loop().time(), 0))
+    await asyncio.sleep(max(began + RESUME_SECONDS - asyncio.get_running_loop().time(), 0))
 
 
 async def load_core() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 JOB_CHECK = "pg_background_job"
 """Name of the check that says whether an external asset's newest job committed: Dagster has no event for a failure."""
 
-SETTLED = timedelta(seconds=60)  # a job that looks lost may be about to start
+SURELY_LOST = timedelta(seconds=60)  # a job that looks lost may be about to start
 LOST = "lost"
 
 
@@ -115,10 +115,10 @@ def _unpartitioned(entry: JobEntry) -> str:
     return (entry.series or "").partition("|")[0]
 
 
-def is_settled(entry: JobEntry) -> bool:
+def has_ended(entry: JobEntry) -> bool:
     """Tell whether the job has ended, for all that can be told."""
     if entry.state == LOST and entry.launched_at is not None:
-        return datetime.now(entry.launched_at.tzinfo) - entry.launched_at > SETTLED
+        return datetime.now(entry.launched_at.tzinfo) - entry.launched_at > SURELY_LOST
     return entry.state not in ("running", "waiting")
 
 

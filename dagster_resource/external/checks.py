@@ -54,7 +54,7 @@ def build_pg_background_job_checks(
     def look(context: AssetCheckExecutionContext) -> Iterator[AssetCheckResult]:
         pg: PgBackgroundResource = getattr(context.op_execution_context.resources, resource_key)
         jobs = asyncio.run(asset_jobs.jobs_of(pg, assets))
-        ended = {source.key: entry for entry, source in jobs if asset_jobs.is_settled(entry)}
+        ended = {source.key: entry for entry, source in jobs if asset_jobs.has_ended(entry)}
         for check in context.selected_asset_check_keys:
             if (entry := ended.get(check.asset_key)) is None:
                 continue

@@ -123,7 +123,7 @@ def build_pg_background_sensor(
             mark = _mark(entry, source)
             if mark in cursor.reported:
                 reported.add(mark)
-            elif not asset_jobs.is_settled(entry):
+            elif not asset_jobs.has_ended(entry):
                 unfinished.append((entry, source))
             elif len(reported - cursor.reported) >= max_events or time.monotonic() > deadline:
                 unfinished.extend(wanted[number:])

@@ -209,7 +209,7 @@ class Ledger:
                 asyncio.timeout(pace.CONFIRM),
                 connection.for_a_question(self._conninfo, "pgbg: confirming") as conn,
             ):
-                await connection.settle(conn, connection.BOOKKEEPING)
+                await connection.configure(conn, connection.BOOKKEEPING)
                 await conn.execute(self._query("confirm"))
         except (psycopg.Error, connection.ConnectionLost, TimeoutError):
             self._on_trouble(

@@ -69,7 +69,9 @@ class Line:
                 async with self._turn, asyncio.timeout(pace.CALL):
                     if self._conn is None:
                         self._conn = await connection.connect(self._conninfo, self._name)
-                        await connection.settle(self._conn, (*connection.BOOKKEEPING, ("lock_timeout", LOCK_PATIENCE)))
+                        await connection.configure(
+                            self._conn, (*connection.BOOKKEEPING, ("lock_timeout", LOCK_PATIENCE))
+                        )
                     return await question(self._conn)
             except (psycopg.Error, OSError, TimeoutError) as error:
                 lost = self._conn is None or connection.is_lost(self._conn, error)

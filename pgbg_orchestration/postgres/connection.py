@@ -157,7 +157,7 @@ def _finish(opening: asyncio.Task[AsyncConnection[Any]]) -> None:
         opening.result().pgconn.finish()
 
 
-async def settle(conn: AsyncConnection[Any], settings: tuple[tuple[str, str], ...], *, local: bool = False) -> None:
+async def configure(conn: AsyncConnection[Any], settings: tuple[tuple[str, str], ...], *, local: bool = False) -> None:
     """Change settings in one round trip, for the session or (``local``) for its transaction."""
     calls = ", ".join(["pg_catalog.set_config(%s, %s, %s)"] * len(settings))
     await conn.execute(f"select {calls}".encode(), [part for pair in settings for part in (*pair, local)])

@@ -97,17 +97,17 @@ class HandleSession:
         Its connection, in autocommit mode; this object owns it.
     extension:
         pg_background as installed there.
-    settling:
+    recording:
         The query that reads the receipts of launches, writes their ends into the history, and tells both; of claims
         and of handles (a list for each column). None: nothing is heard of.
     """
 
-    def __init__(self, conn: AsyncConnection[Any], extension: Extension, settling: sql.Composed | None = None) -> None:
+    def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: sql.Composed | None = None) -> None:
         self._conn = conn
         self.extension = extension
-        self._settling = settling
+        self._recording = recording
         self._heard: dict[Handle, Worker] = {}
-        self._settler: asyncio.Task[None] | None = None
+        self._recorder: asyncio.Task[None] | None = None
         self._polls, self._looked, self._spent = 0, 0.0, 0.0  # the last is the seconds that a poll took
         self.workers: dict[Handle, Worker] = {}
         self.lost = False
@@ -122,7 +122,7 @@ class HandleSession:
     async def close(self) -> None:
         """End the session; its workers go on, and whoever waits for them is told that their handles are lost."""
         self._give_up()
-        for task in (self._poller, self._settler, *self._releasing):
+        for task in (self._poller, self._recorder, *self._releasing):
             if task is not None:
                 task.cancel()
         await connection.close(self._conn)
@@ -201,7 +201,7 @@ class HandleSession:
             self._spent = self._answered - began
             # What would have been done at a notification, had it come before.
             well = [waiting[handle] for handle, info in found.items() if info and info.completed and not info.has_error]
-            await self._settle_and_forget([w for w in well if w.claim is not None and not w.ended.done()])
+            await self._record_and_forget([w for w in well if w.claim is not None and not w.ended.done()])
         for handle, info in found.items():
             worker = waiting[handle]
             if not worker.ended.done() and (info is None or info.completed):
@@ -229,46 +229,46 @@ class HandleSession:
         """Take a hint that a worker's launch may have committed: its receipt is read, and nothing else believed."""
         if worker.ended.done() or self.lost:
             return
-        if worker.claim is None or self._settling is None:
+        if worker.claim is None or self._recording is None:
             worker.nudged.set()
             return
         self._heard[worker.handle] = worker
-        if self._settler is None or self._settler.done():
-            self._settler = asyncio.create_task(self._settle_heard())
-            self._settler.add_done_callback(self._released)
+        if self._recorder is None or self._recorder.done():
+            self._recorder = asyncio.create_task(self._record_heard())
+            self._recorder.add_done_callback(self._released)
 
-    async def _settle_heard(self) -> None:
+    async def _record_heard(self) -> None:
         """Read the receipts of all launches that were heard of meanwhile, and write down how they ended, together."""
         while self._heard and not self.lost:
             async with self._turn:
                 heard, self._heard = self._heard, {}
-                await self._settle_and_forget([worker for worker in heard.values() if not worker.ended.done()])
+                await self._record_and_forget([worker for worker in heard.values() if not worker.ended.done()])
 
-    async def _settle_and_forget(self, workers: Sequence[Worker]) -> None:
+    async def _record_and_forget(self, workers: Sequence[Worker]) -> None:
         """Tell how launches ended that committed, when their ends are in the history, and forget their handles."""
-        if not workers or self._settling is None or self.lost:
+        if not workers or self._recording is None or self.lost:
             return
-        ended = await self._settle(workers)
+        ended = await self._record(workers)
         for worker, info in ended:
             if not worker.ended.done():
                 worker.ended.set_result(info)
         if ended and not self.lost:
             await self._forget([worker for worker, _ in ended])
 
-    async def _settle(self, workers: Sequence[Worker]) -> list[tuple[Worker, ResultInfo]]:
-        assert self._settling is not None
+    async def _record(self, workers: Sequence[Worker]) -> list[tuple[Worker, ResultInfo]]:
+        assert self._recording is not None
         claims = [worker.claim for worker in workers if worker.claim is not None]
         columns = [[*column] for column in zip(*claims, strict=True)]
         columns += [[*column] for column in zip(*(worker.handle for worker in workers), strict=True)]
         faults.point("before_record")
         try:
             async with asyncio.timeout(pace.CALL):
-                cursor = await self._conn.cursor(row_factory=dict_row).execute(self._settling, columns)
+                cursor = await self._conn.cursor(row_factory=dict_row).execute(self._recording, columns)
                 rows = await cursor.fetchall()
         except (psycopg.Error, OSError, TimeoutError) as error:
             if self._give_up_if_lost(error) or len(workers) == 1:
                 return []  # it was a hint: the poll finds out
-            return [pair for worker in workers for pair in await self._settle([worker])]
+            return [pair for worker in workers for pair in await self._record([worker])]
         faults.point("after_record")
         ended = []
         for row in rows:
@@ -361,7 +361,7 @@ class HandleSession:
             try:
                 if heard is not None:
                     # The session raises them again, below its own threshold too.
-                    await connection.settle(self._conn, (("client_min_messages", "debug1"),))
+                    await connection.configure(self._conn, (("client_min_messages", "debug1"),))
                     self._conn.add_notice_handler(heard)
                 yield self._conn
                 self.is_clean = was_clean and heard is None

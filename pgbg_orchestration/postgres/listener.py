@@ -62,7 +62,7 @@ class Listener:
             try:
                 conn = await connection.connect(self._conninfo, "pgbg: listening")
                 try:
-                    await connection.settle(conn, connection.BOOKKEEPING)
+                    await connection.configure(conn, connection.BOOKKEEPING)
                     await conn.execute(f"listen {CHANNEL}".encode())
                     tries = 0
                     for marker in [*self._watched]:

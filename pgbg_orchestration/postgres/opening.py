@@ -121,7 +121,7 @@ class Opening:
     label, queue_size:
         As for any launch.
     is_counted:
-        Whether handle or result have the job's own count and tag: else its end is not settled.
+        Whether handle or result have the job's own count and tag: else its end is not written down when it is heard of.
     is_padded:
         Whether a statement without rows stands behind the job's last one: then the result has them.
     registration:

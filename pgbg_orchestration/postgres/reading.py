@@ -22,7 +22,7 @@ async def read(
     """
     async with session.reading(worker, heard) as conn:
         bounds = ["statement_timeout", *(["transaction_timeout"] if conn.info.server_version >= 170000 else [])]
-        await connection.settle(conn, tuple((name, "0") for name in bounds))  # a reader may take its time
+        await connection.configure(conn, tuple((name, "0") for name in bounds))  # a reader may take its time
         rows = session.extension.rows(conn, worker.handle, columns)
         first: list[tuple[Any, ...]] = []
         with suppress(StopAsyncIteration):

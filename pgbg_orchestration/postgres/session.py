@@ -26,13 +26,13 @@ LAUNCHES = 2_000  # then the session is replaced when its workers have ended: ol
 class LaunchingSession(HandleSession):
     """A session that launches workers, and owns their handles; parameters as of :class:`HandleSession`."""
 
-    def __init__(self, conn: AsyncConnection[Any], extension: Extension, settling: sql.Composed | None = None) -> None:
-        super().__init__(conn, extension, settling)
+    def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: sql.Composed | None = None) -> None:
+        super().__init__(conn, extension, recording)
         self.launches = 0
 
     @classmethod
     async def open(
-        cls, conninfo: connection.Conninfo, extension: Extension, settling: sql.Composed | None = None
+        cls, conninfo: connection.Conninfo, extension: Extension, recording: sql.Composed | None = None
     ) -> LaunchingSession:
         """Connect.
 
@@ -44,9 +44,9 @@ class LaunchingSession(HandleSession):
         conn = await connection.connect(conninfo, "pgbg: launching")
         try:
             await conn.set_isolation_level(IsolationLevel.READ_COMMITTED)
-            session = cls(conn, extension, settling)
+            session = cls(conn, extension, recording)
             # What is set here is inherited by workers: nothing but what cannot matter to a job's SQL.
-            await connection.settle(
+            await connection.configure(
                 conn,
                 (
                     (TOKEN, session._token),
@@ -233,10 +233,10 @@ class LaunchingSession(HandleSession):
         async with self._turn:
             try:
                 async with asyncio.timeout(pace.CALL), self._conn.transaction(force_rollback=True):
-                    await connection.settle(self._conn, (*settings.items(), ("statement_timeout", "0")), local=True)
+                    await connection.configure(self._conn, (*settings.items(), ("statement_timeout", "0")), local=True)
                     columns = await describe.named_columns_of(self._conn, text)
                     # So that types are qualified: whoever reads the result may have another search_path.
-                    await connection.settle(self._conn, (("search_path", "pg_catalog"),), local=True)
+                    await connection.configure(self._conn, (("search_path", "pg_catalog"),), local=True)
                     types = await describe.type_names(self._conn, [(oid, modifier) for _, oid, modifier in columns])
                     return [Column(*column, type_) for column, type_ in zip(columns, types, strict=True)]
             except (psycopg.Error, OSError, TimeoutError) as error:

@@ -208,7 +208,7 @@ class Host:
         async with connection.for_a_question(self.conninfo, "pgbg: dropping an invalid index") as conn:
             settings = {**(job.settings or {}), **({"role": job.role} if job.role else {})}
             if settings:
-                await connection.settle(conn, tuple(settings.items()))
+                await connection.configure(conn, tuple(settings.items()))
             return await index_builds.drop_invalid_index(conn, found)
 
     async def session(self, *, exclusive: bool = False) -> LaunchingSession:
@@ -274,8 +274,8 @@ class Host:
         while True:
             try:
                 functions = {name: extension.name(name) for name in ("result_info", "result")}
-                settling = queries.filled("settling", self.schema, **functions)
-                return await LaunchingSession.open(self.conninfo, extension, settling)
+                recording = queries.filled("recording", self.schema, **functions)
+                return await LaunchingSession.open(self.conninfo, extension, recording)
             except (psycopg.OperationalError, OSError, TimeoutError) as error:
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
                     raise connection.unreachable(error, "no launching session can be opened") from error

@@ -140,7 +140,7 @@ async def _describe(conn: AsyncConnection[Any], text: str, settings: Mapping[str
     try:
         async with conn.transaction(force_rollback=True):
             await conn.execute("set local search_path to default")  # the login's own, as its workers have it
-            await connection.settle(conn, (("lock_timeout", PATIENCE), *settings.items()), local=True)
+            await connection.configure(conn, (("lock_timeout", PATIENCE), *settings.items()), local=True)
             columns = await describe.named_columns_of(conn, text)
             cursor = await conn.execute(
                 "select pg_catalog.format_type(c.oid, c.mod), t.typtype = 'p'"

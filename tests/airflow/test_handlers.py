@@ -43,7 +43,7 @@ def _shop(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     extra = conninfo_to_dict(database.conninfo)
     monkeypatch.setenv("AIRFLOW_CONN_BOOKS", json.dumps({"conn_type": "postgres", "extra": extra}))
     monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
-    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("airflow_provider.triggers.task.RESUME_SECONDS", 0.0)
     with database.connect() as admin:
         admin.execute("create table effect (what text)")
 

@@ -59,7 +59,7 @@ def _connect(monkeypatch: pytest.MonkeyPatch, conninfo: str, **extra: str) -> No
     )
     monkeypatch.setattr(PgBackgroundHook, "get_connection", lambda *_: connection)
     monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
-    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("airflow_provider.triggers.task.RESUME_SECONDS", 0.0)
 
 
 def _endpoint(database: Database) -> str:

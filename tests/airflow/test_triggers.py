@@ -34,7 +34,7 @@ def _connection(monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
     """Every Airflow connection leads to the test's database, which has a table for what jobs did."""
     monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
     monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
-    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("airflow_provider.triggers.task.RESUME_SECONDS", 0.0)
     with database.connect() as admin:
         admin.execute("create table effect (what text)")
 

@@ -38,7 +38,7 @@ def _connection(monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
     monkeypatch.setenv("AIRFLOW_CONN_POSTGRES_DEFAULT", '{"conn_type": "postgres", "host": "patched"}')
     monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
     monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
-    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("airflow_provider.triggers.task.RESUME_SECONDS", 0.0)
 
 
 def rows(database: Database, query: str) -> list[tuple[Any, ...]]:

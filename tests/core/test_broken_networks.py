@@ -183,7 +183,7 @@ async def test_another_server_session_behind_the_same_connection(db: Watched) ->
         task = asyncio.create_task(launcher.run(Job(slow("j", 2), id="j"), on_cancel="leave"))
         await db.at_work("j")
         (session,) = launcher._host._sessions
-        await connection.settle(session._conn, ((handles.TOKEN, "another session's"),))
+        await connection.configure(session._conn, ((handles.TOKEN, "another session's"),))
         with pytest.raises(errors.PoolerInTransactionMode, match="another server session"):
             await within(task)
         await eventually(lambda: not db.workers(), "the worker has ended")

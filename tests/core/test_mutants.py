@@ -234,20 +234,20 @@ async def test_cancel_at_once(own_db: Callable[..., Watched], broken: bool, monk
 async def test_detach_before_the_outcome_is_written(
     db: Watched, sql: str, broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, settle = conclusion.record, LaunchingSession._settle
+    record, record_heard = conclusion.record, LaunchingSession._record
 
     async def too_late(case: Case, *arguments: Any, **named: Any) -> None:
         if case.worker is not None:
             await case.worker.detach()
         await record(case, *arguments, **named)
 
-    async def settled_too_late(self: LaunchingSession, workers: list[Worker]) -> list[tuple[Worker, ResultInfo]]:
+    async def recorded_too_late(self: LaunchingSession, workers: list[Worker]) -> list[tuple[Worker, ResultInfo]]:
         faults.point("after_detach")
-        return await settle(self, workers)
+        return await record_heard(self, workers)
 
     if broken:
         monkeypatch.setattr(conclusion, "record", too_late)
-        monkeypatch.setattr(LaunchingSession, "_settle", settled_too_late)
+        monkeypatch.setattr(LaunchingSession, "_record", recorded_too_late)
     written: list[object] = []
 
     def look(point: str) -> None:
@@ -276,7 +276,7 @@ async def _believe(self: LaunchingSession, workers: list[Worker]) -> list[tuple[
 async def test_a_notification_is_believed(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody can notify."""
     if broken:
-        monkeypatch.setattr(LaunchingSession, "_settle", _believe)
+        monkeypatch.setattr(LaunchingSession, "_record", _believe)
     async with Launcher(db.conninfo) as launching:
         task = asyncio.create_task(launching.run(Job(f"{slow('j', 1)}; do $$ begin perform 1/0; end $$", id="j")))
         await db.at_work("j")

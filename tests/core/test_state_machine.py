@@ -92,7 +92,7 @@ class Machine(RuleBasedStateMachine):
         calls, job.calls = job.calls, []
         return [self.await_(ended(call.task)) for call in calls]
 
-    def settle(self, job: Modelled, old: int | None) -> None:
+    def come_to_rest(self, job: Modelled, old: int | None) -> None:
         """Wait until whoever still wants the job has launched it anew; those that gave up were told the truth."""
         self.until(
             lambda: all(call.task.done() for call in job.calls) or self.pid(job) not in (None, old),
@@ -244,7 +244,7 @@ class Machine(RuleBasedStateMachine):
         pid = self.pid(job)
         assert pid is not None
         self.db.terminate([pid])
-        self.settle(job, pid)
+        self.come_to_rest(job, pid)
 
     @precondition(lambda self: self.restarts < 1)
     @rule(go=st.integers(0, 9))
@@ -257,7 +257,7 @@ class Machine(RuleBasedStateMachine):
         self.db.close()
         self.db.server.restart("immediate")
         for job in self.working():
-            self.settle(job, began[job.name])
+            self.come_to_rest(job, began[job.name])
 
     # What must be true --------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ def _connection(monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
     """Every Airflow connection leads to the test's database."""
     monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
     monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
-    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("airflow_provider.triggers.task.RESUME_SECONDS", 0.0)
 
 
 def task_instance() -> Identity:

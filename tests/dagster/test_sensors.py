@@ -68,7 +68,7 @@ def checked(result: SensorResult) -> list[tuple[str, bool]]:
     return sorted((event.asset_key.to_user_string(), event.passed) for event in events)
 
 
-def settle(sql: psycopg.Connection[Any]) -> None:
+def wait_for_all(sql: psycopg.Connection[Any]) -> None:
     """Wait until no job is at work any more."""
     deadline = time.monotonic() + PATIENCE
     while sql.execute("select 1 from pgbg.jobs where state in ('running', 'waiting')").fetchone():
@@ -83,7 +83,7 @@ def test_each_end_is_reported_once(
     pg.submit(None, "select 1", asset_key="good", key="1")
     pg.submit(None, "select 1", asset_key="good", partition_key="2013-01-01", key="1")
     pg.submit(None, "select 1", asset_key="of somebody else", key="1")
-    settle(sql)
+    wait_for_all(sql)
     first = tick(sensor, instance, pg, None)
     assert made(first) == [("good", "2013-01-01"), ("good", None)]
     assert checked(first) == [("good", True)]  # the last one of an asset is what Dagster shows
@@ -99,7 +99,7 @@ def test_each_end_is_reported_once(
 
     # The same job, once more: now it succeeds.
     pg.submit(None, "select 1", asset_key="bad", key="1")
-    settle(sql)
+    wait_for_all(sql)
     assert made(tick(sensor, instance, pg, third.cursor)) == [("bad", None)]
 
 
@@ -113,7 +113,7 @@ def test_a_job_that_takes_long_is_not_passed_over(
         time.sleep(0.02)
     first = tick(sensor, instance, pg, None)
     assert made(first) == [("quick", None)]
-    settle(sql)
+    wait_for_all(sql)
     assert made(tick(sensor, instance, pg, first.cursor)) == [("slow", None)]
 
 
@@ -122,7 +122,7 @@ def test_a_tick_whose_cursor_was_lost_reports_nothing_twice(
 ) -> None:
     sensor = build_pg_background_sensor(["once"])
     pg.submit(None, "select 1", asset_key="once", key="1")
-    settle(sql)
+    wait_for_all(sql)
     assert made(tick(sensor, instance, pg, None)) == [("once", None)]
     again = tick(sensor, instance, pg, None)
     assert made(again) == []
@@ -136,7 +136,7 @@ def test_a_tick_that_is_cut_off_leaves_the_rest_to_the_next(
     sensor = build_pg_background_sensor(["many"], max_events=2)
     for number in range(5):
         pg.submit(None, "select 1", asset_key="many", partition_key=str(number), key="1")
-    settle(sql)
+    wait_for_all(sql)
     cursor: str | None = None
     seen: list[tuple[str, str | None]] = []
     for expected in (2, 2, 1, 0):
@@ -162,7 +162,7 @@ def test_a_materialization_tells_what_the_job_was(
         order()
 
     assert ordering.execute_in_process(instance=instance, resources={"pg": pg}).success
-    settle(sql)
+    wait_for_all(sql)
 
     events = tick(build_pg_background_sensor(["report"]), instance, pg, None).asset_events
     found = {event.partition: event.metadata for event in events if isinstance(event, AssetMaterialization)}
@@ -180,7 +180,7 @@ def test_a_tick_says_what_it_did(
         pg.submit(None, "select pg_advisory_xact_lock_shared(1)", asset_key="said", key="1")
         first = sensor.evaluate_tick(build_sensor_context(instance, resources={"pg": pg}))
         assert first.skip_message == "no job has ended since the last tick; at work or left to the next tick: 1"
-    settle(sql)
+    wait_for_all(sql)
     second = sensor.evaluate_tick(build_sensor_context(instance, cursor=first.cursor, resources={"pg": pg}))
     assert second.skip_message == "jobs reported: 1"
 
@@ -199,7 +199,7 @@ def test_an_asset_that_is_added_later_begins_at_its_own_first_job(
 ) -> None:
     pg.submit(None, "select 1", asset_key="added", key="1")
     pg.submit(None, "select 1", asset_key="known", key="1")
-    settle(sql)
+    wait_for_all(sql)
     submitted_long_ago(sql, "added")
     first = tick(build_pg_background_sensor(["known"]), instance, pg, None)
     assert made(first) == [("known", None)]
@@ -228,11 +228,11 @@ def test_an_asset_without_a_job_does_not_make_each_tick_read_all_of_them(
 ) -> None:
     sensor = build_pg_background_sensor(["busy", "idle"])
     pg.submit(None, "select 1", asset_key="busy", key="1")
-    settle(sql)
+    wait_for_all(sql)
     cursor = Cursor.read(tick(sensor, instance, pg, None).cursor)
     assert sorted(name.partition(" ")[0] for name in cursor.places) == ["busy", "idle"]
     pg.submit(None, "select 1", asset_key="idle", key="1")
-    settle(sql)
+    wait_for_all(sql)
     assert made(tick(sensor, instance, pg, cursor.write())) == [("idle", None)]
 
 
@@ -260,7 +260,7 @@ def test_the_check_shows_how_the_newest_job_ended(
     with pytest.raises(PgBackgroundFailure):
         pg.submit(None, "select 1 from", asset_key="bad", key="2")  # see above: it never holds the job's lock
     pg.submit(None, "select 1", asset_key="good", key="1")
-    settle(sql)
+    wait_for_all(sql)
     run = definitions.resolve_implicit_global_asset_job_def().execute_in_process(instance=instance)
 
     found = {check.asset_key.to_user_string(): check for check in run.get_asset_check_evaluations()}
@@ -351,7 +351,7 @@ class TestSweep:
 
     def end_all(self, sql: psycopg.Connection[Any]) -> None:
         sql.execute("select pg_terminate_backend(running_pid) from pgbg.jobs where running_pid is not null")
-        settle(sql)
+        wait_for_all(sql)
 
     @pytest.mark.parametrize(
         ("status", "tags", "state"),

@@ -15,7 +15,7 @@ order by l.number
 select r.* from {schema}.register_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) as r,
     {await_no_standby} as how
 
--- name: settling
+-- name: recording
 -- Of launches that may have committed: the receipt, row count and tag, and the end written into the history. The handle
 -- tells the last statement's: before the commit, and the word "completed" a little after it. Where one of ours stands
 -- behind the job's last statement, the result has the tags of all. That is read of no launch but one that committed, since
