@@ -20,7 +20,7 @@ from pgbg_orchestration.postgres import connection
 from pgbg_orchestration.postgres.pg_background import MAX_TRACKED, ROLE
 
 from . import privileges
-from .finding import Finding, Patient, Status
+from .finding import QUERIES, Finding, Patient, Status
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (looked at, not written to)
 OLDEST_SERVER = 140000
@@ -86,12 +86,9 @@ async def examine(conninfo: str, *, schema: str = install.DEFAULT_SCHEMA) -> lis
 async def _admit(conn: AsyncConnection[Any], schema: str) -> Patient:
     facts = await readiness.look_at(conn, schema)
     # In a new session, which has set nothing itself, these are what the login's sessions get.
-    cursor = await conn.execute("select s.name, pg_catalog.current_setting(s.name) from pg_catalog.pg_settings as s")
+    cursor = await conn.execute(QUERIES["settings"])
     settings: dict[str, str | None] = dict(await cursor.fetchall())
-    cursor = await conn.execute(
-        "select pg_catalog.obj_description(e.oid, 'pg_extension') from pg_catalog.pg_extension as e"
-        " where e.extname = 'pg_background'"
-    )
+    cursor = await conn.execute(QUERIES["extension_comment"])
     return Patient(conn, facts, schema, settings, standin=await cursor.fetchone() == (STANDIN_COMMENT,))
 
 
@@ -176,11 +173,7 @@ async def _privilege(patient: Patient) -> list[Finding]:
         return []
     names = [extension.name(function).as_string(None) for function in NEEDED_FUNCTIONS]
     row = await patient.one(
-        "select coalesce(bool_and(pg_catalog.has_function_privilege(p.oid, 'EXECUTE')), false) as execute,"
-        " exists (select from pg_catalog.pg_roles as r where r.rolname = %s"
-        "   and pg_catalog.pg_has_role(current_user, r.oid, 'MEMBER')) as member"
-        " from pg_catalog.pg_proc as p join pg_catalog.pg_namespace as n on n.oid = p.pronamespace"
-        """ where '"' || n.nspname || '"."' || p.proname || '"' = any(%s)""",
+        "extension_privileges",
         ROLE,
         names,
     )
@@ -290,12 +283,7 @@ async def _worker_slots(patient: Patient) -> list[Finding]:
         text = f"The stand-in's workers are connections and take no slots (max_worker_processes = {total})."
         return [Finding("workers", "worker slots", Status.OK, text)]
     row = await patient.one(
-        "select count(*) filter (where backend_type is null) as hidden,"
-        " count(*) filter (where backend_type <> all(%s)) as used,"
-        " count(*) filter (where backend_type = 'pg_background') as pg_background,"
-        " count(*) filter (where backend_type = 'parallel worker') as parallel,"
-        " count(*) filter (where backend_type like 'logical replication%%') as logical"
-        " from pg_catalog.pg_stat_activity",
+        "worker_slots",
         list(NO_SLOT_TAKEN),
     )
     other = row["used"] - row["pg_background"] - row["parallel"] - row["logical"]
@@ -386,12 +374,7 @@ async def _schema(patient: Patient) -> list[Finding]:
         return [Finding("schema", schema, Status.FAILS, text, todo)]
     found = [Finding("schema", schema, Status.OK, f"Version {facts.schema_version}, as this package needs it.")]
     row = await patient.one(
-        "select coalesce(bool_and(pg_catalog.has_function_privilege(p.oid, 'EXECUTE')), false) as execute,"
-        " o.rolname, o.rolsuper, o.rolcanlogin,"
-        " pg_catalog.pg_has_role(session_user, o.oid, 'MEMBER') as member"
-        " from pg_catalog.pg_namespace as n join pg_catalog.pg_roles as o on o.oid = n.nspowner"
-        " left join pg_catalog.pg_proc as p on p.pronamespace = n.oid where n.nspname = %s"
-        " group by o.oid, o.rolname, o.rolsuper, o.rolcanlogin",
+        "schema_owner",
         schema,
     )
     if not row["execute"]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, LiteralString
+from typing import Any
 
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection
 from psycopg.rows import dict_row
 
 from pgbg_orchestration.errors import ExtensionMissing, ExtensionTooOld
 from pgbg_orchestration.ledger.readiness import ServerFacts
 from pgbg_orchestration.postgres.pg_background import Extension
+from pgbg_orchestration.statements import named
+
+QUERIES = named.queries(__package__, "queries.sql")
 
 
 class Status(StrEnum):
@@ -56,9 +59,9 @@ class Patient:
     settings: dict[str, str | None]
     standin: bool
 
-    async def one(self, query: LiteralString | sql.Composed, *arguments: object) -> dict[str, Any]:
-        text = sql.SQL(query) if isinstance(query, str) else query
-        row = await (await self.conn.cursor(row_factory=dict_row).execute(text, arguments)).fetchone()
+    async def one(self, query: str, *arguments: object) -> dict[str, Any]:
+        """Return the row of a query of ``queries.sql``, by its name; empty where there is none."""
+        row = await (await self.conn.cursor(row_factory=dict_row).execute(QUERIES[query], arguments)).fetchone()
         return row or {}
 
     @property

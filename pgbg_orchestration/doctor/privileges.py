@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from psycopg import sql
 
+from pgbg_orchestration.postgres import catalog
 from pgbg_orchestration.postgres.pg_background import ROLE
 
 from .finding import Finding, Patient, Status
@@ -18,12 +19,7 @@ TOO_MUCH = (
 async def login(patient: Patient) -> list[Finding]:
     """Say what power over the server the login has."""
     row = await patient.one(
-        "select array_remove(array[case when r.rolsuper then 'SUPERUSER' end,"
-        " case when r.rolcreaterole then 'CREATEROLE' end, case when r.rolcreatedb then 'CREATEDB' end,"
-        " case when r.rolreplication then 'REPLICATION' end, case when r.rolbypassrls then 'BYPASSRLS' end], null)"
-        " || array(select p.rolname::text from pg_catalog.pg_roles as p where p.rolname = any(%s) and not r.rolsuper"
-        "   and pg_catalog.pg_has_role(r.oid, p.oid, 'MEMBER')) as too_much"
-        " from pg_catalog.pg_roles as r where r.rolname = session_user",
+        "login_power",
         list(TOO_MUCH),
     )
     if not row["too_much"]:
@@ -38,17 +34,7 @@ async def grants(patient: Patient) -> list[Finding]:
     if not patient.facts.has_schema:
         return []
     row = await patient.one(
-        "select array(select distinct coalesce(g.rolname, 'PUBLIC')::text from pg_catalog.pg_namespace as n"
-        "   cross join lateral ("
-        "     select c.relowner as owner, a.grantee, a.privilege_type from pg_catalog.pg_class as c,"
-        "       pg_catalog.aclexplode(c.relacl) as a where c.relnamespace = n.oid and c.relkind = 'r'"
-        "     union all select n.nspowner, a.grantee, a.privilege_type from pg_catalog.aclexplode(n.nspacl) as a"
-        "     union all select p.proowner, a.grantee, 'PUBLIC' from pg_catalog.pg_proc as p, pg_catalog.aclexplode("
-        "       coalesce(p.proacl, pg_catalog.acldefault('f', p.proowner))) as a"
-        "       where p.pronamespace = n.oid and a.grantee = 0"
-        "   ) as x left join pg_catalog.pg_roles as g on g.oid = x.grantee"
-        "   where n.nspname = %s and x.grantee <> x.owner and x.privilege_type <> all(array['SELECT', 'USAGE'])"
-        " ) as grantees",
+        "schema_grantees",
         patient.schema,
     )
     if not row["grantees"]:
@@ -65,24 +51,17 @@ async def grants(patient: Patient) -> list[Finding]:
 
 async def temporary(patient: Patient) -> list[Finding]:
     """Say whether jobs can keep their rows, which go through a temporary table."""
-    row = await patient.one(
-        "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'TEMPORARY') as may,"
-        " pg_catalog.quote_ident(current_user) as role, pg_catalog.quote_ident(pg_catalog.current_database()) as name"
-    )
-    if row["may"]:
+    may, role, database = await catalog.temporary_privilege(patient.conn)
+    if may:
         return [Finding("privileges", "temporary", Status.OK, "Jobs may keep their rows (fetch).")]
     text = "Jobs cannot keep their rows (fetch): whoever runs their SQL may make no temporary table in this database."
-    todo = f"If jobs are to: GRANT TEMPORARY ON DATABASE {row['name']} TO {row['role']};"
+    todo = f"If jobs are to: GRANT TEMPORARY ON DATABASE {database} TO {role};"
     return [Finding("privileges", "temporary", Status.WARNING, text, todo)]
 
 
 async def search_path(patient: Patient) -> list[Finding]:
     """Say where everybody can create what a job's SQL may run unawares (PostgreSQL wiki, CVE-2018-1058)."""
-    row = await patient.one(
-        "select array(select n.nspname::text from pg_catalog.pg_namespace as n, pg_catalog.aclexplode(n.nspacl) as a"
-        " where n.nspname = any(pg_catalog.current_schemas(false)) and a.grantee = 0"
-        " and a.privilege_type = 'CREATE') as open"
-    )
+    row = await patient.one("open_schemas")
     if not row["open"]:
         return [Finding("privileges", "search_path", Status.OK, "Not everybody can create objects in it.")]
     names = ", ".join(sql.Identifier(name).as_string(None) for name in row["open"])

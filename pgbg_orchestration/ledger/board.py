@@ -14,6 +14,7 @@ from psycopg.rows import dict_row
 from pgbg_orchestration.postgres import activity
 from pgbg_orchestration.postgres.activity import Activity
 
+from . import queries
 from .history import JobEntry
 
 HIDDEN = "<insufficient privilege>"
@@ -106,9 +107,7 @@ async def cancel_worker(conn: AsyncConnection[Any], worker: WorkerSeen) -> bool:
         The login may not signal it.
     """
     cursor = await conn.execute(
-        "select pg_catalog.pg_cancel_backend(a.pid) from pg_catalog.pg_stat_activity as a"
-        " where a.pid = %s and a.backend_start = %s and a.application_name = %s",
-        (worker.pid, worker.began_at, worker.application_name),
+        queries.QUERIES["cancel_worker"], (worker.pid, worker.began_at, worker.application_name)
     )
     row = await cursor.fetchone()
     return bool(row and row[0])

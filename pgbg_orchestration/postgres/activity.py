@@ -13,6 +13,8 @@ from typing import Any
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
+from .catalog import QUERIES
+
 # Of two views that tell of one command the first counts: since 19 "cluster" is another name of "repack".
 VIEWS = ("repack", "create_index", "vacuum", "analyze", "cluster", "copy")
 
@@ -39,23 +41,6 @@ COUNTERS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "repack": (("scanning heap", "heap_blks_scanned", "heap_blks_total"),),
     "copy": (("", "bytes_processed", "bytes_total"),),
 }
-
-_LOOK = """
-    select a.pid, a.application_name, a.wait_event_type, a.wait_event,
-        case when a.wait_event_type = 'Lock' then (
-            select pg_catalog.max(extract(epoch from pg_catalog.clock_timestamp() - l.waitstart))::float8
-            from pg_catalog.pg_locks as l where l.pid = a.pid and not l.granted) end as waited,
-        case when a.wait_event_type = 'Lock' then (
-            select pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
-                'pid', b.pid, 'user_name', x.usename, 'application', x.application_name, 'state', x.state,
-                'query', pg_catalog.left(pg_catalog.regexp_replace(x.query, '\\s+', ' ', 'g'), 100),
-                'seconds', extract(epoch from pg_catalog.clock_timestamp() - x.xact_start)::float8))
-            from pg_catalog.unnest(pg_catalog.pg_blocking_pids(a.pid)) as b (pid)
-            left join pg_catalog.pg_stat_activity as x on x.pid = b.pid) end as blockers,
-        (select pg_catalog.jsonb_object_agg(c.command, c.counters) from ({commands}) as c) as commands
-    from pg_catalog.pg_stat_activity as a
-    where a.datname = pg_catalog.current_database() and ({which})
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +90,7 @@ class Activity:
 
 async def views_of(conn: AsyncConnection[Any]) -> tuple[str, ...]:
     """Return which of the progress views this server has."""
-    cursor = await conn.execute(
-        "select n from pg_catalog.unnest(%s::text[]) with ordinality as v (n, number)"
-        " where pg_catalog.to_regclass('pg_catalog.pg_stat_progress_' || n) is not null order by number",
-        ([*VIEWS],),
-    )
+    cursor = await conn.execute(QUERIES["progress_views"], ([*VIEWS],))
     return tuple(name for (name,) in await cursor.fetchall())
 
 
@@ -159,7 +140,7 @@ def query_for(views: Sequence[str], which: sql.Composable) -> sql.Composed:
         ).format(sql.Literal(view), sql.Identifier("pg_catalog", f"pg_stat_progress_{view}"))
         for view in views
     )
-    return sql.SQL(_LOOK).format(commands=commands, which=which)
+    return sql.SQL(QUERIES["activity"]).format(commands=commands, which=which)
 
 
 def activity_of(row: Mapping[str, Any]) -> Activity:

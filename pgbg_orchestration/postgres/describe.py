@@ -10,6 +10,8 @@ from psycopg import AsyncConnection, generators, pq, sql
 
 from pgbg_orchestration.outcome import ErrorFields
 
+from . import catalog
+
 
 @dataclass(frozen=True, slots=True)
 class Readable:
@@ -70,13 +72,7 @@ async def type_names(conn: AsyncConnection[Any], columns: list[tuple[int, int]])
     """
     if not columns:
         return []
-    cursor = await conn.execute(
-        "select pg_catalog.format_type(c.oid, c.mod), t.typtype = 'p'"
-        " from unnest(%s::oid[], %s::int4[]) with ordinality as c (oid, mod, n)"
-        " join pg_catalog.pg_type as t on t.oid = c.oid order by n",
-        ([oid for oid, _ in columns], [modifier for _, modifier in columns]),
-    )
-    rows = await cursor.fetchall()
+    rows = await catalog.types(conn, columns)
     names = [name for name, _ in rows]
     if any(pseudo for _, pseudo in rows):
         raise UnreadableResult(f"a column of the type {next(name for name, pseudo in rows if pseudo)}")

@@ -14,14 +14,7 @@ from psycopg.rows import dict_row
 
 from pgbg_orchestration.labels import NAME_BYTES, shorten_label
 
-_WHERE = (
-    " from pg_catalog.pg_stat_activity as a"
-    " where pg_catalog.starts_with(a.application_name, %s) and a.datname = pg_catalog.current_database()"
-    " and a.pid <> pg_catalog.pg_backend_pid()"
-    # Anybody can take any name.
-    " and pg_catalog.pg_has_role(a.usesysid, %s, 'MEMBER')"
-)
-
+from .catalog import QUERIES
 
 LENGTH = 18
 """Characters of a marker."""
@@ -49,7 +42,7 @@ class Marked:
 async def find(conn: AsyncConnection[Any], marker: str, owner: str) -> Marked | None:
     """Return a backend of the owner's with the marker."""
     cursor = conn.cursor(row_factory=dict_row)
-    row = await (await cursor.execute(b"select a.pid, a.wait_event" + _WHERE.encode(), (marker, owner))).fetchone()
+    row = await (await cursor.execute(QUERIES["marked"], (marker, owner))).fetchone()
     return Marked(**row) if row else None
 
 
@@ -61,6 +54,5 @@ async def signal(conn: AsyncConnection[Any], marker: str, owner: str) -> bool:
     psycopg.errors.InsufficientPrivilege
         The login may not signal it.
     """
-    query = b"select coalesce(bool_or(pg_catalog.pg_cancel_backend(a.pid)), false)" + _WHERE.encode()
-    row = await (await conn.execute(query, (marker, owner))).fetchone()
+    row = await (await conn.execute(QUERIES["signal_marked"], (marker, owner))).fetchone()
     return bool(row and row[0])

@@ -12,20 +12,10 @@ from typing import Any
 
 from psycopg import AsyncConnection, sql
 
-from . import Statement, UnterminatedSql
+from . import Statement, UnterminatedSql, named
 from .lexer import Token, TokenKind, tokens
 
-_INVALID = """
-select pg_catalog.format('%%I.%%I', n.nspname, c.relname)
-  from pg_catalog.pg_index as i
-  join pg_catalog.pg_class as c on c.oid = i.indexrelid
-  join pg_catalog.pg_class as t on t.oid = i.indrelid
-  join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
- where not i.indisvalid and t.relname = %(table)s::name
-   and (%(schema)s::text is null or n.nspname = %(schema)s::name)
-   and (%(index)s::text is null or c.relname = %(index)s::name)
- order by 1
-"""
+QUERIES = named.queries(__package__, "queries.sql")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +95,7 @@ def verify_sql(statements: Sequence[Statement], settings: Sequence[str] = ()) ->
     if found.table is None:
         return _query("select pg_catalog.to_regclass({name}) is null", name=found.index.text)
     return _query(
-        "select exists (select from pg_catalog.pg_index as i"
-        " join pg_catalog.pg_class as c on c.oid = i.indexrelid"
-        " where i.indrelid = pg_catalog.to_regclass({table}) and c.relname = {index}::name"
-        " and i.indisunique = {unique} and i.indisvalid and i.indisready)",
+        QUERIES["index_is_built"],
         table=found.table.text,
         index=found.index.last,
         unique=found.unique,
@@ -127,7 +114,7 @@ async def invalid_indexes(conn: AsyncConnection[Any], found: ConcurrentIndex) ->
         "schema": found.table.schema,
         "index": found.index.last if found.index else None,
     }
-    cursor = await conn.execute(_INVALID.encode(), names)
+    cursor = await conn.execute(QUERIES["invalid_indexes"], names)
     return [str(row[0]) for row in await cursor.fetchall()]
 
 
@@ -146,12 +133,7 @@ async def drop_invalid_index(conn: AsyncConnection[Any], found: ConcurrentIndex)
     """
     if found.index is None or found.table is None:
         return None
-    query = (
-        "select pg_catalog.format('%%I.%%I', n.nspname, c.relname) from pg_catalog.pg_index as i"
-        " join pg_catalog.pg_class as c on c.oid = i.indexrelid"
-        " join pg_catalog.pg_namespace as n on n.oid = c.relnamespace"
-        " where not i.indisvalid and i.indrelid = pg_catalog.to_regclass(%s) and c.relname = %s::name"
-    )
+    query = QUERIES["invalid_index"]
     names = (found.table.text, found.index.last)
     if await (await conn.execute(query, names)).fetchone() is None:
         return None

@@ -17,7 +17,7 @@ from psycopg import AsyncConnection, sql
 
 from pgbg_orchestration.errors import InvalidJob, NoPrivilege
 from pgbg_orchestration.job import Job
-from pgbg_orchestration.postgres import connection, describe
+from pgbg_orchestration.postgres import catalog, connection, describe
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import Statement
 from pgbg_orchestration.statements.giving import Giver, Giving, giving
@@ -120,12 +120,7 @@ async def plan(
 
 
 async def _require_temporary(job: Job, conn: AsyncConnection[Any]) -> None:
-    query = (
-        "select pg_catalog.has_database_privilege(r.name, pg_catalog.current_database(), 'TEMPORARY'),"
-        " pg_catalog.quote_ident(r.name), pg_catalog.quote_ident(pg_catalog.current_database())"
-        " from (select coalesce(%s, current_user)::text as name) as r"
-    )
-    may, role, database = await (await conn.execute(query, (job.role,))).fetchone() or (True, "", "")
+    may, role, database = await catalog.temporary_privilege(conn, job.role)
     if not may:
         raise NoPrivilege(
             f"the rows of a job go through a temporary table, and {role} may make none in this database",
@@ -142,13 +137,7 @@ async def _describe(conn: AsyncConnection[Any], text: str, settings: Mapping[str
             await conn.execute("set local search_path to default")  # the login's own, as its workers have it
             await connection.configure(conn, (("lock_timeout", PATIENCE), *settings.items()), local=True)
             columns = await describe.named_columns_of(conn, text)
-            cursor = await conn.execute(
-                "select pg_catalog.format_type(c.oid, c.mod), t.typtype = 'p'"
-                " from unnest(%s::oid[], %s::int4[]) with ordinality as c (oid, mod, n)"
-                " join pg_catalog.pg_type as t on t.oid = c.oid order by n",
-                ([oid for _, oid, _ in columns], [modifier for _, _, modifier in columns]),
-            )
-            types = await cursor.fetchall()
+            types = await catalog.types(conn, ((oid, modifier) for _, oid, modifier in columns))
     except psycopg.Error as error:
         if connection.is_lost(conn, error):
             raise

@@ -223,3 +223,9 @@ select max(version) as version from {schema}.meta
 
 -- name: kept_rows
 select * from {schema}.kept_rows(%s, %s)
+
+-- name: cancel_worker
+-- The process that was seen: pids are used again.
+select pg_catalog.pg_cancel_backend(a.pid)
+from pg_catalog.pg_stat_activity as a
+where a.pid = %s and a.backend_start = %s and a.application_name = %s
