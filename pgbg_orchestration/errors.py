@@ -10,7 +10,7 @@ that events, XComs, metadata and the history go through.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from .outcome import NO_FIELDS, Cause, ErrorFields
 
@@ -28,6 +28,21 @@ GOES_ON = (
 )
 DONE = "The job is committed, and never runs again; its rows are not to be had any more."
 NOT_KNOWN = "Whether the job is committed is not known from here."
+
+
+class JobDetails(TypedDict, total=False):
+    """What an error may tell of its job, as keyword arguments; :class:`PgbgError` has their meaning."""
+
+    job_id: str | None
+    label: str | None
+    todo: str | None
+    data_state: str | None
+
+
+class Details(JobDetails, total=False):
+    """The same, and the code behind the error."""
+
+    sqlstate: str | None
 
 
 class PgbgError(Exception):
@@ -158,19 +173,8 @@ class WorkerError(PgbgError):
 
     data_state = ROLLED_BACK
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        fields: ErrorFields,
-        job_id: str | None = None,
-        label: str | None = None,
-        todo: str | None = None,
-        data_state: str | None = None,
-    ) -> None:
-        super().__init__(
-            message, job_id=job_id, label=label, todo=todo, sqlstate=fields.sqlstate, data_state=data_state
-        )
+    def __init__(self, message: str, *, fields: ErrorFields, **named: Unpack[JobDetails]) -> None:
+        super().__init__(message, sqlstate=fields.sqlstate, **named)
         self.fields = fields
 
     def details(self) -> list[str]:
@@ -189,18 +193,8 @@ class JobCancelled(PgbgError):
 
     data_state = ROLLED_BACK
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        cause: Cause | None = None,
-        job_id: str | None = None,
-        label: str | None = None,
-        todo: str | None = None,
-        sqlstate: str | None = None,
-        data_state: str | None = None,
-    ) -> None:
-        super().__init__(message, job_id=job_id, label=label, todo=todo, sqlstate=sqlstate, data_state=data_state)
+    def __init__(self, message: str, *, cause: Cause | None = None, **named: Unpack[Details]) -> None:
+        super().__init__(message, **named)
         self.cause = cause
 
     def own_entries(self) -> dict[str, Any]:
@@ -244,18 +238,8 @@ class StillRunning(PgbgError):
 
     data_state = "The job's worker is still at work and may commit."
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        worker_pid: int | None = None,
-        job_id: str | None = None,
-        label: str | None = None,
-        todo: str | None = None,
-        sqlstate: str | None = None,
-        data_state: str | None = None,
-    ) -> None:
-        super().__init__(message, job_id=job_id, label=label, todo=todo, sqlstate=sqlstate, data_state=data_state)
+    def __init__(self, message: str, *, worker_pid: int | None = None, **named: Unpack[Details]) -> None:
+        super().__init__(message, **named)
         self.worker_pid = worker_pid
 
     def own_entries(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import fields
 from datetime import datetime, timedelta
 from itertools import chain, groupby, repeat
 from operator import itemgetter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import psycopg
 from psycopg import AsyncConnection, sql
@@ -40,6 +40,25 @@ MARK_PATIENCE = "25ms"  # how long a mark waits for a worker that began just now
 def this_process() -> str:
     """Return what names this process to people."""
     return f"{socket.gethostname()}/{os.getpid()}"
+
+
+class Which(TypedDict, total=False):
+    """Which jobs are asked for.
+
+    Parameters
+    ----------
+    label, series:
+        Only those that fit; ``*`` and ``?`` stand for any characters, and for one.
+    since:
+        Only those launched at this moment (with time zone) or later; of one never launched, its end counts.
+    limit:
+        At most so many.
+    """
+
+    label: str | None
+    series: str | None
+    since: datetime | None
+    limit: int | None
 
 
 class Ledger:
@@ -305,11 +324,8 @@ class Ledger:
         self,
         *,
         states: Sequence[str] = (),
-        label: str | None = None,
-        series: str | None = None,
         job_id: str | None = None,
-        since: datetime | None = None,
-        limit: int | None = None,
+        **which: Unpack[Which],
     ) -> list[JobEntry]:
         """Return every job that the login may see, with its true state, newest launch first.
 
@@ -317,29 +333,13 @@ class Ledger:
         ----------
         states:
             Only these of ``STATES``; none: all.
-        label, series:
-            Only those that fit; ``*`` and ``?`` stand for any characters, and for one.
         job_id:
             Only this one (of each owner).
-        since:
-            Only those launched at this moment (with time zone) or later; of one never launched, its end counts.
-        limit:
-            At most so many.
+        which:
+            As :class:`Which` has them.
         """
-        query = self._query("jobs")
-        arguments = {
-            "states": list(states) or None,
-            "label": _like(label),
-            "series": _like(series),
-            "job_id": job_id,
-            "since": since,
-            "limit": limit,
-        }
-
-        async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
-            return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
-
-        return [JobEntry.of(row) for row in await self._reader.ask(ask)]
+        rows = await self._which("jobs", which, states=list(states) or None, job_id=job_id)
+        return [JobEntry.of(row) for row in rows]
 
     async def orphans(self, *, series: str | None = None, job_id: str | None = None) -> list[Orphan]:
         """Return the jobs that are at work, or may begin, without the session that registered their launch.
@@ -366,10 +366,7 @@ class Ledger:
         self,
         *,
         by: Literal["label", "series"] = "label",
-        label: str | None = None,
-        series: str | None = None,
-        since: datetime | None = None,
-        limit: int | None = None,
+        **which: Unpack[Which],
     ) -> list[Durations]:
         """Return how the jobs of each name went that the login may see, the name that was launched last first.
 
@@ -377,18 +374,25 @@ class Ledger:
         ----------
         by:
             What the names are.
-        label, series, since:
-            As in :meth:`jobs`.
-        limit:
-            At most so many names.
+        which:
+            As :class:`Which` has them; its ``limit`` is one of names.
         """
-        query = self._query("durations")
-        arguments = {"by": by, "label": _like(label), "series": _like(series), "since": since, "limit": limit}
+        return [Durations(**row) for row in await self._which("durations", which, by=by)]
+
+    async def _which(self, name: str, which: Which, **further: object) -> list[dict[str, Any]]:
+        query = self._query(name)
+        arguments = {
+            "label": _like(which.get("label")),
+            "series": _like(which.get("series")),
+            "since": which.get("since"),
+            "limit": which.get("limit"),
+            **further,
+        }
 
         async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
             return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
 
-        return [Durations(**row) for row in await self._reader.ask(ask)]
+        return await self._reader.ask(ask)
 
     async def prune(self, older_than: timedelta) -> tuple[int, int]:
         """Forget what ended longer ago; returns how many receipts and how many jobs of the history went.

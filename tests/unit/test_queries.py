@@ -39,7 +39,7 @@ def test_every_query_is_used_and_every_used_one_is_there(file: str) -> None:
         name
         for module in users
         for name in re.findall(
-            r"(?:query\(|filled\(|QUERIES\[|patient\.one\()\s*\"(\w+)\"", module.read_text(encoding="utf-8")
+            r"(?:query\(|filled\(|QUERIES\[|patient\.one\(|_which\()\s*\"(\w+)\"", module.read_text(encoding="utf-8")
         )
     }
     assert asked == set(named.queries(f"pgbg_orchestration.{room}", *file.split("/")[1:]))
