@@ -56,26 +56,3 @@ select pg_catalog.has_database_privilege(r.name, pg_catalog.current_database(), 
        pg_catalog.quote_ident(r.name) as role,
        pg_catalog.quote_ident(pg_catalog.current_database()) as database
 from (select coalesce(%s, current_user)::text as name) as r
-
--- name: opening
--- One message that registers a job, and launches it if it was new.
-begin isolation level read committed read write;
-select pg_catalog.set_config('statement_timeout', '0', true), {await_no_standby};
-select r.*, pg_catalog.set_config({setting}, case r.verdict when 'registered'
-    then pg_catalog.concat_ws(':', {word}, r.generation, r.attempt) else '' end, false)
-from {registering} as r;
-commit;
-begin isolation level read committed;
-select {local}, pg_catalog.set_config({name},
-    {head} || pg_catalog.split_part(o, ':', 2) || {middle} || pg_catalog.split_part(o, ':', 3) || {tail}, true)
-from pg_catalog.current_setting({setting}, true) as o;
-select l.pid, l.cookie
-from (
-    select {text} as text
-    from pg_catalog.current_setting({setting}, true) as o
-    where pg_catalog.starts_with(o, {word} || ':')
-    -- So that the function is called for that row, and without one never.
-    offset 0
-) as t
-cross join lateral {launch}(t.text, {queue_size}, {label}) as l;
-commit
