@@ -25,7 +25,7 @@ from pgbg_orchestration.statements.giving import giving
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Intent, Report
 
-from . import steps
+from . import location
 from .feed import Feed
 from .memory import Memory, Terms
 from .work import Work
@@ -51,7 +51,7 @@ class Case:
         What registered and launched the job in one call, if that was tried; somebody should look before the time.
     call, worker, reading:
         The launch call on its way; the last worker; the task that reads its result to the end.
-    text, step, failure:
+    text, statement, failure:
         What was launched last; the number of its statement that was last told to be at work; where it failed.
     call_forgotten:
         A launch call was given up before its answer: what it launched is refused, or is told by the receipt.
@@ -84,8 +84,8 @@ class Case:
     worker: Worker | None = None
     reading: asyncio.Task[tuple[int | None, str | None]] | None = None
     text: str = ""
-    step: int | None = None
-    failure: steps.Told = field(default_factory=steps.Told)
+    statement: int | None = None
+    failure: location.Told = field(default_factory=location.Told)
     call_forgotten: bool = False
     launch_error: BaseException | None = None
     slot_deadline: float | None = None
@@ -174,13 +174,13 @@ class Case:
         """Remember where the worker failed."""
         position = raised.diag.statement_position if raised.sqlstate == error.sqlstate else None
         # An error without any context comes from outside of the statements: from the commit.
-        number = self.step if error.context else None
-        self.failure = steps.Told(int(position) if position else None, number)
+        number = self.statement if error.context else None
+        self.failure = location.Told(int(position) if position else None, number)
 
     def _hear(self, diag: psycopg.errors.Diagnostic) -> None:
         """Tell something that the job's SQL raised."""
-        if (number := steps.number_of(diag)) is not None:
-            self.step = number
+        if (number := location.number_of(diag)) is not None:
+            self.statement = number
             if self.reading is not None:
                 of = len(self.work.statements)
                 self.tell(EventKind.PROGRESS, f"statement {number} of {of}", statement=number, of=of, percent=None)

@@ -24,7 +24,7 @@ from pgbg_orchestration.statements.giving import giving
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OURS, Intent, Report, Step
 
-from . import failures, steps
+from . import failures, location
 from .case import Case
 from .host import Host
 from .memory import Stage
@@ -84,26 +84,26 @@ async def _placed(case: Case, ledger: Ledger, fields: ErrorFields, *, own: bool)
     at: int | None = None
     if own and work.kind is Kind.RECEIPT:
         bodies = work.bodies(ledger.schema)
-        number, at = steps.place(case.text, work.body(ledger.schema), bodies, case.failure)
+        number, at = location.place(case.text, work.body(ledger.schema), bodies, case.failure)
         if number is not None and at is not None:
             found, part = giving(work.statements[number]), work.statements[number].text
-            at = steps.offset_in(bodies[number], part, found.verb_at if found else 0, at)
+            at = location.offset_in(bodies[number], part, found.verb_at if found else 0, at)
     elif own and case.failure.position is not None:
         at = case.failure.position - 1 - case.text.find(work.statements[0].text)
     if number is None:
         return fields
     one = None if work.job.redact_details else await _shown(case, ledger, number)
     at = one.at(at) if one is not None and at is not None and at >= 0 else None
-    return steps.telling(fields, number, len(work.statements), one.text if one else None, at)
+    return location.telling(fields, number, len(work.statements), one.text if one else None, at)
 
 
-async def _shown(case: Case, ledger: Ledger, number: int) -> steps.Shown | None:
+async def _shown(case: Case, ledger: Ledger, number: int) -> location.Shown | None:
     """Return a statement as it may be shown: with placeholders for its parameters."""
     work = case.work
     if work.job.parameters is None:
-        return steps.Shown((work.statements[number].text,), (), ())
+        return location.Shown((work.statements[number].text,), (), ())
     try:
-        shown = await ledger.run(lambda conn: steps.shown(work.job, work.statements, conn))
+        shown = await ledger.run(lambda conn: location.shown(work.job, work.statements, conn))
     except (psycopg.Error, PgbgError) as failure:
         logger.warning("job %s: the statement that failed cannot be shown: %s", work.label, failure)
         return None

@@ -26,7 +26,7 @@ from pgbg_orchestration.testing import faults
 from pgbg_orchestration.threads import off_loop
 from pgbg_orchestration.verdict import Intent
 
-from . import failures, steps
+from . import failures, location
 from .case import Case
 from .conclusion import record
 from .host import Host
@@ -303,7 +303,7 @@ class Launches:
         async def call(session: LaunchingSession) -> None:
             case.memory = case.memory.calling()
             case.waited_for_slot = False
-            case.text, case.failure, case.step = telemetry.comment() + text, steps.Told(), None
+            case.text, case.failure, case.statement = telemetry.comment() + text, location.Told(), None
             case.call = session.launch(
                 case.text,
                 label=work.label,

@@ -28,7 +28,7 @@ from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.statements.giving import giving
 from pgbg_orchestration.threads import off_loop
 
-from . import keeping, steps
+from . import kept_rows, location
 
 # Sent before the user's own settings, which win.
 BASE_SETTINGS: Mapping[str, str] = {
@@ -66,7 +66,7 @@ class Work:
     sql_digest: bytes
     applied: Mapping[str, str]  # what its text sets too late, and its launch therefore
     gives_rows: bool  # its last statement may give rows
-    kept: tuple[keeping.Keeping, ...] = ()  # statements whose rows are kept
+    kept: tuple[kept_rows.Keeping, ...] = ()  # statements whose rows are kept
     is_streamed: bool = False  # its rows are read as they come
     may_mark: bool = False  # every role may run what tells the statement that is at work
 
@@ -115,11 +115,16 @@ class Work:
         return markers.worker_name(self.key.owner, self.key.job_id, self.label)
 
     @property
-    def is_marked_by_step(self) -> bool:
+    def is_marked_by_statement(self) -> bool:
         """Whether its worker tells which of its statements is at work."""
         number = len(self.statements)
         room = (self.job.queue_size or DEFAULT_QUEUE_BYTES) // 2
-        return self.may_mark and self.kind is Kind.RECEIPT and 1 < number <= steps.MOST and number * steps.BYTES <= room
+        return (
+            self.may_mark
+            and self.kind is Kind.RECEIPT
+            and 1 < number <= location.MOST
+            and number * location.BYTES <= room
+        )
 
     def bodies(self, schema: str) -> list[str]:
         """Return what stands in the worker's text for each statement."""
@@ -128,13 +133,13 @@ class Work:
         keep = sql.SQL("select {}({}, {}").format(
             sql.Identifier(schema, "keep_table"), _literal(self.key.owner), _literal(self.key.job_id)
         )
-        texts = keeping.texts(self.statements, self.kept, self.job.fetch, keep.as_string(None))
+        texts = kept_rows.texts(self.statements, self.kept, self.job.fetch, keep.as_string(None))
         return [statements.SEPARATOR.join(lines) for lines in texts]
 
     def body(self, schema: str) -> str:
         """Return the part of the worker's text that the job's statements make."""
         bodies = self.bodies(schema)
-        return steps.marked(bodies) if self.is_marked_by_step else statements.SEPARATOR.join(bodies)
+        return location.marked(bodies) if self.is_marked_by_statement else statements.SEPARATOR.join(bodies)
 
     def telling(self, fields: ErrorFields) -> ErrorFields:
         """Return what may be told of a server's error."""
@@ -192,7 +197,7 @@ class Work:
         call = sql.SQL("select {}()").format(sql.Identifier(schema, "begin_job")).as_string(None)
         head = [f"/* {_in_comment(self.label)} */ {call}"]
         if self.kept:
-            head.append(keeping.ROLE_OF_THE_LOGIN)
+            head.append(kept_rows.ROLE_OF_THE_LOGIN)
         if self.job.role is not None:
             head.append(sql.SQL("set local role {}").format(sql.Identifier(self.job.role)).as_string(None))
         return "\n;".join([*head, self.body(schema)]) + (PADDING if self.is_padded else "")
@@ -304,7 +309,7 @@ async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_m
         await _check_owner(job, conn)
     if conn is None or not isinstance(job.fetch, Fetch):
         return work
-    return replace(work, kept=await keeping.plan(job, job.fetch, work.statements, conn, work.meaning()))
+    return replace(work, kept=await kept_rows.plan(job, job.fetch, work.statements, conn, work.meaning()))
 
 
 def _size(job: Job) -> int:

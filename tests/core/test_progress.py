@@ -135,7 +135,12 @@ async def test_a_look_that_fails_is_no_fault_of_the_jobs(
     db: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(
-        activity, "_LOOK", "select no_such_column {commands} where %(pids)s is null or %(names)s is null"
+        activity,
+        "QUERIES",
+        {
+            **activity.QUERIES,
+            "activity": "select no_such_column {commands} where %(pids)s is null or %(names)s is null",
+        },
     )
     seen = Recorder()
     outcome = await within(arun(db.conninfo, Job("select pg_sleep(4)", id="alone"), observer=seen))
