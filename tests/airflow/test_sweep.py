@@ -363,7 +363,7 @@ class TestTriggers:
     def _connection(self, monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
         monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
         monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
-        monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
+        monkeypatch.setattr("airflow_provider.triggers.task.RESUME_SECONDS", 0.0)
 
     def _trigger(self, sql: str, *, in_triggerer: bool = True, **options: Any) -> PgBackgroundTrigger:
         series = series_of("books", "q9", "other")

@@ -10,7 +10,7 @@ import pytest
 
 from pgbg_orchestration import Event, Job, Launcher, arun
 from pgbg_orchestration.outcome import EventKind
-from pgbg_orchestration.postgres import activity
+from pgbg_orchestration.postgres import activity, catalog
 from tests.core.kit import APP, Recorder, Watched, eventually, within
 
 pytestmark = pytest.mark.servers("real", "embedded")
@@ -138,7 +138,7 @@ async def test_a_look_that_fails_is_no_fault_of_the_jobs(
         activity,
         "QUERIES",
         {
-            **activity.QUERIES,
+            **catalog.QUERIES,
             "activity": "select no_such_column {commands} where %(pids)s is null or %(names)s is null",
         },
     )
