@@ -6,7 +6,8 @@ web_allow_cancel`` is true.
 
 Who may see a connection in Airflow (``GET``) sees its jobs, since the page shows what that connection's login sees. A
 job of an Airflow task is cancelled by whoever may edit its task instance (``PUT``), any other job by whoever may edit
-the connection.
+the connection. The SQL of a task's job is shown to whoever may see its task instance, the first of its rows to whoever
+may see its XComs; of any other job both are shown to whoever may edit the connection.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class ConnectionPage:
             self._source,
             may_see=self.may_see,
             may_cancel=self.may_cancel if conf.getboolean(SECTION, "web_allow_cancel", fallback=False) else None,
+            may_see_sql=self.may_see_sql,
+            may_see_rows=self.may_see_rows,
             links={"airflow": conf.get("api", "base_url", fallback="") or "/"},
         )
 
@@ -97,7 +100,10 @@ class ConnectionPage:
 
         manager, user = await _asking(request)
         details = ConnectionDetails(conn_id=self.conn_id)
-        await _require(lambda: manager.is_authorized_connection(method="GET", details=details, user=user))
+        if not await asyncio.to_thread(
+            lambda: manager.is_authorized_connection(method="GET", details=details, user=user)
+        ):
+            raise _forbidden()
 
     async def may_cancel(self, request: Request, job: JobEntry) -> None:
         """Let a request cancel a job of a user who may edit its task instance, or else the connection.
@@ -107,6 +113,26 @@ class ConnectionPage:
         HTTPException
             As :meth:`may_see`.
         """
+        if not await self._may(request, job, "PUT", "TASK_INSTANCE"):
+            raise _forbidden()
+
+    async def may_see_sql(self, request: Request, job: JobEntry) -> bool:
+        """Tell whether a request's user may see a job's SQL.
+
+        Of an Airflow task's job, whoever may see its task instance, whose rendered templates have it too; of any other,
+        whoever may edit the connection.
+        """
+        return await self._may(request, job, "GET", "TASK_INSTANCE")
+
+    async def may_see_rows(self, request: Request, job: JobEntry) -> bool:
+        """Tell whether a request's user may see the first of the rows that a job kept.
+
+        Of an Airflow task's job, whoever may see its XComs; of any other, whoever may edit the connection.
+        """
+        return await self._may(request, job, "GET", "XCOM")
+
+    async def _may(self, request: Request, job: JobEntry, method: Any, entity: str) -> bool:
+        """Tell whether a user may do something to a part of a job's task instance, or else edit the connection."""
         from airflow.api_fastapi.auth.managers.models.resource_details import (
             ConnectionDetails,
             DagAccessEntity,
@@ -118,13 +144,15 @@ class ConnectionPage:
         manager, user = await _asking(request)
         if task := airflow_task(job.series or ""):
             of_dag = DagDetails(id=task.dag_id)
-            entity = DagAccessEntity.TASK_INSTANCE
-            await _require(
-                lambda: manager.is_authorized_dag(method="PUT", access_entity=entity, details=of_dag, user=user)
+            part = DagAccessEntity[entity]
+            # An auth manager may ask a database or another service.
+            return await asyncio.to_thread(
+                lambda: manager.is_authorized_dag(method=method, access_entity=part, details=of_dag, user=user)
             )
-        else:
-            details = ConnectionDetails(conn_id=self.conn_id)
-            await _require(lambda: manager.is_authorized_connection(method="PUT", details=details, user=user))
+        details = ConnectionDetails(conn_id=self.conn_id)
+        return await asyncio.to_thread(
+            lambda: manager.is_authorized_connection(method="PUT", details=details, user=user)
+        )
 
 
 async def _asking(request: Request) -> tuple[Any, Any]:
@@ -136,12 +164,10 @@ async def _asking(request: Request) -> tuple[Any, Any]:
     return get_auth_manager(), await get_user(request, None, bearer)
 
 
-async def _require(allowed: Any) -> None:
+def _forbidden() -> Exception:
     from starlette.exceptions import HTTPException
 
-    # An auth manager may ask a database or another service.
-    if not await asyncio.to_thread(allowed):
-        raise HTTPException(403, "you may not do this in Airflow")
+    return HTTPException(403, "you may not do this in Airflow")
 
 
 class PgBackgroundPlugin(AirflowPlugin):

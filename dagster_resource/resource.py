@@ -96,6 +96,12 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         default=5.0, description="Seconds between two looks at the run's status, for executors that send no signal."
     )
 
+    web_url: str | None = Field(
+        default=None,
+        description="Address of the page that shows the jobs (pgbg web, or the one in Airflow's UI): metadata links to "
+        "each job's page there. Default: no link.",
+    )
+
     @field_validator("cancel_on_termination", mode="before")
     @classmethod
     def _known_choice(cls, value: str) -> str:
@@ -457,12 +463,12 @@ class PgBackgroundResource(ConfigurableResource[Any]):
 
         try:
             ended = self._caller(context).drive(wait, interval=self.run_status_interval)
-            return PgBackgroundOutcome.of(ended, "", None)
+            return PgBackgroundOutcome.of(ended, "", None, web_url=self.web_url)
         except PgbgError as error:
-            raise PgBackgroundFailure(error) from None
+            raise PgBackgroundFailure(error, web_url=self.web_url) from None
         except TimeoutError:
             late = StillRunning(f"it has not ended within {timeout:g} s", job_id=job_id, label=job_id)
-            raise PgBackgroundFailure(late) from None
+            raise PgBackgroundFailure(late, web_url=self.web_url) from None
 
     # How it is done -----------------------------------------------------------------------------------------------
 
@@ -497,7 +503,9 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         if batch.errors:
             self._raise_for(batch.errors, members, caller, policy)
         return {
-            member.name: PgBackgroundOutcome.of(batch.outcomes[member.name], member.sql.shown, step)
+            member.name: PgBackgroundOutcome.of(
+                batch.outcomes[member.name], member.sql.shown, step, web_url=self.web_url
+            )
             for member in members
         }
 
@@ -568,6 +576,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             retry_number=caller.retry_number,
             max_retries=self.max_retries,
             sql={job.id or "": member.sql.shown for member in members for job in (member.job, member.anew) if job},
+            web_url=self.web_url,
         )
 
 

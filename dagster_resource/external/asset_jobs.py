@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from dagster import AssetKey
+from dagster import AssetKey, MetadataValue
 
 from dagster_resource.steps import identity
+from dagster_resource.steps.metadata import page_of
 
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
@@ -128,11 +129,23 @@ def partition_of(entry: JobEntry) -> str | None:
     return partition if bar else None
 
 
-def failure_metadata(entry: JobEntry, error: PgbgError) -> dict[str, Any]:
-    """Return what a failed check tells of a job that did not commit."""
-    return {
-        "pgbg/job_id": entry.job_id,
-        "pgbg/state": entry.state,
-        "pgbg/error": str(error),
-        **({"pgbg/sqlstate": error.sqlstate} if error.sqlstate else {}),
-    }
+def check_metadata(entry: JobEntry, error: PgbgError | None, web_url: str | None) -> dict[str, Any]:
+    """Return what a check tells of a job: of one that did not commit, why.
+
+    Parameters
+    ----------
+    entry:
+        The job.
+    error:
+        How it ended; None for one that committed.
+    web_url:
+        Address of the jobs' page; None where there is none.
+    """
+    told: dict[str, Any] = {"pgbg/job_id": entry.job_id}
+    if error is not None:
+        told |= {"pgbg/state": entry.state, "pgbg/error": str(error)}
+        if error.sqlstate:
+            told["pgbg/sqlstate"] = error.sqlstate
+    if web_url:
+        told["pgbg/page"] = MetadataValue.url(page_of(web_url, entry.job_id))
+    return told

@@ -63,7 +63,7 @@ def build_pg_background_job_checks(
                 asset_key=check.asset_key,
                 check_name=check.name,
                 passed=error is None,
-                metadata=asset_jobs.failure_metadata(entry, error) if error else {"pgbg/job_id": entry.job_id},
+                metadata=asset_jobs.check_metadata(entry, error, pg.web_url),
             )
 
     return [look]

@@ -129,12 +129,12 @@ def build_pg_background_sensor(
                 unfinished.extend(wanted[number:])
                 break
             else:
-                events += _events(earlier, entry, source.key, partition_of or asset_jobs.partition_of)
+                events += _events(earlier, entry, source.key, partition_of or asset_jobs.partition_of, pg.web_url)
                 newest[source.key] = entry
                 reported.add(mark)
         ended = len(reported - cursor.reported)
         # One for each asset: the daemon takes its time over every event, and the last one is what is shown.
-        events += [_passed(entry, key) for key, entry in newest.items() if error_of(entry) is None]
+        events += [_passed(entry, key, pg.web_url) for key, entry in newest.items() if error_of(entry) is None]
         sources = asset_jobs.sources_of(pg, assets)
         return SensorResult(
             asset_events=events,
@@ -172,17 +172,17 @@ def _mark(entry: JobEntry, source: Source) -> str:
 
 
 def _events(
-    earlier: Earlier, entry: JobEntry, key: AssetKey, partition_of: PartitionOf
+    earlier: Earlier, entry: JobEntry, key: AssetKey, partition_of: PartitionOf, web_url: str | None
 ) -> list[AssetMaterialization | AssetCheckEvaluation]:
     """Return what a job that has ended is reported by, but for the check that it passed."""
     error = error_of(entry)
     if error is not None:
-        return [_evaluation(key, asset_jobs.failure_metadata(entry, error), passed=False)]
+        return [_evaluation(key, asset_jobs.check_metadata(entry, error, web_url), passed=False)]
     if entry.job_id in earlier.of(key):
         return []
     partition, block = partition_of(entry), earlier.sql_of(key, entry.job_id)
     sql = (sql_of_block(block) if block else None) or ""
-    outcome = replace(PgBackgroundOutcome.of(outcome_of(entry), sql, None), partition=partition)
+    outcome = replace(PgBackgroundOutcome.of(outcome_of(entry), sql, None, web_url=web_url), partition=partition)
     known = {name: value for name, value in outcome.metadata().items() if name != "pgbg/launched"}
     if block:
         known["pgbg/sql"] = MetadataValue.md(block)
@@ -195,8 +195,8 @@ def _summary(ended: int, left: int) -> str:
     return f"{what}; at work or left to the next tick: {left}" if left else what
 
 
-def _passed(entry: JobEntry, key: AssetKey) -> AssetCheckEvaluation:
-    return _evaluation(key, {"pgbg/job_id": entry.job_id}, passed=True)
+def _passed(entry: JobEntry, key: AssetKey, web_url: str | None) -> AssetCheckEvaluation:
+    return _evaluation(key, asset_jobs.check_metadata(entry, None, web_url), passed=True)
 
 
 def _evaluation(key: AssetKey, metadata: Mapping[str, Any], *, passed: bool) -> AssetCheckEvaluation:

@@ -11,7 +11,7 @@ from pgbg_orchestration.errors import PgbgError, WorkerError
 from pgbg_orchestration.outcome import ErrorFields
 from pgbg_orchestration.retry import ATTACH, DEFAULT, FAIL, RETRY, Decision, RetryPolicy
 
-from .metadata import sql_block
+from .metadata import page_of, sql_block
 
 NEVER = 1_000_000  # a number of tries that no rule allows
 
@@ -40,6 +40,7 @@ class PgBackgroundFailure(Failure):
         sql: str | None = None,
         reason: str | None = None,
         allow_retries: bool = True,
+        web_url: str | None = None,
     ) -> None:
         self.error = error
         self.errors = tuple(errors) or (error,)
@@ -48,7 +49,7 @@ class PgBackgroundFailure(Failure):
         self.label = error.label
         super().__init__(
             description=f"{error}\n{reason}" if reason else str(error),
-            metadata=_metadata(error, sql) | _table(self.errors),
+            metadata=_metadata(error, sql, web_url) | _table(self.errors),
             allow_retries=allow_retries,
         )
 
@@ -87,6 +88,7 @@ def raise_for(
     retry_number: int | None,
     max_retries: int,
     sql: Mapping[str, str],
+    web_url: str | None = None,
 ) -> NoReturn:
     """Raise what Dagster is to do about the errors of one step's jobs.
 
@@ -103,6 +105,8 @@ def raise_for(
         How often a step is retried at most where no rule has a number of its own.
     sql:
         The jobs' SQL by job id, for the metadata.
+    web_url:
+        Address of the jobs' page, for the metadata; None where there is none.
 
     Raises
     ------
@@ -124,6 +128,7 @@ def raise_for(
         sql=sql.get(error.job_id or ""),
         reason=reason,
         allow_retries=decision.action is DEFAULT,
+        web_url=web_url,
     )
     if decision.action in (RETRY, ATTACH) and retry_number is not None:
         delays = [judgement.delay or 0.0 for judgement, _ in judged]
@@ -145,13 +150,15 @@ def _weight(decision: Decision) -> int:
     return {RETRY: 1, ATTACH: 0, DEFAULT: 2}.get(decision.action, 3)
 
 
-def _metadata(error: PgbgError, sql: str | None) -> dict[str, Any]:
+def _metadata(error: PgbgError, sql: str | None, web_url: str | None) -> dict[str, Any]:
     told = error.to_dict()
     del told["notes"]  # they stand in the text
     told |= told.pop("fields", {})  # the server's message among them, where there is one
     metadata: dict[str, Any] = {f"pgbg/{name}": MetadataValue.text(str(value)) for name, value in told.items() if value}
     if sql:
         metadata["pgbg/sql"] = sql_block(sql)
+    if web_url and error.job_id:
+        metadata["pgbg/page"] = MetadataValue.url(page_of(web_url, error.job_id))
     return metadata
 
 

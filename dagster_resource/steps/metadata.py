@@ -1,8 +1,9 @@
-"""How SQL is shown in Dagster's metadata."""
+"""How SQL and a job's page are shown in Dagster's metadata."""
 
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 from dagster import MetadataValue
 
@@ -26,3 +27,8 @@ def sql_of_block(block: str) -> str | None:
     """Return the SQL of a block that :func:`sql_block` made; None where it was cut."""
     sql = block.partition("\n")[2].rpartition("\n")[0]
     return None if sql.rpartition("\n")[2].startswith(CUT) else sql
+
+
+def page_of(web_url: str, job_id: str) -> str:
+    """Return the address of a job's page below that of the jobs' page (``pgbg web``, or the one in Airflow's UI)."""
+    return f"{web_url.rstrip('/')}/#job=/{quote(job_id, safe='')}"

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from dagster import AssetKey, MaterializeResult
+from dagster import AssetKey, MaterializeResult, MetadataValue
 
 from pgbg_orchestration.outcome import Outcome
 
 from .identity import Identity
-from .metadata import sql_block
+from .metadata import page_of, sql_block
 from .preview import preview_metadata
 from .table_size import is_size_of_partition, is_size_of_table
 
@@ -31,14 +31,19 @@ class PgBackgroundOutcome(Outcome):
         The step's partition key, or range of keys; None without partitions.
     is_range:
         Whether the partition is a range of more than one key.
+    page:
+        Address of the job's page; None where the resource names none (``web_url``).
     """
 
     sql: str = ""
     partition: str | None = None
     is_range: bool = False
+    page: str | None = None
 
     @classmethod
-    def of(cls, outcome: Outcome, sql: str, identity: Identity | None) -> PgBackgroundOutcome:
+    def of(
+        cls, outcome: Outcome, sql: str, identity: Identity | None, *, web_url: str | None = None
+    ) -> PgBackgroundOutcome:
         """Add to the core's outcome what Dagster knows of the job.
 
         Parameters
@@ -49,6 +54,8 @@ class PgBackgroundOutcome(Outcome):
             The job's SQL as it was given.
         identity:
             The step that it belongs to; None for a job of somebody else's.
+        web_url:
+            Address of the jobs' page; None where there is none.
 
         Returns
         -------
@@ -57,7 +64,9 @@ class PgBackgroundOutcome(Outcome):
         """
         known = {field.name: getattr(outcome, field.name) for field in fields(Outcome)}
         partition = identity.partition if identity else None
-        return cls(**known, sql=sql, partition=partition, is_range=bool(identity and identity.is_range))
+        is_range = bool(identity and identity.is_range)
+        page = page_of(web_url, outcome.job_id) if web_url else None
+        return cls(**known, sql=sql, partition=partition, is_range=is_range, page=page)
 
     @property
     def duration(self) -> float | None:
@@ -79,7 +88,8 @@ class PgBackgroundOutcome(Outcome):
         -------
         dict[str, Any]
             ``pgbg/job_id``, ``pgbg/label``, ``pgbg/sql``, ``pgbg/launched``, ``pgbg/proof``, ``pgbg/row_count``,
-            ``pgbg/command_tag``, ``pgbg/worker_pid``, ``pgbg/attempt`` and ``pgbg/duration_seconds``; and
+            ``pgbg/command_tag``, ``pgbg/worker_pid``, ``pgbg/attempt`` and ``pgbg/duration_seconds``, of whose numbers
+            Dagster draws plots; ``pgbg/page``, a link, where the resource names a page; and
             ``dagster/row_count`` where it is the size of the table that the last statement filled, or
             ``dagster/partition_row_count`` where that statement put its rows into a table for a single partition.
 
@@ -96,6 +106,8 @@ class PgBackgroundOutcome(Outcome):
         }
         if self.sql:
             metadata["pgbg/sql"] = sql_block(self.sql)
+        if self.page is not None:
+            metadata["pgbg/page"] = MetadataValue.url(self.page)
         known = {
             "pgbg/row_count": self.row_count,
             "pgbg/command_tag": self.command_tag,

@@ -53,6 +53,12 @@ def web(
     allow_cancel: Annotated[
         bool, typer.Option("--allow-cancel", help="Let whoever reaches the page cancel jobs, as this login.")
     ] = False,
+    show_sql: Annotated[
+        bool, typer.Option("--sql/--no-sql", help="Show a job's SQL on its page, without values of parameters.")
+    ] = True,
+    show_rows: Annotated[
+        bool, typer.Option("--rows", help="Show on a job's page the first of the rows that it kept.")
+    ] = False,
     airflow_url: Annotated[str | None, typer.Option("--airflow-url", metavar="URL", help="Jobs link to it.")] = None,
     dagster_url: Annotated[str | None, typer.Option("--dagster-url", metavar="URL", help="Jobs link to it.")] = None,
 ) -> None:
@@ -69,10 +75,15 @@ def web(
         async def anybody(_: Request, __: JobEntry) -> None:
             """Whoever reaches the page may: the option says so."""
 
+        async def shown(_: Request, __: JobEntry) -> bool:
+            return True
+
         named = {"airflow": airflow_url, "dagster": dagster_url}
         app = build_app(
             lambda: _source(dsn or "", schema),
             may_cancel=anybody if allow_cancel else None,
+            may_see_sql=shown if show_sql else None,
+            may_see_rows=shown if show_rows else None,
             links={name: url for name, url in named.items() if url},
             hosts=("localhost", "127.0.0.1", "[::1]") if _is_loopback(host) else ("*",),
         )

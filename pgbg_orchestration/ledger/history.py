@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -76,6 +76,73 @@ class Orphan:
     state: str
     launched_by: str
     when_orphaned: WhenOrphaned
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """An earlier attempt of a job, as the history had it when the next one was registered.
+
+    ``outcome`` is None where nobody wrote down how it ended.
+    """
+
+    attempt: int
+    launched_by: str
+    launched_at: datetime
+    worker_pid: int | None
+    ended_at: datetime | None
+    outcome: str | None
+    sqlstate: str | None
+    message: str | None
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Attempt:
+        """Read an attempt as JSON tells it."""
+        known = {field.name: told[field.name] for field in fields(cls)}
+        for name in ("launched_at", "ended_at"):
+            known[name] = None if known[name] is None else datetime.fromisoformat(known[name])
+        return cls(**known)
+
+
+@dataclass(frozen=True, slots=True)
+class JobDetail:
+    """What the history keeps of a job beside its line.
+
+    Attributes
+    ----------
+    statement:
+        The SQL as it was given, without the values of its parameters; None where it is not kept.
+    past_attempts:
+        The attempts before the latest one, which the job's line tells; the last 50 of them.
+    kept:
+        How many rows its statements kept, by the statement's number.
+    """
+
+    statement: str | None
+    past_attempts: tuple[Attempt, ...]
+    kept: Mapping[int, int]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> JobDetail:
+        """Read what the schema's ``job_detail`` gave."""
+        return cls(
+            row["statement"],
+            tuple(Attempt.of(told) for told in row["past_attempts"]),
+            {told["statement"]: told["row_count"] for told in row["kept"]},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FirstRows:
+    """The first rows that a statement of a job kept, in the types' output form, long values cut."""
+
+    statement: int
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | None, ...], ...]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> FirstRows:
+        """Read a row of the schema's ``first_rows``."""
+        return cls(row["statement"], tuple(row["columns"] or ()), tuple(tuple(cells or ()) for cells in row["cells"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from pgbg_orchestration.postgres.opening import Quote
 from pgbg_orchestration.rows import Column, Rows
 
 from . import queries
-from .history import Durations, JobEntry, Orphan
+from .history import Durations, FirstRows, JobDetail, JobEntry, Orphan
 from .line import Line
 from .sighting import SUPERVISES, Key, Registration, Sighting
 
@@ -164,13 +164,14 @@ class Ledger:
         sql_digest: bytes,
         accept_changed_sql: bool,
         when_orphaned: WhenOrphaned | None = None,
+        statement: str | None = None,
     ) -> Registration:
         """Register a launch: committed when this returns, so that everybody knows of it before it runs."""
         query = self._query("register")
         here = this_process()
         arguments = (
             key.owner, key.job_id, key.series, generation, label, kind, sql_digest, accept_changed_sql, here,
-            when_orphaned,
+            when_orphaned, statement,
         )  # fmt: skip
         row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
         return Registration(**row)
@@ -185,12 +186,13 @@ class Ledger:
         sql_digest: bytes,
         accept_changed_sql: bool,
         when_orphaned: WhenOrphaned | None,
+        statement: str | None,
         quote: Quote,
     ) -> str:
         """Return what registers a job, as an item of FROM, where nothing is known of it or of its series."""
         given = (
             key.owner, key.job_id, key.series, generation, label, str(kind), sql_digest, accept_changed_sql,
-            this_process(), when_orphaned, True,
+            this_process(), when_orphaned, True, statement,
         )  # fmt: skip
         return f"{self._name('register_launch')}({', '.join(map(quote, given))})"
 
@@ -361,6 +363,33 @@ class Ledger:
             return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
 
         return [Orphan(**row) for row in await self._reader.ask(ask)]
+
+    async def detail(self, owner: str, job_id: str) -> JobDetail | None:
+        """Return what the history keeps of a job beside its line; None where the login may not see the job.
+
+        Raises
+        ------
+        psycopg.errors.InsufficientPrivilege
+            The login may see jobs, and may not call the function that tells this.
+        """
+        query = self._query("job_detail")
+        row = await self._reader.ask(lambda conn: _one(conn, query, (owner, job_id)))
+        return JobDetail.of(row) if row else None
+
+    async def first_rows(self, owner: str, job_id: str, limit: int) -> list[FirstRows]:
+        """Return the first rows that each statement of a job kept, values cut to 200 characters; none for none.
+
+        Raises
+        ------
+        psycopg.errors.InsufficientPrivilege
+            As :meth:`detail`.
+        """
+        query = self._query("first_rows")
+
+        async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
+            return await (await conn.cursor(row_factory=dict_row).execute(query, (owner, job_id, limit))).fetchall()
+
+        return [FirstRows.of(row) for row in await self._reader.ask(ask)]
 
     async def durations(
         self,

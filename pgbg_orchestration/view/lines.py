@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -128,10 +129,20 @@ def airflow_task(series: str) -> AirflowTask | None:
     return AirflowTask(parts[0], "/".join(parts[1:-2]), parts[-2], None if index < 0 else index)
 
 
-def orchestrator_of(series: str | None) -> str:
-    """Return which Airflow task or Dagster step a series stands for; empty for any other.
+_DAGSTER_RUN = re.compile(r"#([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:/|$)")
+"""What stands behind the series in the id of a job of a Dagster step."""
 
-    Dagster's begin with ``dagster:``.
+
+def dagster_run(job_id: str) -> str | None:
+    """Return the id of the Dagster run that first wanted a job; None for a job of no run."""
+    found = _DAGSTER_RUN.search(job_id)
+    return found[1] if found else None
+
+
+def orchestrator_of(series: str | None, job_id: str = "") -> str:
+    """Return which Airflow task or Dagster step a job is of; empty for any other.
+
+    Dagster's are told by the run in their ids, whatever the resource's namespace is, or by its default namespace.
     """
     if series is None:
         return ""
@@ -139,8 +150,8 @@ def orchestrator_of(series: str | None) -> str:
         return f"Airflow {task.dag_id}.{task.task_id}" + ("" if task.map_index is None else f"[{task.map_index}]")
     if series.startswith("airflow:"):
         return series
-    if series.startswith("dagster:"):
-        return f"Dagster {series.removeprefix('dagster:')}"
+    if series.startswith("dagster/") or dagster_run(job_id):
+        return f"Dagster {series.removeprefix('dagster/')}"
     return ""
 
 
@@ -181,7 +192,7 @@ def line_of_job(job: JobEntry, board: Board | None = None) -> Line:
         label=job.label or job.job_id,
         series=job.series or "",
         by=job.launched_by or "",
-        by_orchestrator=orchestrator_of(job.series),
+        by_orchestrator=orchestrator_of(job.series, job.job_id),
         seconds=max((end - began).total_seconds(), 0) if end is not None and began is not None else None,
         waits_for=wait_of(worker) if job.state == "running" else "",
         progress=progress,

@@ -5,15 +5,18 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Literal, Protocol
 
+import psycopg
+
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.ledger import board
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
-from pgbg_orchestration.ledger.history import Durations, JobEntry
+from pgbg_orchestration.ledger.history import Durations, FirstRows, JobDetail, JobEntry
 from pgbg_orchestration.postgres import activity
 
 ENDED_WITHIN = timedelta(minutes=15)
 """How long a job that ended stays on the board."""
 MOST_NAMES = 1_000  # of labels that fit one whose own characters are wildcards
+FIRST_ROWS = 10  # of each statement's kept rows, on a job's page
 REASON = "cancelled by a person who watched"
 
 
@@ -26,8 +29,14 @@ class Source(Protocol):
     async def history(self, *, since: datetime | None, label: str | None, limit: int) -> list[JobEntry]:
         """Return jobs launched since then whose label fits, newest first."""
 
-    async def job(self, owner: str, job_id: str) -> JobEntry | None:
-        """Return one job; None where there is none, or none that the login may see."""
+    async def job(self, owner: str | None, job_id: str) -> JobEntry | None:
+        """Return one job; None where there is none, or none that the login may see. No owner: the newest of that id."""
+
+    async def detail(self, job: JobEntry) -> JobDetail | None:
+        """Return a job's SQL and its attempts; None where the login may not ask for them."""
+
+    async def first_rows(self, job: JobEntry) -> list[FirstRows]:
+        """Return the first rows that a job kept."""
 
     async def usual(self, label: str) -> Durations | None:
         """Return how jobs of a label went so far; None where none has ended."""
@@ -76,8 +85,8 @@ class ServerSource:
         """
         return await self._launcher.ledger.jobs(since=since, label=label, limit=limit)
 
-    async def job(self, owner: str, job_id: str) -> JobEntry | None:
-        """Return one job; None where there is none, or none that the login may see.
+    async def job(self, owner: str | None, job_id: str) -> JobEntry | None:
+        """Return one job; None where there is none, or none that the login may see. No owner: the newest of that id.
 
         Raises
         ------
@@ -85,7 +94,33 @@ class ServerSource:
             As :meth:`board`.
         """
         found = await self._launcher.ledger.jobs(job_id=job_id)
-        return next((entry for entry in found if entry.owner == owner), None)
+        return next((entry for entry in found if owner in (None, entry.owner)), None)
+
+    async def detail(self, job: JobEntry) -> JobDetail | None:
+        """Return a job's SQL and its attempts; None where the login may not ask for them.
+
+        Raises
+        ------
+        PgbgError
+            As :meth:`board`.
+        """
+        try:
+            return await self._launcher.ledger.detail(job.owner, job.job_id)
+        except psycopg.errors.InsufficientPrivilege:
+            return None
+
+    async def first_rows(self, job: JobEntry) -> list[FirstRows]:
+        """Return the first rows that a job kept; none where the login may not ask for them.
+
+        Raises
+        ------
+        PgbgError
+            As :meth:`board`.
+        """
+        try:
+            return await self._launcher.ledger.first_rows(job.owner, job.job_id, FIRST_ROWS)
+        except psycopg.errors.InsufficientPrivilege:
+            return []
 
     async def usual(self, label: str) -> Durations | None:
         """Return how jobs of a label went so far; None where none has ended.

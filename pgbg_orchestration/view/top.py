@@ -16,10 +16,11 @@ from textual.widgets import Button, DataTable, Footer, Input, Label, ProgressBar
 
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.ledger.board import Board
+from pgbg_orchestration.ledger.history import JobEntry
 
 from .lines import ALL_STATES, Line, Order, arranged, chosen, lines_of
 from .source import Source
-from .words import SIGNS, facts_of, progress, took, usual_of
+from .words import SIGNS, facts_of, progress, took, tries_of, usual_of
 
 W = TypeVar("W", bound=Widget)
 EVERY = 2.0  # seconds from one look to the next
@@ -56,6 +57,7 @@ class Details(ModalScreen[None]):
             for name, value in facts_of(self._line):
                 yield Static(Text.assemble((f"{name:<18}", "dim"), value))
             yield Static(id="usual")
+            yield Static(id="kept")
             worker = self._line.worker
             if worker is not None:
                 yield Static(Text("\nwhat the worker runs", "dim"))
@@ -76,6 +78,21 @@ class Details(ModalScreen[None]):
             told = [("label so far", f"not known: {error}")]
         lines = [Text.assemble((f"{name:<18}", "dim"), value) for name, value in told]
         self.query_one("#usual", Static).update(Text("\n").join(lines))
+        if self._line.job is not None:
+            self.query_one("#kept", Static).update(await self._kept(self._line.job))
+
+    async def _kept(self, job: JobEntry) -> Text:
+        """Return what the history keeps of a job: its attempts, and its SQL without values of parameters."""
+        try:
+            detail = await self._source.detail(job)
+        except (PgbgError, psycopg.Error) as error:
+            return Text(f"attempts and SQL are not known: {error}")
+        told = Text("\nattempts", "dim")
+        for one in tries_of(job, detail):
+            told.append(f"\n{one.number:>3}  {one.launched_at}  {one.how}", "not dim")
+        if detail is not None and detail.statement is not None:
+            told.append("\n\nSQL as it was given", "dim").append(f"\n{detail.statement}", "not dim")
+        return told
 
 
 class Question(ModalScreen[bool]):

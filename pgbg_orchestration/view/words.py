@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 
-from pgbg_orchestration.ledger.history import Durations, JobEntry
+from pgbg_orchestration.ledger.history import Attempt, Durations, JobDetail, JobEntry
 from pgbg_orchestration.wording import duration
 
 from .lines import Line
@@ -64,6 +64,55 @@ def facts_of(line: Line) -> list[tuple[str, str]]:
         if value is not None and value != "" and name not in told:
             told[name] = _shown(value)
     return [(name.replace("_", " "), value) for name, value in told.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """An attempt of a job in words."""
+
+    number: int
+    launched_at: str
+    launched_by: str
+    pid: int | None
+    ended_at: str
+    how: str
+
+
+def tries_of(job: JobEntry, detail: JobDetail | None) -> list[Try]:
+    """Return each attempt of a job that is known of, the first one first; the latest is the job's own line."""
+    told = [_past(attempt) for attempt in (detail.past_attempts if detail else ())]
+    if job.attempt is not None:
+        latest = Try(
+            job.attempt,
+            _moment(job.launched_at),
+            job.launched_by or "",
+            job.running_pid or job.worker_pid,
+            _moment(job.ended_at),
+            _how(job.state, job.sqlstate, job.message),
+        )
+        told.append(latest)
+    return told
+
+
+def _past(attempt: Attempt) -> Try:
+    how = _how(attempt.outcome, attempt.sqlstate, attempt.message) if attempt.outcome else "nobody wrote down how"
+    return Try(
+        attempt.attempt,
+        _moment(attempt.launched_at),
+        attempt.launched_by,
+        attempt.worker_pid,
+        _moment(attempt.ended_at),
+        how,
+    )
+
+
+def _how(state: str, sqlstate: str | None, message: str | None) -> str:
+    why = " ".join(part for part in (sqlstate, message) if part)
+    return f"{SIGNS[state]} {state}{': ' if why else ''}{why}"
+
+
+def _moment(value: datetime | None) -> str:
+    return "" if value is None else _shown(value)
 
 
 def _shown(value: object) -> str:

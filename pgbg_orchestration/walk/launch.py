@@ -83,6 +83,7 @@ class Launches:
                 sql_digest=work.sql_digest,
                 accept_changed_sql=case.options.accept_changed_sql,
                 when_orphaned=case.options.when_orphaned,
+                statement=work.statement,
                 quote=quote,
             ),
             text=case.text,
@@ -139,6 +140,7 @@ class Launches:
             sql_digest=work.sql_digest,
             accept_changed_sql=case.options.accept_changed_sql,
             when_orphaned=case.options.when_orphaned,
+            statement=work.statement,
         )
         # A superseded one is seen to be by the next look.
         case.memory = case.memory.registered(registration)

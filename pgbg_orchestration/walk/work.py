@@ -51,6 +51,7 @@ SUPERVISOR_SETTINGS: Mapping[str, str] = {
 }
 
 
+MOST_OF_A_STATEMENT = 10_000  # characters of a job's SQL that the history keeps
 PADDING = statements.SEPARATOR.rstrip(";")
 
 
@@ -98,6 +99,15 @@ class Work:
     def size(self) -> int:
         """How many characters its statements have."""
         return sum(len(statement.text) for statement in self.statements)
+
+    @property
+    def statement(self) -> str | None:
+        """The SQL as it was given, for the history: never a parameter's value. None for a job that hides details."""
+        if self.job.redact_details:
+            return None
+        text = self.job.sql if isinstance(self.job.sql, str) else ";\n".join(self.job.sql)
+        left = len(text) - MOST_OF_A_STATEMENT
+        return text if left <= 0 else f"{text[:MOST_OF_A_STATEMENT]}\n... and {left} characters more"
 
     @property
     def verify_sql(self) -> str | None:

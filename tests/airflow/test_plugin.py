@@ -86,6 +86,19 @@ def test_any_other_job_is_cancelled_by_whoever_may_edit_the_connection(ask: Any)
         ask(Manager("ann: GET connection warehouse"), "may_cancel", job("j"))
 
 
+@pytest.mark.parametrize(("guard", "part"), [("may_see_sql", "TASK_INSTANCE"), ("may_see_rows", "XCOM")])
+def test_sql_and_rows_are_for_whoever_sees_them_in_airflow(mocker: MockerFixture, guard: str, part: str) -> None:
+    """Those of a task's job; of another one, they are for whoever may edit the connection."""
+    of_task = job("j", series="airflow:flights/r/load/-1")
+    mocker.patch("airflow.api_fastapi.core_api.security.get_user", return_value="ann")
+    may = {}
+    for right in (f"GET {part} flights", "GET connection warehouse", "PUT connection warehouse"):
+        mocker.patch("airflow.api_fastapi.app.get_auth_manager", return_value=Manager(f"ann: {right}"))
+        asked = getattr(plugin.ConnectionPage("warehouse"), guard)
+        may[right] = [asyncio.run(asked(request(), one)) for one in (of_task, job("k"))]
+    assert list(may.values()) == [[True, False], [False, False], [False, True]]
+
+
 def test_there_is_no_page_unless_a_connection_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugin.web_conn_ids() == []
     monkeypatch.setenv("AIRFLOW__PG_BACKGROUND__WEB_CONN_IDS", "warehouse, lake ,")

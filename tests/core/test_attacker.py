@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -32,7 +33,7 @@ NASTY: dict[str, list[str]] = {
 
 def everything(db: Watched) -> list[tuple[Any, ...]]:
     """All that the victim has in the package's tables."""
-    tables = ("receipt", "job", "series", "row_set", "row_chunk")
+    tables = ("receipt", "job", "past_attempt", "series", "row_set", "row_chunk")
     return [row for t in tables for row in db.sql(f"select t::text from pgbg.{t} as t where owner = %s", APP)]
 
 
@@ -48,7 +49,9 @@ def answer(enemy: psycopg.Connection, call: str) -> object:
 async def test_every_function_with_every_argument(db: Watched, enemy: psycopg.Connection) -> None:
     """Nothing of the victim's is read, changed or locked by it, whatever the arguments are."""
     job = Job(f"{effect('j')} returning 'the victim''s'", id="j", label="the victim's", fetch=True)
-    await within(arun(db.conninfo, job))
+    with pytest.raises(errors.WorkerError):
+        await within(arun(db.conninfo, replace(job, sql="select 'the victim''s'::int")))
+    await within(arun(db.conninfo, job, accept_changed_sql=True))
     async with Launcher(db.conninfo) as launcher:
         await within(launcher.cancel("k", reason="the victim's"))
     before = everything(db)

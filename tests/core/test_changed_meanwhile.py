@@ -14,6 +14,7 @@ import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors
 from pgbg_orchestration.errors import GOES_ON
+from pgbg_orchestration.ledger import install
 from pgbg_orchestration.walk import case
 from tests.core.kit import APP, Watched, effect, ended, eventually, slow, within
 
@@ -108,6 +109,7 @@ async def test_generations_used_up(db: Watched) -> None:
 @pytest.mark.parametrize("version", [0, 99])
 async def test_schema_of_another_version(db: Watched, version: int) -> None:
     """Older or newer than the code: refused, by a launcher that has run jobs before too, once it looks again."""
+    db.sql("delete from pgbg.meta where version > 1")
     db.sql("update pgbg.meta set version = %s", version)
     with pytest.raises(errors.SchemaVersionMismatch, match=str(version)) as caught:
         await within(arun(db.conninfo, Job(effect("j"), id="j")))
@@ -115,7 +117,7 @@ async def test_schema_of_another_version(db: Watched, version: int) -> None:
     async with Launcher(db.conninfo) as launcher:
         with pytest.raises(errors.SchemaVersionMismatch):
             await within(launcher.cancel("j"))
-        db.sql("update pgbg.meta set version = 1")
+        db.sql("update pgbg.meta set version = %s", install.VERSION)
         assert (await within(launcher.run(Job(effect("j"), id="j")))).launched
     assert db.effects() == 1
 

@@ -36,7 +36,7 @@ FAILING = [
 
 def everything_kept(db: Watched) -> str:
     """All that the package's tables hold, as text."""
-    tables = ("job", "receipt", "series")
+    tables = ("job", "past_attempt", "receipt", "series")
     return "".join(str(db.sql(f"select t::text from pgbg.{table} as t")) for table in tables)
 
 

@@ -1,5 +1,6 @@
 """The resource in assets, ops and checks, run in process on a real server."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from dagster import (
     DagsterInstance,
     EnvVar,
     MaterializeResult,
+    MetadataValue,
     OpExecutionContext,
     ReexecutionOptions,
     RetryPolicy,
@@ -40,6 +42,9 @@ from dagster_resource import (
     pg_background_asset,
     pg_background_asset_check,
 )
+from pgbg_orchestration.ledger.history import JobEntry
+from pgbg_orchestration.view.lines import orchestrator_of
+from pgbg_orchestration.view.web.data import link_of
 from tests.conftest import Database
 
 pytestmark = [pytest.mark.servers("real"), pytest.mark.filterwarnings("ignore:.*currently in (beta|preview).*")]
@@ -72,6 +77,43 @@ def test_an_asset_tells_what_its_job_did(pg: PgBackgroundResource) -> None:
     assert told["pgbg/duration_seconds"] >= 0
     assert told["pgbg/launched"] is True
     assert told["mine"] == 1
+
+
+def test_metadata_leads_to_the_jobs_page(database: Database) -> None:
+    """Of a job that committed and of one that failed; and from that page, back to the run."""
+    pg = PgBackgroundResource(conninfo=database.conninfo, web_url="http://127.0.0.1:8474/", namespace="books")
+
+    @asset
+    def numbers(context: AssetExecutionContext, pg: PgBackgroundResource) -> MaterializeResult[None]:
+        return pg.run(context, "select 1").to_materialize_result()
+
+    @asset
+    def broken(context: AssetExecutionContext, pg: PgBackgroundResource) -> None:
+        pg.run(context, "select 1 / 0")
+
+    run = materialize([numbers, broken], resources={"pg": pg}, raise_on_error=False)
+    (made,) = run.asset_materializations_for_node("numbers")
+    failed = run.failure_data_for_node("broken")
+    assert failed is not None
+    assert failed.user_failure_data is not None
+    pages = [made.metadata["pgbg/page"], failed.user_failure_data.metadata["pgbg/page"]]
+    assert pages == [
+        MetadataValue.url(f"http://127.0.0.1:8474/#job=/books%2F{name}%23{run.run_id}")
+        for name in ("numbers", "broken")
+    ]
+
+    async def entries() -> list[JobEntry]:
+        async with pg.launcher() as launcher:
+            return await launcher.ledger.jobs()
+
+    found = asyncio.run(entries())
+    assert {link_of(job.series or "", job.job_id, {"dagster": "https://dagster.example.com"}) for job in found} == {
+        f"https://dagster.example.com/runs/{run.run_id}"
+    }
+    assert {orchestrator_of(job.series, job.job_id) for job in found} == {
+        "Dagster books/numbers",
+        "Dagster books/broken",
+    }
 
 
 def test_a_failure_names_its_sqlstate(pg: PgBackgroundResource) -> None:

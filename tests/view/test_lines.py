@@ -101,19 +101,27 @@ def test_what_is_at_work_comes_first_in_every_order() -> None:
     assert order(Order.STATE) == "abc0"
 
 
+RUN = "4f0a3c1e-7b52-4d6b-9a51-1f2e3d4c5b6a"
+
+
 @pytest.mark.parametrize(
     ("series", "words"),
     [
         ("airflow:flights/scheduled__2026-01-01/load/-1", "Airflow flights.load"),
         ("airflow:flights/manual/with/slashes/load/3", "Airflow flights.load[3]"),
         ("airflow:odd", "airflow:odd"),
-        ("dagster:asset/2026", "Dagster asset/2026"),
+        ("dagster/asset/2026", "Dagster asset/2026"),
         ("nightly", ""),
         (None, ""),
     ],
 )
 def test_who_wants_it(series: str | None, words: str) -> None:
-    assert orchestrator_of(series) == words
+    assert orchestrator_of(series, "j") == words
+
+
+def test_a_dagster_of_another_namespace_wants_it() -> None:
+    assert orchestrator_of("books/sales", f"books/sales#{RUN}") == "Dagster books/sales"
+    assert orchestrator_of("books/sales", "books/sales#2026-01-01") == ""
 
 
 def test_whom_it_waits_for() -> None:
@@ -156,7 +164,9 @@ def test_the_page_shows_no_sql_of_a_worker() -> None:
             "https://airflow.example.com/dags/flights/runs/scheduled__2026-01-01T00%3A00%3A00%2B00%3A00/tasks/load",
         ),
         ("airflow:flights/r/load/2", "x", "https://airflow.example.com/dags/flights/runs/r/tasks/load/mapped/2"),
-        ("dagster:asset", "dagster:asset#run-1", "https://dagster.example.com/runs/run-1"),
+        ("dagster/asset", f"dagster/asset#{RUN}", f"https://dagster.example.com/runs/{RUN}"),
+        ("books/asset/part", f"books/asset/part#{RUN}/1", f"https://dagster.example.com/runs/{RUN}"),
+        ("dagster/submitted/x", "dagster/submitted/x#a-key", None),
         ("nightly", "nightly#1", None),
         ("airflow:odd", "x", None),
     ],

@@ -82,7 +82,11 @@ class Serving:
         async def anybody(*_: Any) -> None:
             """Whoever clicks may cancel."""
 
-        app = build_app(source, may_cancel=anybody, links={"airflow": "https://airflow.example.com"})
+        async def shown(*_: Any) -> bool:
+            return True
+
+        links = {"airflow": "https://airflow.example.com"}
+        app = build_app(source, may_cancel=anybody, may_see_sql=shown, may_see_rows=shown, links=links)
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run)
 
@@ -150,6 +154,36 @@ def test_a_day_at_the_page(db: Watched, page: Page, faults: list[str]) -> None:
         page.goto("about:blank")
     working.join()
     assert [type(end) for end in ends] == [errors.JobCancelled]
+    assert faults == []
+
+
+def test_the_page_of_a_job(db: Watched, page: Page, faults: list[str], tmp_path: Path) -> None:
+    """Its SQL without values, its attempts, and the first of its rows; all of it is text."""
+    with pytest.raises(errors.WorkerError):
+        in_a_thread(db, Job("select 1/0", id="j"))
+    text = "select n, '<b>' || n as \"<i>\", null as nothing from generate_series(1, %(most)s) as n"
+    with ThreadPoolExecutor() as pool:
+        job = Job(text, id="j", label="nightly load", parameters={"most": 1234}, fetch=True)
+        pool.submit(run, db.conninfo, job, accept_changed_sql=True).result()
+    with Serving(db.conninfo) as url:
+        page.goto(url)
+        page.get_by_role("button", name="nightly load").click()
+        expect(page.locator("#sql")).to_have_text(text)
+        expect(page.locator("#sql-note")).to_be_hidden()
+        tries = page.locator("#tries tbody tr")
+        expect(tries).to_have_count(2)
+        expect(tries.first).to_contain_text("22012 division by zero")
+        expect(tries.last).to_contain_text("committed")
+        expect(page.locator("#kept-rows p")).to_have_text("1,234 rows of statement 1; the first 10:")
+        expect(page.locator("#kept-rows th")).to_have_text(["n", "<i>", "nothing"])
+        expect(page.locator("#kept-rows tbody tr")).to_have_count(10)
+        expect(page.locator("#kept-rows tbody tr").first.locator("td")).to_have_text(["1", "<b>1", "NULL"])
+        page.screenshot(path=tmp_path / "job.png")
+        # As a link from Dagster's metadata does.
+        page.goto("about:blank")
+        page.goto(f"{url}#job=/j")
+        expect(page.locator("#sql")).to_have_text(text)
+        page.goto("about:blank")
     assert faults == []
 
 

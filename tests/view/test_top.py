@@ -65,6 +65,10 @@ async def test_a_day_at_the_terminal(db: Watched) -> None:
             assert "pg_sleep(120)" in text
             usual = app.screen.query_one("#usual", Static)
             await shown(lambda: "1 job: 0 committed" in str(usual.render()), "the label's history")
+            kept = app.screen.query_one("#kept", Static)
+            await shown(lambda: "SQL as it was given" in str(kept.render()), "what the history keeps of it")
+            assert slow("runs", 120) in str(kept.render())
+            assert "▶ running" in str(kept.render())
             await pilot.press("escape")
 
             # "No" is what a hasty Enter says.

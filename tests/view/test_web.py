@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.testclient import TestClient
 
-from pgbg_orchestration import Job, Launcher, run
+from pgbg_orchestration import Job, Launcher, errors, run
 from pgbg_orchestration.ledger.history import JobEntry
 from pgbg_orchestration.view.source import ServerSource
 from pgbg_orchestration.view.timeline import file_of
@@ -104,6 +104,73 @@ def test_what_it_tells_of_jobs(db: Watched, client: TestClient) -> None:
     assert facts["label so far"] == "1 job: 1 committed, 0 failed, 0 cancelled"
     assert "secret value" not in f"{board} {timeline} {found}"
     assert client.get("/api/job", params={"owner": "pgbg_app", "id": "none"}).status_code == 404
+    assert client.get("/api/job", params={"owner": "postgres", "id": "j/1"}).status_code == 404
+    # A link from outside knows the id alone.
+    assert client.get("/api/job", params={"owner": "", "id": "j/1"}).json()["owner"] == "pgbg_app"
+
+
+async def shown(_: Request, __: JobEntry) -> bool:
+    return True
+
+
+def test_a_jobs_page_tells_its_sql_and_its_rows_to_whom_it_may(db: Watched) -> None:
+    text = "insert into effects (job) values (%(job)s), ('b') returning job, null as nothing"
+    job = Job(text, id="j", parameters={"job": "secret value"}, fetch=True)
+    with pytest.raises(errors.WorkerError):
+        run(db.conninfo, Job("select 1/0", id="j"))
+    run(db.conninfo, job, accept_changed_sql=True)
+    found = {}
+    for name, guards in {
+        "nobody": {},
+        "sql": {"may_see_sql": shown},
+        "rows": {"may_see_rows": shown},
+    }.items():
+        with TestClient(app_for(db, **guards)) as client:
+            found[name] = client.get("/api/job", params={"owner": "pgbg_app", "id": "j"}).json()
+
+    assert [page["sql"] for page in found.values()] == [None, text, None]
+    assert found["nobody"]["sql_note"] == "Its SQL is not shown to you here."
+    assert [page["kept"][0]["rows"] for page in found.values()] == [2, 2, 2]
+    assert [page["kept"][0]["first"] for page in found.values()] == [[], [], [["secret value", None], ["b", None]]]
+    assert found["rows"]["kept"][0]["columns"] == ["job", "nothing"]
+    assert "secret value" not in f"{found['nobody']} {found['sql']}"
+    for page in found.values():
+        assert [(one["number"], one["how"].partition(":")[0]) for one in page["tries"]] == [
+            (1, "✗ failed"),
+            (2, "✓ committed"),
+        ]
+
+
+def test_what_a_worker_runs_is_never_told(db: Watched) -> None:
+    """Its text has the values of parameters in it."""
+    job = Job("select pg_sleep(120) where %(what)s <> ''", id="j", parameters={"what": "secret value"})
+
+    async def while_it_runs() -> Any:
+        async with Launcher(db.conninfo) as launcher:
+            running = asyncio.create_task(launcher.run(job))
+            await db.at_work("j")
+            with TestClient(app_for(db, may_see_sql=shown)) as client:
+                page = await asyncio.to_thread(client.get, "/api/job", params={"owner": "pgbg_app", "id": "j"})
+            running.cancel()
+            await asyncio.wait({running})
+            return page.json()
+
+    page = asyncio.run(while_it_runs())
+    assert page["state"] == "running"
+    assert page["sql"] == job.sql
+    assert "secret value" not in str(page)
+
+
+def test_sql_that_is_not_kept_is_called_so(db: Watched) -> None:
+    run(db.conninfo, Job("select 1", id="j", redact_details=True))
+    with TestClient(app_for(db, may_see_sql=shown)) as client:
+        page = client.get("/api/job", params={"owner": "pgbg_app", "id": "j"}).json()
+        assert page["sql"] is None
+        assert "is not kept" in page["sql_note"]
+        db.sql("revoke execute on function pgbg.job_detail from pgbackground_role")
+        page = client.get("/api/job", params={"owner": "pgbg_app", "id": "j"}).json()
+        assert "GRANT EXECUTE" in page["sql_note"]
+        assert [one["number"] for one in page["tries"]] == [1]
 
 
 @pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "x", "1e9"])

@@ -12,7 +12,7 @@ left join pg_catalog.pg_stat_activity as a on a.pid = l.holder_pid
 order by l.number
 
 -- name: register
-select r.* from {schema}.register_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) as r,
+select r.* from {schema}.register_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s) as r,
     {await_no_standby} as how
 
 -- name: recording
@@ -229,3 +229,9 @@ select * from {schema}.kept_rows(%s, %s)
 select pg_catalog.pg_cancel_backend(a.pid)
 from pg_catalog.pg_stat_activity as a
 where a.pid = %s and a.backend_start = %s and a.application_name = %s
+
+-- name: job_detail
+select * from {schema}.job_detail(%s, %s)
+
+-- name: first_rows
+select * from {schema}.first_rows(%s, %s, %s)

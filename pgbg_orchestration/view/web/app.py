@@ -55,6 +55,8 @@ SeeGuard = Callable[[Request], Awaitable[None]]
 """Lets a request pass, or raises ``HTTPException``."""
 CancelGuard = Callable[[Request, JobEntry], Awaitable[None]]
 """Lets a request cancel a job, or raises ``HTTPException``."""
+DetailGuard = Callable[[Request, JobEntry], Awaitable[bool]]
+"""Tells whether a request may see a part of a job."""
 
 
 class _Hardened:
@@ -98,6 +100,8 @@ def build_app(
     *,
     may_see: SeeGuard | None = None,
     may_cancel: CancelGuard | None = None,
+    may_see_sql: DetailGuard | None = None,
+    may_see_rows: DetailGuard | None = None,
     links: data.Links | None = None,
     hosts: Sequence[str] = ("*",),
 ) -> Starlette:
@@ -111,6 +115,9 @@ def build_app(
         Asked before each request; None: whoever reaches the app may see it.
     may_cancel:
         Asked, besides, before a job is cancelled; None: nobody may, and the page has no button for it.
+    may_see_sql, may_see_rows:
+        Asked, besides, before a job's page tells its SQL, and the first of the rows that it kept; None: nobody may see
+        them. Parameters' values are never in that SQL.
     links:
         Base addresses of orchestrators' UIs, by ``airflow`` and ``dagster``.
     hosts:
@@ -163,13 +170,23 @@ def build_app(
 
     async def job(request: Request) -> Response:
         source = await seen(request)
-        owner, job_id = request.query_params.get("owner", ""), request.query_params.get("id", "")
-        entry = await source.job(owner, job_id)
+        owner, job_id = request.query_params.get("owner"), request.query_params.get("id", "")
+        entry = await source.job(owner or None, job_id)
         if entry is None:
             raise HTTPException(404, "no such job, or it is not this login's to see")
-        at_work = [line for line in lines_of(await source.board()) if line.key == f"{owner}/{job_id}"]
+        at_work = [line for line in lines_of(await source.board()) if line.key == f"{entry.owner}/{job_id}"]
         line = at_work[0] if at_work else line_of_job(entry)
-        return JSONResponse(data.of_job(line, await source.usual(line.label), known_links))
+        shows_sql = may_see_sql is not None and await may_see_sql(request, entry)
+        shows_rows = may_see_rows is not None and await may_see_rows(request, entry)
+        found = data.of_job(
+            line,
+            await source.usual(line.label),
+            await source.detail(entry),
+            known_links,
+            shows_sql=shows_sql,
+            first_rows=await source.first_rows(entry) if shows_rows else None,
+        )
+        return JSONResponse(found)
 
     async def cancel(request: Request) -> Response:
         source = await seen(request)

@@ -1,16 +1,20 @@
-"""What the page gets as JSON: neither SQL that a worker runs, which holds parameters, nor anything of a connection."""
+"""What the page gets as JSON: never the text that a worker runs, which holds parameters, nor anything of a connection.
+
+A job's SQL is the one that was given, before the values of its parameters were put in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
 from pgbg_orchestration.ledger.board import Board
-from pgbg_orchestration.ledger.history import Durations, JobEntry
-from pgbg_orchestration.view.lines import Line, airflow_task, arranged, lines_of
-from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of, usual_of
+from pgbg_orchestration.ledger.history import Durations, FirstRows, JobDetail, JobEntry
+from pgbg_orchestration.view.lines import Line, airflow_task, arranged, dagster_run, lines_of
+from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of, tries_of, usual_of
 
 Links = Mapping[str, str]
 """Base addresses of orchestrators' UIs, by ``airflow`` and ``dagster``."""
@@ -77,24 +81,73 @@ def of_history(entries: Iterable[JobEntry], links: Links) -> list[dict[str, Any]
     ]
 
 
-def of_job(line: Line, usual: Durations | None, links: Links) -> dict[str, Any]:
-    """Return the page of one job; ``usual``: how jobs of its label went so far."""
+def of_job(
+    line: Line,
+    usual: Durations | None,
+    detail: JobDetail | None,
+    links: Links,
+    *,
+    shows_sql: bool = False,
+    first_rows: Sequence[FirstRows] | None = None,
+) -> dict[str, Any]:
+    """Return the page of one job.
+
+    Parameters
+    ----------
+    line:
+        A job's line.
+    usual:
+        How jobs of its label went so far.
+    detail:
+        Its SQL and its earlier attempts; None where the login may not ask for them.
+    shows_sql:
+        Whether whoever asks may see its SQL.
+    first_rows:
+        The first of the rows that it kept; None where whoever asks may not see them.
+    """
+    assert line.job is not None
     facts = [[name, value] for name, value in facts_of(line) if name != BLOCKERS_QUERY]
     facts += [[name, value] for name, value in usual_of(line, usual)]
-    return {**of_line(line, links), "facts": facts}
+    return {
+        **of_line(line, links),
+        "facts": facts,
+        "sql": detail.statement if shows_sql and detail else None,
+        "sql_note": _why_no_sql(detail) if shows_sql else "Its SQL is not shown to you here.",
+        "tries": [asdict(attempt) for attempt in tries_of(line.job, detail)],
+        "kept": _kept(detail, first_rows),
+        "kept_note": "" if first_rows is not None else "The rows themselves are not shown to you here.",
+    }
+
+
+def _why_no_sql(detail: JobDetail | None) -> str:
+    if detail is None:
+        return "This login may not ask for the SQL: GRANT EXECUTE ON FUNCTION job_detail of the package's schema."
+    if detail.statement is None:
+        return "Its SQL is not kept: pgbg.keep_sql is off, the job hides details, or an older version registered it."
+    return ""
+
+
+def _kept(detail: JobDetail | None, first_rows: Sequence[FirstRows] | None) -> list[dict[str, Any]]:
+    first = {found.statement: found for found in first_rows or ()}
+    return [
+        {
+            "statement": statement,
+            "rows": rows,
+            "columns": first[statement].columns if statement in first else (),
+            "first": first[statement].rows if statement in first else (),
+        }
+        for statement, rows in (detail.kept if detail else {}).items()
+    ]
 
 
 def link_of(series: str, job_id: str, links: Links) -> str | None:
-    """Return the address of the Airflow task instance or the Dagster run that wants a job; None where none is known.
-
-    Dagster's ids end with ``#RUN``.
-    """
+    """Return the address of the Airflow task instance or the Dagster run that wants a job; None where none is known."""
     if "airflow" in links and (task := airflow_task(series)):
         mapped = "" if task.map_index is None else f"/mapped/{task.map_index}"
         run = f"{links['airflow'].rstrip('/')}/dags/{quote(task.dag_id)}/runs/{quote(task.run_id, safe='')}"
         return f"{run}/tasks/{quote(task.task_id)}{mapped}"
-    if series.startswith("dagster:") and "dagster" in links and "#" in job_id:
-        return f"{links['dagster'].rstrip('/')}/runs/{quote(job_id.rpartition('#')[2], safe='')}"
+    if "dagster" in links and (run_id := dagster_run(job_id)):
+        return f"{links['dagster'].rstrip('/')}/runs/{run_id}"
     return None
 
 

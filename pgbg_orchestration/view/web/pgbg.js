@@ -255,15 +255,59 @@ async function open(owner, id) {
       facts.push(term, told);
     }
     $("facts").replaceChildren(...facts);
+    showSql(job);
+    showTries(job.tries);
+    showKept(job);
     const link = $("job-link");
     link.hidden = !job.link;
     if (job.link) link.href = job.link;
     $("cancel").hidden = !(state.mayCancel && job.can_cancel);
-    location.hash = `job=${encodeURIComponent(owner)}/${encodeURIComponent(id)}`;
+    location.hash = `job=${encodeURIComponent(job.owner)}/${encodeURIComponent(id)}`;
     if (!dialog.open) dialog.showModal();
   } catch (error) {
     $("trouble").textContent = error.message;
   }
+}
+
+function showSql(job) {
+  $("sql").hidden = job.sql === null;
+  $("sql").textContent = job.sql ?? "";
+  $("sql-note").textContent = job.sql_note;
+}
+
+function showTries(tries) {
+  $("tries").tBodies[0].replaceChildren(...tries.map((one) => {
+    const made = document.createElement("tr");
+    made.append(cell(one.number, "number"), cell(one.launched_at), cell(one.launched_by), cell(one.pid ?? "", "number"),
+      cell(one.ended_at), cell(one.how, "what"));
+    return made;
+  }));
+}
+
+function showKept(job) {
+  $("kept").hidden = job.kept.length === 0;
+  $("kept-note").textContent = job.kept_note;
+  $("kept-rows").replaceChildren(...job.kept.flatMap((set) => {
+    const told = document.createElement("p");
+    const rows = `${set.rows.toLocaleString("en")} row${set.rows === 1 ? "" : "s"} of statement ${set.statement}`;
+    told.textContent = set.first.length && set.first.length < set.rows ? `${rows}; the first ${set.first.length}:` : rows;
+    if (!set.first.length) return [told];
+    const table = document.createElement("table"), head = document.createElement("tr");
+    for (const name of set.columns) {
+      const column = document.createElement("th");
+      column.scope = "col";
+      column.textContent = name;
+      head.append(column);
+    }
+    table.createTHead().append(head);
+    const body = table.createTBody();
+    for (const values of set.first) {
+      const line = document.createElement("tr");
+      for (const value of values) line.append(value === null ? cell("NULL", "null") : cell(value));
+      body.append(line);
+    }
+    return [told, table];
+  }));
 }
 
 async function cancel() {
