@@ -113,7 +113,7 @@ class Launcher:
             tell(outcome)
             return outcome
 
-    def stream(self, job: Job, **options: Unpack[RunOptions]) -> Stream:
+    def stream(self, job: Job, *, as_text: bool = False, **options: Unpack[RunOptions]) -> Stream:
         """Return the rows of the job's last statement, to be read once and as they come: ``async for``.
 
         For results that are too big to keep (``Job.fetch``) or to hold in memory. The job is launched as :meth:`run`
@@ -125,6 +125,8 @@ class Launcher:
         ----------
         job:
             The job: of kind receipt or session, without ``fetch``.
+        as_text:
+            Give values as the texts of the server, to be written on: in ISO order, to the last digit; NULL is None.
         options:
             As :meth:`run` takes them.
 
@@ -147,7 +149,7 @@ class Launcher:
             if outcome is not None and outcome.proof == "receipt":
                 await count(self._host, job, outcome)
 
-        stream = Stream(job, start, finish)
+        stream = Stream(job, start, finish, as_text=as_text)
         self._streams.add(stream)
         return stream
 

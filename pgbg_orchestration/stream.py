@@ -39,11 +39,13 @@ class Stream:
         job: Job,
         start: Callable[[Feed], Awaitable[Outcome]],
         finish: Callable[[Stream, Outcome | None], Awaitable[None]],
+        *,
+        as_text: bool = False,
     ) -> None:
         self.outcome: Outcome | None = None
         self.columns: tuple[Column, ...] = ()
         self._job, self._start, self._finish = job, start, finish
-        self._feed = Feed()
+        self._feed = Feed(as_text=as_text)
         self._read = 0
         self._closed = False
 

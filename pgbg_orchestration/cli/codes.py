@@ -43,12 +43,14 @@ MEANINGS = {
     ExitCode.NOT_READY: "the server is not ready: extension, schema, privilege, pooler, read only",
     ExitCode.STILL_RUNNING: "a worker is still at work: it does not end, or its series is held",
     ExitCode.TOO_LATE: "`cancel` came too late: the job is committed",
-    ExitCode.NO_SUCH_JOB: "`cancel`, `wait`, `result`, `jobs --id`: there is no such job, or it has no rows",
+    ExitCode.NO_SUCH_JOB: "`cancel`, `wait`, `result`, `jobs --id`: there is no such job, or it has no rows; "
+    "`run --stream`: it is committed, and its rows, or the rest of them, are lost",
     ExitCode.DOCTOR_FAILS: "`doctor` found something that keeps jobs from running",
     ExitCode.DOCTOR_WARNS: "`doctor` found warnings only",
     ExitCode.WAITED_IN_VAIN: "`wait`: the --timeout passed; the jobs go on",
     ExitCode.ENDED_OTHERWISE: "`wait --state`: a job is committed, and another state was waited for",
-    ExitCode.INTERRUPTED: "interrupted; `run --leave`: the worker goes on",
+    ExitCode.INTERRUPTED: "interrupted; `run --leave`: the worker goes on; `run --stream`: it is committed, and "
+    "rows are lost",
 }
 
 AFTERWARDS = "After 3, 4 and 5 nothing of the job is committed, but for what its SQL committed on its way."

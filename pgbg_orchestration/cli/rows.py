@@ -6,15 +6,17 @@ import asyncio
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Protocol, TypeAlias
 
 import typer
+from psycopg import DataError, pq
+from psycopg.adapt import Transformer
 from rich.cells import cell_len
 
-from pgbg_orchestration.rows import NoRows, Rows
+from pgbg_orchestration.rows import Column, NoRows, Rows
 
 from .codes import ExitCode
 from .jobs import ready_launcher
@@ -23,6 +25,10 @@ from .screen import Stop, plain, print_json, reporting
 
 # int2, int4, int8, oid, float4, float8, money, numeric: what psql aligns to the right.
 _NUMBERS = frozenset({21, 23, 20, 26, 700, 701, 790, 1700})
+
+
+Cells: TypeAlias = Sequence[str | None]
+"""A row as the server's texts."""
 
 
 class Format(StrEnum):
@@ -79,7 +85,7 @@ def write(results: Sequence[Rows], form: Format, output: Path | None) -> None:
     Stop
         The file cannot be written.
     """
-    lines = (line for rows in results for line in _LINES[form](rows))
+    lines = (line for rows in results for line in _lines(rows, form))
     if output is None:
         for line in lines:
             typer.echo(line)
@@ -91,36 +97,80 @@ def write(results: Sequence[Rows], form: Format, output: Path | None) -> None:
         raise Stop(ExitCode.REFUSED, f"{output} cannot be written: {error.strerror}") from error
 
 
+def _lines(rows: Rows, form: Format) -> Iterator[str]:
+    writer = WRITERS[form](rows.columns, rows.cells)
+    yield from writer.head()
+    yield from writer.rows(rows.cells)
+    yield from writer.foot(len(rows.cells))
+
+
 def told(results: Sequence[Rows]) -> list[dict[str, Any]]:
     """Return rows as plain data: of each statement its columns and rows."""
     return [
         {
             "statement": rows.statement,
             "columns": [{"name": column.name, "type": column.type} for column in rows.columns],
-            "rows": [[*map(_value, row, cells)] for row, cells in zip(rows.rows, rows.cells, strict=True)],
+            "rows": _Values(rows.columns).of(rows.cells),
         }
         for rows in results
     ]
 
 
-def _table(rows: Rows) -> Iterator[str]:
-    """Yield the lines of psql's aligned format; what could steer a terminal is masked."""
-    cells = [["" if cell is None else plain(cell) for cell in row] for row in rows.cells]
-    names = [plain(column.name) for column in rows.columns]
-    widths = [max(map(cell_len, [name, *(row[at] for row in cells)])) for at, name in enumerate(names)]
-    if names:
-        yield "|".join(f" {_centred(name, width)} " for name, width in zip(names, widths, strict=True))
-        yield "+".join("-" * (width + 2) for width in widths)
-    for row in cells:
-        padded = [
-            " " * (width - cell_len(cell)) + cell
-            if column.type_oid in _NUMBERS
-            else cell + " " * (width - cell_len(cell))
-            for cell, width, column in zip(row, widths, rows.columns, strict=True)
+class Writer(Protocol):
+    """Makes lines of rows, which may come a few at a time.
+
+    Parameters
+    ----------
+    columns:
+        Of the rows.
+    sample:
+        The first rows, or all of them: a table's columns are as wide as they are.
+    """
+
+    def __init__(self, columns: Sequence[Column], sample: Sequence[Cells]) -> None: ...
+
+    def head(self) -> Iterator[str]:
+        """Yield what stands before the rows."""
+
+    def rows(self, cells: Sequence[Cells]) -> Iterator[str]:
+        """Yield the lines of the next rows."""
+
+    def foot(self, number: int) -> Iterator[str]:
+        """Yield what stands behind that many rows."""
+
+
+class _Table(Writer):
+    """psql's aligned format; what could steer a terminal is masked. A value wider than the sample sticks out."""
+
+    def __init__(self, columns: Sequence[Column], sample: Sequence[Cells]) -> None:
+        self._columns = columns
+        self._names = [plain(column.name) for column in columns]
+        self._widths = [
+            max(map(cell_len, [name, *(_shown(row[at]) for row in sample)])) for at, name in enumerate(self._names)
         ]
-        yield "|".join(f" {cell} " for cell in padded).rstrip() if names else ""
-    yield f"({len(cells)} row{'' if len(cells) == 1 else 's'})"
-    yield ""
+
+    def head(self) -> Iterator[str]:
+        if self._names:
+            yield "|".join(f" {_centred(name, width)} " for name, width in zip(self._names, self._widths, strict=True))
+            yield "+".join("-" * (width + 2) for width in self._widths)
+
+    def rows(self, cells: Sequence[Cells]) -> Iterator[str]:
+        for row in cells:
+            padded = [
+                " " * (width - cell_len(cell)) + cell
+                if column.type_oid in _NUMBERS
+                else cell + " " * (width - cell_len(cell))
+                for cell, width, column in zip(map(_shown, row), self._widths, self._columns, strict=True)
+            ]
+            yield "|".join(f" {cell} " for cell in padded).rstrip() if self._names else ""
+
+    def foot(self, number: int) -> Iterator[str]:
+        yield f"({number} row{'' if number == 1 else 's'})"
+        yield ""
+
+
+def _shown(cell: str | None) -> str:
+    return "" if cell is None else plain(cell)
 
 
 def _centred(text: str, width: int) -> str:
@@ -138,27 +188,57 @@ class _Line:
         return len(text)
 
 
-def _csv(rows: Rows) -> Iterator[str]:
-    line = _Line()
-    writer = csv.writer(_as_file(line), lineterminator="")
-    for row in [[column.name for column in rows.columns], *rows.cells]:
-        writer.writerow(["" if cell is None else cell for cell in row])
-        yield line.text
+class _Csv(Writer):
+    def __init__(self, columns: Sequence[Column], sample: Sequence[Cells]) -> None:
+        self._columns = columns
+        self._line = _Line()
+        self._writer = csv.writer(_as_file(self._line), lineterminator="")
+
+    def head(self) -> Iterator[str]:
+        yield from self.rows([[column.name for column in self._columns]])
+
+    def rows(self, cells: Sequence[Cells]) -> Iterator[str]:
+        for row in cells:
+            self._writer.writerow(["" if cell is None else cell for cell in row])
+            yield self._line.text
+
+    def foot(self, number: int) -> Iterator[str]:
+        yield from ()
 
 
 def _as_file(line: _Line) -> IO[str]:
     return line  # type: ignore[return-value]  # all that the csv module calls is write
 
 
-def _ndjson(rows: Rows) -> Iterator[str]:
-    names = _unique([column.name for column in rows.columns])
-    for row, cells in zip(rows.rows, rows.cells, strict=True):
-        values = map(_value, row, cells)
-        yield json.dumps(dict(zip(names, values, strict=True)), ensure_ascii=False)
+class _Ndjson(Writer):
+    def __init__(self, columns: Sequence[Column], sample: Sequence[Cells]) -> None:
+        self._names = _unique([column.name for column in columns])
+        self._values = _Values(columns)
+
+    def head(self) -> Iterator[str]:
+        yield from ()
+
+    def rows(self, cells: Sequence[Cells]) -> Iterator[str]:
+        for values in self._values.of(cells):
+            yield json.dumps(dict(zip(self._names, values, strict=True)), ensure_ascii=False)
+
+    def foot(self, number: int) -> Iterator[str]:
+        yield from ()
 
 
-def _json(rows: Rows) -> Iterator[str]:
-    yield "[" + ",\n ".join(_ndjson(rows)) + "]"
+class _Json(_Ndjson):
+    """A list of objects; each but the last one is followed by a comma, so it is held back until another comes."""
+
+    _before: str | None = None
+
+    def rows(self, cells: Sequence[Cells]) -> Iterator[str]:
+        for line in super().rows(cells):
+            if self._before is not None:
+                yield f"{self._before},"
+            self._before = f"[{line}" if self._before is None else f" {line}"
+
+    def foot(self, number: int) -> Iterator[str]:
+        yield "[]" if self._before is None else f"{self._before}]"
 
 
 def _unique(names: Sequence[str]) -> list[str]:
@@ -173,10 +253,28 @@ def _unique(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _value(value: Any, cell: str | None) -> Any:
-    """Return what JSON has for a value, and for all others the server's text: no digit is lost."""
-    if value is None or isinstance(value, bool | int | str | dict | list):
-        return value if not isinstance(value, list | dict) or _is_json(value) else cell
+class _Values:
+    """Values for JSON of the server's texts; what JSON has nothing for stays text: no digit is lost."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        of_types = Transformer()
+        self._loads = [of_types.get_loader(column.type_oid, pq.Format.TEXT).load for column in columns]
+
+    def of(self, rows: Sequence[Cells]) -> list[list[Any]]:
+        return [[*map(_value, self._loads, cells)] for cells in rows]
+
+
+def _value(load: Callable[[bytes], Any], cell: str | None) -> Any:
+    if cell is None:
+        return None
+    try:
+        value = load(cell.encode())
+    except DataError:
+        return cell  # the timestamp "infinity" has no form in Python
+    if isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, list | dict):
+        return value if _is_json(value) else cell
     return value if isinstance(value, float) and math.isfinite(value) else cell
 
 
@@ -188,4 +286,9 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-_LINES = {Format.TABLE: _table, Format.CSV: _csv, Format.JSON: _json, Format.NDJSON: _ndjson}
+WRITERS: dict[Format, type[Writer]] = {
+    Format.TABLE: _Table,
+    Format.CSV: _Csv,
+    Format.JSON: _Json,
+    Format.NDJSON: _Ndjson,
+}

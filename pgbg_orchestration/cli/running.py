@@ -24,6 +24,7 @@ from pgbg_orchestration.statements import files
 from pgbg_orchestration.verdict import CANCELED
 
 from . import rows as rows_of
+from . import streaming
 from .codes import ExitCode
 from .interrupts import Interrupts
 from .options import Dsn, Json, Owner, Schema, pairs, seconds_option
@@ -159,6 +160,14 @@ def run(
     max_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows to keep at most; with more the job fails.", show_default="10000")
     ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bytes of rows to keep at most; with more the job fails.", show_default="16777216"),
+    ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Write the last statement's rows as they come, once; they are not kept."),
+    ] = False,
     notices: Annotated[
         bool,
         typer.Option("--notices", help="Show what the SQL raises, as it is raised.", rich_help_panel=_WHEN),
@@ -201,8 +210,10 @@ def run(
             redact_details=redact_details,
             queue_size=queue_size,
             timeout=timeout,
-            fetch=_fetch(rows or form is not None or output is not None, max_rows),
+            fetch=None if stream else _fetch(rows or form is not None or output is not None, max_rows, max_bytes),
         )
+        if stream:
+            _check_stream(rows, max_rows, max_bytes, json, output)
         options = {
             "slot_timeout": slot_timeout,
             "on_superseded": on_superseded.value,
@@ -211,6 +222,15 @@ def run(
             "accept_changed_sql": accept_changed_sql,
             "on_cancel": "leave" if leave else "cancel",
         }
+        if stream:
+            sink = streaming.Sink(form or rows_of.Format.TABLE, output)
+            with Watch(job, silent=quiet) as watch:
+                outcome = asyncio.run(_stream(dsn or "", schema, job, options, watch, sink))
+            if json:
+                print_json(outcome.to_dict())
+            else:
+                _show(outcome, err if output is None else out)
+            return
         with Watch(job, silent=quiet) as watch:
             outcome = asyncio.run(_follow(dsn or "", schema, job, options, watch))
         if json:
@@ -249,13 +269,27 @@ async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watc
             except asyncio.CancelledError:
                 if not interrupts.seen:
                     raise
-        if options["on_cancel"] == "leave":
-            raise Stop(
-                ExitCode.INTERRUPTED,
-                "its worker, if there is one, goes on",
-                todo=f"pgbg jobs --id '{job.id}', or the same command again with --id '{job.id}'",
-            )
-        return _decided(job, watch)
+        return _interrupted(job, options, watch)
+
+
+async def _stream(
+    dsn: str, schema: str, job: Job, options: dict[str, Any], watch: Watch, sink: streaming.Sink
+) -> Outcome:
+    outcome = await streaming.follow(dsn, schema, job, options, watch, sink)
+    if outcome is not None:
+        return outcome
+    _interrupted(job, options, watch)
+    raise Stop(ExitCode.INTERRUPTED, "the job is committed; none of its rows were read, and they are lost")
+
+
+def _interrupted(job: Job, options: dict[str, Any], watch: Watch) -> Outcome:
+    if options["on_cancel"] == "leave":
+        raise Stop(
+            ExitCode.INTERRUPTED,
+            "its worker, if there is one, goes on",
+            todo=f"pgbg jobs --id '{job.id}', or the same command again with --id '{job.id}'",
+        )
+    return _decided(job, watch)
 
 
 def _decided(job: Job, watch: Watch) -> Outcome:
@@ -293,10 +327,26 @@ def _decided(job: Job, watch: Watch) -> Outcome:
     )
 
 
-def _fetch(wanted: bool, max_rows: int | None) -> Fetch | None:
-    if not wanted and max_rows is None:
-        return None
-    return Fetch() if max_rows is None else Fetch(max_rows=max_rows)
+def _fetch(wanted: bool, max_rows: int | None, max_bytes: int | None) -> Fetch | None:
+    bounds = {"max_rows": max_rows, "max_bytes": max_bytes}
+    given = {name: value for name, value in bounds.items() if value is not None}
+    return Fetch.of(given or True) if wanted or given else None
+
+
+def _check_stream(rows: bool, max_rows: int | None, max_bytes: int | None, json: bool, output: Path | None) -> None:
+    """Refuse what does not go with streamed rows."""
+    if rows or max_rows is not None or max_bytes is not None:
+        raise Stop(
+            ExitCode.REFUSED,
+            "rows are either kept (--rows, --max-rows, --max-bytes) or streamed (--stream)",
+            todo="Leave one of them out.",
+        )
+    if json and output is None:
+        raise Stop(
+            ExitCode.REFUSED,
+            "--json prints one document on standard output, where the streamed rows would stand too",
+            todo="Write the rows into a file (-o FILE), or as JSON (--format json).",
+        )
 
 
 def _show(outcome: Outcome, console: Console) -> None:

@@ -14,6 +14,7 @@ from typing import Any, LiteralString, NamedTuple, cast
 
 from psycopg import AsyncConnection, capabilities, errors, sql
 from psycopg.rows import dict_row, scalar_row, tuple_row
+from psycopg.types.string import TextLoader
 
 from pgbg_orchestration.outcome import ErrorFields
 
@@ -251,15 +252,19 @@ class Extension:
         return await cursor.fetchall()
 
     def rows(
-        self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable
+        self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable, as_text: Iterable[int] = ()
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """Return a worker's rows, read a few at a time, the first of them after its end: as :meth:`result` has them.
+
+        Values of the types ``as_text`` (by their oids) are the texts that the server sends.
 
         The server puts all of them aside (into a file, beyond ``work_mem``) before it sends the first one.
         """
         query = self.query("select * from {f}(%s, %s) as ", f="result") + sql.SQL("r(") + columns + sql.SQL(")")
         size = ROWS_AT_ONCE if capabilities.has_stream_chunked() else 1
         cursor = conn.cursor(row_factory=tuple_row)
+        for oid in as_text:
+            cursor.adapters.register_loader(oid, TextLoader)
         return cast(AsyncGenerator[tuple[Any, ...], None], cursor.stream(query, handle, size=size))
 
     async def drain(

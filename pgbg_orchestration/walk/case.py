@@ -165,7 +165,8 @@ class Case:
 
     async def _feed(self, feed: Feed, worker: Worker, heard: Hearing | None) -> tuple[int | None, str | None]:
         """Wait for the end of a worker whose rows are streamed; they and its session are the reader's then."""
-        feed.rows = await reading.read(worker.session, worker, feed.definition, heard)
+        texts = {column.type_oid for column in feed.columns} if feed.as_text else ()
+        feed.rows = await reading.read(worker.session, worker, feed.definition, heard, as_text=texts)
         feed.session, self.session = worker.session, None
         found = giving(self.work.statements[-1])
         return None, found.tag if found else None

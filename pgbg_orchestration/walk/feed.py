@@ -25,12 +25,15 @@ class Feed:
 
     Attributes
     ----------
+    as_text:
+        Whether values come as the server's texts.
     columns, definition:
         The columns, and how the server is told of them.
     session, rows:
         The session that the rows are read from, and the rows, once the job is committed; it is closed with them.
     """
 
+    as_text: bool = False
     columns: tuple[Column, ...] = ()
     definition: sql.Composable = field(default_factory=lambda: sql.SQL(""))
     session: HandleSession | None = None

@@ -15,6 +15,7 @@ import pytest
 from pgbg_orchestration import Job
 from pgbg_orchestration.cli.running import run
 from pgbg_orchestration.job import SQL_OPTIONS
+from pgbg_orchestration.rows import Fetch
 
 FIELDS = [field.name for field in fields(Job)]
 OTHERWISE = {"sql", "parameters", "id", "label", "series", "generation", "owner", "timeout"}
@@ -50,6 +51,12 @@ def test_the_command_line() -> None:
         set(SQL_OPTIONS) - {name for name in SQL_OPTIONS if other.get(name, name) in named}
         == NOT_HERE["the command line"]
     )
+
+
+def test_the_command_line_names_each_bound_of_kept_rows() -> None:
+    """``fetch`` has forms of its own there; all statements' rows (``return_last``) it does not offer."""
+    named = set(inspect.signature(run).parameters)
+    assert {field.name for field in fields(Fetch)} - named == {"return_last"}
 
 
 @pytest.mark.airflow
