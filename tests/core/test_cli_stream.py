@@ -76,7 +76,7 @@ def test_any_number_of_rows_in_a_file(pgbg: Pgbg, tmp_path: Path, form: str, num
     assert done.exit_code == ExitCode.OK, done.output
     assert list(tmp_path.iterdir()) == [file]
     text = file.read_text()
-    read = {
+    read: dict[str, Callable[[], list[int]]] = {
         "csv": lambda: [int(row["n"]) for row in csv.DictReader(text.splitlines())],
         "json": lambda: [row["n"] for row in json.loads(text)],
         "ndjson": lambda: [json.loads(line)["n"] for line in text.splitlines()],
