@@ -82,15 +82,51 @@ def prefix_of(label: str) -> str:
 
 def comment() -> str:
     """Return the comment that a worker's SQL begins with: the current trace; empty without one."""
+    current = parent()
+    return "" if current is None else f"/* traceparent='{current}' */ "
+
+
+def parent() -> str | None:
+    """Return the current span as the header ``traceparent`` of the W3C's Trace Context has it; None without one.
+
+    It is for another process, which makes its spans below it (:func:`below`).
+    """
     if _instruments() is None:
-        return ""
+        return None
     from opentelemetry import trace
 
     context = trace.get_current_span().get_span_context()
     if not context.is_valid:
-        return ""
-    # The form is that of the header of the W3C's Trace Context, section 3.2.
-    return f"/* traceparent='00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}' */ "
+        return None
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+
+
+@contextmanager
+def below(parent: str | None) -> Iterator[None]:
+    """Make the spans of what is run here those of another process's span.
+
+    Parameters
+    ----------
+    parent:
+        What :func:`parent` returned there. None, and what is no such text: nothing is changed. Nor where the current
+        span is of the same trace already.
+    """
+    if parent is None or _instruments() is None:
+        yield
+        return
+    from opentelemetry import context, trace
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    joined = TraceContextTextMapPropagator().extract({"traceparent": parent})
+    wanted = trace.get_current_span(joined).get_span_context()
+    if not wanted.is_valid or wanted.trace_id == trace.get_current_span().get_span_context().trace_id:
+        yield
+        return
+    token = context.attach(joined)
+    try:
+        yield
+    finally:
+        context.detach(token)
 
 
 class Observation:

@@ -84,6 +84,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         """Run the jobs: defer to a trigger, or wait here."""
         from airflow_provider.identity import identify
         from airflow_provider.triggers import PgBackgroundBatchTrigger
+        from pgbg_orchestration import telemetry
 
         if not self.jobs:
             self.log.info("The batch is empty: nothing to do.")
@@ -102,6 +103,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
             fail_fast=self.fail_fast,
             try_number=context["ti"].try_number,
             deadline=self._deadline(context),
+            trace_parent=telemetry.parent(),
             **self._trigger_arguments(),
         )
         return self._wait_for(context, trigger)

@@ -263,11 +263,14 @@ class PgBackgroundOperator(BaseOperator):
         """Run the job: defer to a trigger, or wait here."""
         from airflow_provider.identity import identify
         from airflow_provider.triggers import PgBackgroundTrigger
+        from pgbg_orchestration import telemetry
 
         job = job_arguments(self, identify(context, durable=self.durable), self)
         checked = self._check(job)
         self.log.info("Job %s, label %r.", checked.id, checked.label)
-        trigger = PgBackgroundTrigger(job=job, deadline=self._deadline(context), **self._trigger_arguments())
+        trigger = PgBackgroundTrigger(
+            job=job, deadline=self._deadline(context), trace_parent=telemetry.parent(), **self._trigger_arguments()
+        )
         return self._wait_for(context, trigger)
 
     @fails_for_good

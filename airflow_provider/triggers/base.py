@@ -53,6 +53,9 @@ class ServerTrigger(BaseTrigger):
     packs: ClassVar[tuple[str, ...]] = ()
     """Those of them that hold what a user gave: Airflow gets one text of each, and has nothing to understand."""
 
+    trace_parent: str | None = None
+    """The span of the task's process, where OpenTelemetry traces it: those of what is done here are below it."""
+
     follows_process: ClassVar[bool] = True
     """Whether a process of the task's ended when this began, whose end Airflow may notice late."""
 
@@ -107,11 +110,12 @@ class ServerTrigger(BaseTrigger):
         """Do the work, and fire one event."""
         began = asyncio.get_running_loop().time()
         await load_core()
+        from pgbg_orchestration import telemetry
         from pgbg_orchestration.errors import PgbgError
 
         try:
             async with self.launcher() as launcher:
-                with await self._sweeping():
+                with await self._sweeping(), telemetry.below(self.trace_parent):
                     payload = await self.work(launcher)
         except PgbgError as error:
             self.log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would only hide it
@@ -193,13 +197,16 @@ class JobTrigger(ServerTrigger):
         Whether the workers are cancelled when a user marks the task or deletes its run.
     enable_log_db_messages:
         Whether what the SQL raises comes into the task's log.
+    trace_parent:
+        What :func:`pgbg_orchestration.telemetry.parent` returned in the task's process; None in a row of a release
+        before it.
     kwargs:
         As :class:`ServerTrigger` takes them.
     """
 
     arguments = (
         *ServerTrigger.arguments, "deadline", "on_superseded", "slot_timeout", "poll_interval", "cancel_on_kill",
-        "enable_log_db_messages",
+        "enable_log_db_messages", "trace_parent",
     )  # fmt: skip
 
     def __init__(
@@ -211,9 +218,11 @@ class JobTrigger(ServerTrigger):
         poll_interval: float | None = None,
         cancel_on_kill: bool = True,
         enable_log_db_messages: bool = False,
+        trace_parent: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.trace_parent = trace_parent
         self.enable_log_db_messages = enable_log_db_messages
         self.deadline = moment(deadline)
         self.on_superseded = on_superseded

@@ -69,7 +69,12 @@ class PgBackgroundStartTrigger(PgBackgroundTrigger):
 
     packs: ClassVar[tuple[str, ...]] = ()
     fetch: str | None
-    arguments = (*JOB_FIELDS, "fixed", *(name for name in PgBackgroundTrigger.arguments if name != "job"))
+    # No process of the task's was before it, so there is no span to be below.
+    arguments = (
+        *JOB_FIELDS,
+        "fixed",
+        *(name for name in PgBackgroundTrigger.arguments if name not in ("job", "trace_parent")),
+    )
     follows_process = False
 
     def __init__(

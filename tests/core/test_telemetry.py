@@ -62,6 +62,34 @@ def told(mocker: MockerFixture) -> Iterator[Told]:
     made.meters.shutdown()
 
 
+async def test_spans_below_another_processs(db: Watched, told: Told) -> None:
+    """As a triggerer's are: it gets the text that the task's process stored."""
+    with told.tracers.get_tracer("test").start_as_current_span("the task's") as task:
+        parent = telemetry.parent()
+        with telemetry.below(parent):
+            assert telemetry.parent() == parent
+    assert telemetry.parent() is None
+    with telemetry.below(parent):
+        await within(arun(db.conninfo, Job(effect("j"), id="j")))
+        assert telemetry.parent() == parent
+    assert telemetry.parent() is None
+    job = told.spans["pgbg job"]
+    assert job.parent is not None
+    assert (job.parent.trace_id, job.parent.span_id) == (
+        task.get_span_context().trace_id,
+        task.get_span_context().span_id,
+    )
+
+
+@pytest.mark.parametrize("parent", [None, "", "nonsense", "00-0-0-00"])
+async def test_no_parent_is_none(db: Watched, told: Told, parent: str | None) -> None:
+    with told.tracers.get_tracer("test").start_as_current_span("own") as own, telemetry.below(parent):
+        await within(arun(db.conninfo, Job(effect("j"), id="j")))
+    found = told.spans["pgbg job"].parent
+    assert found is not None
+    assert found.span_id == own.get_span_context().span_id
+
+
 async def test_a_job_is_a_span_with_its_phases(db: Watched, told: Told) -> None:
     with told.tracers.get_tracer("test").start_as_current_span("the caller's"):
         outcome = await within(arun(db.conninfo, Job(effect("j"), id="j", label="load/2026-01-01")))
