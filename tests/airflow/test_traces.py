@@ -9,8 +9,8 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from airflow.exceptions import TaskDeferred
 from airflow.models.trigger import Trigger
+from airflow.sdk.exceptions import TaskDeferred
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -31,7 +31,7 @@ def _connection(monkeypatch: pytest.MonkeyPatch, database: Database) -> None:
     monkeypatch.setattr(PgBackgroundHook, "check", lambda _self: None)
     monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
     monkeypatch.setattr("airflow_provider.triggers.login._conninfos", {})
-    monkeypatch.setattr("airflow_provider.triggers.task.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("airflow_provider.triggers.task.RESUME_SECONDS", 0.0)
 
 
 @pytest.fixture
