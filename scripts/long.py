@@ -27,6 +27,7 @@ STEPS = {
             "lowest",
             "python-3.12",
             "python-3.13",
+            "python-3.14",
         )
     },
     "findings": ["findings/run.py"],

@@ -308,7 +308,7 @@ class TestPackaging:
             if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", line)
         ]
 
-        assert claimed == ["3.11"]
+        assert claimed == ["3.11", "3.13"]
 
     def test_every_requirement_is_locked(self, pyproject: dict[str, Any]) -> None:
         project = pyproject["project"]
