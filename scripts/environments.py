@@ -32,8 +32,8 @@ def main(name: str, arguments: Sequence[str]) -> int:
         if which >= "3.3":
             tests = ["tests/airflow"]
         else:
-            # The fakes of the other tests are those of 3.3: a context with a task state store, errors in their own type.
-            # So these run its real processes.
+            # The fakes of the other tests are those of 3.3: a context with a task state store, errors in their own
+            # type. So these run its real processes.
             tests = [f"tests/airflow/test_{part}.py" for part in ("compat", "runs", "kill")]
             how = WITH_PROCESSES
     elif name == "lowest":
