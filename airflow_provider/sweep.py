@@ -2,7 +2,7 @@
 
 Airflow tells nobody of a task that is marked in the seconds after its triggerer was killed: it deletes the trigger
 (``Trigger.clean_unused``) before another triggerer may have it. So the triggers of a process look now and then for what
-was left at work over their connection, whoever launched it.
+was left at work over their connection, whoever launched it; and so does a triggerer from its start on (``starting``).
 
 What decides is the database's own word that the session is gone which registered the launch, and Airflow's word for the
 state of the task: no clock of this machine. A triggerer that is stalled keeps its sessions, and one that was replaced
@@ -129,6 +129,7 @@ class Sweeper:
         self._next = 0.0  # of the loop's clock, which nobody can set
         self._looking = False
         self._told: set[str] = set()
+        self._trouble = ""
         self._task: asyncio.Task[None] | None = None
 
     @contextmanager
@@ -153,8 +154,12 @@ class Sweeper:
             self._looking = True
             try:
                 await self._look()
+                self._trouble = ""
             except Exception as error:  # noqa: BLE001 - no task may fail because of this
-                logger.warning("Orphans cannot be looked for now, which is tried again in a minute: %r", error)
+                # Once, and not each minute of an outage.
+                level = logging.DEBUG if repr(error) == self._trouble else logging.WARNING
+                self._trouble = repr(error)
+                logger.log(level, "Orphans cannot be looked for now, which is tried again every minute: %r", error)
             finally:
                 self._looking = False
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import runpy
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
+from airflow_provider import plugin, starting
 from airflow_provider import sweep as sweep_module
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.identity import TaskKey, series_of, task_of
@@ -307,14 +310,14 @@ class TestNowAndThen:
     async def test_a_failing_look_is_made_again(
         self, database: Database, quick: None, caplog: pytest.LogCaptureFixture
     ) -> None:
-        sweeper = Sweeper(database.conninfo, "pgbg", _in_turn(OSError("Airflow is away"), "failed"))
+        sweeper = Sweeper(database.conninfo, "pgbg", _in_turn(*[OSError("Airflow is away")] * 3, "failed"))
         job_id = await _orphan(database)
 
         with sweeper.held():
             await _until(lambda: _state_of(database, job_id) == "cancelled")
 
-        assert "Orphans cannot be looked for now" in caplog.text
-        assert "Airflow is away" in caplog.text
+        told = [record for record in caplog.records if "Airflow is away" in record.getMessage()]
+        assert [record.levelname for record in told if record.levelno > logging.DEBUG] == ["WARNING"], "once"
 
     async def test_many_share_one_look_a_minute(self, database: Database) -> None:
         looks = 0
@@ -527,3 +530,110 @@ class TestStates:
         assert await state_of(ti("away", -1)) is None
         assert await state_of(None) is None
         assert [question["map_index"] for question in asked] == [None, None, 1, None]
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What is to be done after a fork, in the process that forked; and no thread is started by it."""
+    hooks: list[Callable[[], object]] = []
+
+    def register(*, after_in_parent: Callable[[], object], after_in_child: Callable[[], object]) -> None:
+        hooks.append(after_in_parent)
+        assert callable(after_in_child)
+
+    monkeypatch.setattr("os.register_at_fork", register)
+    monkeypatch.setattr(starting, "_waiting", [])
+    return hooks
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The threads that are started."""
+    started: list[dict[str, Any]] = []
+
+    class Thread:
+        def __init__(self, **named: Any) -> None:
+            self._named = named
+
+        def start(self) -> None:
+            started.append(self._named)
+
+    monkeypatch.setattr("airflow_provider.starting.Thread", Thread)
+    return started
+
+
+class TestStarting:
+    """A triggerer looks from its start on; whether a trigger of ours runs in it or not."""
+
+    def test_a_triggerer(self, forked: list[Callable[[], object]], threads: list[dict[str, Any]]) -> None:
+        component = SimpleNamespace(job_type=None)  # it is told later
+        starting.on_starting(component)
+        component.job_type = "TriggererJob"
+        assert threads == [], "nothing is begun before it has forked"
+
+        for _ in range(3):
+            for hook in forked:
+                hook()
+
+        (thread,) = threads
+        assert (thread["args"], thread["daemon"]) == ((["postgres_default"],), True)
+
+    @pytest.mark.parametrize("job_type", ["SchedulerJob", "DagProcessorJob", None])
+    def test_any_other_component(
+        self, forked: list[Callable[[], object]], threads: list[dict[str, Any]], job_type: str | None
+    ) -> None:
+        starting.on_starting(SimpleNamespace(job_type=job_type))
+        for hook in forked:
+            hook()
+        assert threads == []
+
+    def test_a_tasks_own_process(self, forked: list[Callable[[], object]]) -> None:
+        starting.on_starting(object())
+        assert forked == []
+
+    def test_where_no_connection_is_to_be_swept(
+        self, forked: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AIRFLOW__PG_BACKGROUND__SWEEP_CONN_IDS", "")
+        starting.on_starting(SimpleNamespace(job_type=None))
+        assert forked == []
+
+    def test_the_connections(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert starting.sweep_conn_ids() == ["postgres_default"]
+        monkeypatch.setenv("AIRFLOW__PG_BACKGROUND__SWEEP_CONN_IDS", "warehouse, lake ,")
+        assert starting.sweep_conn_ids() == ["warehouse", "lake"]
+
+    def test_the_plugin_brings_it_to_triggerers_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A listener anywhere else has Airflow refuse each DAG with `end_from_trigger=True`."""
+        assert plugin.PgBackgroundPlugin.listeners == []
+        for component in ("scheduler", "dag-processor", "api-server", "standalone", "triggerer"):
+            monkeypatch.setattr("sys.argv", ["airflow", component])
+            assert starting.in_triggerer() is (component == "triggerer")
+        found = runpy.run_path(plugin.__file__)["PgBackgroundPlugin"]
+        assert found.listeners == [starting]
+
+    @pytest.mark.usefixtures("no_worker_left")
+    async def test_it_looks(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
+        monkeypatch.setattr(starting, "states_of", _states({LOAD: "failed"}))
+        job_id = await _orphan(database)
+
+        looking = asyncio.create_task(starting.look(["warehouse"]))
+        await _until(lambda: _state_of(database, job_id) == "cancelled")
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+    async def test_the_default_need_not_be_there(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def missing(self: PgBackgroundHook, *_: object) -> Any:
+            raise AirflowNotFoundException(f"The conn_id `{self.postgres_conn_id}` isn't defined")
+
+        monkeypatch.setattr(PgBackgroundHook, "get_connection", missing)
+        looking = asyncio.create_task(starting.look(["postgres_default", "warehouse"]))
+        await _until(lambda: "isn't defined" in caplog.text)
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+        assert "warehouse" in caplog.text
+        assert "postgres_default" not in caplog.text
