@@ -92,8 +92,7 @@ async def look(conn_ids: Collection[str]) -> None:
 
 
 def _is_there(conn_id: str) -> bool:
-    from airflow.sdk.exceptions import AirflowNotFoundException
-
+    from airflow_provider.compat import AirflowNotFoundException
     from airflow_provider.hook import PgBackgroundHook
 
     try:

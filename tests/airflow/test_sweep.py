@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from airflow.sdk.exceptions import AirflowNotFoundException
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
 from airflow_provider import plugin, starting
 from airflow_provider import sweep as sweep_module
+from airflow_provider.compat import AirflowNotFoundException
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.identity import TaskKey, series_of, task_of
 from airflow_provider.sweep import ENDED, States, Sweeper, sweep, sweeping
