@@ -1,7 +1,8 @@
 """Measure on an embedded server of its own, print a table, and write it as Markdown: ``make bench``.
 
 ``ARGS="--smoke"`` runs the whole of it with next to no work. Every ratio is against a named peer in the same run; quote
-the ratios, and not the milliseconds of another machine.
+the ratios, and not the milliseconds of another machine. A run fails where a ratio falls behind the accepted one
+(``accepted.json``) by more than the noise; ``ARGS="--accept"`` accepts those of this run.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measures import SMOKE, WHOLE, Bench, Row, Size
+from benchmarks.measures import SMOKE, WHOLE, Bench, Size
+from benchmarks.rows import Row, accept, behind
 from pgbg_orchestration.embedded.server import EmbeddedServer
 from pgbg_orchestration.ledger import install
 from pgbg_orchestration.postgres.pg_background import Extension
 
-ONLY = ("one_job", "many_jobs", "ends", "waiting", "history")
+ONLY = ("one_job", "many_jobs", "ends", "waiting", "output", "imports", "history")
+ACCEPTED = Path(__file__).with_name("accepted.json")
 
 
 async def run(conninfo: str, version: str, size: Size, only: list[str]) -> list[Row]:
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="next to no work: that the benchmark itself runs")
     parser.add_argument("--only", choices=ONLY, action="append", help="only this group of measures")
     parser.add_argument("--write", type=Path, help="a file for the table as Markdown")
+    parser.add_argument("--accept", action="store_true", help="have later runs held against the ratios of this one")
     given = parser.parse_args()
     size = SMOKE if given.smoke else WHOLE
     with EmbeddedServer(max_worker_processes=size.waiting + 60) as server:
@@ -65,6 +69,12 @@ def main() -> None:
     Console().print(table)
     if given.write:
         given.write.write_text(as_markdown(rows, machine), encoding="utf-8")
+    if given.smoke:
+        return
+    if given.accept:
+        accept(ACCEPTED, rows)
+    elif fallen := behind(ACCEPTED, rows):
+        raise SystemExit("\n".join(["fallen behind what was accepted (benchmarks/accepted.json):", *fallen]))
 
 
 if __name__ == "__main__":

@@ -15,27 +15,10 @@ import psycopg
 from pgbg_orchestration import Job, Launcher, errors
 from pgbg_orchestration.postgres.pg_background import Extension
 
+from . import imports, output
+from .rows import Row
+
 OURS = "application_name like 'pgbg: %'"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table.
-
-    Attributes
-    ----------
-    measure:
-        What was measured, with its unit.
-    value:
-        Ours.
-    peer, ratio:
-        What it is measured against, and ours divided by that; None where the value is a share or a count by itself.
-    """
-
-    measure: str
-    value: str
-    peer: str | None = None
-    ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +32,22 @@ class Size:
     seconds: float
     waiting: int
     history: int
+    rows: int
+    modules: int
 
 
-WHOLE = Size(rounds=100, many=1_000, at_once=50, running=(1, 50), seconds=5, waiting=200, history=500_000)
-SMOKE = Size(rounds=2, many=6, at_once=3, running=(2,), seconds=0.2, waiting=3, history=200)
+WHOLE = Size(
+    rounds=100,
+    many=1_000,
+    at_once=50,
+    running=(1, 50),
+    seconds=5,
+    waiting=200,
+    history=500_000,
+    rows=100_000,
+    modules=4,
+)
+SMOKE = Size(rounds=2, many=6, at_once=3, running=(2,), seconds=0.2, waiting=3, history=200, rows=50, modules=1)
 
 
 @dataclass(slots=True)
@@ -73,6 +68,7 @@ class Bench:
         conn = await self.connect()
         async with conn, Launcher(self.conninfo) as launcher:
             ways: dict[str, Callable[[], Awaitable[object]]] = {"floor": lambda: by_hand(conn, self.extension)}
+            ways["receipt, no rows"] = lambda: launcher.run(Job("do $$begin end$$"))
             for kind in ("receipt", "session", "supervised"):
                 ways[kind] = lambda kind=kind: launcher.run(Job("select 1", kind=kind))  # type: ignore[misc]
             taken = await in_turn(ways, self.size.rounds)
@@ -114,7 +110,7 @@ class Bench:
         rate = number / took
         what = f"{number} jobs that do nothing, {self.size.at_once} at once"
         return [
-            Row(what, f"{rate:.0f}/s", f"by hand, three sessions: {floor:.0f}/s", rate / floor),
+            Row(what, f"{rate:.0f}/s", f"by hand, three sessions: {floor:.0f}/s", rate / floor, more_is_better=True),
             Row("own CPU a job, the same", f"{cpu / number * 1000:.2f} ms"),
         ]
 
@@ -190,6 +186,16 @@ class Bench:
             Row(f"{number} jobs waiting: own CPU", f"{own / watched:.1%} of a core"),
             Row(f"{number} jobs waiting: CPU of our sessions in the server", f"{theirs / watched:.1%} of a core"),
         ]
+
+    # Output and imports -------------------------------------------------------------------------------------------
+
+    async def output(self) -> list[Row]:
+        """What rows and notices cost."""
+        return [*await output.rows(self), *await output.notices(self)]
+
+    async def imports(self) -> list[Row]:
+        """What an import of each public module costs."""
+        return await asyncio.to_thread(imports.imports, min(self.size.rounds, 7), self.size.modules)
 
     # History ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,51 @@
+"""What an import of each public module costs, against the library that it is used beside."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+
+from .rows import Row
+
+PEERS = {
+    "pgbg_orchestration": "psycopg",
+    "airflow_provider.operators": "airflow.providers.common.sql.operators.sql",
+    "airflow_provider.sensors": "airflow.providers.common.sql.sensors.sql",
+    "dagster_resource": "dagster",
+}
+"""By the module, its peer. Airflow's start alone is most of what an import of its operators takes."""
+
+
+def imports(rounds: int, modules: int) -> list[Row]:
+    """Return how long a fresh interpreter takes for each module, in turn with its peer; less an interpreter's start.
+
+    Parameters
+    ----------
+    rounds:
+        How many interpreters to start for each.
+    modules:
+        How many of the modules to import.
+    """
+    peers = dict([*PEERS.items()][:modules])
+    names = ["sys", *peers, *peers.values()]
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for name in names:
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", f"import {name}"], check=True, capture_output=True)
+            if number:  # the first round compiles
+                taken[name].append(time.perf_counter() - began)
+    middle = {name: statistics.median(times) for name, times in taken.items()}
+    start = middle.pop("sys")
+    cost = {name: max(seconds - start, 1e-4) for name, seconds in middle.items()}
+    return [
+        Row(
+            f"import {module}",
+            f"{cost[module] * 1000:.0f} ms",
+            f"{peer}: {cost[peer] * 1000:.0f} ms",
+            cost[module] / cost[peer],
+        )
+        for module, peer in peers.items()
+    ]
