@@ -360,6 +360,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         partition_key: str | None = None,
         name: str | None = None,
         key: str | None = None,
+        supervisor: bool = True,
         **options: Unpack[JobOptions],
     ) -> str:
         """Launch the SQL in a worker and go away once that is at work: fire and forget.
@@ -378,6 +379,9 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         key:
             What makes this job's id one of a kind, outside of a step, where no run does: a later call with the same
             key means the same job.
+        supervisor:
+            Have a second worker stay until the job has ended, and write down how: row count, command tag and duration,
+            or the error. It takes a second worker slot. Without it nobody can tell why a job of kind receipt failed.
         options:
             As :meth:`run`.
 
@@ -406,6 +410,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             member,
             self.launcher,
             keep_on_interrupt=self.cancel_on_termination == "never",
+            supervisor=supervisor,
             options=self._options(),
         )
         try:

@@ -33,6 +33,7 @@ class RunOptions(TypedDict, total=False):
     of_try: str | None
     notices: bool
     when_orphaned: WhenOrphaned | None
+    supervisor: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,11 @@ class Options:
         Written down with a launch that this call makes, for those who look for orphans: jobs whose launcher is dead and
         whose caller has ended otherwise, such as a killed triggerer's whose task was marked meanwhile. They ``cancel``
         the worker, or ``leave`` it at work and say so. Default: nothing is said, and none of them touches the job.
+    supervisor:
+        For a job that nobody waits for. A second worker launches it, stays until it has ended, and writes into the
+        history how: row count, command tag and duration, or the error with all its fields. It takes two worker slots.
+        The proof of a job of kind receipt is its receipt all the same; one of kind supervised has a supervisor in any
+        case. Not for jobs of kind session, nor with ``notices`` or a stream.
 
     Raises
     ------
@@ -92,6 +98,7 @@ class Options:
     of_try: str | None = None
     notices: bool = False
     when_orphaned: WhenOrphaned | None = None
+    supervisor: bool = False
 
     def __post_init__(self) -> None:
         if self.on_cancel not in ("cancel", "leave") and not callable(self.on_cancel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
 
     from dagster_resource.resource import PgBackgroundResource
+    from pgbg_orchestration import Launcher
     from pgbg_orchestration.errors import PgbgError
     from pgbg_orchestration.ledger.history import JobEntry
 
@@ -26,6 +28,7 @@ JOB_CHECK = "pg_background_job"
 
 SURELY_LOST = timedelta(seconds=60)  # a job that looks lost may be about to start
 LOST = "lost"
+LOOKS, PAUSE = 5, 0.2  # at jobs whose end is about to be written down, and seconds between two of them
 
 
 def keys_of(assets: ExternalAssets) -> list[AssetKey]:
@@ -78,28 +81,38 @@ async def jobs_of(
         By a source's name, the moment from which on its jobs are wanted; all of them where there is none.
     """
     places = since or {}
-    sources = sources_of(pg, assets)
     async with pg.launcher() as launcher:
         await launcher.facts()
-        if isinstance(assets, Mapping):
-            found = [
-                (entry, source)
-                for source in sources
-                for entry in await launcher.ledger.jobs(series=source.series, since=places.get(source.name))
-            ]
-        else:
-            by_series = {source.series: source for source in sources}
-            known = [places.get(source.name) for source in sources]
-            # One look for all of them, as far back as the one that needs most.
-            first = None if None in known else min(filter(None, known), default=None)
-            entries = await launcher.ledger.jobs(series=f"{pg.namespace}/external/*", since=first)
-            found = [
-                (entry, source)
-                for entry in entries
-                if (source := by_series.get(_unpartitioned(entry))) is not None
-                and _is_since(entry, places.get(source.name))
-            ]
+        found = await _look(launcher, pg, assets, places)
+        for _ in range(LOOKS):
+            # A commit is told once, with the count and the duration that follow it at once.
+            if not any(entry.is_being_written for entry, _ in found):
+                break
+            await asyncio.sleep(PAUSE)
+            found = await _look(launcher, pg, assets, places)
     return sorted(found, key=lambda pair: launched(pair[0]))
+
+
+async def _look(
+    launcher: Launcher, pg: PgBackgroundResource, assets: ExternalAssets, places: Mapping[str, datetime]
+) -> list[tuple[JobEntry, Source]]:
+    sources = sources_of(pg, assets)
+    if isinstance(assets, Mapping):
+        return [
+            (entry, source)
+            for source in sources
+            for entry in await launcher.ledger.jobs(series=source.series, since=places.get(source.name))
+        ]
+    by_series = {source.series: source for source in sources}
+    known = [places.get(source.name) for source in sources]
+    # One look for all of them, as far back as the one that needs most.
+    first = None if None in known else min(filter(None, known), default=None)
+    entries = await launcher.ledger.jobs(series=f"{pg.namespace}/external/*", since=first)
+    return [
+        (entry, source)
+        for entry in entries
+        if (source := by_series.get(_unpartitioned(entry))) is not None and _is_since(entry, places.get(source.name))
+    ]
 
 
 def _is_since(entry: JobEntry, moment: datetime | None) -> bool:

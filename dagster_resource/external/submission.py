@@ -11,7 +11,7 @@ from dagster import AssetObservation
 from dagster_resource.steps import contexts, identity
 from dagster_resource.steps.batch import TERMINATED, Member, cancel_jobs
 from dagster_resource.steps.metadata import sql_block
-from pgbg_orchestration import Cause
+from pgbg_orchestration import Cause, Kind
 from pgbg_orchestration.batch import can_be_found
 from pgbg_orchestration.driver import Talk, to_its_end
 from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pgbg_orchestration.ledger.sighting import Sighting
 
 POLL = (0.05, 5.0)  # seconds between two looks at somebody else's job: at first, and at most
+LOOKS = 5  # more, at one that is committed, until its count and its duration are written down
 
 
 def check_states(states: Collection[str]) -> None:
@@ -74,14 +75,23 @@ class Submission:
         Makes a launcher for the database.
     keep_on_interrupt:
         Leave a worker at work that leaves no receipt, too.
+    supervisor:
+        Have a second worker launch a job of kind receipt, and write down how it ends.
     options:
         As :func:`pgbg_orchestration.arun` takes them.
     """
 
     def __init__(
-        self, member: Member, connect: Callable[[], Launcher], *, keep_on_interrupt: bool, options: Mapping[str, Any]
+        self,
+        member: Member,
+        connect: Callable[[], Launcher],
+        *,
+        keep_on_interrupt: bool,
+        supervisor: bool = False,
+        options: Mapping[str, Any],
     ) -> None:
         self._member = member
+        self._supervisor = supervisor
         self._keep_on_interrupt = keep_on_interrupt
         self._connect = connect
         self._options = options
@@ -100,6 +110,8 @@ class Submission:
             self._chosen, options = await self._member.call(
                 launcher, talk, keep_on_interrupt=self._keep_on_interrupt, options=self._options
             )
+            if self._supervisor and self._chosen.kind is Kind.RECEIPT:
+                options["supervisor"] = True
             running = asyncio.ensure_future(launcher.run(self._chosen, **options))
             try:
                 await _until_at_work(launcher, self._chosen, running)
@@ -176,7 +188,7 @@ async def wait_for(
         It ended without a commit, or nobody can tell.
     """
     await launcher.facts()
-    pause, told = POLL[0], ""
+    pause, told, looks = POLL[0], "", LOOKS
     async with asyncio.timeout(patience):
         while True:
             entries = await launcher.ledger.jobs(job_id=job_id, limit=1)
@@ -185,7 +197,9 @@ async def wait_for(
                 told = state
                 tell(f"job {job_id} is {state}")
             if entries and state == "committed":
-                return outcome_of(entries[0])
+                if not entries[0].is_being_written or not looks:
+                    return outcome_of(entries[0])
+                looks -= 1
             if state in fail_on and (error := error_of(entries[0])) is not None:
                 raise error
             await asyncio.sleep(pause)

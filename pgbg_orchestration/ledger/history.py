@@ -47,7 +47,12 @@ class JobEntry:
     started_at: datetime | None
     cause: Cause | None
     has_launcher: bool | None = None
-    """Whether the session that registered its last launch is still there: without it, nobody waits for it there."""
+    """Whether its launcher is still there: the session that registered its last launch, or its supervisor."""
+
+    @property
+    def is_being_written(self) -> bool:
+        """Whether it is committed, and whoever launched it is there to write down its end, and has not yet."""
+        return self.state == "committed" and self.ended_at is None and bool(self.has_launcher)
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> JobEntry:

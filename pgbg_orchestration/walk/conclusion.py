@@ -82,7 +82,7 @@ async def _placed(case: Case, ledger: Ledger, fields: ErrorFields, *, own: bool)
     work = case.work
     number: int | None = 0 if len(work.statements) == 1 else None
     at: int | None = None
-    if own and work.kind is Kind.RECEIPT:
+    if own and work.kind is Kind.RECEIPT and not work.has_supervisor:
         bodies = work.bodies(ledger.schema)
         number, at = location.place(case.text, work.body(ledger.schema), bodies, case.failure)
         if number is not None and at is not None:
@@ -113,7 +113,7 @@ async def _shown(case: Case, ledger: Ledger, number: int) -> location.Shown | No
 async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outcome:
     own = bool(case.attempts) if seen is None else seen.receipt_attempt in case.attempts
     last = seen is None or seen.receipt_attempt == case.attempt
-    counts = case.work.kind is not Kind.SUPERVISED  # a supervisor has written them down already
+    counts = not case.work.has_supervisor  # a supervisor has written them down already
     if case.feed is not None and case.reading is not None:
         await asyncio.wait({case.reading}, timeout=pace.CALL)  # the first of its rows is about to come
         await case.read_report()
@@ -154,7 +154,7 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         proof="verify_sql" if case.memory.verification and case.memory.verification.done else "receipt",
     )
     info = case.memory.launch.info if seen.receipt_attempt == case.attempt else None
-    if launched and info is not None and case.work.kind is Kind.RECEIPT:
+    if launched and info is not None and case.work.kind is Kind.RECEIPT and not case.work.has_supervisor:
         row_count, tag = await _counts(case, info)
         return replace(
             outcome,
@@ -166,7 +166,8 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         row_count, tag = case.memory.launch.result
         return replace(outcome, row_count=row_count, command_tag=tag, finished_at=seen.looked_at)
     # Whoever launched it writes the counts down after the commit.
-    if not launched and seen.attempt is not None and case.memory.intent is Intent.NONE:
+    elsewhere = not launched or case.work.is_watched
+    if elsewhere and seen.attempt is not None and case.memory.intent is Intent.NONE:
         seen = await _await_counts(case, ledger, seen)
     finished = seen.ended_at or seen.looked_at
     return replace(outcome, row_count=seen.row_count, command_tag=seen.command_tag, finished_at=finished)
@@ -279,7 +280,7 @@ def _ran_for(case: Case) -> float | None:
     info, worker = case.memory.launch.info, case.worker
     if worker is None or info is None:
         return None
-    if case.work.kind is not Kind.SUPERVISED and info.started_at is not None and info.finished_at is not None:
+    if not case.work.has_supervisor and info.started_at is not None and info.finished_at is not None:
         return (info.finished_at - info.started_at).total_seconds()
     return asyncio.get_running_loop().time() - worker.launched_at
 
@@ -323,7 +324,7 @@ async def record(
     faults.point("before_record")
     worker, info = case.worker, case.memory.launch.info
     # A supervisor is not the worker: it wrote down itself who that was.
-    own_pid = worker.handle.pid if worker and case.work.kind is not Kind.SUPERVISED else None
+    own_pid = worker.handle.pid if worker and not case.work.has_supervisor else None
     try:
         async with asyncio.timeout(case.patience()):
             await ledger.record(

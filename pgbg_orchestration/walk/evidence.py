@@ -16,7 +16,7 @@ from pgbg_orchestration.outcome import Cause
 from pgbg_orchestration.postgres.pg_background import OUTPUT_WAITS
 from pgbg_orchestration.verdict import CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 
-from .memory import Memory, Stage, Stray, Terms
+from .memory import SUPERVISION, Memory, Stage, Stray, Terms
 
 
 class Sign(Enum):
@@ -122,7 +122,7 @@ def weigh(seen: Sighting, terms: Terms, memory: Memory, now: float) -> tuple[Evi
         may_begin=seen.may_begin,
         superseded=is_superseded(seen, terms, memory),
         recorded_failure=recorded,
-        output_blocked=seen.wait_event in OUTPUT_WAITS,
+        output_blocked=seen.wait_event in OUTPUT_WAITS and not terms.is_watched,  # which reads it
         lift=_lifts(seen, terms, memory),
     )
     return evidence, memory
@@ -246,7 +246,10 @@ def _is_recorded(seen: Sighting, terms: Terms, memory: Memory) -> bool:
     if holder is not Holder.THIS_JOB and seen.receipt is Receipt.NONE and _ended_badly(seen, memory):
         return True
     info = memory.launch.info
-    if terms.kind is Kind.SUPERVISED and info is not None and info.command_tag == "CALL":
+    own = memory.launch.registration
+    if terms.is_watched and own is not None and seen.outcome == "failed" and seen.attempt == own.attempt:
+        return True  # its supervisor wrote it down
+    if terms.kind is Kind.SUPERVISED and info is not None and info.command_tag == SUPERVISION:
         return True  # its supervisor came to its end: without a receipt, it wrote down how its worker failed
     # The same work, launched by a call that is gone: what came of it is told before it is launched again.
     return seen.is_untold and seen.sql_digest == terms.sql_digest

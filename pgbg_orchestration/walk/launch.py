@@ -31,7 +31,7 @@ from .case import Case
 from .conclusion import record
 from .host import Host
 from .memory import Stage
-from .work import PADDING, WORK
+from .work import PADDING, WORK, Work
 
 T = TypeVar("T")
 SESSIONS_LOST = 6  # one after the other, before a launch counts as impossible
@@ -65,7 +65,8 @@ class Launches:
         if tried or work.kind is not Kind.RECEIPT or memory.intent is not Intent.NONE or self._host.slots.waiting:
             return  # others may have waited longer for a slot
         if (
-            case.options.notices
+            work.has_supervisor
+            or case.options.notices
             or case.feed is not None
             or not (work.job.fetch is None or isinstance(work.job.fetch, Fetch))
         ):
@@ -186,10 +187,10 @@ class Launches:
         case, work = self._case, self._case.work
         if registration is None:
             return await self._prepare_session()
-        if work.kind is Kind.SUPERVISED:
+        if work.has_supervisor:
             if work.job.drop_invalid_index:
                 await self._drop_invalid_index()
-            readable = await self._make_readable()
+            readable = _with_tags(work, self._host.schema) if work.is_watched else await self._make_readable()
             facts = await self._host.facts()
             settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
             calls = facts.extension.supervision(readable.columns, padded=readable.padded)
@@ -202,8 +203,7 @@ class Launches:
         if case.feed is not None:
             case.readable = Readable(text, case.feed.definition)
             return text
-        # Behind a statement that gives no rows, there are none to read: the result is the statements' tags.
-        case.readable = Readable(text if work.is_padded else text + PADDING, None, padded=True)
+        case.readable = _with_tags(work, self._host.schema)
         return case.readable.text
 
     async def _prepare_session(self) -> str:
@@ -275,7 +275,7 @@ class Launches:
         try:
             async with asyncio.timeout_at(case.slot_deadline):
                 case.waited_for_slot = True
-                if work.kind is Kind.SUPERVISED and not case.paired:
+                if work.has_supervisor and not case.paired:
                     await self._host.pairs.acquire()
                     case.paired = True
                 await self._host.slots.launch(lambda: self._call(text), self._on_slots_used_up)
@@ -314,7 +314,7 @@ class Launches:
                 role=work.job.role if work.kind is Kind.SESSION else None,
                 poll_interval=case.options.poll_interval,
                 claim=Claim(work.key.owner, work.key.job_id, case.attempt, work.is_padded)
-                if work.kind is Kind.RECEIPT and work.is_counted
+                if work.kind is Kind.RECEIPT and work.is_counted and not work.has_supervisor
                 else None,
             )
             try:
@@ -349,7 +349,7 @@ class Launches:
             return
         case.worker.ended.add_done_callback(lambda _: self._host.slots.freed())
         # A supervisor's pid is nothing for people: cancelling it is not what they would want.
-        pid = None if case.work.kind is Kind.SUPERVISED else case.worker.handle.pid
+        pid = None if case.work.has_supervisor else case.worker.handle.pid
         case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
         read = case.options.notices or case.feed is not None
         if read and case.readable is not None and case.reading is None:
@@ -364,3 +364,12 @@ class Launches:
         )
         message = f"waiting for a worker slot: {where} is used up"
         self._case.tell_once(EventKind.WAITING_FOR_SLOT, message, sqlstate=error.sqlstate)
+
+
+def _with_tags(work: Work, schema: str) -> Readable:
+    """Return the text of a worker that writes its own receipt, with a result that can be read to its end.
+
+    Behind a statement that gives no rows, there are none to read: the result is the statements' tags.
+    """
+    text = work.text(schema)
+    return Readable(text if work.is_padded else text + PADDING, None, padded=True)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.outcome import Cause, ErrorFields
-from pgbg_orchestration.verdict import REFUSED, TURNED_AWAY, Intent, Report
+from pgbg_orchestration.verdict import OURS, REFUSED, TURNED_AWAY, Intent, Report
 
 if TYPE_CHECKING:
     from pgbg_orchestration.postgres.pg_background import ResultInfo
 
 RELAUNCHES = 3  # of a job whose worker is lost without a trace
 REJECTIONS = 10  # of a worker that is turned away while nobody is seen to hold the lock
+SUPERVISION = "CALL"  # the tag of a supervisor that came to its end
 NO_SLOT_FOR_WORKER = "PB004"  # a supervisor that found no slot for its worker, and left its own
 
 
@@ -181,6 +182,8 @@ class Terms(NamedTuple):
         The caller's try of the work: what this very try made final stays so.
     deadline:
         On the event loop's clock.
+    is_watched:
+        The worker writes its own receipt, and a supervisor launches it, which writes the history.
     """
 
     kind: Kind = Kind.RECEIPT
@@ -190,6 +193,7 @@ class Terms(NamedTuple):
     takes_back: frozenset[Cause | None] = frozenset()
     of_try: str | None = None
     deadline: float | None = None
+    is_watched: bool = False
     relaunches: int = RELAUNCHES
     rejections: int = REJECTIONS
 
@@ -281,9 +285,12 @@ class Memory(NamedTuple):
         """Take in the handle's report. A supervisor without a second slot launched nothing, and uses up no attempt."""
         launch = self.launch.ended(info, error)
         # SQL of the user's can raise this code too, and does so in a worker of its own.
-        if terms.kind is Kind.SUPERVISED and launch.sqlstate == NO_SLOT_FOR_WORKER:
+        supervised = terms.is_watched or terms.kind is Kind.SUPERVISED
+        if supervised and launch.sqlstate == NO_SLOT_FOR_WORKER:
             tries = self.tries._replace(slotless=self.tries.slotless + 1)
             return self._replace(tries=tries, launch=Launch(), registration=launch.registration)
+        if terms.is_watched and launch.stage is not Stage.LOST and not _came_to_its_end(launch):
+            launch = launch.lost()  # the worker below it may be at work, or begin
         return self._loose(launch)
 
     def _loose(self, launch: Launch) -> Memory:
@@ -321,3 +328,10 @@ class Memory(NamedTuple):
         if self.verification is None or self.verification.done:
             return self
         return self.handle_lost()._replace(verification=None)
+
+
+def _came_to_its_end(launch: Launch) -> bool:
+    """Say whether the supervisor of a watched worker did its work: it fails only where that worker was turned away."""
+    if launch.stage is Stage.FAILED:
+        return launch.sqlstate in OURS
+    return launch.info is not None and launch.info.command_tag == SUPERVISION

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import psycopg
@@ -52,9 +53,12 @@ async def run_job(host: Host, job: Job, options: Options, feed: Feed | None = No
     try:
         try:
             _check_notices(job, options)
+            _check_supervisor(job, options, feed)
             if feed is not None:
                 check(job)
             work = await host.bind(job)
+            if options.supervisor and work.kind is Kind.RECEIPT:
+                work = replace(work, is_watched=True)
             case = case_of(work, options, deadline)
             if feed is not None:
                 case.feed = feed
@@ -85,6 +89,18 @@ def _check_notices(job: Job, options: Options) -> None:
             label=job.label,
             todo="A procedure that does not commit can run with kind='receipt', one that does with kind='session'.",
         )
+
+
+def _check_supervisor(job: Job, options: Options, feed: Feed | None) -> None:
+    if not options.supervisor:
+        return
+    why = None
+    if job.kind is Kind.SESSION:
+        why = "a supervisor writes into the history, where jobs of kind session do not stand"
+    elif options.notices or feed is not None:
+        why = "a supervisor alone has its worker's output: neither notices nor rows can be read as they come"
+    if why is not None:
+        raise InvalidJob(why, job_id=job.id, label=job.label)
 
 
 class Run:
@@ -370,7 +386,7 @@ class Run:
             await _signal_worker(self._ledger, case.work.key, _there(seen), case.work.key.job_id)
         else:
             await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker, case.work.key.owner))
-        supervised = case.work.kind is Kind.SUPERVISED
+        supervised = case.work.has_supervisor
         if case.memory.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST and not supervised:
             # One that reports an error into a full queue ends only when it is detached, or read.
             await self._unblock()

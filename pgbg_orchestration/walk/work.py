@@ -70,11 +70,17 @@ class Work:
     kept: tuple[kept_rows.Keeping, ...] = ()  # statements whose rows are kept
     is_streamed: bool = False  # its rows are read as they come
     may_mark: bool = False  # every role may run what tells the statement that is at work
+    is_watched: bool = False  # it writes its own receipt, and a supervisor was asked for all the same
 
     @property
     def carries_receipt(self) -> bool:
         """Whether there is a receipt to look for: of the worker, or of its supervisor."""
         return self.kind is not Kind.SESSION
+
+    @property
+    def has_supervisor(self) -> bool:
+        """Whether a second worker launches the one that runs the SQL, and alone has its handle."""
+        return self.is_watched or self.kind is Kind.SUPERVISED
 
     @property
     def is_marked(self) -> bool:
@@ -129,12 +135,9 @@ class Work:
         """Whether its worker tells which of its statements is at work."""
         number = len(self.statements)
         room = (self.job.queue_size or DEFAULT_QUEUE_BYTES) // 2
-        return (
-            self.may_mark
-            and self.kind is Kind.RECEIPT
-            and 1 < number <= location.MOST
-            and number * location.BYTES <= room
-        )
+        if not self.may_mark or self.kind is not Kind.RECEIPT or self.has_supervisor:
+            return False  # a supervisor cannot tell what it hears
+        return 1 < number <= location.MOST and number * location.BYTES <= room
 
     def bodies(self, schema: str) -> list[str]:
         """Return what stands in the worker's text for each statement."""
@@ -180,18 +183,28 @@ class Work:
         settings:
             The settings of the worker below it.
         """
-        pairs = [part for name, value in settings.items() for part in (name, value)]
+        if self.is_watched:
+            settings = {**settings, WORK: self._arguments(registration)}
+        pairs = sql.Literal([part for name, value in settings.items() for part in (name, value)])
+        launched = (text, self.job.queue_size or DEFAULT_QUEUE_BYTES)
+        key, redact = (self.key.owner, self.key.job_id), sql.Literal(self.job.redact_details)
+        if self.is_watched:
+            kept = next((one.number for one in self.kept if one.number == len(self.statements)), None)
+            call = sql.SQL("call {}({}, {}::text[], {}::text[], {}, {})").format(
+                sql.Identifier(schema, "watch"),
+                sql.SQL(", ").join(map(_literal, (*key, self.label, registration.attempt, *launched))),
+                pairs, sql.Literal([*calls]), redact, sql.Literal(kept),
+            )  # fmt: skip
+            return call.as_string(None)
         arguments = (
-            self.key.owner, self.key.job_id, self.key.series, registration.generation, self.label, registration.attempt,
-            self.sql_digest, text, self.job.queue_size or 65536, self.job.role, self.worker_name,
+            *key, self.key.series, registration.generation, self.label, registration.attempt, self.sql_digest,
+            *launched, self.job.role, self.worker_name,
         )  # fmt: skip
         call = sql.SQL("call {}({}, {}::text[], {}::text[], {})").format(
             sql.Identifier(schema, "supervise"),
             sql.SQL(", ").join(map(_literal, arguments)),
-            sql.Literal(pairs),
-            sql.Literal([*calls]),
-            sql.Literal(self.job.redact_details),
-        )
+            pairs, sql.Literal([*calls]), redact,
+        )  # fmt: skip
         return call.as_string(None)
 
     def text(self, schema: str) -> str:
@@ -226,7 +239,7 @@ class Work:
         """
         if self.kind is Kind.SESSION:
             return self.settings(seconds_left, defaults)
-        if self.kind is Kind.RECEIPT:
+        if not self.has_supervisor:
             assert registration is not None
             return {**self.settings(seconds_left, defaults), WORK: self._arguments(registration)}
         return {

@@ -171,6 +171,42 @@ def test_a_materialization_tells_what_the_job_was(
     assert {"pgbg/job_id", "pgbg/label", "pgbg/worker_pid", "pgbg/attempt"} <= set(found[None])
 
 
+@pytest.mark.parametrize("supervisor", [True, False])
+def test_the_end_of_a_job_that_nobody_waited_for(
+    pg: PgBackgroundResource,
+    instance: DagsterInstance,
+    sql: psycopg.Connection[Any],
+    database: Database,
+    supervisor: bool,
+) -> None:
+    """Both were seen at work and left; then the one commits, and the other fails."""
+    sql.execute("create table filled (n int)")
+    sql.execute("grant insert on filled to public")
+    wait = "select pg_advisory_xact_lock_shared(1)"
+    failing = "do $$begin raise 'no good' using errcode = 'ZZ001', detail = 'none at all'; end$$"
+    with database.connect() as holder:
+        holder.execute("select pg_advisory_lock(1)")
+        fill = "insert into filled select generate_series(1, 3)"
+        pg.submit(None, f"{wait}; {fill}", asset_key="good", key="1", supervisor=supervisor)
+        pg.submit(None, f"{wait}; {failing}", asset_key="bad", key="1", supervisor=supervisor)
+    wait_for_all(sql)
+    sql.execute("update pgbg.job set launched_at = launched_at - interval '61 s'")  # what is lost may be about to start
+    result = tick(build_pg_background_sensor(["good", "bad"]), instance, pg, None)
+    (event,) = (event for event in result.asset_events if isinstance(event, AssetMaterialization))
+    known: dict[str, Any] = {name: value.value for name, value in event.metadata.items()}
+    checks = {c.asset_key.to_user_string(): c for c in result.asset_events if isinstance(c, AssetCheckEvaluation)}
+    told = {name: value.value for name, value in checks["bad"].metadata.items()}
+    assert (checks["good"].passed, checks["bad"].passed) == (True, False)
+    if not supervisor:
+        assert told["pgbg/state"] == "lost"
+        assert not {"pgbg/row_count", "pgbg/command_tag"} & set(known)
+        return
+    assert (known["pgbg/row_count"], known["pgbg/command_tag"]) == (3, "INSERT")
+    assert known["pgbg/duration_seconds"] > 0
+    assert (told["pgbg/state"], told["pgbg/sqlstate"]) == ("failed", "ZZ001")
+    assert "none at all" in str(told["pgbg/error"])
+
+
 def test_a_tick_says_what_it_did(
     pg: PgBackgroundResource, instance: DagsterInstance, sql: psycopg.Connection[Any], database: Database
 ) -> None:
