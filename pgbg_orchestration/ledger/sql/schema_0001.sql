@@ -1129,9 +1129,10 @@ begin
                    l.pid is not null as has_launcher, j.launched_at as at
             from @schema@.job j
             left join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
+            -- Once for each job, and not for each job and lock: a session's sixth call has a plan for few locks.
+            cross join lateral (select @schema@.lock_key('job', j.owner, j.job_digest) as key offset 0) k
             -- Anybody can take the lock.
-            left join held h on h.key = @schema@.lock_key('job', j.owner, j.job_digest)
-                and (h.login is null or @schema@.is_member(h.login, j.owner))
+            left join held h on h.key = k.key and (h.login is null or @schema@.is_member(h.login, j.owner))
             -- CASE, and no WHERE: the planner would call the function for every job and filter afterwards.
             cross join lateral (
                 select case when r.status = 'launching'
