@@ -210,6 +210,18 @@ def test_result_without_rows_is_the_tags_as_one_text_column(session: Background)
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "tag"),
+    [
+        ("insert into done values (1), (2) returning i", "INSERT 0 2"),
+        ("explain (costs off) select 1", "EXPLAIN"),
+        ("show work_mem", "SHOW"),
+    ],
+)
+def test_a_statement_before_the_last_tells_its_tag_and_not_its_rows(session: Background, text: str, tag: str) -> None:
+    assert session.fetch(f"{text}; set local a.b to default") == [(tag,), ("SET",)]
+
+
 def test_result_needs_a_column_definition_list(session: Background) -> None:
     handle = session.launch("select 1")
     with pytest.raises(errors.SyntaxError):

@@ -145,11 +145,14 @@ BEGIN
       FROM @extschema@._pgbg_get_result(connection) AS t (status text);
     IF kind = '_DESCRIBE' THEN
         RETURN jsonb_build_object('shape', status);
-    ELSIF kind IN ('SELECT', 'FETCH', 'CALL', 'EXECUTE') AND (number <> 1
+    ELSIF kind IN ('SELECT', 'FETCH', 'CALL', 'EXECUTE', 'INSERT', 'UPDATE', 'DELETE', 'MERGE') AND (number <> 1
             OR status !~ '^(CALL|(SELECT|FETCH|INSERT 0|UPDATE|DELETE|MERGE) \d+)$') THEN
         -- Rows of one column, whose type nobody told.
         RETURN jsonb_build_object('rows', coalesce(rows, '[]'), 'shape', '["text"]'::jsonb, 'row_count', number,
-            'command_tag', kind, 'status', kind || ' ' || number);
+            'command_tag', kind, 'status', concat_ws(' ', kind, CASE kind WHEN 'INSERT' THEN '0' END, number));
+    ELSIF kind IN ('EXPLAIN', 'SHOW') THEN
+        RETURN jsonb_build_object('rows', coalesce(rows, '[]'), 'shape', '["text"]'::jsonb, 'row_count', 0,
+            'command_tag', kind, 'status', kind);
     END IF;
     RETURN jsonb_build_object(
         'row_count', coalesce(substring(status FROM ' (\d+)$')::bigint, 0),
@@ -160,7 +163,8 @@ EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
     IF SQLERRM IN ('remote query result rowtype does not match the specified FROM clause rowtype',
                    'function return row and query-specified return row do not match') THEN
         -- Rows of a statement that is not the last: the real extension drops them too.
-        RETURN jsonb_build_object('row_count', 0, 'command_tag', kind, 'status', kind || ' 0');
+        RETURN jsonb_build_object('row_count', 0, 'command_tag', kind, 'status',
+            concat_ws(' ', kind, CASE kind WHEN 'INSERT' THEN '0' END, '0'));
     ELSIF context NOT LIKE '%on dblink connection named%' AND SQLSTATE !~ '^08' THEN
         RAISE;  -- this session's own: someone cancels its query
     END IF;
