@@ -31,6 +31,7 @@ class Size:
     running: tuple[int, ...]
     seconds: float
     waiting: int
+    age: float  # seconds, of the jobs that wait
     history: int
     rows: int
     modules: int
@@ -43,11 +44,12 @@ WHOLE = Size(
     running=(1, 50),
     seconds=5,
     waiting=200,
+    age=30,
     history=500_000,
     rows=100_000,
     modules=4,
 )
-SMOKE = Size(rounds=2, many=6, at_once=3, running=(2,), seconds=0.2, waiting=3, history=200, rows=50, modules=1)
+SMOKE = Size(rounds=2, many=6, at_once=3, running=(2,), seconds=0.2, waiting=3, age=0, history=200, rows=50, modules=1)
 
 
 @dataclass(slots=True)
@@ -160,12 +162,13 @@ class Bench:
         async with Launcher(self.conninfo) as launcher:
             await launcher.run(Job("select 1"))
             began, cpu = time.perf_counter(), time.process_time()
-            job = f"select pg_sleep({watched * 2 + 10})"
+            job = f"select pg_sleep({self.size.age + watched * 2 + 10})"
             tasks = [asyncio.create_task(launcher.run(Job(job), on_cancel="leave")) for _ in range(number)]
             conn = await self.connect()
             async with conn:
                 await asleep(conn, number)
                 launched = [time.perf_counter() - began, time.process_time() - cpu]
+                await asyncio.sleep(self.size.age)
                 ours = f"select pid from pg_stat_activity where {OURS} and datname = current_database()"
                 pids = [pid for (pid,) in await (await conn.execute(ours.encode())).fetchall()]
                 own, theirs = time.process_time(), cpu_of(pids)
@@ -183,7 +186,7 @@ class Bench:
             Row(f"{number} jobs launched at once until all are at work", f"{launched[0]:.1f} s"),
             Row("own CPU for that", f"{launched[1]:.2f} s"),
             Row(f"{number} jobs waiting: connections", f"{len(pids)}"),
-            Row(f"{number} jobs waiting: own CPU", f"{own / watched:.1%} of a core"),
+            Row(f"{number} jobs waiting, {self.size.age:g} s old: own CPU", f"{own / watched:.1%} of a core"),
             Row(f"{number} jobs waiting: CPU of our sessions in the server", f"{theirs / watched:.1%} of a core"),
         ]
 

@@ -17,7 +17,8 @@ LATEST = 5.0
 HANDLE_SHARE = 0.25
 HANDLE_SOONEST = 0.01
 HANDLE_LATEST = 0.25  # one query tells of all handles of a session, and costs a tenth of asking for each
-POLLING = 0.05  # of its time a session polls at most
+POLLING = 0.05  # of its time a session polls at most, in the long run
+POLLING_AT_ONCE = 0.05  # seconds of polling that a session may do before that counts: its first polls come soon
 LOOK_SOONEST = 1.0  # for what the handle does not tell: blocked output, a stalled session
 LOOK_LATEST = 15.0
 LOOK_BEHIND = 60.0
@@ -47,6 +48,21 @@ def poll(age: float, poll_interval: float | None = None) -> float:
 def poll_handle(age: float, poll_interval: float | None = None) -> float:
     """Return how long to wait before the handle of a job is polled that has run for ``age``: for failures mainly."""
     return min(max(HANDLE_SOONEST, HANDLE_SHARE * age), poll_interval or HANDLE_LATEST)
+
+
+def polling_left(left: float, since: float, spent: float) -> float:
+    """Return for how many seconds a session may poll now; below 0 it waits until it has earned as much again.
+
+    Parameters
+    ----------
+    left:
+        How many there were after its poll before.
+    since:
+        Seconds from that poll to the one that it has just made: it has earned a share of them (``POLLING``).
+    spent:
+        Seconds that this one took.
+    """
+    return min(left + since * POLLING, POLLING_AT_ONCE) - spent
 
 
 def look(age: float, poll_interval: float | None = None) -> float:

@@ -108,7 +108,8 @@ class HandleSession:
         self._recording = recording
         self._heard: dict[Handle, Worker] = {}
         self._recorder: asyncio.Task[None] | None = None
-        self._polls, self._looked, self._spent = 0, 0.0, 0.0  # the last is the seconds that a poll took
+        self._polls, self._looked = 0, 0.0
+        self._may_poll = pace.POLLING_AT_ONCE  # for so many seconds, as things stood when it last polled
         self.workers: dict[Handle, Worker] = {}
         self.lost = False
         self.is_clean = True  # no reader has left settings of its own, or a statement that was broken off
@@ -116,7 +117,7 @@ class HandleSession:
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
-        self._answered = asyncio.get_running_loop().time()
+        self._answered = self._polled = asyncio.get_running_loop().time()
         self._releasing: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -166,7 +167,7 @@ class HandleSession:
         while not self.lost and (waiting := [w for w in self.workers.values() if not w.ended.done()]):
             # One query polls all: the one that is due first sets the pace, but for what polling may cost.
             pause = min(pace.poll_handle(loop.time() - worker.launched_at, worker.poll_interval) for worker in waiting)
-            pause = max(pause, min(self._spent / pace.POLLING, pace.LOOK_SOONEST))
+            pause = max(pause, min(-self._may_poll / pace.POLLING, pace.LOOK_SOONEST))
             self._wake.clear()
             try:
                 async with asyncio.timeout(pause):
@@ -198,7 +199,8 @@ class HandleSession:
                 self._give_up()
                 return
             self._answered = asyncio.get_running_loop().time()
-            self._spent = self._answered - began
+            self._may_poll = pace.polling_left(self._may_poll, began - self._polled, self._answered - began)
+            self._polled = self._answered
             # What would have been done at a notification, had it come before.
             well = [waiting[handle] for handle, info in found.items() if info and info.completed and not info.has_error]
             await self._record_and_forget([w for w in well if w.claim is not None and not w.ended.done()])

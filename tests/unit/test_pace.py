@@ -34,3 +34,13 @@ def test_pauses_grow_with_the_age_up_to_the_interval(
 def test_an_interval_that_makes_no_sense_is_refused(value: float) -> None:
     with pytest.raises(errors.InvalidJob, match="poll_interval"):
         Options(poll_interval=value)
+
+
+def test_a_session_polls_soon_and_then_for_a_share_of_its_time() -> None:
+    left, polls = pace.POLLING_AT_ONCE, 0
+    while left > 0:
+        left, polls = pace.polling_left(left, since=0.01, spent=0.002), polls + 1
+    assert polls > 20  # at once, as long as there is something left
+    waits = -left / pace.POLLING
+    assert pace.polling_left(left, since=waits, spent=0) == pytest.approx(0)
+    assert pace.polling_left(left, since=3600, spent=0) == pace.POLLING_AT_ONCE  # no more than that is saved
