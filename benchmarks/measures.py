@@ -47,7 +47,7 @@ WHOLE = Size(
     age=30,
     history=500_000,
     rows=100_000,
-    modules=4,
+    modules=3,
 )
 SMOKE = Size(rounds=2, many=6, at_once=3, running=(2,), seconds=0.2, waiting=3, age=0, history=200, rows=50, modules=1)
 

@@ -40,8 +40,9 @@ class Row:
 
 
 def accept(path: Path, rows: Sequence[Row]) -> None:
-    """Write the ratios of these rows into a file, as those that later runs are held against."""
-    ratios = {row.measure: round(row.ratio, 3) for row in rows if row.ratio is not None}
+    """Write the ratios of these rows into a file, as those that later runs are held against; others in it stay."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ratios = before | {row.measure: round(row.ratio, 3) for row in rows if row.ratio is not None}
     path.write_text(json.dumps(ratios, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
