@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NOISE = 1.25
-"""How much more than the accepted ratio a measure may be: what runs of the same tree on one machine differed by."""
+"""How much more than the accepted ratio a measure may be before that counts as falling behind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import os
 
 from airflow.dag_processing.dagbag import DagBag
 
-errors = DagBag(os.path.join(os.environ["AIRFLOW_HOME"], "dags"), include_examples=False).import_errors
+errors = DagBag(os.path.join(os.environ["AIRFLOW_HOME"], "dags")).import_errors
 print("refused" if any("end_from_trigger" in str(error) for error in errors.values()) else errors or "accepted")
 PY
 "$folder/env/bin/airflow" db migrate >/dev/null 2>&1
