@@ -114,8 +114,9 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
     own = bool(case.attempts) if seen is None else seen.receipt_attempt in case.attempts
     last = seen is None or seen.receipt_attempt == case.attempt
     counts = not case.work.has_supervisor  # a supervisor has written them down already
-    if case.feed is not None and case.reading is not None:
-        await asyncio.wait({case.reading}, timeout=pace.CALL)  # the first of its rows is about to come
+    if case.reading is not None and not case.reading.done():
+        # The first of its rows is about to come, or the rest of what it raised.
+        await asyncio.wait({case.reading}, timeout=case.patience())
         await case.read_report()
     if last and counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
         await _see_end(case.worker)
