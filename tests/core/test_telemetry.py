@@ -127,8 +127,8 @@ async def test_a_failure_tells_its_code_and_no_text(db: Watched, told: Told) -> 
 
 async def test_the_trace_is_found_in_the_server(db: Watched, told: Told) -> None:
     running = asyncio.create_task(arun(db.conninfo, Job(slow("j", 2), id="j")))
-    await db.at_work("j")
-    queries = [query for *_, query in db.workers()]
+    at_work = await db.at_work("j")
+    queries = [query for pid, *_, query in db.workers() if pid == at_work]
     await within(running)
 
     context = told.spans["pgbg job"].context
