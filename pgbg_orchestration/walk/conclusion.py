@@ -263,7 +263,8 @@ def _error(
         case Step.CANCELLED if ours and case.waited_for_slot and not case.attempts:
             return failures.no_slot(work, case.options)
         case Step.CANCELLED if ours:
-            worker = bool(case.attempts) or EventKind.ATTACHED in case.told
+            # One whose launch call was never answered counts too, where it was seen at work and cancelled.
+            worker = bool(case.attempts) or not case.told.isdisjoint({EventKind.ATTACHED, EventKind.CANCELLING})
             return failures.deadline_passed(work, case.options, worker=worker)
         case Step.CANCELLED:
             return failures.cancelled(work, seen, case.cause if case.memory.intent is Intent.ASKED else None)

@@ -73,9 +73,22 @@ async def test_a_launch_that_gets_no_answer_stops_no_other_job(
     assert db.effects_by_job() == {"warm": 1, "other": 1, "stuck": 1, "later": 1}
 
 
+@pytest.mark.servers("real", "embedded")
+async def test_a_deadline_while_the_launch_gets_no_answer(db: Watched, proxy: Proxy) -> None:
+    """The worker was at work, whoever has its handle: it was cancelled, and the error does not say otherwise."""
+    when = proxy.when(TO_SERVER, LAUNCH, stall=(TO_CLIENT,))
+    end = await ended(arun(proxy.through(db.conninfo), Job(slow("j", 60), id="j", timeout=3)))
+    assert when.happened
+    assert isinstance(end, errors.DeadlinePassed), end
+    assert "its worker has ended" in str(end)
+    assert db.effects("j") == 0
+
+
 @pytest.mark.parametrize("reset", [True, False], ids=["RST", "FIN"])
 async def test_all_connections_cut_while_at_work(db: Watched, proxy: Proxy, reset: bool) -> None:
-    task = asyncio.create_task(arun(proxy.through(db.conninfo), Job(slow("j", 2), id="j")))
+    # What stands between the statements, and tells which of them is next, comes after the cut.
+    job = Job(f"select pg_sleep(1); {slow('j', 1)}", id="j")
+    task = asyncio.create_task(arun(proxy.through(db.conninfo), job))
     pid = await db.at_work("j")
     assert proxy.cut(reset=reset) >= 1
     outcome = await within(task)

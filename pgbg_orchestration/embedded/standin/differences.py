@@ -25,9 +25,12 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
             "A worker that waits for its output to be read takes no pg_cancel_backend, only the extension's own "
             "cancel or pg_terminate_backend."
         ),
-        "notices": "NOTICEs go to the server's log, not to the session that reads the result.",
+        "notices": (
+            "NOTICEs go to the server's log, not to the session that reads the result, and the marks between the "
+            "statements of a job are left out of what the worker runs."
+        ),
         "orphan_output": (
-            "A worker that has yet to send more than 8 KiB when its launching session ends is rolled back."
+            "A worker that has yet to send a message or more than 8 KiB when its launching session ends is rolled back."
         ),
         "lingers": "A worker's connection stays, idle, until its launching session next asks for it or ends.",
         "error_object_names": "error_info has no schema, table, column and constraint names: dblink drops them.",
