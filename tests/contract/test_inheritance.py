@@ -66,7 +66,7 @@ def test_a_worker_is_named_by_label_and_pid(open_session: OpenSession) -> None:
 
 
 def test_statement_timeout_ends_a_worker_with_57014(session: Background) -> None:
-    session.execute("set statement_timeout = '200ms'")
+    session.execute("set statement_timeout = '2s'")  # the launch call itself has to end within it
     handle = session.launch("select pg_sleep(60)")
     session.execute("reset statement_timeout")
     session.ended(handle)
