@@ -98,12 +98,12 @@ def shape_of(sql: str | Sequence[str]) -> dict[str, Any]:
         A string, comment or quoted identifier does not end.
     """
     from pgbg_orchestration import statements
-    from pgbg_orchestration.statements.giving import giving
+    from pgbg_orchestration.statements.row_source import row_source
 
     items = [statements.split(item) for item in ([sql] if isinstance(sql, str) else sql)]
     counts = [len(parts) for parts in items]
     every = [part for parts in items for part in parts]
-    gives = [number for number, part in enumerate(every, 1) if giving(part) is not None]
+    gives = [number for number, part in enumerate(every, 1) if row_source(part) is not None]
     if isinstance(sql, str):
         return {"listed": False, "ends": list(range(1, len(every) + 1)), "gives": gives}
     ends = [sum(counts[: at + 1]) if count else 0 for at, count in enumerate(counts)]

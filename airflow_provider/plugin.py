@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from airflow.plugins_manager import AirflowPlugin
 
-from airflow_provider import starting
+from airflow_provider import triggerer_listener
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -176,7 +176,7 @@ class PgBackgroundPlugin(AirflowPlugin):
     """What Airflow adds to its web server, and to its triggerers: these look for orphans from their start on."""
 
     name = "pg_background"
-    listeners = [starting] if starting.in_triggerer() else []
+    listeners = [triggerer_listener] if triggerer_listener.in_triggerer() else []
     fastapi_apps = [  # noqa: RUF012  (declared so by Airflow)
         {"app": ConnectionPage(conn_id), "url_prefix": path_of(conn_id).rstrip("/"), "name": f"{SECTION}: {conn_id}"}
         for conn_id in web_conn_ids()

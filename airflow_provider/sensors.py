@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.sdk import BaseSensorOperator
 
-from . import parsing
+from . import parse_checks
 from .compat import conf, fails_for_good, take_retry_policy
-from .ending import ends_in_trigger
+from .operators.end import ends_in_trigger
 from .retry_policy import SqlStateRetryPolicy, tells_decision
-from .watching import COMMITTED, ENDED_BADLY, Watch, moment_of
+from .watch import COMMITTED, ENDED_BADLY, Watch, moment_of
 
 if TYPE_CHECKING:
     from airflow.sdk import Context, PokeReturnValue
@@ -101,7 +101,7 @@ class PgBackgroundSensor(BaseSensorOperator):
                 raise ValueError(f"poll_interval must be a number of seconds above 0, not {poll_interval!r}")
             kwargs["poke_interval"] = poll_interval
         retry_policy = take_retry_policy(kwargs)
-        parsing.check(type(self), {**kwargs, "worker_pid": worker_pid})
+        parse_checks.check(type(self), {**kwargs, "worker_pid": worker_pid})
         super().__init__(**kwargs)
         if sum(value is not None for value in (job_id, label, worker_pid, worker_label)) != 1:
             raise ValueError("a sensor waits for one thing: give job_id, label, worker_pid or worker_label")

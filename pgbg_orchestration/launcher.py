@@ -27,9 +27,9 @@ from .stream import Stream
 from .telemetry import observing
 from .walk import failures
 from .walk.conclusion import count
-from .walk.feed import Feed
 from .walk.host import Host
 from .walk.run import cancel_job, run_job
+from .walk.streamed_rows import Feed
 
 
 class Launcher:

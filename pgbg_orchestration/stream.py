@@ -14,7 +14,7 @@ from .job import Job
 from .outcome import Outcome
 from .postgres import connection
 from .rows import Column
-from .walk.feed import Feed
+from .walk.streamed_rows import Feed
 
 
 class Stream:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow_provider import events, parsing
+from airflow_provider import events, parse_checks
 from airflow_provider.arguments import JOB_FIELDS, job_arguments, label_of
 from airflow_provider.compat import fails_for_good
 from airflow_provider.retry_policy import tells_decision
@@ -71,7 +71,7 @@ class PgBackgroundBatchOperator(PgBackgroundOperator):
         fail_fast: bool = False,
         **kwargs: Any,
     ) -> None:
-        parsing.check(type(self), {"task_id": kwargs.get("task_id"), "jobs": jobs})
+        parse_checks.check(type(self), {"task_id": kwargs.get("task_id"), "jobs": jobs})
         super().__init__(sql="", **kwargs)
         if at_once is not None and at_once < 1:
             raise ValueError(f"at_once is at least 1, not {at_once!r}")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.sdk.bases.decorator import DecoratedOperator, TaskDecorator, task_decorator_factory
 from airflow.sdk.definitions._internal.types import SET_DURING_EXECUTION
 
-from airflow_provider import parsing
+from airflow_provider import parse_checks
 from airflow_provider.compat import fails_for_good
-from airflow_provider.ending import is_listened_to
+from airflow_provider.operators.end import is_listened_to
 
 from .job import PgBackgroundOperator
 
@@ -53,7 +53,7 @@ class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
         op_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        parsing.check(
+        parse_checks.check(
             type(self),
             {"task_id": kwargs.get("task_id"), "op_args": op_args, "op_kwargs": op_kwargs},
         )

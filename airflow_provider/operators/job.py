@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from airflow.sdk import BaseOperator
 
-from airflow_provider import parsing
+from airflow_provider import parse_checks
 from airflow_provider.arguments import job_arguments, job_of
 from airflow_provider.compat import conf, fails_for_good, take_retry_policy
-from airflow_provider.ending import ends_in_trigger
 from airflow_provider.link import BackgroundJobLink
+from airflow_provider.operators.end import ends_in_trigger
 from airflow_provider.retry_policy import SqlStateRetryPolicy, tells_decision
 
 from . import start
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from airflow.sdk import Context
     from airflow.sdk.definitions.mappedoperator import OperatorPartial
 
+    from airflow_provider.task_driver import TaskDriver
     from airflow_provider.triggers.base import JobTrigger
-    from airflow_provider.waiting import Waiting
     from pgbg_orchestration import Fetch, Job
 
 MARGIN = timedelta(minutes=10)
@@ -176,7 +176,7 @@ class PgBackgroundOperator(BaseOperator):
         **kwargs: Any,
     ) -> None:
         retry_policy = take_retry_policy(kwargs)
-        parsing.check(type(self), kwargs)
+        parse_checks.check(type(self), kwargs)
         super().__init__(**kwargs)
         self.sql = sql
         self.parameters = parameters
@@ -207,10 +207,10 @@ class PgBackgroundOperator(BaseOperator):
         self.return_last = return_last
         self.show_return_value_in_logs = show_return_value_in_logs
         self.fetch = self._fetch(fetch, sql)
-        self._waiting: Waiting[dict[str, Any]] | None = None
+        self._driver: TaskDriver[dict[str, Any]] | None = None
         if getattr(self, "retry_policy", None) is None:
             self.retry_policy = retry_policy or SqlStateRetryPolicy()
-        parsing.check(
+        parse_checks.check(
             type(self),
             {
                 "task_id": self.task_id, "sql": sql, "parameters": parameters, "settings": settings, "timeout": timeout,
@@ -237,10 +237,10 @@ class PgBackgroundOperator(BaseOperator):
         TypeError
             A parameter is that of another operator.
         """
-        parsing.check(cls, kwargs)
+        parse_checks.check(cls, kwargs)
         mapped: OperatorPartial = super().partial(**kwargs)
         start.check_mapped(mapped.kwargs)
-        return parsing.checked(mapped)
+        return parse_checks.checked(mapped)
 
     def prepare_template(self) -> None:
         """Read parameters that are given as a text, as ``SQLExecuteQueryOperator`` does."""
@@ -299,16 +299,16 @@ class PgBackgroundOperator(BaseOperator):
         """Return what the handler makes of the rows of each job, by its name."""
         from airflow_provider.hook import PgBackgroundHook
 
-        from . import handling
+        from . import handlers
 
         hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
-        kept = handling.read_rows(hook, self.schema, [end["job_id"] for end in ends.values()])
+        kept = handlers.read_rows(hook, self.schema, [end["job_id"] for end in ends.values()])
         assert self.handler is not None
         show = self.log.info if self.show_return_value_in_logs else None
-        how = handling.Handling(self.handler, self.output_processor, self.return_last, show)
-        results = {name: handling.handled(how, end, end["shape"], kept[end["job_id"]]) for name, end in ends.items()}
+        how = handlers.Handling(self.handler, self.output_processor, self.return_last, show)
+        results = {name: handlers.handled(how, end, end["shape"], kept[end["job_id"]]) for name, end in ends.items()}
         if self.do_xcom_push:
-            handling.check_size(results)
+            handlers.check_size(results)
         return results
 
     def _fetch(self, given: Any, sql: Any) -> Any:
@@ -360,22 +360,22 @@ class PgBackgroundOperator(BaseOperator):
     def _do_here(self, trigger: JobTrigger) -> dict[str, Any]:
         from airflow_provider import events
         from airflow_provider.hook import PgBackgroundHook
-        from airflow_provider.waiting import Waiting
+        from airflow_provider.task_driver import TaskDriver
         from pgbg_orchestration.errors import PgbgError
 
         trigger.in_task = True
         hook = PgBackgroundHook(self.postgres_conn_id, database=self.database, endpoint=self.endpoint)
-        self._waiting = Waiting(hook.conninfo(), schema=self.schema, cancel_on_kill=self.cancel_on_kill)
+        self._driver = TaskDriver(hook.conninfo(), schema=self.schema, cancel_on_kill=self.cancel_on_kill)
         try:
-            return self._waiting.run(trigger.work)
+            return self._driver.run(trigger.work)
         except PgbgError as error:
             events.advised(error)
             raise
 
     def on_kill(self) -> None:
         """Cancel the worker of a task that waits in its own process."""
-        if self._waiting is not None and self.cancel_on_kill:
-            self._waiting.kill()
+        if self._driver is not None and self.cancel_on_kill:
+            self._driver.kill()
 
     # Lineage ----------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_provider import events
 from airflow_provider.arguments import moment
-from airflow_provider.watching import COMMITTED, ENDED_BADLY, Watch
+from airflow_provider.watch import COMMITTED, ENDED_BADLY, Watch
 
 from .base import ServerTrigger
 

@@ -15,8 +15,8 @@ from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.options import RunOptions
 from pgbg_orchestration.outcome import OF_A_TRY, Cause, Outcome
 
-from .driving import tell
 from .sql import Sql
+from .step_driver import tell
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Launcher

@@ -12,8 +12,8 @@ from dagster import DagsterExecutionInterruptedError, DagsterRunStatus
 from pgbg_orchestration.driver import Talk
 
 from . import contexts, identity
-from .driving import drive, see_through
 from .failures import RunTerminated
+from .step_driver import drive, see_through
 
 if TYPE_CHECKING:
     from dagster import (
@@ -92,7 +92,7 @@ class Caller:
             raise RunTerminated(f"The run is {status.value}: nothing is launched for it any more.")
 
     def drive(self, work: Callable[[Talk], Coroutine[Any, Any, T]], *, interval: float) -> T:
-        """Run ``work`` and wait for it, as :func:`dagster_resource.steps.driving.drive` does.
+        """Run ``work`` and wait for it, as :func:`dagster_resource.steps.step_driver.drive` does.
 
         Raises
         ------

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from . import diagnosis, durations, jobs, rows, running, server, setup, views, waiting
+from . import doctor, history, jobs, rows, run, server, setup, views, wait
 from .codes import AFTERWARDS, MEANINGS, ExitCode
 from .screen import out
 
@@ -57,17 +57,17 @@ def _add(name: str, function: Callable[..., None], panel: str, kind: type[TyperC
     app.command(name, cls=kind, help=text, rich_help_panel=panel)(function)
 
 
-_add("run", running.run, "Jobs", running.CommandWithSql)
+_add("run", run.run, "Jobs", run.CommandWithSql)
 _add("jobs", jobs.jobs, "Jobs")
 _add("top", views.top, "Jobs")
 _add("web", views.web, "Jobs")
 _add("timeline", views.timeline, "Jobs")
-_add("wait", waiting.wait, "Jobs")
+_add("wait", wait.wait, "Jobs")
 _add("result", rows.result, "Jobs")
-_add("history", durations.history, "Jobs")
+_add("history", history.history, "Jobs")
 _add("cancel", jobs.cancel, "Jobs")
 _add("prune", jobs.prune, "Jobs")
-_add("doctor", diagnosis.doctor, "Servers")
+_add("doctor", doctor.doctor, "Servers")
 _add("install", setup.install, "Servers")
 _add("uninstall", setup.uninstall, "Servers")
 app.add_typer(server.app, name="server", rich_help_panel="Servers")

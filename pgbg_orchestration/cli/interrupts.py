@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .codes import ExitCode
 
 if TYPE_CHECKING:
-    from .watching import Watch
+    from .progress import Display
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -21,9 +21,9 @@ class Interrupts:
     A signal that is ignored stays ignored: under nohup, or in the background of a script.
     """
 
-    def __init__(self, task: asyncio.Future[Any], watch: Watch, *, leave: bool) -> None:
+    def __init__(self, task: asyncio.Future[Any], display: Display, *, leave: bool) -> None:
         self._task = task
-        self._watch = watch
+        self._display = display
         self._leave = leave
         self._loop = asyncio.get_running_loop()
         self._handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -43,9 +43,11 @@ class Interrupts:
         name = "Ctrl-C" if number is signal.SIGINT else number.name
         if self.seen == 1:
             self._task.cancel()
-            self._watch.say(f"{name}: leaving its worker at work" if self._leave else f"{name}: cancelling its worker")
+            self._display.say(
+                f"{name}: leaving its worker at work" if self._leave else f"{name}: cancelling its worker"
+            )
         elif self.seen == 2:
-            self._watch.say("waiting until that is decided, a minute at most; once more gives up without an answer")
+            self._display.say("waiting until that is decided, a minute at most; once more gives up without an answer")
         else:
-            self._watch.close()
+            self._display.close()
             os._exit(ExitCode.INTERRUPTED)

@@ -18,7 +18,7 @@ from pgbg_orchestration.job import Kind
 from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.ledger import readiness
 from pgbg_orchestration.ledger.history import STATES, JobEntry
-from pgbg_orchestration.wording import duration
+from pgbg_orchestration.phrases import duration
 
 from .codes import ExitCode
 from .options import Dsn, Json, Owner, Schema, seconds_option

@@ -30,8 +30,8 @@ from pgbg_orchestration.rows import Column, Rows
 
 from . import queries
 from .history import Durations, FirstRows, JobDetail, JobEntry, Orphan
-from .line import Line
 from .sighting import SUPERVISES, Key, Registration, Sighting
+from .standing_connection import StandingConnection
 
 T = TypeVar("T")
 MARK_PATIENCE = "25ms"  # how long a mark waits for a worker that began just now; then that worker is signalled
@@ -78,9 +78,9 @@ class Ledger:
         self.schema = schema
         self._conninfo = conninfo
         self._on_trouble = on_trouble
-        self._reader = Line(conninfo, "pgbg: looking", on_trouble)
-        self._writer = Line(conninfo, "pgbg: ledger", on_trouble)
-        self._lister = Line(conninfo, "pgbg: listing", on_trouble)
+        self._reader = StandingConnection(conninfo, "pgbg: looking", on_trouble)
+        self._writer = StandingConnection(conninfo, "pgbg: ledger", on_trouble)
+        self._lister = StandingConnection(conninfo, "pgbg: listing", on_trouble)
         self._wanted: dict[Key, asyncio.Future[Sighting]] = {}
         self._looking: asyncio.Task[None] | None = None
 

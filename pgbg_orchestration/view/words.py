@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 
 from pgbg_orchestration.ledger.history import Attempt, Durations, JobDetail, JobEntry
-from pgbg_orchestration.wording import duration
+from pgbg_orchestration.phrases import duration
 
 from .lines import Line
 

@@ -15,20 +15,20 @@ from pgbg_orchestration import pace
 from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import Cause, ErrorFields, Event, EventKind
-from pgbg_orchestration.postgres import describe, reading
+from pgbg_orchestration.postgres import describe, worker_rows
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.handles import Hearing, Worker
 from pgbg_orchestration.postgres.opening import Begun, MayBeLaunched, Opening
 from pgbg_orchestration.postgres.session import LaunchingSession
-from pgbg_orchestration.statements.giving import giving
+from pgbg_orchestration.statements.row_source import row_source
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Intent, Report
 
 from . import location
-from .feed import Feed
 from .memory import Memory, Terms
-from .work import Work
+from .streamed_rows import Feed
+from .worker_sql import Work
 
 logger = logging.getLogger("pgbg_orchestration")
 OURS = ("PB001", "PB002", "PB003", "PB004")  # raised before the job's own SQL began
@@ -166,9 +166,9 @@ class Case:
     async def _feed(self, feed: Feed, worker: Worker, heard: Hearing | None) -> tuple[int | None, str | None]:
         """Wait for the end of a worker whose rows are streamed; they and its session are the reader's then."""
         texts = {column.type_oid for column in feed.columns} if feed.as_text else ()
-        feed.rows = await reading.read(worker.session, worker, feed.definition, heard, as_text=texts)
+        feed.rows = await worker_rows.read(worker.session, worker, feed.definition, heard, as_text=texts)
         feed.session, self.session = worker.session, None
-        found = giving(self.work.statements[-1])
+        found = row_source(self.work.statements[-1])
         return None, found.tag if found else None
 
     def _note_failure(self, error: ErrorFields, raised: psycopg.Error) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import psycopg
 
-from pgbg_orchestration import pace, wording
+from pgbg_orchestration import pace, phrases
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger.ledger import Ledger
@@ -20,7 +20,7 @@ from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.handles import Worker
 from pgbg_orchestration.postgres.pg_background import ResultInfo
 from pgbg_orchestration.statements import index_builds
-from pgbg_orchestration.statements.giving import giving
+from pgbg_orchestration.statements.row_source import row_source
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OURS, Intent, Report, Step
 
@@ -86,7 +86,7 @@ async def _placed(case: Case, ledger: Ledger, fields: ErrorFields, *, own: bool)
         bodies = work.bodies(ledger.schema)
         number, at = location.place(case.text, work.body(ledger.schema), bodies, case.failure)
         if number is not None and at is not None:
-            found, part = giving(work.statements[number]), work.statements[number].text
+            found, part = row_source(work.statements[number]), work.statements[number].text
             at = location.offset_in(bodies[number], part, found.verb_at if found else 0, at)
     elif own and case.failure.position is not None:
         at = case.failure.position - 1 - case.text.find(work.statements[0].text)
@@ -129,7 +129,7 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
             outcome = await _with_rows(case, ledger, outcome)
     if own and (case.worker is None or case.worker.proof is None):
         await record(case, ledger, "committed", outcome=outcome)
-    what = ", ".join(wording.summary(outcome)) or "done"
+    what = ", ".join(phrases.summary(outcome)) or "done"
     how = "" if outcome.launched else " by an earlier or another launch"
     case.tell(EventKind.COMMITTED, f"committed{how}: {what}", pid=outcome.worker_pid)
     return outcome

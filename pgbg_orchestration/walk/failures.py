@@ -19,7 +19,7 @@ from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import WITHHELD, Cause, ErrorFields
 from pgbg_orchestration.verdict import CANCELED
 
-from .work import Work
+from .worker_sql import Work
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 

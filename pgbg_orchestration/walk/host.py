@@ -23,7 +23,7 @@ from pgbg_orchestration.postgres.slots import SlotQueue
 from pgbg_orchestration.statements import index_builds
 
 from .onlooker import Onlooker
-from .work import Work, bind
+from .worker_sql import Work, bind
 
 logger = logging.getLogger("pgbg_orchestration")
 SESSIONS = 3  # at most; a further one is opened when the others are busy launching

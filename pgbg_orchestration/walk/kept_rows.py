@@ -20,13 +20,13 @@ from pgbg_orchestration.job import Job
 from pgbg_orchestration.postgres import catalog, connection, describe
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import Statement
-from pgbg_orchestration.statements.giving import Giver, Giving, giving
+from pgbg_orchestration.statements.row_source import RowSource, RowSourceKind, row_source
 
 PATIENCE = "2s"  # for a describe that meets somebody's lock: without it the columns are told by the worker
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ColumnType:
     """A column as a describe tells it; ``is_pseudo``: of a type that no table has, such as ``void``."""
 
     name: str
@@ -37,22 +37,22 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping:
+class RowPlan:
     """How the rows of one statement are kept.
 
     Attributes
     ----------
     number:
         The statement's number in the job, from 1.
-    giving:
+    source:
         How it gives them.
     columns:
         Its columns; None where the server could not tell them before the statements before it have run.
     """
 
     number: int
-    giving: Giving
-    columns: tuple[Told, ...] | None
+    source: RowSource
+    columns: tuple[ColumnType, ...] | None
 
     @property
     def table(self) -> str:
@@ -65,14 +65,14 @@ class Keeping:
         return f" ({', '.join(f'c{n}' for n in range(1, len(self.columns) + 1))})" if self.columns else ""
 
     @property
-    def told(self) -> str | None:
+    def description(self) -> str | None:
         """What the schema is told of the columns, as JSON: what the table itself does not say."""
         if self.columns is None:
             return None
         return json.dumps(
             [
                 {"name": c.name, "oid": c.oid, "typmod": c.typmod}
-                | ({"type": c.type} if c.is_pseudo or self.giving.giver is Giver.REPORT else {})
+                | ({"type": c.type} if c.is_pseudo or self.source.kind is RowSourceKind.REPORT else {})
                 for c in self.columns
             ]
         )
@@ -80,7 +80,7 @@ class Keeping:
 
 async def plan(
     job: Job, fetch: Fetch, parts: Sequence[Statement], conn: AsyncConnection[Any], settings: Mapping[str, str]
-) -> tuple[Keeping, ...]:
+) -> tuple[RowPlan, ...]:
     """Return how the rows of a job are kept, each statement that gives rows or the last one.
 
     Parameters
@@ -99,7 +99,7 @@ async def plan(
     InvalidJob
         SHOW ALL, which is no query.
     """
-    wanted = [(number, found) for number, part in enumerate(parts, 1) if (found := giving(part)) is not None]
+    wanted = [(number, found) for number, part in enumerate(parts, 1) if (found := row_source(part)) is not None]
     if fetch.return_last:
         wanted = [(number, found) for number, found in wanted if number == len(parts)]
     if not wanted:
@@ -108,14 +108,14 @@ async def plan(
     kept = []
     for number, found in wanted:
         columns = await _describe(conn, parts[number - 1].text, settings)
-        if found.giver is Giver.REPORT and columns is not None and len(columns) != 1:
+        if found.kind is RowSourceKind.REPORT and columns is not None and len(columns) != 1:
             raise InvalidJob(
                 f"statement {number} gives {len(columns)} columns, and rows of {found.tag} are kept where there is one",
                 job_id=job.id,
                 label=job.label,
                 todo="Query pg_settings instead." if found.tag == "SHOW" else None,
             )
-        kept.append(Keeping(number, found, columns))
+        kept.append(RowPlan(number, found, columns))
     return tuple(kept)
 
 
@@ -131,7 +131,9 @@ async def _require_temporary(job: Job, conn: AsyncConnection[Any]) -> None:
         )
 
 
-async def _describe(conn: AsyncConnection[Any], text: str, settings: Mapping[str, str]) -> tuple[Told, ...] | None:
+async def _describe(
+    conn: AsyncConnection[Any], text: str, settings: Mapping[str, str]
+) -> tuple[ColumnType, ...] | None:
     try:
         async with conn.transaction(force_rollback=True):
             await conn.execute("set local search_path to default")  # the login's own, as its workers have it
@@ -143,12 +145,12 @@ async def _describe(conn: AsyncConnection[Any], text: str, settings: Mapping[str
             raise
         return None  # it may need what the statements before it make; else the worker says what is wrong with it
     return tuple(
-        Told(name, oid, modifier, type_, pseudo)
+        ColumnType(name, oid, modifier, type_, pseudo)
         for (name, oid, modifier), (type_, pseudo) in zip(columns, types, strict=True)
     )
 
 
-def texts(parts: Sequence[Statement], kept: Sequence[Keeping], fetch: Fetch, keep_table: str) -> list[list[str]]:
+def texts(parts: Sequence[Statement], kept: Sequence[RowPlan], fetch: Fetch, keep_table: str) -> list[list[str]]:
     """Return what the worker runs for each statement: itself, or what runs it and keeps its rows.
 
     Parameters
@@ -162,17 +164,17 @@ def texts(parts: Sequence[Statement], kept: Sequence[Keeping], fetch: Fetch, kee
     keep_table:
         The call of the schema's function, up to its first two arguments, the job's owner and id.
     """
-    of_number = {keeping.number: keeping for keeping in kept}
+    of_number = {plan.number: plan for plan in kept}
     bodies: list[list[str]] = []
     for number, part in enumerate(parts, 1):
-        keeping = of_number.get(number)
-        if keeping is None:
+        plan = of_number.get(number)
+        if plan is None:
             bodies.append([part.text])
             continue
-        rest = (number, keeping.told, keeping.giving.tag, fetch.max_rows, fetch.max_bytes)
+        rest = (number, plan.description, plan.source.tag, fetch.max_rows, fetch.max_bytes)
         body = [
-            *_making(keeping, part.text, fetch.max_rows + 1),
-            f"grant select on {keeping.table} to public",  # nobody else sees it: for the login, where a role made it
+            *_making(plan, part.text, fetch.max_rows + 1),
+            f"grant select on {plan.table} to public",  # nobody else sees it: for the login, where a role made it
             _TO_THE_LOGIN,
             f"{keep_table}, {', '.join(sql.Literal(value).as_string(None) for value in rest)})",
             _BACK_AGAIN,
@@ -190,40 +192,40 @@ _TO_THE_LOGIN = (
 _BACK_AGAIN = "select pg_catalog.set_config('role', pg_catalog.current_setting('pgbg.job_role'), true)"
 
 
-def _making(keeping: Keeping, text: str, limit: int) -> list[str]:
+def _making(plan: RowPlan, text: str, limit: int) -> list[str]:
     """Return the statements that run ``text`` and put its rows into the temporary table."""
-    make, names, found = f"create temporary table {keeping.table}", keeping.names, keeping.giving
-    match found.giver:
-        case Giver.REPORT:
+    make, names, found = f"create temporary table {plan.table}", plan.names, plan.source
+    match found.kind:
+        case RowSourceKind.REPORT:
             tag = "pgbg"
             while f"${tag}$" in text:
                 tag += "_"
             run = sql.Literal(text).as_string(None)
-            loop = f"for line in execute {run} loop insert into {keeping.table} values (line); end loop"
+            loop = f"for line in execute {run} loop insert into {plan.table} values (line); end loop"
             return [
                 f"{make} (c1 text) using heap on commit drop",
                 f"do ${tag}$ declare line text; begin {loop}; end ${tag}$",
             ]
-        case Giver.CHANGE:
+        case RowSourceKind.CHANGE:
             before, change = text[: found.verb_at], text[found.verb_at :]
             with_ = f"{before}, " if found.has_with else f"{before}with "
             query = f"{with_}pgbg_returned{names} as (\n{change}\n) table pgbg_returned"
-        case Giver.QUERY_AT_TOP:
+        case RowSourceKind.QUERY_AT_TOP:
             query = text
         case _:
             # One row more than may be kept says enough. The join and OFFSET 0 keep the planner from making another
             # plan of the query for that: a limit on the outside of a join asks for all of what is joined.
             whole = f"(select * from (\n{text}\n) as q offset 0) as q{names}"
             once = "pg_catalog.generate_series(1, 1) as once"
-            query = f"select {_listed(keeping)} from {whole}, {once} limit {limit}"
+            query = f"select {_listed(plan)} from {whole}, {once} limit {limit}"
     # A heap, whose blocks the schema's function goes through, whatever default_table_access_method is.
     return [f"{make}{names} using heap on commit drop as\n{query}"]
 
 
-def _listed(keeping: Keeping) -> str:
-    if keeping.columns is None:
+def _listed(plan: RowPlan) -> str:
+    if plan.columns is None:
         return "q.*"
     return ", ".join(
         f"case when q.c{n} is distinct from null then pg_catalog.format('%s', q.c{n}) end" if c.is_pseudo else f"q.c{n}"
-        for n, c in enumerate(keeping.columns, 1)
+        for n, c in enumerate(plan.columns, 1)
     )

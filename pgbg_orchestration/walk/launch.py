@@ -31,7 +31,7 @@ from .case import Case
 from .conclusion import record
 from .host import Host
 from .memory import Stage
-from .work import PADDING, WORK, Work
+from .worker_sql import PADDING, WORK, Work
 
 T = TypeVar("T")
 SESSIONS_LOST = 6  # one after the other, before a launch counts as impossible

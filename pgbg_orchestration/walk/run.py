@@ -33,9 +33,9 @@ from . import evidence, failures
 from .case import Case, broken_off, case_of, deadline_of
 from .conclusion import conclude
 from .evidence import Doubt, Sign
-from .feed import Feed, check, prepare
 from .host import Host
 from .launch import Launches
+from .streamed_rows import Feed, check, prepare
 
 T = TypeVar("T")
 logger = logging.getLogger("pgbg_orchestration")

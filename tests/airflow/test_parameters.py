@@ -37,7 +37,7 @@ from airflow_provider.sensors import PgBackgroundSensor
 from airflow_provider.triggers import PgBackgroundBatchTrigger, PgBackgroundStartTrigger, PgBackgroundTrigger
 from pgbg_orchestration import errors
 from pgbg_orchestration.postgres.literals import literals_of
-from pgbg_orchestration.walk import work
+from pgbg_orchestration.walk import worker_sql
 
 pytestmark = [
     pytest.mark.airflow,
@@ -187,7 +187,7 @@ def _by_us(connection: psycopg.Connection[Any], arguments: Any) -> str:
 
     async def bind() -> str:
         async with await psycopg.AsyncConnection.connect(connection.info.dsn, password=None) as bound:
-            return (await work.bind(job_of(arguments), bound, "postgres")).statements[0].text
+            return (await worker_sql.bind(job_of(arguments), bound, "postgres")).statements[0].text
 
     return asyncio.run(bind())
 

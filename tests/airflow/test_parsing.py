@@ -14,7 +14,7 @@ from airflow.sdk import DAG, task
 from airflow.serialization.serialized_objects import DagSerialization
 
 from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator
-from airflow_provider.parsing import ELSEWHERE, LARGEST, SMALLEST, check
+from airflow_provider.parse_checks import ELSEWHERE, LARGEST, SMALLEST, check
 from airflow_provider.sensors import PgBackgroundSensor
 
 pytestmark = [pytest.mark.airflow, pytest.mark.filterwarnings("ignore:Task .* was never mapped")]

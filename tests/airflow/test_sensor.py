@@ -17,7 +17,7 @@ from airflow_provider import events
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.sensors import PgBackgroundSensor
 from airflow_provider.triggers import PgBackgroundSensorTrigger
-from airflow_provider.watching import Watch, moment_of
+from airflow_provider.watch import Watch, moment_of
 from pgbg_orchestration import Job, Launcher, arun, errors
 from tests.conftest import Database
 

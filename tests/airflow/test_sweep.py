@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider import plugin, starting
+from airflow_provider import plugin, triggerer_listener
 from airflow_provider import sweep as sweep_module
 from airflow_provider.compat import AirflowNotFoundException
 from airflow_provider.hook import PgBackgroundHook
@@ -455,7 +455,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
         assert callable(after_in_child)
 
     monkeypatch.setattr("os.register_at_fork", register)
-    monkeypatch.setattr(starting, "_waiting", [])
+    monkeypatch.setattr(triggerer_listener, "_waiting", [])
     return hooks
 
 
@@ -471,7 +471,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def start(self) -> None:
             started.append(self._named)
 
-    monkeypatch.setattr("airflow_provider.starting.Thread", Thread)
+    monkeypatch.setattr("airflow_provider.triggerer_listener.Thread", Thread)
     return started
 
 
@@ -480,7 +480,7 @@ class TestStarting:
 
     def test_a_triggerer(self, forked: list[Callable[[], object]], threads: list[dict[str, Any]]) -> None:
         component = SimpleNamespace(job_type=None)  # it is told later
-        starting.on_starting(component)
+        triggerer_listener.on_starting(component)
         component.job_type = "TriggererJob"
         assert threads == [], "nothing is begun before it has forked"
 
@@ -495,43 +495,43 @@ class TestStarting:
     def test_any_other_component(
         self, forked: list[Callable[[], object]], threads: list[dict[str, Any]], job_type: str | None
     ) -> None:
-        starting.on_starting(SimpleNamespace(job_type=job_type))
+        triggerer_listener.on_starting(SimpleNamespace(job_type=job_type))
         for hook in forked:
             hook()
         assert threads == []
 
     def test_a_tasks_own_process(self, forked: list[Callable[[], object]]) -> None:
-        starting.on_starting(object())
+        triggerer_listener.on_starting(object())
         assert forked == []
 
     def test_where_no_connection_is_to_be_swept(
         self, forked: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("AIRFLOW__PG_BACKGROUND__SWEEP_CONN_IDS", "")
-        starting.on_starting(SimpleNamespace(job_type=None))
+        triggerer_listener.on_starting(SimpleNamespace(job_type=None))
         assert forked == []
 
     def test_the_connections(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert starting.sweep_conn_ids() == ["postgres_default"]
+        assert triggerer_listener.sweep_conn_ids() == ["postgres_default"]
         monkeypatch.setenv("AIRFLOW__PG_BACKGROUND__SWEEP_CONN_IDS", "warehouse, lake ,")
-        assert starting.sweep_conn_ids() == ["warehouse", "lake"]
+        assert triggerer_listener.sweep_conn_ids() == ["warehouse", "lake"]
 
     def test_the_plugin_brings_it_to_triggerers_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A listener anywhere else has Airflow refuse each DAG with `end_from_trigger=True`."""
         assert plugin.PgBackgroundPlugin.listeners == []
         for component in ("scheduler", "dag-processor", "api-server", "standalone", "triggerer"):
             monkeypatch.setattr("sys.argv", ["airflow", component])
-            assert starting.in_triggerer() is (component == "triggerer")
+            assert triggerer_listener.in_triggerer() is (component == "triggerer")
         found = runpy.run_path(plugin.__file__)["PgBackgroundPlugin"]
-        assert found.listeners == [starting]
+        assert found.listeners == [triggerer_listener]
 
     @pytest.mark.usefixtures("no_worker_left")
     async def test_it_looks(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(PgBackgroundHook, "conninfo", lambda _self: database.conninfo)
-        monkeypatch.setattr(starting, "states_of", _states({LOAD: "failed"}))
+        monkeypatch.setattr(triggerer_listener, "states_of", _states({LOAD: "failed"}))
         job_id = await _orphan(database)
 
-        looking = asyncio.create_task(starting.look(["warehouse"]))
+        looking = asyncio.create_task(triggerer_listener.look(["warehouse"]))
         await _until(lambda: _state_of(database, job_id) == "cancelled")
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
@@ -543,7 +543,7 @@ class TestStarting:
             raise AirflowNotFoundException(f"The conn_id `{self.postgres_conn_id}` isn't defined")
 
         monkeypatch.setattr(PgBackgroundHook, "get_connection", missing)
-        looking = asyncio.create_task(starting.look(["postgres_default", "warehouse"]))
+        looking = asyncio.create_task(triggerer_listener.look(["postgres_default", "warehouse"]))
         await _until(lambda: "isn't defined" in caplog.text)
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)

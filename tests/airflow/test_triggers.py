@@ -18,11 +18,11 @@ from airflow.triggers.base import TaskSuccessEvent
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.operators import PgBackgroundBatchOperator
 from airflow_provider.sensors import PgBackgroundSensor
+from airflow_provider.task_driver import TaskDriver, TaskKilled
 from airflow_provider.triggers import PgBackgroundBatchTrigger, PgBackgroundSensorTrigger, PgBackgroundTrigger
 from airflow_provider.triggers.login import Login
 from airflow_provider.triggers.task import GOES_ON
-from airflow_provider.waiting import TaskKilled, Waiting
-from airflow_provider.watching import Watch
+from airflow_provider.watch import Watch
 from pgbg_orchestration import Job, Launcher, Outcome, errors
 from tests.conftest import Database
 
@@ -461,7 +461,7 @@ class TestNotices:
             job=_job(sql="do $$ begin raise notice 'here'; end $$"), enable_log_db_messages=True
         )
         trigger.in_task = True
-        waiting: Waiting[dict[str, Any]] = Waiting(database.conninfo)
+        waiting: TaskDriver[dict[str, Any]] = TaskDriver(database.conninfo)
         assert waiting.run(trigger.work)["status"] == "committed"
         assert "NOTICE: here" in caplog.text
 
@@ -475,12 +475,12 @@ class TestNotices:
 class TestWaitingInTheTasksProcess:
     def test_errors_come_in_their_own_type(self, database: Database) -> None:
         with pytest.raises(errors.WorkerError, match="division by zero") as caught:
-            Waiting[Outcome](database.conninfo).run(_run(Job("select 1/0", id="a")))
+            TaskDriver[Outcome](database.conninfo).run(_run(Job("select 1/0", id="a")))
 
         assert caught.value.sqlstate == "22012"
 
     def test_a_kill_from_a_signal_cancels_the_sql(self, database: Database) -> None:
-        waiting = Waiting[Outcome](database.conninfo)
+        waiting = TaskDriver[Outcome](database.conninfo)
         killer = threading.Thread(target=_kill, args=(waiting, database.workers))
         killer.start()
         with pytest.raises(TaskKilled):
@@ -491,7 +491,7 @@ class TestWaitingInTheTasksProcess:
         # The next try was started to run it.
         again = Job("insert into effect values ('x')", id="a")
         options = {"retry_cancelled": True, "accept_changed_sql": True}
-        outcome = Waiting[Outcome](database.conninfo).run(_run(again, **options))
+        outcome = TaskDriver[Outcome](database.conninfo).run(_run(again, **options))
         assert isinstance(outcome, Outcome)
 
     def test_a_kill_cancels_all_workers_of_the_session_at_one_blow(
@@ -549,4 +549,4 @@ def _kill(victim: Any, at_work: Callable[[], object]) -> None:
     """End what waits as Airflow does, once it is at work."""
     while not at_work():
         time.sleep(0.05)
-    (victim.kill if isinstance(victim, Waiting) else victim.on_kill)()
+    (victim.kill if isinstance(victim, TaskDriver) else victim.on_kill)()

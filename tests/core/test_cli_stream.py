@@ -18,7 +18,7 @@ from pgbg_orchestration import Job, Launcher, errors
 from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import ExitCode
 from pgbg_orchestration.cli.rows import Format
-from pgbg_orchestration.cli.streaming import BATCH, PART, Sink
+from pgbg_orchestration.cli.stream import BATCH, PART, Sink
 from pgbg_orchestration.rows import Column
 from tests.core.kit import Watched, effect, eventually, slow, within
 from tests.core.test_cli import output_of, start

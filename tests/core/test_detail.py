@@ -10,7 +10,7 @@ import pytest
 from pgbg_orchestration import Job, Launcher, arun, errors
 from pgbg_orchestration.ledger import install
 from pgbg_orchestration.ledger.history import JobDetail
-from pgbg_orchestration.walk.work import MOST_OF_A_STATEMENT
+from pgbg_orchestration.walk.worker_sql import MOST_OF_A_STATEMENT
 from tests.conftest import Database
 from tests.core.kit import APP, Watched, effect, within
 

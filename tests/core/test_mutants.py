@@ -38,7 +38,7 @@ from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Evidence, Report, Step, judge
 from pgbg_orchestration.walk import conclusion, run
 from pgbg_orchestration.walk.case import Case
-from pgbg_orchestration.walk.work import WORK
+from pgbg_orchestration.walk.worker_sql import WORK
 from tests.core.kit import APP, Watched, cancelled, effect, ended, eventually, slow, within
 
 pytestmark = pytest.mark.servers("real", "embedded")

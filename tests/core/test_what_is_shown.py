@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from pgbg_orchestration import Job, arun
-from pgbg_orchestration.walk.work import PADDING
+from pgbg_orchestration.walk.worker_sql import PADDING
 from tests.core.kit import Watched, within
 
 

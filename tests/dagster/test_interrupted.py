@@ -31,7 +31,7 @@ from dagster import (
 from dagster_resource import PgBackgroundResource
 from dagster_resource.external import submission
 from dagster_resource.steps.caller import Caller
-from dagster_resource.steps.driving import drive
+from dagster_resource.steps.step_driver import drive
 from pgbg_orchestration import Launcher
 from pgbg_orchestration.testing import faults
 from tests.conftest import Database

@@ -21,7 +21,7 @@ from pgbg_orchestration.cli.codes import AFTERWARDS, MEANINGS, ExitCode, code_fo
 from pgbg_orchestration.cli.options import _seconds, _seconds_with_unit, pairs
 from pgbg_orchestration.cli.screen import ago, plain
 from pgbg_orchestration.ledger import install
-from pgbg_orchestration.wording import duration
+from pgbg_orchestration.phrases import duration
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = ("run", "jobs", "cancel", "prune", "doctor", "install", "uninstall", "server")

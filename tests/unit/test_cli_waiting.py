@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pgbg_orchestration.cli.codes import ExitCode
-from pgbg_orchestration.cli.durations import trend
-from pgbg_orchestration.cli.waiting import Wanted, judge, newest
+from pgbg_orchestration.cli.history import trend
+from pgbg_orchestration.cli.wait import Wanted, judge, newest
 from pgbg_orchestration.ledger.history import ENDED_BADLY, JobEntry
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider import watching
+from airflow_provider import watch
 from pgbg_orchestration import errors
 from pgbg_orchestration.ledger.history import ENDED_BADLY, STATES, JobEntry, error_of, outcome_of
 
@@ -58,4 +58,4 @@ def test_a_commit_is_told_with_its_worker_and_times() -> None:
 
 def test_airflow_knows_the_same_bad_ends() -> None:
     """It keeps a list of its own: a DAG file does not import the core."""
-    assert set(watching.ENDED_BADLY) == set(ENDED_BADLY)
+    assert set(watch.ENDED_BADLY) == set(ENDED_BADLY)

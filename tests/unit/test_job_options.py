@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pgbg_orchestration import Job
-from pgbg_orchestration.cli.running import run
+from pgbg_orchestration.cli.run import run
 from pgbg_orchestration.job import SQL_OPTIONS
 from pgbg_orchestration.rows import Fetch
 

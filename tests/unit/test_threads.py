@@ -9,7 +9,7 @@ from pytest_mock import MockerFixture
 
 from pgbg_orchestration import Job, statements
 from pgbg_orchestration.threads import LONG
-from pgbg_orchestration.walk.work import bind
+from pgbg_orchestration.walk.worker_sql import bind
 
 
 @pytest.mark.parametrize("is_long", [False, True])

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 from dagster import DagsterExecutionInterruptedError
 
-from dagster_resource.steps.driving import drive, see_through
+from dagster_resource.steps.step_driver import drive, see_through
 from pgbg_orchestration.driver import Talk
 
 

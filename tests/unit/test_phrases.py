@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from pgbg_orchestration import Outcome, wording
+from pgbg_orchestration import Outcome, phrases
 
 BEGAN = datetime(2013, 1, 1, tzinfo=UTC)
 
@@ -26,11 +26,11 @@ BEGAN = datetime(2013, 1, 1, tzinfo=UTC)
 def test_summary(tag: str | None, rows: int | None, told: str) -> None:
     ended = BEGAN + timedelta(seconds=2.5)
     outcome = Outcome("id", "label", row_count=rows, command_tag=tag, started_at=BEGAN, finished_at=ended)
-    assert ", ".join(wording.summary(outcome)) == told
+    assert ", ".join(phrases.summary(outcome)) == told
 
 
 def test_a_time_that_is_not_known_is_not_told() -> None:
-    assert wording.summary(Outcome("id", "label", command_tag="INSERT", row_count=2, started_at=BEGAN)) == [
+    assert phrases.summary(Outcome("id", "label", command_tag="INSERT", row_count=2, started_at=BEGAN)) == [
         "INSERT",
         "2 rows",
     ]

@@ -16,9 +16,9 @@ from pgbg_orchestration.rows import Column
 
 from .codes import ExitCode
 from .interrupts import Interrupts
+from .progress import Display
 from .rows import WRITERS, Cells, Format, Writer
 from .screen import Stop, out
-from .watching import Watch
 
 BATCH = 1000
 """Rows that are held at once."""
@@ -99,7 +99,9 @@ class Sink:
         return sys.stdout
 
 
-async def follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch: Watch, sink: Sink) -> Outcome | None:
+async def follow(
+    dsn: str, schema: str, job: Job, options: dict[str, Any], display: Display, sink: Sink
+) -> Outcome | None:
     """Run a job and write its rows, each as it comes; returns its outcome, or None for one that was interrupted.
 
     Raises
@@ -110,7 +112,7 @@ async def follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch
         It was interrupted while its rows were read: it is committed.
     """
     async with Launcher(dsn, schema=schema) as launcher:
-        stream = launcher.stream(job, as_text=True, observer=watch.on_event, **options)
+        stream = launcher.stream(job, as_text=True, observer=display.on_event, **options)
 
         async def write(rows: list[Cells]) -> None:
             # In a thread: whoever reads a pipe may take its time, and a signal is to be heard all the same.
@@ -119,7 +121,7 @@ async def follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch
         async def copy() -> Outcome:
             rows: list[Cells] = []
             async with stream:
-                watch.close()  # its line must not stand among the rows
+                display.close()  # its line must not stand among the rows
                 async for row in stream:
                     rows.append(row)
                     if len(rows) == BATCH:
@@ -131,7 +133,7 @@ async def follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch
             return stream.outcome
 
         task = asyncio.ensure_future(copy())
-        with Interrupts(task, watch, leave=options["on_cancel"] == "leave") as interrupts:
+        with Interrupts(task, display, leave=options["on_cancel"] == "leave") as interrupts:
             try:
                 return await task
             except asyncio.CancelledError:

@@ -31,7 +31,7 @@ class TaskKilled(AirflowException):
     """The task's process was asked to end, and its jobs were cancelled, or left at work. Another try runs them."""
 
 
-class Waiting(Generic[T]):
+class TaskDriver(Generic[T]):
     """Does a piece of work over launching sessions of the task's own, in the core's driver.
 
     The task's main thread only waits: there Airflow's signals arrive, and raise what they raise at a place where

@@ -17,7 +17,7 @@ from rich.text import Text
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Job
 from pgbg_orchestration.outcome import Event, EventKind, Outcome
-from pgbg_orchestration.wording import duration
+from pgbg_orchestration.phrases import duration
 
 from .screen import err, plain
 
@@ -32,7 +32,7 @@ _STATES = {
 }
 
 
-class Watch(logging.Handler):
+class Display(logging.Handler):
     """Shows a job's way on standard error, and keeps what the core says on it.
 
     Parameters

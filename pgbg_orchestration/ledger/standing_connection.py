@@ -16,7 +16,7 @@ T = TypeVar("T")
 LOCK_PATIENCE = "250ms"  # longer than registrations of one series keep one another waiting
 
 
-class Line:
+class StandingConnection:
     """One connection that is made again when it is lost. What is asked must be sound when it is asked twice.
 
     What waits for another session's lock on the package's tables waits a moment at a time, and others ask meanwhile.

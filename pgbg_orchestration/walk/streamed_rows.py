@@ -16,7 +16,7 @@ from pgbg_orchestration.postgres.handles import HandleSession
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.rows import Column
 
-from .work import Work
+from .worker_sql import Work
 
 
 @dataclass

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
-from pgbg_orchestration import wording
+from pgbg_orchestration import phrases
 from pgbg_orchestration.errors import NOT_BY_THIS_CALL, JobCancelled, WorkerError
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.launcher import Launcher
@@ -24,13 +24,13 @@ from pgbg_orchestration.statements import files
 from pgbg_orchestration.verdict import CANCELED
 
 from . import rows as rows_of
-from . import streaming
+from . import stream as stream_of
 from .codes import ExitCode
 from .interrupts import Interrupts
 from .options import Dsn, Json, Owner, Schema, pairs, seconds_option
+from .progress import Display
 from .rows import FormatOption, OutputOption
 from .screen import Stop, err, out, plain, print_json, reporting
-from .watching import Watch
 
 _COMMENT = re.compile(r"--[^=\s]*\s")
 _GUARD = " "
@@ -223,16 +223,16 @@ def run(
             "on_cancel": "leave" if leave else "cancel",
         }
         if stream:
-            sink = streaming.Sink(form or rows_of.Format.TABLE, output)
-            with Watch(job, silent=quiet) as watch:
-                outcome = asyncio.run(_stream(dsn or "", schema, job, options, watch, sink))
+            sink = stream_of.Sink(form or rows_of.Format.TABLE, output)
+            with Display(job, silent=quiet) as display:
+                outcome = asyncio.run(_stream(dsn or "", schema, job, options, display, sink))
             if json:
                 print_json(outcome.to_dict())
             else:
                 _show(outcome, err if output is None else out)
             return
-        with Watch(job, silent=quiet) as watch:
-            outcome = asyncio.run(_follow(dsn or "", schema, job, options, watch))
+        with Display(job, silent=quiet) as display:
+            outcome = asyncio.run(_follow(dsn or "", schema, job, options, display))
         if json:
             told = {"results": rows_of.told(outcome.results)} if job.fetch else {}
             print_json({**outcome.to_dict(), **told})
@@ -260,40 +260,40 @@ def _read_sql(sql: str | None, file: Path | None) -> str:
         raise Stop(ExitCode.REFUSED, f"{file or 'standard input'} cannot be read: {error.strerror}") from error
 
 
-async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], watch: Watch) -> Outcome:
+async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], display: Display) -> Outcome:
     async with Launcher(dsn, schema=schema) as launcher:
-        task = asyncio.ensure_future(launcher.run(job, observer=watch.on_event, **options))
-        with Interrupts(task, watch, leave=options["on_cancel"] == "leave") as interrupts:
+        task = asyncio.ensure_future(launcher.run(job, observer=display.on_event, **options))
+        with Interrupts(task, display, leave=options["on_cancel"] == "leave") as interrupts:
             try:
                 return await task
             except asyncio.CancelledError:
                 if not interrupts.seen:
                     raise
-        return _interrupted(job, options, watch)
+        return _interrupted(job, options, display)
 
 
 async def _stream(
-    dsn: str, schema: str, job: Job, options: dict[str, Any], watch: Watch, sink: streaming.Sink
+    dsn: str, schema: str, job: Job, options: dict[str, Any], display: Display, sink: stream_of.Sink
 ) -> Outcome:
-    outcome = await streaming.follow(dsn, schema, job, options, watch, sink)
+    outcome = await stream_of.follow(dsn, schema, job, options, display, sink)
     if outcome is not None:
         return outcome
-    _interrupted(job, options, watch)
+    _interrupted(job, options, display)
     raise Stop(ExitCode.INTERRUPTED, "the job is committed; none of its rows were read, and they are lost")
 
 
-def _interrupted(job: Job, options: dict[str, Any], watch: Watch) -> Outcome:
+def _interrupted(job: Job, options: dict[str, Any], display: Display) -> Outcome:
     if options["on_cancel"] == "leave":
         raise Stop(
             ExitCode.INTERRUPTED,
             "its worker, if there is one, goes on",
             todo=f"pgbg jobs --id '{job.id}', or the same command again with --id '{job.id}'",
         )
-    return _decided(job, watch)
+    return _decided(job, display)
 
 
-def _decided(job: Job, watch: Watch) -> Outcome:
-    """Say how a job ended whose wait was interrupted; the core has waited until it was decided, and told the watch.
+def _decided(job: Job, display: Display) -> Outcome:
+    """Say how a job ended whose wait was interrupted; the core has waited until it was decided, and told the display.
 
     Raises
     ------
@@ -302,9 +302,9 @@ def _decided(job: Job, watch: Watch) -> Outcome:
     PgbgError
         Its worker does not end, or nobody knows.
     """
-    decision = watch.decision
+    decision = display.decision
     if isinstance(decision, Outcome):
-        watch.say("the interrupt came too late: it is committed")
+        display.say("the interrupt came too late: it is committed")
         return decision
     if decision is None:
         raise JobCancelled(
@@ -351,7 +351,7 @@ def _check_stream(rows: bool, max_rows: int | None, max_bytes: int | None, json:
 
 def _show(outcome: Outcome, console: Console) -> None:
     parts = [
-        *wording.summary(outcome),
+        *phrases.summary(outcome),
         *([f"worker {outcome.worker_pid}"] if outcome.worker_pid else []),
         *([f"attempt {outcome.attempt}"] if outcome.attempt else []),
     ]

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgbg_orchestration.ledger.history import Durations
-from pgbg_orchestration.wording import duration
+from pgbg_orchestration.phrases import duration
 
 from .jobs import ready_launcher
 from .options import Dsn, Json, Schema, seconds_option

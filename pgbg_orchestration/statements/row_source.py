@@ -9,14 +9,14 @@ from enum import Enum
 from .lexer import TokenKind, tokens
 from .split import Statement
 
-__all__ = ["Giver", "Giving", "giving"]
+__all__ = ["RowSource", "RowSourceKind", "row_source"]
 
 _QUERIES = frozenset({"SELECT", "VALUES", "TABLE"})
 _CHANGES = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 _REPORTS = frozenset({"EXPLAIN", "SHOW"})
 
 
-class Giver(Enum):
+class RowSourceKind(Enum):
     """How a statement that gives rows can be put into another one."""
 
     QUERY = "query"
@@ -30,12 +30,12 @@ class Giver(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Giving:
+class RowSource:
     """How a statement gives rows.
 
     Attributes
     ----------
-    giver:
+    kind:
         Of which sort it is.
     tag:
         Its command tag.
@@ -45,13 +45,13 @@ class Giving:
         Whether it has one.
     """
 
-    giver: Giver
+    kind: RowSourceKind
     tag: str
     verb_at: int
     has_with: bool
 
 
-def giving(statement: Statement) -> Giving | None:
+def row_source(statement: Statement) -> RowSource | None:
     """Return how a statement gives rows; None for one that gives none, or none that can be kept."""
     depth = 0
     verb: tuple[str, int] | None = None
@@ -79,9 +79,9 @@ def giving(statement: Statement) -> Giving | None:
         return None
     word, at = verb
     if word in _REPORTS:
-        return Giving(Giver.REPORT, word, at, has_with)
+        return RowSource(RowSourceKind.REPORT, word, at, has_with)
     if word in _CHANGES:
-        return Giving(Giver.CHANGE, word, at, has_with) if returns else None
+        return RowSource(RowSourceKind.CHANGE, word, at, has_with) if returns else None
     if word == "SELECT" and into:
         return None
-    return Giving(Giver.QUERY_AT_TOP if changes_inside else Giver.QUERY, "SELECT", at, has_with)
+    return RowSource(RowSourceKind.QUERY_AT_TOP if changes_inside else RowSourceKind.QUERY, "SELECT", at, has_with)

@@ -20,7 +20,7 @@ from airflow.sdk.exceptions import TaskDeferred
 from airflow_provider import PgBackgroundOperator
 from airflow_provider.compat import AirflowTaskTimeout
 from airflow_provider.hook import PgBackgroundHook
-from airflow_provider.waiting import TaskKilled, Waiting
+from airflow_provider.task_driver import TaskDriver, TaskKilled
 from pgbg_orchestration import Cause, Fetch, Job, Launcher, Outcome, errors
 from tests.conftest import Database
 
@@ -70,7 +70,7 @@ def test_an_execution_timeout_is_a_deadline_whichever_comes_first(database: Data
         return await launcher.run(Job(SQL, id="a"), deadline=until)
 
     with airflows_timeout(1.5), pytest.raises(errors.DeadlinePassed):
-        Waiting[Outcome](database.conninfo).run(work)
+        TaskDriver[Outcome](database.conninfo).run(work)
 
     assert rows(database, "select state, cause from pgbg.jobs") == [("cancelled", Cause.DEADLINE)]
     assert not database.workers()
@@ -78,7 +78,7 @@ def test_an_execution_timeout_is_a_deadline_whichever_comes_first(database: Data
 
 @pytest.mark.parametrize("cancel_on_kill", [True, False])
 def test_a_killed_task_ends_its_worker_only_when_it_is_to(database: Database, cancel_on_kill: bool) -> None:
-    waiting = Waiting[Outcome](database.conninfo, cancel_on_kill=cancel_on_kill)
+    waiting = TaskDriver[Outcome](database.conninfo, cancel_on_kill=cancel_on_kill)
 
     async def work(launcher: Launcher) -> Outcome:
         on_cancel = "cancel" if cancel_on_kill else "leave"
@@ -103,7 +103,7 @@ def test_a_killed_task_ends_its_worker_only_when_it_is_to(database: Database, ca
 
 
 def test_killed_before_it_began_it_launches_nothing(database: Database) -> None:
-    waiting = Waiting[Outcome](database.conninfo)
+    waiting = TaskDriver[Outcome](database.conninfo)
     waiting.kill()
     with pytest.raises(TaskKilled):
         waiting.run(lambda launcher: launcher.run(Job(SQL, id="a")))

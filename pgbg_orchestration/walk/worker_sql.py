@@ -25,7 +25,7 @@ from pgbg_orchestration.postgres.durations import milliseconds
 from pgbg_orchestration.postgres.pg_background import DEFAULT_QUEUE_BYTES
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds
-from pgbg_orchestration.statements.giving import giving
+from pgbg_orchestration.statements.row_source import row_source
 from pgbg_orchestration.threads import off_loop
 
 from . import kept_rows, location
@@ -67,7 +67,7 @@ class Work:
     sql_digest: bytes
     applied: Mapping[str, str]  # what its text sets too late, and its launch therefore
     gives_rows: bool  # its last statement may give rows
-    kept: tuple[kept_rows.Keeping, ...] = ()  # statements whose rows are kept
+    kept: tuple[kept_rows.RowPlan, ...] = ()  # statements whose rows are kept
     is_streamed: bool = False  # its rows are read as they come
     may_mark: bool = False  # every role may run what tells the statement that is at work
     is_watched: bool = False  # it writes its own receipt, and a supervisor was asked for all the same
@@ -378,7 +378,7 @@ def _bound(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark:
 def _gives_rows(last: statements.Statement) -> bool:
     if statements.best_alone(last):
         return False
-    return giving(last) is not None or last.keywords[:1] in (("FETCH",), ("EXECUTE",))
+    return row_source(last) is not None or last.keywords[:1] in (("FETCH",), ("EXECUTE",))
 
 
 async def _check_role(job: Job, conn: AsyncConnection[Any]) -> None:
