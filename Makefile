@@ -14,6 +14,9 @@ ARGS      ?=
 # Most of the suite waits for servers: more test processes than cores.
 JOBS      ?= 4
 
+# Where it is set, each of the many Pythons that the tests start would compile Airflow and Dagster anew: 5 s of a core each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test long findings check format chaos bench lock clean
 

@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from pgbg_orchestration.embedded.databases import Contents, Databases
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
+from tests.kit.order import longest_first
 from tests.kit.proxy import Proxy
 from tests.matrix import LONG, at_a_push
 from tests.servers.debian import ServerUnavailableError
@@ -166,6 +167,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return BySharedServer(config, log)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have several processes begin with the longest files (``--no-loadscope-reorder`` keeps this order)."""
+    if hasattr(config, "workerinput"):
+        longest_first(items)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import only the files that hold such a test when those with an orchestrator's processes are asked for."""
+    if str(config.getoption("markexpr")).startswith("processes") and collection_path.name.startswith("test_"):
+        return "mark.processes" not in collection_path.read_text() or None
+    return None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for a server on the kinds that it is meant for: at a push on a few (tests/matrix.py)."""
     if "server_kind" not in metafunc.fixturenames:
@@ -180,8 +195,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.get_closest_marker("real"):
         kinds = [kind for kind in kinds if {kind, KINDS[kind].like} & {"real", "embedded"}]
     if not (LONG or _named(metafunc.config)):
-        differs = metafunc.definition.get_closest_marker("embedded_differs") is not None
-        kinds = at_a_push(kinds, _why_not(), embedded_differs=differs)
+        about = {
+            mark: metafunc.definition.get_closest_marker(mark) is not None for mark in ("embedded_differs", "faults")
+        }
+        kinds = at_a_push(kinds, _why_not(), **about)
     metafunc.parametrize("server_kind", kinds, scope="session")
 
 

@@ -5,6 +5,8 @@ The servers that a test is meant for follow from its marks. Of these a push need
 * one with the real extension: ``real``, or ``embedded`` where there is no chroot. Both are PostgreSQL 18 with the same
   library, so a test runs on both only where it is about the embedded server itself (``embedded_differs``);
 * one surface of the stand-in: 1.9's, since the real extension offers 2.0's, or 2.0's for a test not meant for 1.9's;
+  none for a test that breaks what it runs on (``faults``), when the real extension runs it: networks, processes and
+  servers break in the same way for both, and what differs are the calls, which the other tests make;
 * of the older majors, for a test marked ``majors``, the one that continuous integration installs.
 
 No test is left out at a push for its servers: what it is meant for, it runs on at least once.
@@ -28,7 +30,13 @@ MAJOR = ("standin15", "standin14", "standin16", "standin17")
 """Kinds with an older PostgreSQL; one is enough at a push, the first that can be had."""
 
 
-def at_a_push(meant: Sequence[str], why_not: Mapping[str, str | None], *, embedded_differs: bool = False) -> list[str]:
+def at_a_push(
+    meant: Sequence[str],
+    why_not: Mapping[str, str | None],
+    *,
+    embedded_differs: bool = False,
+    faults: bool = False,
+) -> list[str]:
     """Choose the servers that a test runs on at a push.
 
     Parameters
@@ -39,6 +47,8 @@ def at_a_push(meant: Sequence[str], why_not: Mapping[str, str | None], *, embedd
         For each kind why it cannot be had here, or None when it can.
     embedded_differs
         True for a test that is about the embedded server itself.
+    faults
+        True for a test that cuts networks, kills processes or stops servers.
 
     Returns
     -------
@@ -49,6 +59,8 @@ def at_a_push(meant: Sequence[str], why_not: Mapping[str, str | None], *, embedd
     chosen = {first_to_be_had(group, meant, why_not) for group in (REAL, STANDIN, MAJOR)}
     if embedded_differs:
         chosen.add("embedded")
+    if faults and any(why_not[kind] is None for kind in REAL if kind in chosen):
+        chosen -= {*STANDIN}
     return [kind for kind in meant if kind in chosen]
 
 

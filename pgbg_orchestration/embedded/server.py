@@ -249,7 +249,7 @@ class EmbeddedServer:
             self.stop()
 
     def _temporary_directory(self) -> Path:
-        parent = Path(tempfile.gettempdir()) / f"pgbg-{os.geteuid()}"
+        parent = self._temporary_parent() / f"pgbg-{os.geteuid()}"
         parent.mkdir(mode=0o700, exist_ok=True)
         if parent.is_symlink() or parent.stat().st_uid != os.geteuid():
             raise EmbeddedServerError(f"{parent} belongs to somebody else: set TMPDIR to a directory of your own")
@@ -259,6 +259,10 @@ class EmbeddedServer:
         self._give(self._claim.path)
         _temporary.add(self)
         return self._claim.path
+
+    def _temporary_parent(self) -> Path:
+        """Return the directory in which temporary data directories are made."""
+        return Path(tempfile.gettempdir())
 
     def _remove_abandoned(self, directory: Path) -> None:
         if directory.exists():

@@ -34,6 +34,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SOUND, ids=lambda scenario: scenario.name)
 def test_nothing_is_wrong(scenario: Supervision) -> None:
     found = search(scenario)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pgbg_orchestration.embedded.server import EmbeddedServer
 from pgbg_orchestration.embedded.status import StopMode, socket_directory
 from tests.kit.processes import kill_tree
+from tests.servers.memory import SMALL_WAL, in_memory
 
 
 class EmbeddedUnderTest(EmbeddedServer):
@@ -23,7 +25,10 @@ class EmbeddedUnderTest(EmbeddedServer):
         surface: Literal["2.0", "1.9"] = "2.0",
     ) -> None:
         super().__init__(
-            max_worker_processes=max_worker_processes, settings=settings, extension=extension, surface=surface
+            max_worker_processes=max_worker_processes,
+            settings={**(SMALL_WAL if in_memory() else {}), **(settings or {})},
+            extension=extension,
+            surface=surface,
         )
         self.name = name
 
@@ -41,6 +46,9 @@ class EmbeddedUnderTest(EmbeddedServer):
             (self.data_dir / "postmaster.pid").unlink(missing_ok=True)
             for lock in socket_directory(self.data_dir).glob(".s.PGSQL.*.lock"):
                 lock.unlink()
+
+    def _temporary_parent(self) -> Path:
+        return in_memory() or super()._temporary_parent()
 
     def remove(self) -> None:
         """Stop and delete the data."""

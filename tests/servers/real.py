@@ -20,6 +20,7 @@ from pgbg_orchestration.embedded.claims import Claim, claim_directory
 from pgbg_orchestration.embedded.status import StopMode, is_postgres
 from tests.kit.processes import kill_tree
 from tests.servers.debian import DebianTree
+from tests.servers.memory import SMALL_WAL, in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,6 +75,7 @@ class RealServer:
             "max_worker_processes": max_worker_processes,
             "max_connections": 200,
             **FAST_SETTINGS,
+            **(SMALL_WAL if in_memory() else {}),
             **(settings or {}),
         }
         self.port: int | None = None
@@ -179,8 +181,10 @@ class RealServer:
 
     def _create(self) -> None:
         root = self.tree.ensure()
-        clusters = root / "srv" / "pgbg"
+        memory = in_memory()
+        clusters = memory / "pgbg-real" if memory else root / "srv" / "pgbg"
         clusters.mkdir(exist_ok=True)
+        clusters.chmod(0o711)
         self._claim = claim_directory(clusters, self._remove_abandoned)
         os.chown(self._claim.path, *self.tree.user_ids())
         _alive.add(self)
@@ -210,11 +214,14 @@ class RealServer:
 
     def _inside(self, name: str) -> str:
         """A path of this cluster as the tree's programs see it."""
-        return f"/{(self._cluster / name).relative_to(self.tree.root)}"
+        return self._seen_inside(self._cluster / name)
+
+    def _seen_inside(self, path: Path) -> str:
+        # The tree has the machine's own /dev, shared memory included.
+        return f"/{path.relative_to(self.tree.root)}" if path.is_relative_to(self.tree.root) else str(path)
 
     def _remove_abandoned(self, cluster: Path) -> None:
-        inside = f"/{cluster.relative_to(self.tree.root)}/data"
-        self._run("pg_ctl", "stop", "-w", "-t", "30", "-m", "immediate", "-D", inside)
+        self._run("pg_ctl", "stop", "-w", "-t", "30", "-m", "immediate", "-D", self._seen_inside(cluster / "data"))
         _delete(cluster)
 
     def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

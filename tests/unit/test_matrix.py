@@ -51,13 +51,25 @@ def test_what_is_about_the_embedded_server_runs_there_too() -> None:
     assert at_a_push(EVERYWHERE, HERE, embedded_differs=True) == ["real", "embedded", "standin19"]
 
 
+def test_what_breaks_things_runs_on_the_real_server_alone() -> None:
+    assert at_a_push(EVERYWHERE, HERE, faults=True) == ["real"]
+    assert at_a_push([*EVERYWHERE, *MAJOR], HERE, faults=True) == ["real", "standin15"]
+
+
+def test_what_breaks_things_runs_on_the_stand_in_where_there_is_nothing_else() -> None:
+    assert at_a_push(EVERYWHERE, without("real"), faults=True) == ["embedded"]
+    assert at_a_push(EVERYWHERE, without("real", "embedded"), faults=True) == ["real", "standin19"]
+    assert at_a_push(["standin20", "standin19"], HERE, faults=True) == ["standin19"]
+
+
 def test_no_test_vanishes_for_its_servers() -> None:
     """Whatever a test is meant for, it is collected at least once."""
     kinds = [*REAL, *STANDIN, *MAJOR]
     for size in range(1, len(kinds) + 1):
         for meant in combinations(kinds, size):
-            assert at_a_push(meant, HERE), meant
-            assert at_a_push(meant, without(*kinds)), meant
+            for faults in (False, True):
+                assert at_a_push(meant, HERE, faults=faults), meant
+                assert at_a_push(meant, without(*kinds), faults=faults), meant
 
 
 def test_every_kind_is_in_one_group() -> None:
