@@ -17,6 +17,7 @@ LATEST = 5.0
 HANDLE_SHARE = 0.25
 HANDLE_SOONEST = 0.01
 HANDLE_LATEST = 0.25  # one query tells of all handles of a session, and costs a tenth of asking for each
+WAIT_IN_SERVER = 0.05  # for the end of a worker with a session of its own, before it is polled; holds a snapshot there
 POLLING = 0.05  # of its time a session polls at most, in the long run
 POLLING_AT_ONCE = 0.05  # seconds of polling that a session may do before that counts: its first polls come soon
 LOOK_SOONEST = 1.0  # for what the handle does not tell: blocked output, a stalled session

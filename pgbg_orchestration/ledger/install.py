@@ -25,7 +25,7 @@ from pgbg_orchestration.errors import (
     SchemaVersionMismatch,
 )
 
-VERSION = 4
+VERSION = 5
 DEFAULT_SCHEMA = "pgbg"
 DEFAULT_OWNER = "pgbg_owner"
 NAME_BYTES = 63  # what the server cuts a longer name to (NAMEDATALEN)

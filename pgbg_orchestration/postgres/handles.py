@@ -149,6 +149,24 @@ class HandleSession:
         self.workers[handle] = worker
         return worker
 
+    async def wait_for(self, worker: Worker) -> None:
+        """Have the server wait for a worker's end, and for a moment only, in place of the first polls.
+
+        This session does nothing else meanwhile. Whatever goes wrong, or is not known then, its polls find out.
+        """
+        async with self._turn:
+            if self.lost or worker.ended.done() or self.workers.get(worker.handle) is not worker:
+                return
+            info = None
+            try:
+                async with asyncio.timeout(pace.CALL):
+                    info = await self.extension.wait_for(self._conn, worker.handle, int(pace.WAIT_IN_SERVER * 1000))
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                self._give_up_if_lost(error)
+            self._answered = asyncio.get_running_loop().time()
+        if info is not None and info.completed and not worker.ended.done():
+            worker.ended.set_result(info)
+
     def _start_polling(self) -> None:
         self._wake.set()
         if self._poller is None or self._poller.done():

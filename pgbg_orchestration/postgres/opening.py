@@ -75,6 +75,8 @@ class Refused(Exception):
         self.called = called
 
 
+Launched: TypeAlias = tuple[str, str, str]
+"""What names a launch: a text before, between and behind its generation and its attempt."""
 Quote: TypeAlias = Callable[[str | int | bytes | None], str]
 
 _SCRIPT = """\
@@ -85,8 +87,7 @@ select r.*, pg_catalog.set_config({setting}, case r.verdict when 'registered'
 from {registering} as r;
 commit;
 begin isolation level read committed;
-select {local}, pg_catalog.set_config({name},
-    {head} || pg_catalog.split_part(o, ':', 2) || {middle} || pg_catalog.split_part(o, ':', 3) || {tail}, true)
+select {local}
 from pg_catalog.current_setting({setting}, true) as o;
 select l.pid, l.cookie
 from (
@@ -100,6 +101,7 @@ commit
 """
 
 
+_VALUE = "{} || pg_catalog.split_part(o, ':', 2) || {} || pg_catalog.split_part(o, ':', 3) || {}"
 _CALL = "select l.pid, l.cookie from {launch}({text}, {queue_size}, {label}) as l; commit"
 
 
@@ -114,10 +116,10 @@ class Opening:
     registering:
         Gives the call that registers it, if it is new, as an item of FROM.
     text:
-        What the worker runs.
+        What the worker runs; or what stands there before, between and after the generation and the attempt.
     arguments:
         The setting in which the worker finds which launch it is: its name, and its value before, between and after the
-        generation and the attempt.
+        generation and the attempt. None for one whose text says so.
     label, queue_size:
         As for any launch.
     is_counted:
@@ -131,8 +133,8 @@ class Opening:
     owner: str
     job_id: str
     registering: Callable[[Quote], str]
-    text: str
-    arguments: tuple[str, str, str, str]
+    text: str | Launched
+    arguments: tuple[str, Launched] | None
     label: str
     queue_size: int | None
     is_counted: bool = True
@@ -140,22 +142,30 @@ class Opening:
     registration: dict[str, Any] | None = None
     _word: str = field(default_factory=lambda: secrets.token_hex(8))
 
+    @property
+    def size(self) -> int:
+        """How many characters the text has."""
+        return len(self.text) if isinstance(self.text, str) else sum(map(len, self.text))
+
     def script(self, conn: AsyncConnection[Any], settings: Mapping[str, str], launch: sql.Identifier) -> bytes:
         """Return the statements. ``settings`` hold for the worker, ``launch`` is the launch function's name."""
         quote = quoting(conn)
-        name, head, middle, tail = self.arguments
+
+        def value(text: str | Launched) -> str:
+            return quote(text) if isinstance(text, str) else _VALUE.format(*map(quote, text))
+
+        local = _local(quote, settings)
+        if self.arguments is not None:
+            name, launched = self.arguments
+            local += f", pg_catalog.set_config({quote(name)}, {value(launched)}, true)"
         return _SCRIPT.format(
             await_no_standby=AWAIT_NO_STANDBY,
             setting=quote(SETTING),
             word=quote(self._word),
             registering=self.registering(quote),
-            local=_local(quote, settings),
+            local=local,
             launch=launch.as_string(None),
-            name=quote(name),
-            text=quote(self.text),
-            head=quote(head),
-            middle=quote(middle),
-            tail=quote(tail),
+            text=value(self.text),
             queue_size=quote(self.queue_size or DEFAULT_QUEUE_BYTES),
             label=quote(self.label),
         ).encode()
@@ -176,6 +186,11 @@ def call(
 
 def _local(quote: Quote, settings: Mapping[str, str]) -> str:
     return ", ".join(f"pg_catalog.set_config({quote(name)}, {quote(value)}, true)" for name, value in settings.items())
+
+
+def local(conn: AsyncConnection[Any], settings: Mapping[str, str]) -> str:
+    """Return the query that changes settings for a transaction."""
+    return f"select {_local(quoting(conn), settings)}"
 
 
 def quoting(conn: AsyncConnection[Any]) -> Quote:
@@ -219,7 +234,7 @@ async def begin(conn: AsyncConnection[Any], settings: Mapping[str, str]) -> None
     psycopg.OperationalError
         The connection was lost.
     """
-    script = f"begin isolation level read committed; select {_local(quoting(conn), settings)}"
+    script = f"begin isolation level read committed; {local(conn, settings)}"
     await _accept(conn, await _send(conn, script.encode()), called=False)
 
 

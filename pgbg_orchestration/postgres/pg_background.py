@@ -94,6 +94,21 @@ class Extension:
             return sql.Identifier(self.schema, f"pg_background_{function}")
         return sql.Identifier(self.schema, RENAMED.get(function, f"pg_background_{function}_v2"))
 
+    @property
+    def _wait_name(self) -> sql.Identifier:
+        return sql.Identifier(self.schema, "pg_background_wait_v2_timeout") if self.v2_names else self.name("wait")
+
+    @property
+    def _info_columns(self) -> LiteralString:
+        if self.v2_names:
+            return "r.row_count, r.command_tag, r.completed, r.has_error"
+        # As numbers, which no DateStyle of the login's changes.
+        return (
+            "r.row_count, r.command_tag, r.completed, r.has_error,"
+            " extract(epoch from r.started_at)::float8 as started_at,"
+            " extract(epoch from r.finished_at)::float8 as finished_at"
+        )
+
     def query(self, text: LiteralString, **functions: str) -> sql.Composed:
         """Return ``text`` with each ``{placeholder}`` replaced by the qualified name of its function."""
         if text not in self._queries:
@@ -119,16 +134,13 @@ class Extension:
     ) -> dict[Handle, ResultInfo | None]:
         """Return what the session knows of its handles, in one query; None where a handle is not known any more."""
         wanted = list(handles)
-        query = self.query(
-            "select h.pid, h.cookie, r.row_count, r.command_tag, r.completed, r.has_error"
-            " from unnest(%s::int4[], %s::int8[]) as h (pid, cookie) cross join lateral {f}(h.pid, h.cookie) as r"
-            if self.v2_names
-            # As numbers, which no DateStyle of the login's changes.
-            else "select h.pid, h.cookie, r.row_count, r.command_tag, r.completed, r.has_error,"
-            " extract(epoch from r.started_at)::float8 as started_at,"
-            " extract(epoch from r.finished_at)::float8 as finished_at"
-            " from unnest(%s::int4[], %s::int8[]) as h (pid, cookie) cross join lateral {f}(h.pid, h.cookie) as r",
-            f="result_info",
+        query = (
+            sql.SQL("select h.pid, h.cookie, ")
+            + sql.SQL(self._info_columns)
+            + self.query(
+                " from unnest(%s::int4[], %s::int8[]) as h (pid, cookie) cross join lateral {f}(h.pid, h.cookie) as r",
+                f="result_info",
+            )
         )
         try:
             cursor = await conn.cursor(row_factory=dict_row).execute(
@@ -143,11 +155,7 @@ class Extension:
             for handle in wanted:
                 found.update(await self.result_infos(conn, [handle]))
             return found
-        for row in rows:
-            for name in ("started_at", "finished_at"):
-                if row.get(name) is not None:
-                    row[name] = datetime.fromtimestamp(row[name], UTC)
-        return {Handle(row.pop("pid"), row.pop("cookie")): ResultInfo(**row) for row in rows}
+        return {Handle(row.pop("pid"), row.pop("cookie")): _result_info(row) for row in rows}
 
     async def ended(self, conn: AsyncConnection[Any], setting: str) -> tuple[str | None, int, list[Handle]]:
         """Return a setting of the session, how many workers it tracks, and which of them are at work no more.
@@ -331,10 +339,26 @@ class Extension:
         """Block this session until the worker ended, or for that many milliseconds; returns whether it ended."""
         if milliseconds <= 0:
             raise ValueError("a wait without a bound would block the session for ever")
-        name = sql.Identifier(self.schema, "pg_background_wait_v2_timeout") if self.v2_names else self.name("wait")
-        query = sql.SQL("select {}(%s, %s, %s)").format(name)
+        query = sql.SQL("select {}(%s, %s, %s)").format(self._wait_name)
         cursor = await conn.cursor(row_factory=scalar_row).execute(query, (*handle, milliseconds))
         return bool(await cursor.fetchone())
+
+    async def wait_for(self, conn: AsyncConnection[Any], handle: Handle, milliseconds: int) -> ResultInfo | None:
+        """Block this session until the worker ended, or for that many milliseconds; returns what is known of it then.
+
+        One query, and one snapshot, which is held meanwhile: whatever waits for those that are older waits for it.
+        """
+        if milliseconds <= 0:
+            raise ValueError("a wait without a bound would block the session for ever")
+        waiting = sql.SQL("case when {}(%s, %s, %s) is not null then %s::int4 end").format(self._wait_name)
+        query = sql.SQL(
+            "select {columns} from (select {waiting} as pid offset 0) as w cross join lateral {info}(w.pid, %s) as r"
+        ).format(columns=sql.SQL(self._info_columns), waiting=waiting, info=self.name("result_info"))
+        cursor = await conn.cursor(row_factory=dict_row).execute(
+            query, (*handle, milliseconds, handle.pid, handle.cookie)
+        )
+        row = await cursor.fetchone()
+        return _result_info(row) if row is not None else None
 
     async def list(self, conn: AsyncConnection[Any]) -> list[Mapping[str, Any]]:
         """Return the workers that this session tracks: pid, cookie, label, state, … as the extension lists them."""
@@ -360,7 +384,8 @@ class Extension:
 
         They are: launch (of $1, with queue size $2 and label $3), ``result_info`` as row count, tag, completed and
         has_error, ``error_info`` as an array, and ``result`` read to its end, as the number of rows, without columns
-        the tag of the last statement (``padded``: of the one before it), and ``padded``.
+        the tag of the last statement (``padded``: of the one before it), and ``padded``; and the wait for its end, for
+        $3 milliseconds at most.
         """
         texts: dict[str, LiteralString] = {
             "launch": "select pid, cookie from {f}($1, $2, $3)",
@@ -370,12 +395,13 @@ class Extension:
             if columns is not None
             else "select count(*), (array_agg(tag))[count(*)::int4 - {padded}::int4], {padded}"
             " from {f}($1, $2) as r(tag text)",
+            "wait": "select {f}($1, $2, $3)",
         }
         more = "" if self.v2_names else ", schema_name, table_name, column_name, constraint_name"
         return [
             sql.SQL(text)
             .format(
-                f=self.name(function),
+                f=self._wait_name if function == "wait" else self.name(function),
                 more=sql.SQL(more),
                 columns=columns,
                 padded=sql.Literal(padded),
@@ -387,3 +413,8 @@ class Extension:
     def grant_statement(self, role: str) -> str:
         """Return the statement with which an administrator lets ``role`` use the extension."""
         return sql.SQL("GRANT {} TO {};").format(sql.Identifier(ROLE), sql.Identifier(role)).as_string(None)
+
+
+def _result_info(row: dict[str, Any]) -> ResultInfo:
+    times = {name: datetime.fromtimestamp(row[name], UTC) for name in ("started_at", "finished_at") if row.get(name)}
+    return ResultInfo(**{**row, **times})

@@ -87,7 +87,7 @@ class LaunchingSession(HandleSession):
 
     async def _begin(self, text: Opening, settings: Mapping[str, str], poll_interval: float | None) -> Begun:
         launch = self.extension.name("launch")
-        script = await off_loop(len(text.text), lambda: text.script(self._conn, settings, launch))
+        script = await off_loop(text.size, lambda: text.script(self._conn, settings, launch))
         async with self._turn:
             faults.point("before_launch")
             sent = False
@@ -206,7 +206,9 @@ class LaunchingSession(HandleSession):
 
     # Before a launch ----------------------------------------------------------------------------------------------
 
-    async def describe(self, text: str, settings: Mapping[str, str]) -> sql.Composable | None:
+    async def describe(
+        self, text: str, settings: Mapping[str, str], *, without_types: bool = False
+    ) -> sql.Composable | None:
         """Return the column definition list of a statement's result, None without one; nothing is run.
 
         Parameters
@@ -215,6 +217,8 @@ class LaunchingSession(HandleSession):
             One statement.
         settings:
             What its worker has: names mean other things in another search_path.
+        without_types:
+            It is only to be known that the server takes the statement: there is no list then.
 
         Raises
         ------
@@ -225,8 +229,22 @@ class LaunchingSession(HandleSession):
         ConnectionLost
             The connection is gone, or the call was broken off.
         """
+        # Cancelled on its way, it would cost the connection.
+        if not await asyncio.shield(asyncio.create_task(self._gives_columns(text, settings))) or without_types:
+            return None
         columns = await self.describe_named(text, settings)
         return describe.definition_of([c.type for c in columns]) if columns else None
+
+    async def _gives_columns(self, text: str, settings: Mapping[str, str]) -> bool:
+        local = opening.local(self._conn, {**settings, "statement_timeout": "0"})
+        async with self._turn:
+            try:
+                async with asyncio.timeout(pace.CALL):
+                    return await describe.gives_columns(self._conn, text, local)
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                if not self._give_up_if_lost(error) and not connection.is_passing(error):
+                    raise
+                raise ConnectionLost(str(error)) from error
 
     async def describe_named(self, text: str, settings: Mapping[str, str]) -> list[Column]:
         """Return the columns of a statement's result, types qualified; raises as :meth:`describe`."""

@@ -334,6 +334,17 @@ async def broken_off(task: asyncio.Task[Any], *, at: float | None = None) -> Non
         task.exception()  # it may be that nobody else asks
 
 
+async def first_of(ended: asyncio.Future[Any] | None, nudged: asyncio.Event, pause: float) -> None:
+    """Wait for an end, a hint, or so many seconds, whichever is first."""
+    hint = asyncio.ensure_future(nudged.wait())
+    try:
+        either = {hint} if ended is None else {hint, ended}
+        await asyncio.wait(either, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        hint.cancel()
+    nudged.clear()
+
+
 def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:
     """Forget the worker of a call that has ended: nobody waits for it."""
     if call.cancelled() or call.exception() is not None:

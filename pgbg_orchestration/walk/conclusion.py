@@ -127,7 +127,10 @@ async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outco
         outcome = await _with_receipt(case, ledger, seen, launched=own)
         if case.work.job.fetch is not None:
             outcome = await _with_rows(case, ledger, outcome)
-    if own and (case.worker is None or case.worker.proof is None):
+    written = case.worker is not None and case.worker.proof is not None
+    if case.work.kind is Kind.SUPERVISED and seen is not None:
+        written = seen.outcome == "committed" and seen.attempt == seen.receipt_attempt  # by its supervisor
+    if own and not written:
         await record(case, ledger, "committed", outcome=outcome)
     what = ", ".join(phrases.summary(outcome)) or "done"
     how = "" if outcome.launched else " by an earlier or another launch"

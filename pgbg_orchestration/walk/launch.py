@@ -9,25 +9,24 @@ from typing import NoReturn, TypeVar
 import psycopg
 
 from pgbg_orchestration import pace, statements, telemetry
-from pgbg_orchestration.errors import ServerUnreachable
+from pgbg_orchestration.errors import InvalidJob, ServerUnreachable
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.outcome import EventKind
-from pgbg_orchestration.postgres import describe, markers
+from pgbg_orchestration.postgres import describe
 from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.handles import Claim
-from pgbg_orchestration.postgres.opening import LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
+from pgbg_orchestration.postgres.opening import Launched, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
 from pgbg_orchestration.postgres.session import LaunchingSession
-from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.threads import off_loop
 from pgbg_orchestration.verdict import Intent
 
 from . import failures, location
-from .case import Case
+from .case import Case, first_of
 from .conclusion import record
 from .host import Host
 from .memory import Stage
@@ -62,17 +61,23 @@ class Launches:
         case, work = self._case, self._case.work
         memory = case.memory
         tried = case.opening is not None or memory.looked or case.attempts
-        if tried or work.kind is not Kind.RECEIPT or memory.intent is not Intent.NONE or self._host.slots.waiting:
+        if tried or not work.carries_receipt or memory.intent is not Intent.NONE or self._host.slots.waiting:
             return  # others may have waited longer for a slot
-        if (
-            work.has_supervisor
-            or case.options.notices
-            or case.feed is not None
-            or not (work.job.fetch is None or isinstance(work.job.fetch, Fetch))
-        ):
+        if case.options.notices or case.feed is not None:
             return  # its output is read while it runs
+        defaults = (await self._host.facts()).defaults
+        text: str | Launched
+        if work.has_supervisor:
+            found = await self._supervisor_of_any()
+            if found is None:
+                return
+            text, arguments, settings = found, None, work.launch_settings(None, defaults, None)
+        else:
+            case.text = telemetry.comment() + await off_loop(work.size, lambda: work.text(self._host.schema))
+            text, arguments = case.text, (WORK, work.arguments())
+            settings = work.settings(case.seconds_left(), defaults)
+        case.limits = work.limits(defaults)
         faults.point("before_register")
-        case.text = telemetry.comment() + await off_loop(work.size, lambda: work.text(self._host.schema))
         case.opening = Opening(
             owner=work.key.owner,
             job_id=work.key.job_id,
@@ -87,15 +92,13 @@ class Launches:
                 statement=work.statement,
                 quote=quote,
             ),
-            text=case.text,
-            arguments=(WORK, *work.arguments()),
+            text=text,
+            arguments=arguments,
             label=work.label,
             queue_size=work.job.queue_size,
-            is_counted=work.is_counted,
+            is_counted=work.is_counted and not work.has_supervisor,
             is_padded=work.is_padded,
         )
-        defaults = (await self._host.facts()).defaults
-        settings, case.limits = work.settings(case.seconds_left(), defaults), work.limits(defaults)
         session = await self._host.session()
         case.memory = case.memory.calling()
         case.call = session.begin(case.opening, settings=settings, poll_interval=case.options.poll_interval)
@@ -117,11 +120,35 @@ class Launches:
             raise failures.reused(work)
         await self._wait_at_first()
 
+    async def _supervisor_of_any(self) -> Launched | None:
+        """Return the supervisor's text, whichever launch it will be; None where the job has to go the long way."""
+        case, work = self._case, self._case.work
+        if work.is_watched or work.job.drop_invalid_index:
+            return None
+        try:
+            readable = await self._make_readable()
+        except InvalidJob:
+            return None  # it may have committed earlier, and what it needs be gone since
+        if not case.paired:
+            if self._host.pairs.locked():
+                return None
+            await self._host.pairs.acquire()
+            case.paired = True
+        facts = await self._host.facts()
+        settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
+        calls = facts.extension.supervision(readable.columns, padded=readable.padded)
+        head, middle, tail = work.supervisor_of_any(self._host.schema, readable.text, calls, settings)
+        return telemetry.comment() + head, middle, tail
+
     async def _wait_at_first(self) -> None:
-        if self._case.worker is not None:
+        case, worker = self._case, self._case.worker
+        if worker is not None:
             faults.point("while_running")
+            if case.session is not None and case.reading is None:
+                # Nobody else has to wait meanwhile for what is asked of its session; broken off, it would be cancelled.
+                await asyncio.shield(asyncio.create_task(worker.session.wait_for(worker)))
             # A look at once would show a worker that has not begun: most jobs have ended by the first look like this.
-            await asyncio.wait({self._case.worker.ended}, timeout=self._case.bounded(pace.LOOK_SOONEST))
+            await first_of(worker.ended, worker.nudged, case.bounded(pace.LOOK_SOONEST))
 
     async def register(self) -> None:
         """Register the launch that comes next.
@@ -208,9 +235,8 @@ class Launches:
 
     async def _prepare_session(self) -> str:
         case = self._case
-        marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
-        if marked is not None:
-            raise failures.already_at_work(case.work, marked.pid)
+        if case.worker_pid is not None:
+            raise failures.already_at_work(case.work, case.worker_pid)  # as this turn's look has seen it
         if case.session is None or case.session.lost:
             case.session = await self._host.session(exclusive=True)
         if case.feed is not None:
@@ -223,9 +249,10 @@ class Launches:
         """Return the text to launch, with a result that can be read to its end."""
         work = self._case.work
         text, last = statements.join(work.statements), work.statements[-1].text
+        padded = work.is_padded
         try:
-            columns = await self._on_session(lambda session: session.describe(last, work.meaning()))
-            if not work.is_padded:
+            columns = await self._on_session(lambda s: s.describe(last, work.meaning(), without_types=padded))
+            if not padded:
                 return Readable(text, columns)
         except describe.UnreadableResult:
             pass

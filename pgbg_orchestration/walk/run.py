@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import psycopg
 
@@ -30,7 +30,7 @@ from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OUTCOMES, Evidence, Holder, Intent, Receipt, Report, Step, judge
 
 from . import evidence, failures
-from .case import Case, broken_off, case_of, deadline_of
+from .case import Case, broken_off, case_of, deadline_of, first_of
 from .conclusion import conclude
 from .evidence import Doubt, Sign
 from .host import Host
@@ -269,6 +269,11 @@ class Run:
                 case.worker_pid = seen.holder_pid
             weighed, case.memory = evidence.weigh(seen, case.terms, case.memory, now())
             return weighed
+        launch, wanted = case.memory.launch, case.memory.intent is Intent.NONE
+        if launch.result is not None or (launch.report is Report.ENDED and wanted and case.reading is None):
+            # Its result is read, or is to be read now, which waits for the worker's end: there is nothing to look for.
+            weighed, case.memory = evidence.weigh_marker(False, None, case.terms, case.memory, now())
+            return weighed
         marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
         case.worker_pid = marked.pid if marked else None
         if marked is not None:
@@ -337,7 +342,7 @@ class Run:
             if seen is not None and seen.marked_pid is not None:
                 case.tell_once(EventKind.AT_WORK, "its worker is at work", pid=seen.marked_pid)
             pause = pace.look_behind(age, case.options.poll_interval)
-            await _first_of(worker.ended, worker.nudged, case.bounded(pause))
+            await first_of(worker.ended, worker.nudged, case.bounded(pause))
             return
         if seen is not None and case.memory.attached_since is not None:
             message = "attached to the worker that already runs this job"
@@ -447,7 +452,7 @@ class Run:
 
     async def _sleep(self) -> None:
         pause = pace.poll(self._waited(), self._case.options.poll_interval)
-        await _first_of(None, self._case.nudged, self._case.bounded(pause))
+        await first_of(None, self._case.nudged, self._case.bounded(pause))
 
 
 async def cancel_job(
@@ -523,17 +528,6 @@ async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str |
         await ledger.signal(key, job_id=job_id)
     except psycopg.errors.InsufficientPrivilege as error:
         raise failures.may_not_cancel(key, seen) from error
-
-
-async def _first_of(ended: asyncio.Future[Any] | None, nudged: asyncio.Event, pause: float) -> None:
-    """Wait for an end, a hint, or so many seconds, whichever is first."""
-    hint = asyncio.ensure_future(nudged.wait())
-    try:
-        either = {hint} if ended is None else {hint, ended}
-        await asyncio.wait(either, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        hint.cancel()
-    nudged.clear()
 
 
 def _there(value: T | None) -> T:

@@ -183,29 +183,33 @@ class Work:
         settings:
             The settings of the worker below it.
         """
-        if self.is_watched:
-            settings = {**settings, WORK: self._arguments(registration)}
-        pairs = sql.Literal([part for name, value in settings.items() for part in (name, value)])
+        if not self.is_watched:
+            head, middle, tail = self.supervisor_of_any(schema, text, calls, settings)
+            return f"{head}{registration.generation}{middle}{registration.attempt}{tail}"
+        settings = {**settings, WORK: self._arguments(registration)}
+        kept = next((one.number for one in self.kept if one.number == len(self.statements)), None)
         launched = (text, self.job.queue_size or DEFAULT_QUEUE_BYTES)
-        key, redact = (self.key.owner, self.key.job_id), sql.Literal(self.job.redact_details)
-        if self.is_watched:
-            kept = next((one.number for one in self.kept if one.number == len(self.statements)), None)
-            call = sql.SQL("call {}({}, {}::text[], {}::text[], {}, {})").format(
-                sql.Identifier(schema, "watch"),
-                sql.SQL(", ").join(map(_literal, (*key, self.label, registration.attempt, *launched))),
-                pairs, sql.Literal([*calls]), redact, sql.Literal(kept),
-            )  # fmt: skip
-            return call.as_string(None)
-        arguments = (
-            *key, self.key.series, registration.generation, self.label, registration.attempt, self.sql_digest,
-            *launched, self.job.role, self.worker_name,
-        )  # fmt: skip
-        call = sql.SQL("call {}({}, {}::text[], {}::text[], {})").format(
-            sql.Identifier(schema, "supervise"),
-            sql.SQL(", ").join(map(_literal, arguments)),
-            pairs, sql.Literal([*calls]), redact,
+        call = sql.SQL("call {}({}, {}::text[], {}::text[], {}, {})").format(
+            sql.Identifier(schema, "watch"),
+            _literals(self.key.owner, self.key.job_id, self.label, registration.attempt, *launched),
+            _pairs(settings), sql.Literal([*calls]), sql.Literal(self.job.redact_details), sql.Literal(kept),
         )  # fmt: skip
         return call.as_string(None)
+
+    def supervisor_of_any(
+        self, schema: str, text: str, calls: Sequence[str], settings: Mapping[str, str]
+    ) -> tuple[str, str, str]:
+        """Return the same before, between and after the generation and the attempt of a launch, whichever it is."""
+        head = sql.SQL("call {}({}, ").format(
+            sql.Identifier(schema, "supervise"), _literals(self.key.owner, self.key.job_id, self.key.series)
+        )
+        launched = (text, self.job.queue_size or DEFAULT_QUEUE_BYTES)
+        tail = sql.SQL(", {}, {}::text[], {}::text[], {})").format(
+            _literals(self.sql_digest, *launched, self.job.role, self.worker_name),
+            _pairs(settings), sql.Literal([*calls]), sql.Literal(self.job.redact_details),
+        )  # fmt: skip
+        middle = sql.SQL(", {}, ").format(_literal(self.label))
+        return head.as_string(None), middle.as_string(None), tail.as_string(None)
 
     def text(self, schema: str) -> str:
         """Return what the worker runs that writes its own receipt: a short line, and the job's SQL.
@@ -417,6 +421,14 @@ def _in_comment(label: str) -> str:
     """Return a label that ends no comment, begins none, and stays on its line."""
     printable = "".join(char if char.isprintable() else " " for char in label)
     return printable.replace("*/", "* /").replace("/*", "/ *")
+
+
+def _literals(*values: object) -> sql.Composable:
+    return sql.SQL(", ").join(map(_literal, values))
+
+
+def _pairs(settings: Mapping[str, str]) -> sql.Literal:
+    return sql.Literal([part for name, value in settings.items() for part in (name, value)])
 
 
 def _literal(value: object) -> sql.Composable:

@@ -103,7 +103,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         def note(_: object) -> None:
             registered = opening.registration or {}
             if registered.get("verdict") == "registered":
-                _, head, middle, tail = opening.arguments
+                assert opening.arguments is not None
+                assert isinstance(opening.text, str)
+                _, (head, middle, tail) = opening.arguments
                 work = f"{head}{registered['generation']}{middle}{registered['attempt']}{tail}"
                 texts.append((opening.text, work))
 

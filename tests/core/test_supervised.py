@@ -259,11 +259,11 @@ async def test_few_slots_and_twenty_supervised_jobs(own_db: object, slots: int) 
 async def test_cancelled_before_its_launch_call_is_answered(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its handle is let go as soon as it is there: its supervisor ends with nobody to look at it, and holds nothing."""
     seen = Recorder()
-    launch, signal = opening.launch, Ledger.signal
+    run, signal = opening.run, Ledger.signal
     launched, answered, detached = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def answered_late(*arguments: Any, **named: Any) -> Handle:
-        handle = await launch(*arguments, **named)
+    async def answered_late(*arguments: Any, **named: Any) -> Handle | None:
+        handle = await run(*arguments, **named)
         launched.set()
         await answered.wait()
         return handle
@@ -273,7 +273,7 @@ async def test_cancelled_before_its_launch_call_is_answered(db: Watched, monkeyp
         await detached.wait()
         return await signal(*arguments, **named)
 
-    monkeypatch.setattr(opening, "launch", answered_late)
+    monkeypatch.setattr(opening, "run", answered_late)
     monkeypatch.setattr(Ledger, "signal", signalled_late)
     faults.install(lambda point: detached.set() if point == "after_detach" else None)
     try:
