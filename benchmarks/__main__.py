@@ -11,26 +11,28 @@ import argparse
 import asyncio
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import plots
 from benchmarks.measures import SMOKE, WHOLE, Bench, Size
 from benchmarks.rows import Row, accept, behind
 from pgbg_orchestration.embedded.server import EmbeddedServer
 from pgbg_orchestration.ledger import install
 from pgbg_orchestration.postgres.pg_background import Extension
 
-ONLY = ("one_job", "many_jobs", "ends", "waiting", "output", "imports", "history")
+ONLY = ("one_job", "many_jobs", "ends", "waiting", "output", "imports", "history", "dagster", "airflow", "growth")
 ACCEPTED = Path(__file__).with_name("accepted.json")
 
 
 async def run(conninfo: str, version: str, size: Size, only: list[str]) -> list[Row]:
     """Take the measures in turn."""
     bench = Bench(conninfo, Extension(version, "public"), size)
-    return [row for name in only for row in await getattr(bench, name)()]
+    return [row for name in ONLY if name in only for row in await getattr(bench, name)()]
 
 
 def as_markdown(rows: list[Row], machine: str) -> str:
@@ -47,10 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="next to no work: that the benchmark itself runs")
     parser.add_argument("--only", choices=ONLY, action="append", help="only this group of measures")
+    parser.add_argument("--queries", type=int, help="how many queries of a second as tasks and in an asset, not 200")
     parser.add_argument("--write", type=Path, help="a file for the table as Markdown")
+    parser.add_argument("--plot", type=Path, help="a file for the charts as SVG")
     parser.add_argument("--accept", action="store_true", help="have later runs held against the ratios of this one")
     given = parser.parse_args()
     size = SMOKE if given.smoke else WHOLE
+    size = size if given.queries is None else replace(size, queries=given.queries)
     with EmbeddedServer(max_worker_processes=size.waiting + 60) as server:
         conninfo = server.create_database("bench")
         install.install(conninfo)
@@ -69,6 +74,8 @@ def main() -> None:
     Console().print(table)
     if given.write:
         given.write.write_text(as_markdown(rows, machine), encoding="utf-8")
+    if given.plot:
+        plots.write(given.plot, rows, machine)
     if given.smoke:
         return
     if given.accept:

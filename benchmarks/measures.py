@@ -15,8 +15,8 @@ import psycopg
 from pgbg_orchestration import Job, Launcher, errors
 from pgbg_orchestration.postgres.pg_background import Extension
 
-from . import imports, output
-from .rows import Row
+from . import growth, imports, orchestrated, output
+from .rows import Point, Row
 
 OURS = "application_name like 'pgbg: %'"
 
@@ -32,7 +32,10 @@ class Size:
     seconds: float
     waiting: int
     age: float  # seconds, of the jobs that wait
-    history: int
+    history: tuple[int, ...]  # jobs of history; the first is what the others are held against
+    growth: tuple[int, ...]  # jobs that wait, their workers simulated
+    queries: int  # of a second each, as tasks and in an asset
+    etl_rows: int
     rows: int
     modules: int
 
@@ -45,11 +48,28 @@ WHOLE = Size(
     seconds=5,
     waiting=200,
     age=30,
-    history=500_000,
+    history=(1_000, 10_000, 100_000, 500_000, 1_000_000),
+    growth=(10, 100, 1_000, 10_000),
+    queries=200,
+    etl_rows=1_000_000,
     rows=100_000,
     modules=3,
 )
-SMOKE = Size(rounds=2, many=6, at_once=3, running=(2,), seconds=0.2, waiting=3, age=0, history=200, rows=50, modules=1)
+SMOKE = Size(
+    rounds=2,
+    many=6,
+    at_once=3,
+    running=(2,),
+    seconds=0.2,
+    waiting=3,
+    age=0,
+    history=(20, 200),
+    growth=(4,),
+    queries=2,
+    etl_rows=100,
+    rows=50,
+    modules=1,
+)
 
 
 @dataclass(slots=True)
@@ -212,18 +232,38 @@ class Bench:
                 "a sensor's look at one job": lambda: launcher.ledger.jobs(job_id="history 7"),
                 "Launcher.look": lambda: launcher.look("history 7"),
             }
-            await self._fill(conn, 0, 1_000)
-            before = {name: statistics.median(t) for name, t in (await in_turn(ways, self.size.rounds)).items()}
-            await self._fill(conn, 1_000, self.size.history)
-            after = {name: statistics.median(t) for name, t in (await in_turn(ways, self.size.rounds)).items()}
-        look = after["Launcher.look"]
+            taken: dict[int, dict[str, float]] = {}
+            there = 0
+            for number in self.size.history:
+                await self._fill(conn, there, number)
+                there = number
+                rounds = await in_turn(ways, self.size.rounds)
+                taken[number] = {name: statistics.median(times) for name, times in rounds.items()}
+        first, *more = self.size.history
         rows = [
-            Row(f"{name}, {self.size.history} jobs of history", f"{after[name] * 1000:.1f} ms",
-                f"with 1000: {before[name] * 1000:.1f} ms", after[name] / before[name])
-            for name in ways
+            Row(f"{name}, {number} jobs of history", f"{taken[number][name] * 1000:.1f} ms",
+                f"with {first}: {taken[first][name] * 1000:.1f} ms", taken[number][name] / taken[first][name],
+                points=(Point(f"History: {name} (ms)", number, taken[number][name] * 1000),))
+            for name in ways for number in more
         ]  # fmt: skip
-        sensor = after["a sensor's look at one job"]
+        sensor, look = taken[there]["a sensor's look at one job"], taken[there]["Launcher.look"]
         return [*rows, Row("the sensor's look", f"{sensor * 1000:.1f} ms", "Launcher.look", sensor / look)]
+
+    # Orchestrated -------------------------------------------------------------------------------------------------
+
+    async def airflow(self) -> list[Row]:
+        """The same work as tasks of a real Airflow, in four ways."""
+        return await asyncio.to_thread(orchestrated.airflow, self)
+
+    async def dagster(self) -> list[Row]:
+        """The same work as assets of Dagster, in two ways."""
+        return await asyncio.to_thread(orchestrated.dagster, self)
+
+    # Growth -------------------------------------------------------------------------------------------------------
+
+    async def growth(self) -> list[Row]:
+        """What more and more waiting jobs cost. The database's extension is good for nothing else afterwards."""
+        return await growth.waiting(self)
 
     async def _fill(self, conn: psycopg.AsyncConnection, first: int, last: int) -> None:
         await conn.execute(
@@ -252,12 +292,7 @@ async def by_hand(conn: psycopg.AsyncConnection, extension: Extension) -> None:
 async def asleep(conn: psycopg.AsyncConnection, number: int) -> None:
     """Wait until so many workers are at work on their sleep."""
     query = "select count(*) from pg_stat_activity where backend_type = 'pg_background' and wait_event = 'PgSleep'"
-    for _ in range(10_000):
-        row = await (await conn.execute(query)).fetchone()
-        if row is not None and row[0] >= number:
-            return
-        await asyncio.sleep(0.05)
-    raise TimeoutError("the workers do not start")
+    await growth.until(conn, query, number)
 
 
 async def in_turn(ways: dict[str, Callable[[], Awaitable[object]]], rounds: int) -> dict[str, list[float]]:

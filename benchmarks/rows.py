@@ -6,9 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 NOISE = 1.25
 """How much more than the accepted ratio a measure may be before that counts as falling behind."""
+
+
+class Point(NamedTuple):
+    """A point of a chart: a measure at a number of jobs."""
+
+    chart: str
+    x: int
+    y: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,8 @@ class Row:
         What it is measured against, and ours divided by that; None where the value is a share or a count by itself.
     more_is_better:
         Whether the ratio is one of rates, and not of times.
+    points:
+        What charts show of it.
     """
 
     measure: str
@@ -32,6 +43,7 @@ class Row:
     peer: str | None = None
     ratio: float | None = None
     more_is_better: bool = False
+    points: tuple[Point, ...] = ()
 
     def is_behind(self, accepted: float) -> bool:
         """Tell whether its ratio is worse than an accepted one by more than the noise."""

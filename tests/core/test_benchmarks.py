@@ -7,14 +7,14 @@ import pytest
 from benchmarks.__main__ import ONLY, as_markdown
 from benchmarks.measures import SMOKE, Bench
 from pgbg_orchestration.launcher import Launcher
-from tests.core.kit import Watched, within
+from tests.core.kit import Watched, only_long, within
 
 
 @pytest.mark.servers("real", "embedded")
-@pytest.mark.parametrize("group", ONLY)
+@pytest.mark.parametrize("group", [pytest.param(name, marks=only_long) if name == "airflow" else name for name in ONLY])
 async def test_smoke(db: Watched, group: str) -> None:
     async with Launcher(db.admin_conninfo) as launcher:
         extension = (await launcher.facts()).extension
-    rows = await within(getattr(Bench(db.admin_conninfo, extension, SMOKE), group)(), 120)
+    rows = await within(getattr(Bench(db.admin_conninfo, extension, SMOKE), group)(), 600)
     assert rows
     assert as_markdown(rows, "a machine").count("\n| ") == len(rows)
