@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from pgbg_orchestration.phrases import duration
 from .codes import ExitCode
 from .options import Dsn, Json, Owner, Schema, seconds_option
 from .screen import Stop, ago, err, out, plain, print_json, reporting
+
+if TYPE_CHECKING:
+    from pgbg_orchestration.view.seen import JobSeen
 
 ROOMY = 110  # columns of a terminal that shows the columns which matter less
 RETRY_HORIZON = 7 * 86400.0  # seconds; see docs/cli.md
@@ -88,17 +91,14 @@ def jobs(
 ) -> None:
     """List the jobs of all sessions with their true state, newest first."""
     with reporting(json):
-        found = asyncio.run(
-            _list(dsn or "", schema, states(state), label=label, series=series, job_id=id_, limit=limit + 1)
-        )
+        filters: Any = {"states": states(state), "label": label, "series": series, "limit": limit + 1}
+        if id_ is not None:
+            _tell_of_one(asyncio.run(_look_at(dsn or "", schema, id_, filters)), id_, json=json)
+            return
+        found = asyncio.run(_list(dsn or "", schema, filters))
         more, found = len(found) > limit, found[:limit]
-        if id_ is not None and not found:
-            raise Stop(ExitCode.NO_SUCH_JOB, f"no job with the id {id_!r}, or it is not this login's to see")
         if json:
             print_json([asdict(entry) for entry in found])
-        elif id_ is not None:
-            for entry in found:
-                _show_one(entry)
         elif not found:
             err.print(Text("no jobs", "dim"))
         else:
@@ -107,9 +107,29 @@ def jobs(
                 err.print(Text(f"only the newest {limit}: more with --limit", "dim"))
 
 
-async def _list(dsn: str, schema: str, wanted: Sequence[str] = (), **filters: Any) -> list[JobEntry]:
+async def _list(dsn: str, schema: str, filters: Mapping[str, Any]) -> list[JobEntry]:
     async with ready_launcher(dsn, schema) as launcher:
-        return await launcher.ledger.jobs(states=wanted, **filters)
+        return await launcher.ledger.jobs(**filters)
+
+
+async def _look_at(dsn: str, schema: str, job_id: str, filters: Mapping[str, Any]) -> list[JobSeen]:
+    from pgbg_orchestration.view.seen import seen_now
+    from pgbg_orchestration.view.source import ServerSource
+
+    async with ready_launcher(dsn, schema) as launcher:
+        source = ServerSource(launcher)
+        return [await seen_now(source, entry) for entry in await launcher.ledger.jobs(job_id=job_id, **filters)]
+
+
+def _tell_of_one(found: Sequence[JobSeen], job_id: str, *, json: bool) -> None:
+    """Tell all that is known of the job of an id: several, where several roles have one."""
+    if not found:
+        raise Stop(ExitCode.NO_SUCH_JOB, f"no job with the id {job_id!r}, or it is not this login's to see")
+    if json:
+        print_json([_as_json(seen) for seen in found])
+        return
+    for seen in found:
+        _show_one(seen)
 
 
 def print_table(entries: Sequence[JobEntry], *, ids: bool) -> None:
@@ -161,15 +181,27 @@ def _what(entry: JobEntry) -> Text:
     return Text(plain(entry.command_tag or ""))
 
 
-def _show_one(entry: JobEntry) -> None:
+def _as_json(seen: JobSeen) -> dict[str, Any]:
+    assert seen.line.job is not None
+    detail = asdict(seen.detail) if seen.detail is not None else {"statement": None, "past_attempts": [], "kept": {}}
+    return {**asdict(seen.line.job), "waits_for": seen.line.waits_for, **detail}
+
+
+def _show_one(seen: JobSeen) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, value in asdict(entry).items():
-        if value is None or value == "":
-            continue
-        shown = value.astimezone().isoformat(sep=" ", timespec="milliseconds") if isinstance(value, datetime) else value
-        grid.add_row(name.replace("_", " "), _state(entry) if name == "state" else Text(plain(shown)))
+    for name, value in seen.facts():
+        grid.add_row(name, Text(plain(value), _STYLES.get(seen.line.state, "") if name == "state" else ""))
+    for one in seen.tries():
+        ended = f", ended {one.ended_at}" if one.ended_at else ""
+        by = f"{one.launched_by}{f', worker {one.pid}' if one.pid else ''}"
+        grid.add_row(
+            f"attempt {one.number}", Text(f"{plain(one.how)}\nlaunched {one.launched_at}{ended}, by {plain(by)}")
+        )
+    grid.add_row(
+        "SQL", Text(plain(seen.statement, keep_lines=True)) if seen.statement else Text(seen.why_no_statement, "dim")
+    )
     out.print(grid)
 
 

@@ -128,7 +128,7 @@ async def _source(dsn: str, schema: str) -> AsyncIterator[Source]:
 async def _ask_once(dsn: str, schema: str) -> None:
     """Tell at once, and not behind a page, that a server is away or not ready."""
     async with _source(dsn, schema) as source:
-        await source.board()
+        await source.board(most_ended=0)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ class Board:
         see well enough to tell whether they hold one.
     jobs:
         Jobs that have not ended, and those that ended a short while ago.
+    ended_left_out:
+        How many more ended within that time.
     workers:
         By process id.
     """
@@ -60,12 +62,18 @@ class Board:
     slots: int
     slots_used: int
     not_visible: int
+    ended_left_out: int
     jobs: tuple[JobEntry, ...]
     workers: Mapping[int, WorkerSeen]
 
 
 async def look_at_all(
-    conn: AsyncConnection[Any], schema: str, views: Sequence[str], *, ended_within: timedelta
+    conn: AsyncConnection[Any],
+    schema: str,
+    views: Sequence[str],
+    *,
+    ended_within: timedelta,
+    most_ended: int | None = None,
 ) -> Board:
     """Look at everything, in one query.
 
@@ -79,6 +87,8 @@ async def look_at_all(
         The progress views that the server has (:func:`activity.views_of`).
     ended_within:
         Jobs that ended within this time are listed too.
+    most_ended:
+        So many of them at most: those without a commit first, and then those that ended last; None: all.
 
     Raises
     ------
@@ -87,7 +97,9 @@ async def look_at_all(
     """
     of_workers = activity.query_for(views, sql.SQL("a.pid in (select w.pid from workers as w)"))
     query = sql.SQL(_query()).format(s=sql.Identifier(schema), activity=of_workers)
-    cursor = await conn.cursor(row_factory=dict_row).execute(query, {"ended_within": ended_within})
+    cursor = await conn.cursor(row_factory=dict_row).execute(
+        query, {"ended_within": ended_within, "most_ended": most_ended}
+    )
     row = await cursor.fetchone()
     assert row is not None
     jobs = tuple(_entry(job) for job in row.pop("jobs"))

@@ -23,8 +23,8 @@ REASON = "cancelled by a person who watched"
 class Source(Protocol):
     """What a view needs of a server; a test may stand in for one."""
 
-    async def board(self) -> Board:
-        """Look at everything."""
+    async def board(self, *, most_ended: int | None = None) -> Board:
+        """Look at everything; of the jobs that ended at so many at most, as :func:`board.look_at_all` does."""
 
     async def history(self, *, since: datetime | None, label: str | None, limit: int) -> list[JobEntry]:
         """Return jobs launched since then whose label fits, newest first."""
@@ -61,8 +61,8 @@ class ServerSource:
         self._launcher = launcher
         self._views: tuple[str, ...] | None = None
 
-    async def board(self) -> Board:
-        """Look at everything.
+    async def board(self, *, most_ended: int | None = None) -> Board:
+        """Look at everything; of the jobs that ended at so many at most, as :func:`board.look_at_all` does.
 
         Raises
         ------
@@ -73,7 +73,9 @@ class ServerSource:
         if self._views is None:
             self._views = await ledger.run(activity.views_of)
         views: tuple[str, ...] = self._views
-        return await ledger.run(lambda conn: board.look_at_all(conn, ledger.schema, views, ended_within=ENDED_WITHIN))
+        return await ledger.run(
+            lambda conn: board.look_at_all(conn, ledger.schema, views, ended_within=ENDED_WITHIN, most_ended=most_ended)
+        )
 
     async def history(self, *, since: datetime | None, label: str | None, limit: int) -> list[JobEntry]:
         """Return jobs launched since then whose label fits, newest first.

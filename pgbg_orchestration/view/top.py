@@ -16,14 +16,15 @@ from textual.widgets import Button, DataTable, Footer, Input, Label, ProgressBar
 
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.ledger.board import Board
-from pgbg_orchestration.ledger.history import JobEntry
 
 from .lines import ALL_STATES, Line, Order, arranged, chosen, lines_of
+from .seen import known_of
 from .source import Source
-from .words import SIGNS, facts_of, progress, took, tries_of, usual_of
+from .words import SIGNS, facts_of, progress, took
 
 W = TypeVar("W", bound=Widget)
 EVERY = 2.0  # seconds from one look to the next
+MOST_ENDED = 2_000  # jobs that ended
 
 STYLES = {
     "running": "bold dodger_blue1",
@@ -71,28 +72,20 @@ class Details(ModalScreen[None]):
 
     @work
     async def ask(self) -> None:
-        """Show how jobs of this label went so far."""
+        """Show how jobs of this label went so far, and what the history keeps of this one."""
         try:
-            told = usual_of(self._line, await self._source.usual(self._line.label))
+            seen = await known_of(self._source, self._line)
         except (PgbgError, psycopg.Error) as error:
-            told = [("label so far", f"not known: {error}")]
-        lines = [Text.assemble((f"{name:<18}", "dim"), value) for name, value in told]
+            self.query_one("#usual", Static).update(Text(f"what the history has of it is not known: {error}"))
+            return
+        lines = [Text.assemble((f"{name:<18}", "dim"), value) for name, value in seen.usually()]
         self.query_one("#usual", Static).update(Text("\n").join(lines))
-        if self._line.job is not None:
-            self.query_one("#kept", Static).update(await self._kept(self._line.job))
-
-    async def _kept(self, job: JobEntry) -> Text:
-        """Return what the history keeps of a job: its attempts, and its SQL without values of parameters."""
-        try:
-            detail = await self._source.detail(job)
-        except (PgbgError, psycopg.Error) as error:
-            return Text(f"attempts and SQL are not known: {error}")
         told = Text("\nattempts", "dim")
-        for one in tries_of(job, detail):
+        for one in seen.tries():
             told.append(f"\n{one.number:>3}  {one.launched_at}  {one.how}", "not dim")
-        if detail is not None and detail.statement is not None:
-            told.append("\n\nSQL as it was given", "dim").append(f"\n{detail.statement}", "not dim")
-        return told
+        told.append("\n\nSQL as it was given", "dim")
+        told.append(f"\n{seen.statement or seen.why_no_statement}", "not dim")
+        self.query_one("#kept", Static).update(told)
 
 
 class Question(ModalScreen[bool]):
@@ -185,6 +178,8 @@ class Top(App[None]):
         self._order = Order.SINCE
         self._reversed = False
         self._paused = False
+        self._is_looking = False
+        self._looks_again = False
 
     def compose(self) -> ComposeResult:
         """Lay out the head, the table and the keys."""
@@ -209,14 +204,31 @@ class Top(App[None]):
         return self.screen_stack[0].query_one(selector, kind)
 
     def _tick(self) -> None:
-        if not self._paused:
+        if not self._paused and not self._is_looking:
             self.look()
 
-    @work(exclusive=True, group="look")
+    @work
     async def look(self) -> None:
-        """Look once and show it; trouble is shown in the place of nothing."""
+        """Look once and show it; trouble is shown in the place of nothing.
+
+        One look at a time, and none is broken off for the next one: where a look takes longer than a tick, none would
+        ever be shown.
+        """
+        if self._is_looking:
+            self._looks_again = True
+            return
+        self._is_looking = True
         try:
-            board, trouble = await self._source.board(), ""
+            await self._look()
+            while self._looks_again:
+                self._looks_again = False
+                await self._look()
+        finally:
+            self._is_looking = False
+
+    async def _look(self) -> None:
+        try:
+            board, trouble = await self._source.board(most_ended=MOST_ENDED), ""
         except (PgbgError, psycopg.Error) as error:
             board, trouble = None, str(error)
         if not self.screen_stack[0].query("#trouble"):
@@ -260,6 +272,7 @@ class Top(App[None]):
         chosen_by = [f"sorted by {self._order}{' reversed' if self._reversed else ''}"]
         chosen_by += [f"state {self._state}"] if self._state else []
         chosen_by += [f"like {self._pattern!r}"] if self._pattern else []
+        chosen_by += [f"{board.ended_left_out:,} that ended are left out"] if board.ended_left_out else []
         chosen_by += ["PAUSED"] if self._paused else []
         waiting = sum(job.state == "waiting" for job in board.jobs)
         where = f"{board.database} on PostgreSQL {board.server_version} · {count} lines · {' · '.join(chosen_by)}"

@@ -223,6 +223,23 @@ class TestJobs:
         assert "sqlstate" in shown.stdout
         assert pgbg("jobs", "--id", "c").exit_code == ExitCode.NO_SUCH_JOB
 
+    def test_one_job_with_its_sql_and_its_attempts(self, pgbg: Pgbg) -> None:
+        """What the page and the terminal tell of it, from the same place."""
+        pgbg("run", "select 1/0", "--id", "b", "--label", "nightly load")
+        pgbg("run", "select\n  1", "--id", "b", "--label", "nightly load", "--accept-changed-sql")
+
+        shown = pgbg("jobs", "--id", "b").stdout
+        [found] = told(pgbg("jobs", "--id", "b", "--json"))
+
+        assert "✗ failed: 22012 division by zero" in shown
+        assert "✓ committed" in shown
+        assert "label so far" in shown
+        lines = [line.split() for line in shown.splitlines()]
+        assert lines[-2:] == [["SQL", "select"], ["1"]]
+        assert found["statement"] == "select\n  1"
+        assert [(one["attempt"], one["sqlstate"]) for one in found["past_attempts"]] == [(1, "22012")]
+        assert found["attempt"] == 2
+
     def test_a_job_of_another_owner_is_not_shown(self, db: Watched, pgbg: Pgbg) -> None:
         db.role("pgbg_second")
         CliRunner().invoke(

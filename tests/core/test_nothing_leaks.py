@@ -262,7 +262,8 @@ async def test_no_function_takes_another_owner(db: Watched, enemy: psycopg.Conne
     enemy.execute("create temporary table pgbg_rows_1 as select 1 as n")
     tried = set()
     for name, kind, types, names, definer, config, _ in functions:
-        assert not definer or config == ["search_path=pg_catalog, pg_temp"], f"{name} runs as its owner, anywhere"
+        fixed = [setting for setting in config or () if not setting.startswith("plan_cache_mode=")]
+        assert not definer or fixed == ["search_path=pg_catalog, pg_temp"], f"{name} runs as its owner, anywhere"
         if name in HARMLESS:
             assert not definer, f"{name} runs as the schema's owner"
             continue

@@ -17,12 +17,19 @@ from pgbg_orchestration.view.lines import BY_HAND, lines_of
 from pgbg_orchestration.view.source import ServerSource
 from tests.core.kit import GENEROUS, Watched, effect, slow, within
 
+HISTORY = (
+    "insert into pgbg.job (owner, job_digest, job_id, series_digest, series, generation, label, kind, sql_digest,"
+    " attempt, launched_by, launcher_pid, ended_at, outcome)"
+    " select 'pgbg_app', pgbg.digest(i::text), i::text, pgbg.digest(i::text), i::text, 1, 'load ' || i, 'receipt',"
+    " '', 1, 'host/1', 0, clock_timestamp() - {ago}, '{outcome}' from generate_series({numbers}) as i"
+)
 
-async def look(db: Watched, user: str | None = None) -> Board:
+
+async def look(db: Watched, user: str | None = None, most_ended: int | None = None) -> Board:
     conninfo = db.conninfo if user is None else db.database.conninfo_as(user)
     async with await psycopg.AsyncConnection.connect(conninfo, autocommit=True) as conn:
         views = await activity.views_of(conn)
-        return await look_at_all(conn, "pgbg", views, ended_within=timedelta(minutes=5))
+        return await look_at_all(conn, "pgbg", views, ended_within=timedelta(minutes=5), most_ended=most_ended)
 
 
 async def look_until(db: Watched, wanted: Callable[[Board], bool], what: str) -> Board:
@@ -120,13 +127,40 @@ async def test_another_login_sees_that_there_is_something_and_no_more(db: Watche
 
 
 async def test_one_query_a_look_with_two_thousand_jobs(db: Watched) -> None:
-    db.sql(
-        "insert into pgbg.job (owner, job_digest, job_id, series_digest, series, generation, label, kind, sql_digest,"
-        " attempt, launched_by, launcher_pid, ended_at, outcome)"
-        " select 'pgbg_app', pgbg.digest(i::text), i::text, pgbg.digest(i::text), i::text, 1, 'load ' || i, 'receipt',"
-        " '', 1, 'host/1', 0, clock_timestamp(), 'failed' from generate_series(1, 2000) as i"
-    )
+    db.sql(HISTORY.format(ago="interval '0'", outcome="failed", numbers="1, 2000"))
 
-    seen = await look(db)
+    assert len(lines_of(await look(db))) == 2000
 
-    assert len(lines_of(seen)) == 2000
+
+async def test_of_many_that_ended_those_without_a_commit_are_kept(db: Watched) -> None:
+    db.sql(HISTORY.format(ago="interval '0'", outcome="committed", numbers="1, 20"))
+    db.sql("update pgbg.job set kind = 'supervised'")  # whose word is the history's
+    db.sql(HISTORY.format(ago="interval '1 min'", outcome="failed", numbers="21, 25"))
+    db.sql(HISTORY.format(ago="interval '1 h'", outcome="failed", numbers="26, 30"))
+
+    seen = await look(db, most_ended=8)
+
+    assert sorted(job.state for job in seen.jobs) == ["committed"] * 3 + ["failed"] * 5
+    assert seen.ended_left_out == 17
+    assert (await look(db)).ended_left_out == 0
+    assert (await look(db, most_ended=0)).jobs == ()
+
+
+async def test_a_job_that_was_given_up_long_ago_and_is_at_work_all_the_same(db: Watched) -> None:
+    """A worker that began late: the history has an end of its job."""
+    async with Launcher(db.conninfo) as launcher:
+        running = asyncio.create_task(launcher.run(Job(slow("j", 60), id="j")))
+        await db.at_work("j")
+        db.sql("update pgbg.job set ended_at = clock_timestamp() - interval '1 h', outcome = 'lost'")
+
+        seen = await look(db, most_ended=0)
+
+        assert [(job.job_id, job.state) for job in seen.jobs] == [("j", "running")]
+        running.cancel()
+        await asyncio.wait({running})
+
+
+async def test_the_list_of_jobs_is_planned_for_its_filters(db: Watched) -> None:
+    """From its sixth call on, a session took one plan for any filters: seconds for some thousand jobs."""
+    settings = db.value("select proconfig from pg_proc where oid = 'pgbg.list_jobs'::regproc")
+    assert "plan_cache_mode=force_custom_plan" in settings

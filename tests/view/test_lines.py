@@ -36,7 +36,7 @@ def waiting(event_type: str, event: str, *blockers: Blocker) -> Activity:
 
 
 def board(*jobs: JobEntry, workers: tuple[WorkerSeen, ...] = ()) -> Board:
-    return Board(NOW, "warehouse", "18.6", 64, 3, 0, jobs, {seen.pid: seen for seen in workers})
+    return Board(NOW, "warehouse", "18.6", 64, 3, 0, 0, jobs, {seen.pid: seen for seen in workers})
 
 
 def test_a_worker_of_a_job_is_no_line_of_its_own() -> None:

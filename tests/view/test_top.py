@@ -93,10 +93,10 @@ async def test_a_server_that_goes_away_is_said_and_what_was_seen_stays(db: Watch
             self.source = source
             self.away = False
 
-        async def board(self):  # type: ignore[no-untyped-def]
+        async def board(self, **how):  # type: ignore[no-untyped-def]
             if self.away:
                 raise psycopg.OperationalError("the server closed the connection")
-            return await self.source.board()
+            return await self.source.board(**how)
 
     async with Launcher(db.conninfo) as launcher:
         await within(launcher.run(Job(effect("done"), id="done", label="facts")))
@@ -112,6 +112,25 @@ async def test_a_server_that_goes_away_is_said_and_what_was_seen_stays(db: Watch
             assert cells(app, "LABEL") == ["facts"]
             source.away = False
             await shown(lambda: not str(app.screen_stack[0].query_one("#trouble", Static).render()), "that it is back")
+
+
+async def test_a_look_that_takes_longer_than_a_tick_is_shown(db: Watched) -> None:
+    class Slow:
+        def __init__(self, source: ServerSource) -> None:
+            self.source = source
+
+        async def board(self, **how):  # type: ignore[no-untyped-def]
+            await asyncio.sleep(0.5)
+            return await self.source.board(**how)
+
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job(effect("done"), id="done", label="facts")))
+        app = Top(Slow(ServerSource(launcher)), every=0.05)  # type: ignore[arg-type]
+        async with app.run_test():
+            await shown(lambda: cells(app, "LABEL") == ["facts"], "the job")
+            await within(launcher.run(Job(effect("more"), id="more", label="more")))
+            app.look()
+            await shown(lambda: len(cells(app, "LABEL")) == 2, "the second job")
 
 
 async def test_two_thousand_lines(db: Watched) -> None:

@@ -20,13 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.ledger.history import JobEntry
-from pgbg_orchestration.view.lines import line_of_job, lines_of
+from pgbg_orchestration.view.seen import seen_now
 from pgbg_orchestration.view.source import Source
 
 from . import data
 from .assets import asset, text_of
 
 MOST_JOBS = 5_000  # of the timeline
+MOST_ENDED = 500  # of the table: jobs that ended a short while ago
 LONGEST = 31 * 24.0  # hours of the timeline
 ASKED = "x-pgbg-action"
 """A header that a form of another site cannot send; a script of another site has to ask first, and is refused."""
@@ -145,7 +146,7 @@ def build_app(
         return asset(request.path_params["name"])
 
     async def board(request: Request) -> Response:
-        found = data.of_board(await (await seen(request)).board(), known_links)
+        found = data.of_board(await (await seen(request)).board(most_ended=MOST_ENDED), known_links)
         return JSONResponse({**found, "may_cancel": may_cancel is not None})
 
     async def scraped(request: Request) -> Response:
@@ -174,19 +175,11 @@ def build_app(
         entry = await source.job(owner or None, job_id)
         if entry is None:
             raise HTTPException(404, "no such job, or it is not this login's to see")
-        at_work = [line for line in lines_of(await source.board()) if line.key == f"{entry.owner}/{job_id}"]
-        line = at_work[0] if at_work else line_of_job(entry)
         shows_sql = may_see_sql is not None and await may_see_sql(request, entry)
         shows_rows = may_see_rows is not None and await may_see_rows(request, entry)
-        found = data.of_job(
-            line,
-            await source.usual(line.label),
-            await source.detail(entry),
-            known_links,
-            shows_sql=shows_sql,
-            first_rows=await source.first_rows(entry) if shows_rows else None,
-        )
-        return JSONResponse(found)
+        rows = await source.first_rows(entry) if shows_rows else None
+        seen_job = await seen_now(source, entry)
+        return JSONResponse(data.of_job(seen_job, known_links, shows_sql=shows_sql, first_rows=rows))
 
     async def cancel(request: Request) -> Response:
         source = await seen(request)

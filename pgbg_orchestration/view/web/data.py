@@ -12,9 +12,10 @@ from typing import Any
 from urllib.parse import quote
 
 from pgbg_orchestration.ledger.board import Board
-from pgbg_orchestration.ledger.history import Durations, FirstRows, JobDetail, JobEntry
+from pgbg_orchestration.ledger.history import FirstRows, JobDetail, JobEntry
 from pgbg_orchestration.view.lines import Line, airflow_task, arranged, dagster_run, lines_of
-from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of, tries_of, usual_of
+from pgbg_orchestration.view.seen import JobSeen
+from pgbg_orchestration.view.words import BLOCKERS_QUERY
 
 Links = Mapping[str, str]
 """Base addresses of orchestrators' UIs, by ``airflow`` and ``dagster``."""
@@ -29,6 +30,7 @@ def of_board(board: Board, links: Links) -> dict[str, Any]:
         "slots": board.slots,
         "slots_used": board.slots_used,
         "not_visible": board.not_visible,
+        "ended_left_out": board.ended_left_out,
         "lines": [of_line(line, links) for line in arranged(lines_of(board))],
     }
 
@@ -82,49 +84,28 @@ def of_history(entries: Iterable[JobEntry], links: Links) -> list[dict[str, Any]
 
 
 def of_job(
-    line: Line,
-    usual: Durations | None,
-    detail: JobDetail | None,
-    links: Links,
-    *,
-    shows_sql: bool = False,
-    first_rows: Sequence[FirstRows] | None = None,
+    seen: JobSeen, links: Links, *, shows_sql: bool = False, first_rows: Sequence[FirstRows] | None = None
 ) -> dict[str, Any]:
     """Return the page of one job.
 
     Parameters
     ----------
-    line:
-        A job's line.
-    usual:
-        How jobs of its label went so far.
-    detail:
-        Its SQL and its earlier attempts; None where the login may not ask for them.
+    seen:
+        The job.
     shows_sql:
         Whether whoever asks may see its SQL.
     first_rows:
         The first of the rows that it kept; None where whoever asks may not see them.
     """
-    assert line.job is not None
-    facts = [[name, value] for name, value in facts_of(line) if name != BLOCKERS_QUERY]
-    facts += [[name, value] for name, value in usual_of(line, usual)]
     return {
-        **of_line(line, links),
-        "facts": facts,
-        "sql": detail.statement if shows_sql and detail else None,
-        "sql_note": _why_no_sql(detail) if shows_sql else "Its SQL is not shown to you here.",
-        "tries": [asdict(attempt) for attempt in tries_of(line.job, detail)],
-        "kept": _kept(detail, first_rows),
+        **of_line(seen.line, links),
+        "facts": [[name, value] for name, value in seen.facts() if name != BLOCKERS_QUERY],
+        "sql": seen.statement if shows_sql else None,
+        "sql_note": seen.why_no_statement if shows_sql else "Its SQL is not shown to you here.",
+        "tries": [asdict(attempt) for attempt in seen.tries()],
+        "kept": _kept(seen.detail, first_rows),
         "kept_note": "" if first_rows is not None else "The rows themselves are not shown to you here.",
     }
-
-
-def _why_no_sql(detail: JobDetail | None) -> str:
-    if detail is None:
-        return "This login may not ask for the SQL: GRANT EXECUTE ON FUNCTION job_detail of the package's schema."
-    if detail.statement is None:
-        return "Its SQL is not kept: pgbg.keep_sql is off, the job hides details, or an older version registered it."
-    return ""
 
 
 def _kept(detail: JobDetail | None, first_rows: Sequence[FirstRows] | None) -> list[dict[str, Any]]:

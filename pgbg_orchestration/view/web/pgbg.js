@@ -9,7 +9,7 @@ const MOST_LANES = 30; // labels on the timeline, the busiest first
 const FILE = window.PGBG_FILE;
 
 const $ = (id) => document.getElementById(id);
-const state = { lines: [], jobs: [], slots: 0, mayCancel: false, sort: null, down: false, open: null, asked: 0 };
+const state = { lines: [], jobs: [], slots: 0, leftOut: 0, mayCancel: false, sort: null, down: false, open: null, asked: 0, charts: null };
 
 async function ask(path) {
   const answer = await fetch(path, { headers: { accept: "application/json" } });
@@ -92,8 +92,10 @@ function showTable() {
   const focused = document.activeElement?.dataset?.key;
   $("lines").replaceChildren(...shown.map(row));
   if (focused) [...$("lines").querySelectorAll("button.link")].find((b) => b.dataset.key === focused)?.focus();
-  $("table-note").textContent = lines.length === 0 ? "nothing runs, and nothing ended a short while ago"
-    : lines.length > shown.length ? `the first ${shown.length} of ${lines.length} lines: narrow them by label or state` : "";
+  const notes = lines.length ? [] : ["nothing runs, and nothing ended a short while ago"];
+  if (lines.length > shown.length) notes.push(`the first ${shown.length} of ${lines.length} lines: narrow them by label or state`);
+  if (state.leftOut) notes.push(`${state.leftOut.toLocaleString("en")} more that committed a short while ago are on the timeline only`);
+  $("table-note").textContent = notes.join("; ");
   for (const button of document.querySelectorAll("[data-sort]")) {
     const head = button.closest("th");
     if (button.dataset.sort === state.sort) head.setAttribute("aria-sort", state.down ? "descending" : "ascending");
@@ -126,6 +128,7 @@ function take(board) {
   state.lines = board.lines;
   state.mayCancel = board.may_cancel === true;
   state.slots = board.slots;
+  state.leftOut = board.ended_left_out;
   showHead(board);
   showTable();
 }
@@ -222,10 +225,22 @@ function escaped(text) {
   return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 }
 
+// It takes a browser longer than all the rest of the page: the table is there first.
+function loadCharts() {
+  return new Promise((done, failed) => {
+    const script = document.createElement("script");
+    script.src = "static/plotly.min.js";
+    script.addEventListener("load", done);
+    script.addEventListener("error", () => failed(new Error("the charts cannot be loaded")));
+    document.head.append(script);
+  });
+}
+
 async function lookBack(once) {
   const number = ++state.asked;
   try {
     const found = await ask(`api/timeline?hours=${encodeURIComponent($("hours").value)}`);
+    await state.charts;
     if (number === state.asked) {
       state.jobs = found.jobs;
       state.more = found.more;
@@ -349,12 +364,12 @@ for (const button of document.querySelectorAll("[data-sort]")) {
     showTable();
   });
 }
-for (const id of ["pattern", "state", "by"]) $(id).addEventListener("input", () => { showTable(); showTimeline(); });
+for (const id of ["pattern", "state", "by"]) $(id).addEventListener("input", () => { showTable(); if (window.Plotly) showTimeline(); });
 $("choice").addEventListener("submit", (event) => event.preventDefault());
 $("close").addEventListener("click", () => $("job").close());
 $("job").addEventListener("close", () => history.replaceState(null, "", location.pathname + location.search));
 $("cancel").addEventListener("click", cancel);
-window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTimeline);
+window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (window.Plotly) showTimeline(); });
 
 if (FILE) {
   $("hours").closest("label").hidden = true;
@@ -365,6 +380,9 @@ if (FILE) {
 } else {
   $("hours").addEventListener("input", () => lookBack(true));
   openFromAddress();
-  look();
-  lookBack(false);
+  look().finally(() => {
+    // After the table was painted.
+    state.charts = new Promise((done) => requestAnimationFrame(() => setTimeout(done))).then(loadCharts);
+    lookBack(false);
+  });
 }
