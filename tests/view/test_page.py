@@ -19,7 +19,7 @@ from pgbg_orchestration import Job, Launcher, errors, run
 from pgbg_orchestration.view.source import ServerSource
 from pgbg_orchestration.view.timeline import file_of
 from pgbg_orchestration.view.web.app import build_app
-from tests.core.kit import Watched, effect
+from tests.core.kit import GENEROUS, Watched, effect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian's package chromium)"),
 ]
+expect.set_options(timeout=GENEROUS * 1000)  # a busy machine is no fault of the page's
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -53,6 +54,7 @@ def faults() -> list[str]:
 @pytest.fixture
 def page(browser: Browser, faults: list[str]) -> Iterator[Page]:
     opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.set_default_timeout(GENEROUS * 1000)
     opened.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.on("request", lambda request: None if _is_own(request.url) else faults.append(request.url))
