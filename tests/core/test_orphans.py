@@ -153,24 +153,26 @@ async def test_a_process_of_before_goes_on(version_1: Database, monkeypatch: pyt
     """It has a job at work while the schema is upgraded, and launches another afterwards."""
     with version_1.connect() as admin:
         admin.execute("create table done (what text)")
-    sql = "insert into done values ('{}'); select pg_sleep({})"
+    sql = "insert into done values ('{}')"
     upgrade = "import sys; from pgbg_orchestration.ledger import install; install.install(sys.argv[1])"
 
     with monkeypatch.context() as before:
         before.setattr(install, "VERSION", 1)
         before.setattr(Ledger, "registering", _Before.registering)
         async with Launcher(version_1.conninfo) as launcher:
-            running = asyncio.create_task(launcher.run(Job(sql.format("first", 5), id="first")))
-            await eventually(version_1.workers, "it is at work")
-            process = await asyncio.create_subprocess_exec(sys.executable, "-c", upgrade, version_1.conninfo)
-            assert await within(process.wait()) == 0
-            assert not running.done()
+            with version_1.connect() as holder, holder.transaction():
+                holder.execute("lock table done in share mode")
+                running = asyncio.create_task(launcher.run(Job(sql.format("first"), id="first")))
+                await eventually(version_1.workers, "it is at work")
+                process = await asyncio.create_subprocess_exec(sys.executable, "-c", upgrade, version_1.conninfo)
+                assert await within(process.wait()) == 0
+                assert not running.done()
             assert (await within(running)).proof == "receipt"
-            assert (await within(launcher.run(Job(sql.format("second", 0), id="second")))).launched
+            assert (await within(launcher.run(Job(sql.format("second"), id="second")))).launched
     async with Launcher(version_1.conninfo) as launcher:
-        third = await within(launcher.run(Job(sql.format("third", 0), id="third"), when_orphaned="leave"))
+        third = await within(launcher.run(Job(sql.format("third"), id="third"), when_orphaned="leave"))
         assert third.launched
-        assert not (await within(launcher.run(Job(sql.format("first", 5), id="first")))).launched
+        assert not (await within(launcher.run(Job(sql.format("first"), id="first")))).launched
 
     with version_1.connect() as admin:
         assert admin.execute("select count(*) from done").fetchone() == (3,)

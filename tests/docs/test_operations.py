@@ -55,7 +55,12 @@ async def test_every_answer(conninfo: str) -> None:
         job = asyncio.create_task(
             arun(conninfo, Job("insert into loaded values (1)", id="nightly/1", label="nightly load"))
         )
+        rewrite = asyncio.create_task(
+            arun(conninfo, Job("select pg_sleep(600)", id="rewrite/1", label="nightly rewrite"))
+        )
         async with asyncio.timeout(SECONDS):
+            while not query("select from pgbg.jobs where job_id = 'rewrite/1' and state = 'running'", conninfo):
+                await asyncio.sleep(0.05)
             while not query("select from pgbg.jobs where job_id = 'nightly/1' and state = 'running'", conninfo):
                 await asyncio.sleep(0.05)
             while not query("select from pg_stat_activity where wait_event_type = 'Lock'", conninfo):
@@ -68,13 +73,30 @@ async def test_every_answer(conninfo: str) -> None:
             else:
                 told += [await asyncio.to_thread(shell, command, conninfo) for command in snippet.commands]
 
-        (listed, workers, waits, cancelled, shown, waited, slots, history, lost, doctor, sizes, pruned, *alerts) = told
+        (
+            listed,
+            workers,
+            waits,
+            cancelled,
+            shown,
+            stopped,
+            waited,
+            slots,
+            history,
+            lost,
+            doctor,
+            sizes,
+            pruned,
+            *alerts,
+        ) = told
         assert listed[0] == 0
         assert "nightly load" in listed[1]
         assert any("nightly load" in worker[-1] and "insert into loaded" in worker[-1] for worker in workers)
-        assert [(line[0], line[2], line[4]) for line in waits] == [("nightly/1", "Lock", holder.info.backend_pid)]
+        seen = {line[0]: (line[2], line[4]) for line in waits}
+        assert seen["nightly/1"] == ("Lock", holder.info.backend_pid)
         assert cancelled[0] == 0, cancelled
         assert "cancelled" in shown[1]
+        assert [(line[0], *line[2:]) for line in stopped] == [("rewrite/1", True, "cancelled")]
         assert waited[0] == 0, waited
         assert slots[0][0] > 0
         assert (history[0], "nightly load" in history[1]) == (0, True)
@@ -83,5 +105,6 @@ async def test_every_answer(conninfo: str) -> None:
         assert {"job", "receipt", "series"} <= {name for name, *_ in sizes}
         assert pruned[0] == 0, pruned
         assert alerts == [[], [], []]
-        with pytest.raises(errors.JobCancelled):
-            await job
+        for ended in (job, rewrite):
+            with pytest.raises(errors.JobCancelled):
+                await ended

@@ -44,6 +44,9 @@ def servers_directory() -> Path:
 class DebianTree:
     """A debootstrapped Debian testing with PostgreSQL and pg_background in it."""
 
+    binaries = "/usr/lib/postgresql/18/bin"
+    """Where PostgreSQL's programs are in it."""
+
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory or servers_directory()
         self.root = self.directory / debian.SUITE

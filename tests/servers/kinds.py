@@ -14,6 +14,7 @@ from pgbg_orchestration.embedded.status import StopMode
 from tests.servers import installed
 from tests.servers.debian import DebianTree
 from tests.servers.embedded import EmbeddedUnderTest
+from tests.servers.experimental import ExperimentalTree, Nineteen
 from tests.servers.older import MAJORS, OlderUnderTest
 from tests.servers.real import RealServer
 
@@ -105,6 +106,10 @@ def _why_no_real() -> str | None:
     return DebianTree().why_not()
 
 
+def _why_no_experimental() -> str | None:
+    return ExperimentalTree().why_not()
+
+
 def _why_no_embedded() -> str | None:
     try:
         find_binaries()
@@ -120,4 +125,5 @@ KINDS: Mapping[str, Kind] = {
     "standin19": Kind(_standin19, _why_no_embedded),
     "installed": Kind(installed.InstalledUnderTest, installed.why_not, everywhere=False, like="embedded"),
     **{name: Kind(partial(OlderUnderTest, name), major.why_not, everywhere=False) for name, major in MAJORS.items()},
+    "standin_pg19": Kind(Nineteen, _why_no_experimental, everywhere=False),
 }

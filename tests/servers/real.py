@@ -25,7 +25,7 @@ from tests.servers.memory import SMALL_WAL, in_memory
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-BINARIES = "/usr/lib/postgresql/18/bin"
+BINARIES = DebianTree.binaries
 EXTENSION = "real 2.0.3"
 START_ATTEMPTS = 5
 
@@ -225,7 +225,7 @@ class RealServer:
         _delete(cluster)
 
     def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return run_in_tree(self.tree, f"{BINARIES}/{program}", *arguments)
+        return run_in_tree(self.tree, f"{self.tree.binaries}/{program}", *arguments)
 
 
 def run_in_tree(tree: DebianTree, *arguments: str) -> subprocess.CompletedProcess[str]:

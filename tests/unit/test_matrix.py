@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from tests.matrix import MAJOR, REAL, STANDIN, at_a_push
+from tests.matrix import COMING, MAJOR, REAL, STANDIN, at_a_push
 from tests.servers.kinds import KINDS
 
 EVERYWHERE = ["real", "embedded", "standin20", "standin19"]
@@ -72,6 +72,11 @@ def test_no_test_vanishes_for_its_servers() -> None:
                 assert at_a_push(meant, without(*kinds), faults=faults), meant
 
 
+def test_a_postgresql_that_is_not_out_yet() -> None:
+    assert "standin_pg19" not in at_a_push([*EVERYWHERE, *MAJOR, *COMING], HERE)
+    assert at_a_push([*COMING], HERE) == [*COMING]
+
+
 def test_every_kind_is_in_one_group() -> None:
     """But for a server of the developer's own, which only ``--servers`` names."""
-    assert sorted([*REAL, *STANDIN, *MAJOR, "installed"]) == sorted(KINDS)
+    assert sorted([*REAL, *STANDIN, *MAJOR, *COMING, "installed"]) == sorted(KINDS)

@@ -1,0 +1,96 @@
+"""What PostgreSQL 19 runs alone only, by the server's own word, and what is told of it before a launch."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from pgbg_orchestration.statements.refuse import outside_transaction
+from pgbg_orchestration.statements.split import split
+from tests.conftest import Database
+from tests.core.kit import only_long
+
+pytestmark = [pytest.mark.servers("standin_pg19"), only_long]
+
+MADE = """
+create table t (i int primary key); insert into t values (1); cluster t using t_pkey;
+create table p (i int primary key) partition by range (i);
+create table p1 partition of p for values from (0) to (10);
+create index p_i on p (i);
+create materialized view m as select i from t; create unique index on m (i)
+"""
+ALONE = (
+    "repack",
+    "repack using index",
+    "repack (verbose) using index",
+    "repack (analyze) t",
+    "repack (analyze) t (i)",
+    "repack (concurrently) t",
+    'repack ("concurrently") t',
+    "repack (concurrently, verbose) t using index t_pkey",
+    "cluster",
+    "vacuum t",
+    "vacuum (full) t",
+    "reindex (concurrently) table t",
+    "reindex table concurrently t",
+    "create index concurrently on t (i)",
+    "alter table p detach partition p1 concurrently",
+    "alter system reset work_mem",
+    "discard all",
+)
+BESIDE_OTHERS = (
+    "repack t",
+    "repack (verbose) t",
+    "repack (analyze off) t",
+    "repack (concurrently off) t",
+    "repack t using index t_pkey",
+    "cluster t using t_pkey",
+    "analyze t",
+    "reindex table t",
+    "refresh materialized view concurrently m",
+    "checkpoint",
+    "discard temp",
+)
+NOT_TOLD_BY_THE_TEXT = ("repack p", "reindex index p_i")
+"""Whether a table or an index is partitioned is known to the server only."""
+
+
+def ends(database: Database, text: str) -> str:
+    """Run a text in one message, on fresh tables, and return how it ended: ok, or the SQLSTATE."""
+    with database.connect() as session:
+        session.execute("drop schema public cascade; create schema public")
+        session.execute(MADE)
+        try:
+            psycopg.ClientCursor(session).execute(text.encode())
+        except psycopg.Error as error:
+            return error.sqlstate or ""
+    return "ok"
+
+
+@pytest.mark.parametrize("text", [*ALONE, *BESIDE_OTHERS, *NOT_TOLD_BY_THE_TEXT])
+def test_what_is_told_is_what_the_server_does(database: Database, text: str) -> None:
+    [statement] = split(text)
+    assert ends(database, text) == "ok"
+    beside = ends(database, f"select 1; {text}")
+    assert beside == ("ok" if text in BESIDE_OTHERS else "25001")
+    assert outside_transaction(statement) == (text in ALONE)
+
+
+def test_wait_for_lsn(database: Database) -> None:
+    """It says that it wants a standby, beside others too; there it is refused with 0A000."""
+    [statement] = split("wait for lsn '0/0'")
+    assert ends(database, "wait for lsn '0/0'") == "55000"
+    assert outside_transaction(statement)
+
+
+def test_strings_have_no_escapes(database: Database) -> None:
+    assert ends(database, "set standard_conforming_strings = off") == "0A000"
+
+
+def test_its_own_progress_view(database: Database) -> None:
+    with database.connect() as session:
+        columns = session.execute(
+            "select array_agg(attname::text) from pg_attribute where attrelid = 'pg_stat_progress_repack'::regclass"
+        ).fetchone()
+    assert columns is not None
+    assert {"pid", "command", "phase", "heap_blks_scanned", "heap_blks_total"} <= set(columns[0])
