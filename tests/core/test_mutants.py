@@ -64,8 +64,9 @@ async def test_no_lock(db: Watched, broken: bool) -> None:
     if broken:
         rewrite(db, "begin_work", "not pg_try_advisory_xact_lock(", "0 = (")
     db.sql(f"create table spans (began timestamptz, ended timestamptz); grant insert on spans to {APP}")
+    seconds = 5 if broken else 0.5  # so that a busy machine begins the second one while the first is at work
     sql = (
-        "create temp table t on commit drop as select clock_timestamp() c; select pg_sleep(0.5);"
+        f"create temp table t on commit drop as select clock_timestamp() c; select pg_sleep({seconds});"
         " insert into spans select c, clock_timestamp() from t"
     )
     async with Launcher(db.conninfo) as launcher:
