@@ -384,17 +384,14 @@ class Extension:
 
         They are: launch (of $1, with queue size $2 and label $3), ``result_info`` as row count, tag, completed and
         has_error, ``error_info`` as an array, and ``result`` read to its end, as the number of rows, without columns
-        the tag of the last statement (``padded``: of the one before it), and ``padded``; and the wait for its end, for
-        $3 milliseconds at most.
+        the tag and count of the last statement (``padded``: of the one before it), and ``padded``; and the wait for its
+        end, for $3 milliseconds at most.
         """
         texts: dict[str, LiteralString] = {
             "launch": "select pid, cookie from {f}($1, $2, $3)",
             "result_info": "select row_count, command_tag, completed, has_error from {f}($1, $2)",
             "error_info": "select array[sqlstate, message, detail, hint, context{more}] from {f}($1, $2)",
-            "result": "select count(*), null, false from {f}($1, $2) as r({columns})"
-            if columns is not None
-            else "select count(*), (array_agg(tag))[count(*)::int4 - {padded}::int4], {padded}"
-            " from {f}($1, $2) as r(tag text)",
+            "result": _RESULT_OF_COLUMNS if columns is not None else _RESULT_OF_PADDED if padded else _RESULT_OF_TAGS,
             "wait": "select {f}($1, $2, $3)",
         }
         more = "" if self.v2_names else ", schema_name, table_name, column_name, constraint_name"
@@ -404,7 +401,7 @@ class Extension:
                 f=self._wait_name if function == "wait" else self.name(function),
                 more=sql.SQL(more),
                 columns=columns,
-                padded=sql.Literal(padded),
+                info=self.name("result_info"),
             )
             .as_string(None)
             for function, text in texts.items()
@@ -413,6 +410,19 @@ class Extension:
     def grant_statement(self, role: str) -> str:
         """Return the statement with which an administrator lets ``role`` use the extension."""
         return sql.SQL("GRANT {} TO {};").format(sql.Identifier(ROLE), sql.Identifier(role)).as_string(None)
+
+
+_RESULT_OF_COLUMNS: LiteralString = "select count(*), null, false from {f}($1, $2) as r({columns})"
+_RESULT_OF_PADDED: LiteralString = (
+    "select count(*), (array_agg(r.tag))[count(*)::int4 - 1], true from {f}($1, $2) as r(tag text)"
+)
+# result_info knows a table that was made by its own tag, and a refresh's count; it is asked before the result takes the
+# handle along, for which the result's arguments depend on it.
+_RESULT_OF_TAGS: LiteralString = (
+    "select count(*), coalesce(max(case when i.completed then i.command_tag || ' ' || i.row_count end),"
+    " (array_agg(r.tag))[count(*)::int4]), false"
+    " from {info}($1, $2) as i cross join lateral {f}($1, case when i.completed is not null then $2 end) as r(tag text)"
+)
 
 
 def _result_info(row: dict[str, Any]) -> ResultInfo:

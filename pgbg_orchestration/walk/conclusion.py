@@ -19,7 +19,7 @@ from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.handles import Worker
 from pgbg_orchestration.postgres.pg_background import ResultInfo
-from pgbg_orchestration.statements import index_builds
+from pgbg_orchestration.statements import Statement, index_builds
 from pgbg_orchestration.statements.row_source import row_source
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OURS, Intent, Report, Step
@@ -167,7 +167,7 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
             finished_at=info.finished_at or seen.looked_at,  # 1.9 and 1.10 do not tell: when its end was seen
         )
     if launched and case.memory.launch.result is not None and seen.receipt_attempt == case.attempt:
-        row_count, tag = case.memory.launch.result
+        row_count, tag = _of_its_own(case.work.statements[-1], *case.memory.launch.result)
         return replace(outcome, row_count=row_count, command_tag=tag, finished_at=seen.looked_at)
     # Whoever launched it writes the counts down after the commit.
     elsewhere = not launched or case.work.is_watched
@@ -175,6 +175,17 @@ async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched:
         seen = await _await_counts(case, ledger, seen)
     finished = seen.ended_at or seen.looked_at
     return replace(outcome, row_count=seen.row_count, command_tag=seen.command_tag, finished_at=finished)
+
+
+def _of_its_own(last: Statement, row_count: int | None, tag: str | None) -> tuple[int | None, str | None]:
+    """Return count and tag as a launch's report has them, of what a client is told: of a refresh it is no count."""
+    match last.keywords:
+        case ("REFRESH", *_):
+            return None, tag
+        case ("CREATE", *rest) if tag == "SELECT":
+            return row_count, "CREATE MATERIALIZED VIEW" if rest[:1] == ["MATERIALIZED"] else "CREATE TABLE AS"
+        case _:
+            return row_count, tag
 
 
 async def _counts(case: Case, info: ResultInfo) -> tuple[int | None, str | None]:
@@ -219,7 +230,7 @@ async def _with_rows(case: Case, ledger: Ledger, outcome: Outcome) -> Outcome:
 
 def _without_receipt(case: Case) -> Outcome:
     launch, worker = case.memory.launch, case.worker
-    row_count, tag = launch.result or (None, None)
+    row_count, tag = _of_its_own(case.work.statements[-1], *(launch.result or (None, None)))
     info = launch.info
     if info is not None and not (case.readable and case.readable.padded):
         row_count, tag = info.row_count, info.command_tag or None

@@ -260,6 +260,8 @@ class Launches:
             if len(work.statements) == 1:
                 raise failures.statement_refused(work, error) from None  # its text quotes the line, parameters and all
             # It may need what the statements before it make.
+        if work.makes_table:
+            return Readable(text, None)
         # Behind a statement that gives no rows, the result is the statements' tags.
         return Readable(text + PADDING, None, padded=True)
 
@@ -399,4 +401,6 @@ def _with_tags(work: Work, schema: str) -> Readable:
     Behind a statement that gives no rows, there are none to read: the result is the statements' tags.
     """
     text = work.text(schema)
+    if work.makes_table:
+        return Readable(text, None)
     return Readable(text if work.is_padded else text + PADDING, None, padded=True)

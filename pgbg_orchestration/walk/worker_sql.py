@@ -97,6 +97,14 @@ class Work:
         return self.gives_rows and not self.kept and not self.is_streamed
 
     @property
+    def makes_table(self) -> bool:
+        """Whether its last statement certainly gives no rows and may count some: CREATE TABLE AS, or a refresh.
+
+        Their own count and tag are in the launch's report; a client is told ``SELECT 9``, and of a refresh no count.
+        """
+        return self.statements[-1].keywords[:1] in (("CREATE",), ("REFRESH",))
+
+    @property
     def is_counted(self) -> bool:
         """Whether its handle or its result have the job's own count and tag, not those of our keeping."""
         return not self.kept and not self.is_streamed

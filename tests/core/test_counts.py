@@ -51,6 +51,20 @@ async def test_the_same_for_every_kind(db: Watched, kind: Kind, sql: str, tag: s
         assert db.sql("select command_tag, row_count from pgbg.job") == [(tag, rows)]
 
 
+@pytest.mark.parametrize("option", ["supervisor", "notices"])
+@pytest.mark.parametrize(("sql", "tag", "rows"), STATEMENTS, ids=[sql[:40] for sql, *_ in STATEMENTS])
+async def test_the_same_where_its_result_is_read(db: Watched, option: str, sql: str, tag: str, rows: int) -> None:
+    """A supervisor reads it for the end, and a call that wants notices for those."""
+    db.sql(PREPARED)
+    outcome = await within(
+        arun(db.conninfo, Job(sql, id="j"), supervisor=option == "supervisor", notices=option == "notices")
+    )
+    # A client is told no count of a refresh, and the handle, which has it, goes with the result.
+    known = None if option == "notices" and tag.startswith("REFRESH") else rows
+    assert (outcome.command_tag, outcome.row_count) == (tag, known)
+    assert db.sql("select command_tag, row_count from pgbg.job") == [(tag, known)]
+
+
 @pytest.mark.parametrize("kind", [Kind.RECEIPT, Kind.SUPERVISED])
 @pytest.mark.parametrize(
     ("sql", "tag", "rows"),
@@ -58,8 +72,14 @@ async def test_the_same_for_every_kind(db: Watched, kind: Kind, sql: str, tag: s
         ("declare c cursor for table things; fetch 5 from c", "FETCH", 5),
         ("prepare p as table things; execute p", "SELECT", 9),
         ("create table made as table things; select from made", "SELECT", 9),
+        ("create table made as table things; create table more as table made", "CREATE TABLE AS", 9),
+        (
+            "create table made as table things; create materialized view more as table made",
+            "CREATE MATERIALIZED VIEW",
+            9,
+        ),
     ],
-    ids=["fetch", "execute", "no columns"],
+    ids=["fetch", "execute", "no columns", "a table of a table", "a view of a table"],
 )
 async def test_a_last_statement_that_cannot_be_described(
     db: Watched, kind: Kind, sql: str, tag: str, rows: int
