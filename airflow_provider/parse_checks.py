@@ -1,4 +1,4 @@
-"""What is refused when a DAG file is parsed: arguments of another operator, and numbers that no DAG can carry.
+"""What is refused when a DAG file is parsed: arguments of another operator, and values that no DAG can carry.
 
 A DAG file imports this, so it imports nothing heavy.
 """
@@ -6,6 +6,7 @@ A DAG file imports this, so it imports nothing heavy.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 SMALLEST, LARGEST = -(2**63), 2**64 - 1
 """The whole numbers that a DAG can carry: Airflow's processes tell one another of it in MessagePack."""
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 ELSEWHERE: Mapping[str, str] = {
     "conn_id": "here it is postgres_conn_id",
@@ -45,7 +48,7 @@ def check(kind: type, given: Mapping[str, Any]) -> None:
     TypeError
         One of them is a parameter of ``SQLExecuteQueryOperator``: it says what there is in its place.
     ValueError
-        One of them holds a number that a DAG cannot carry.
+        One of them holds a number, or half of a character, that a DAG cannot carry.
     """
     who = f"{kind.__name__} {given.get('task_id', '')!r}"
     for name in given:
@@ -53,13 +56,19 @@ def check(kind: type, given: Mapping[str, Any]) -> None:
             raise TypeError(f"{who} has no {name!r}, which is SQLExecuteQueryOperator's: {ELSEWHERE[name]}")
     for name, value in given.items():
         if (strange := _not_carried(value, set())) is not None:
-            raise ValueError(
-                f"{who}: {name} holds {strange}, which Airflow cannot carry in a DAG. Write it as text or as a "
-                "Decimal, or compute it when the task runs."
-            )
+            how = "Write it as text or as a Decimal, or compute it when the task runs."
+            if isinstance(strange, _Text):
+                how = "Write whole characters."
+            raise ValueError(f"{who}: {name} holds {strange}, which Airflow cannot carry in a DAG. {how}")
+
+
+class _Text(str):
+    """What is strange about a text."""
 
 
 def _not_carried(value: object, seen: set[int]) -> str | None:
+    if isinstance(value, str):
+        return _Text("half of a surrogate pair, which is no UTF-8") if _HALF.search(value) else None
     if isinstance(value, int):
         return None if SMALLEST <= value <= LARGEST else "a whole number of more than 64 bits"
     if isinstance(value, float):

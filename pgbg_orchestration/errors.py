@@ -222,7 +222,7 @@ class WorkerLost(PgbgError):
 
 
 class RowsGone(PgbgError):
-    """A committed job's rows, which it gives once (``Launcher.stream``), are lost, or went to another reader."""
+    """A committed job's rows cannot be had: lost, or read by another (``Launcher.stream``), or no text of any encoding."""
 
     data_state = DONE
 

@@ -21,7 +21,7 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
 
 from pgbg_orchestration import pace
-from pgbg_orchestration.errors import ServerUnreachable
+from pgbg_orchestration.errors import RowsGone, ServerUnreachable
 from pgbg_orchestration.options import WhenOrphaned
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
@@ -433,14 +433,29 @@ class Ledger:
         return row["receipts"], row["jobs"]
 
     async def rows(self, key: Key) -> tuple[Rows, ...]:
-        """Return the rows that were kept of a job's statements; none where none were."""
+        """Return the rows that were kept of a job's statements; none where none were.
+
+        Raises
+        ------
+        RowsGone
+            They hold bytes that no client can be sent, as texts of a database of the encoding SQL_ASCII may.
+        """
         query = self._query("kept_rows")
 
         async def ask(conn: AsyncConnection[Any]) -> list[Any]:
             return await (await conn.execute(query, (key.owner, key.job_id), binary=True)).fetchall()
 
+        try:
+            found = await self._reader.ask(ask)
+        except (psycopg.errors.CharacterNotInRepertoire, psycopg.errors.UntranslatableCharacter) as error:
+            raise RowsGone(
+                "the job is committed, and its rows hold bytes that are no UTF-8: the server sends them to no client",
+                sqlstate=error.sqlstate,
+                job_id=key.job_id,
+                todo="Have the SQL give such a column as bytea, by convert_to(column, 'SQL_ASCII').",
+            ) from error
         kept: list[Rows] = []
-        for number, parts in groupby(await self._reader.ask(ask), key=itemgetter(0)):
+        for number, parts in groupby(found, key=itemgetter(0)):
             head, *rest = parts
             _, columns, tag, total, *_ = head
             cells = chain.from_iterable(_rows_of(part[5], part[6]) for part in (head, *rest))

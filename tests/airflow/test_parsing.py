@@ -110,6 +110,15 @@ class TestNumbers:
 
         assert msgspec.msgpack.encode(DagSerialization.to_dict(dag))
 
+    def test_half_of_a_character(self) -> None:
+        """The same processor's end: a text that no UTF-8 can be made of."""
+        for name, value in {"sql": "select '\ud800'", "parameters": {"\udfff": 1}, "doc_md": "\ud83d"}.items():
+            with pytest.raises(ValueError, match=f"{name} holds half of a surrogate pair.* Write whole characters"):
+                PgBackgroundOperator(**{"task_id": "t", "sql": "select 1", name: value})
+        with DAG("d", schedule=None) as dag:
+            PgBackgroundOperator(task_id="t", sql="select '\U0001f600'", label="Zo\xeb \U0001f600")
+        assert msgspec.msgpack.encode(DagSerialization.to_dict(dag))
+
     def test_a_sensors_too(self) -> None:
         with pytest.raises(ValueError, match="worker_pid holds a whole number"):
             PgBackgroundSensor(task_id="t", worker_pid=2**64)

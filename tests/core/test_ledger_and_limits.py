@@ -313,3 +313,19 @@ async def test_an_error_with_a_byte_that_is_no_text(db: Watched, ascii_db: str, 
         async with Launcher(conninfo) as launcher:
             (entry,) = await within(launcher.ledger.jobs())
         assert (entry.state, entry.message, entry.detail) == ("failed", r"a\xe4b", r"\xff")
+
+
+@REAL
+async def test_kept_rows_with_a_byte_that_is_no_text(db: Watched, ascii_db: str) -> None:
+    """The job is committed, and that is said; nobody is told to look for a broken schema."""
+    conninfo = db.server.conninfo(ascii_db, APP)
+    end = await ended(arun(conninfo, Job("select chr(228) as letter", id="j", fetch=True)))
+    assert isinstance(end, errors.RowsGone)
+    assert (end.sqlstate, end.data_state) == ("22021", errors.RowsGone.data_state)
+    as_bytes = Job("select convert_to(chr(228), 'SQL_ASCII') as letter, 'é' as text", id="k", fetch=True)
+    outcome = await within(arun(conninfo, as_bytes))
+    assert list(outcome.rows) == [(b"\xe4", "é")]
+    async with Launcher(conninfo) as launcher:
+        assert {entry.state for entry in await within(launcher.ledger.jobs())} == {"committed"}
+        with pytest.raises(errors.RowsGone):
+            await within(launcher.rows("j"))
