@@ -222,7 +222,7 @@ class WorkerLost(PgbgError):
 
 
 class RowsGone(PgbgError):
-    """A committed job's rows cannot be had: lost, or read by another (``Launcher.stream``), or no text of any encoding."""
+    """A committed job's rows cannot be had: lost, read by another (``Launcher.stream``), or no text of UTF-8."""
 
     data_state = DONE
 

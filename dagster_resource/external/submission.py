@@ -44,8 +44,8 @@ def check_states(states: Collection[str]) -> None:
 def announce(context: AnyContext, key: AssetKey, partition: str | None, member: Member) -> None:
     """Write down in Dagster's event log that a job is submitted for an external asset, and its SQL.
 
-    It is from there that the sensor has it: whether the database keeps SQL is its own to say (``pgbg.keep_sql``). Without
-    an instance of Dagster's nobody will ask for it.
+    It is from there that the sensor has it: whether the database keeps SQL is its own to say (``pgbg.keep_sql``).
+    Without an instance of Dagster's nobody will ask for it.
     """
     instance = getattr(contexts.of_step(context), "instance", None)
     if instance is None or identity.is_direct(context):
