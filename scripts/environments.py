@@ -37,7 +37,8 @@ def main(name: str, arguments: Sequence[str]) -> int:
             tests = [f"tests/airflow/test_{part}.py" for part in ("compat", "runs", "kill")]
             how = WITH_PROCESSES
     elif name == "lowest":
-        _make(home, "3.11", [["--resolution", "lowest-direct", "--editable", ".[dev]"]])
+        # Airflow 3.1.0 sets no bound on structlog, and was made for 25.4.0 (tests/versions/airflow-3.1.0.txt).
+        _make(home, "3.11", [["--resolution", "lowest-direct", "--editable", ".[dev]", "structlog==25.4.0"]])
         tests = ["tests/unit", "tests/core", "tests/airflow", "tests/dagster"]
     elif kind == "python":
         _make(home, which, [["--constraints", "constraints.txt", "--editable", ".[dev]"]])
