@@ -35,18 +35,18 @@ def of_outcome(outcome: Outcome, arguments: Mapping[str, Any] | None = None) -> 
     arguments:
         Those of the job. Of one that keeps rows it is told which statements its SQL has, for who reads them.
     """
-    told = {"status": COMMITTED, **outcome.to_dict()}
+    event = {"status": COMMITTED, **outcome.to_dict()}
     if arguments is not None and arguments.get("fetch"):
-        told["shape"] = shape_of(arguments["sql"])
-    return told
+        event["shape"] = shape_of(arguments["sql"])
+    return event
 
 
 def of_error(error: PgbgError) -> dict[str, Any]:
     """Return the event of a job that did not commit."""
-    told = error.to_dict()
-    if "fields" in told:
-        told["fields"] = {name: value for name, value in told["fields"].items() if name not in _KEPT_BACK}
-    return {"status": FAILED, **told}
+    event = error.to_dict()
+    if "fields" in event:
+        event["fields"] = {name: value for name, value in event["fields"].items() if name not in _KEPT_BACK}
+    return {"status": FAILED, **event}
 
 
 def of_end(end: End, arguments: Mapping[str, Any]) -> dict[str, Any]:

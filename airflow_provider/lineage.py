@@ -53,7 +53,7 @@ def facets_of(sql: Sequence[str], conn_id: str, database: str | None, *, has_par
         dialect=hook.get_openlineage_database_dialect(connection),
         default_schema=hook.get_openlineage_default_schema() if external else "public",
     )
-    told = parser.generate_openlineage_metadata_from_sql(
+    metadata = parser.generate_openlineage_metadata_from_sql(
         sql=readable(texts, has_parameters=has_parameters),
         hook=hook,
         database_info=hook.get_openlineage_database_info(connection),
@@ -62,8 +62,8 @@ def facets_of(sql: Sequence[str], conn_id: str, database: str | None, *, has_par
         use_connection=external,
     )
     job_facets = import_module("openlineage.client.facet_v2").sql_job
-    told.job_facets["sql"] = job_facets.SQLJobFacet(query=sqlparser.SQLParser.normalize_sql(texts))
-    return told
+    metadata.job_facets["sql"] = job_facets.SQLJobFacet(query=sqlparser.SQLParser.normalize_sql(texts))
+    return metadata
 
 
 def readable(texts: Sequence[str], *, has_parameters: bool) -> list[str]:

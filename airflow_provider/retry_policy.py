@@ -133,8 +133,8 @@ def tells_decision(operator: Any, context: Any) -> Iterator[None]:
 
 def _reason(reason: str, exception: BaseException) -> str:
     """Return the decision's reason with the server's message, for the person who reads it in the UI."""
-    told = getattr(exception, "fields", None)
-    message = getattr(told, "message", None) or getattr(exception, "message", None) or str(exception)
+    fields = getattr(exception, "fields", None)
+    message = getattr(fields, "message", None) or getattr(exception, "message", None) or str(exception)
     first_line = message.strip().splitlines()[0] if message.strip() else ""
     if len(first_line) > MESSAGE_CHARACTERS:
         first_line = f"{first_line[: MESSAGE_CHARACTERS - 1]}…"

@@ -167,8 +167,8 @@ class PgBackgroundSensor(BaseSensorOperator):
         if self._watch is None:
             self._watch = Watch(**self._watched(), since=self._counts_from(context), log=self.log.info)
         with tells_decision(self, context):
-            told = asyncio.run(self._look_once(self._watch, hook.conninfo()))
-        return PokeReturnValue(told is not None, told and told["jobs"])
+            event = asyncio.run(self._look_once(self._watch, hook.conninfo()))
+        return PokeReturnValue(event is not None, event and event["jobs"])
 
     async def _look_once(self, watch: Watch, conninfo: str) -> dict[str, Any] | None:
         from pgbg_orchestration import Launcher

@@ -39,7 +39,7 @@ States: TypeAlias = Callable[[Collection[TaskKey]], Awaitable[Mapping[TaskKey, s
 logger = logging.getLogger(__name__)
 
 
-async def sweep(launcher: Launcher, states: States, told: set[str]) -> None:
+async def sweep(launcher: Launcher, states: States, mentioned: set[str]) -> None:
     """Cancel the workers of tasks that have ended, as ``cancel_on_kill`` says, and write to the log what was found.
 
     Two that do this at once do no harm: the second finds a job cancelled, or gone.
@@ -50,7 +50,7 @@ async def sweep(launcher: Launcher, states: States, told: set[str]) -> None:
         Over which.
     states:
         Asks for the tasks' states.
-    told:
+    mentioned:
         Ids of jobs that are to be left at work and of which the log has a line: changed.
 
     Raises
@@ -64,10 +64,10 @@ async def sweep(launcher: Launcher, states: States, told: set[str]) -> None:
     if facts.schema_version != VERSION:
         return  # nothing that this release launched is there
     found = await _unwanted(launcher, states)
-    told &= {orphan.job_id for orphan in found}
+    mentioned &= {orphan.job_id for orphan in found}
     for orphan, state in found.items():
-        if orphan.when_orphaned == "leave" and orphan.job_id not in told:
-            told.add(orphan.job_id)
+        if orphan.when_orphaned == "leave" and orphan.job_id not in mentioned:
+            mentioned.add(orphan.job_id)
             logger.warning("%s Its worker is left at work (cancel_on_kill=False).", _what(orphan, state))
     await asyncio.gather(
         *(_end(launcher, states, orphan) for orphan in found if orphan.when_orphaned == "cancel"),

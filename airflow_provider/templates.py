@@ -17,8 +17,8 @@ from uuid import UUID
 from .arguments import settings_of
 
 _IN_CONTAINERS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    type(None): (lambda value: value, lambda told: told),
-    bool: (lambda value: value, lambda told: told),
+    type(None): (lambda value: value, lambda form: form),
+    bool: (lambda value: value, lambda form: form),
     int: (str, int),
     float: (float.hex, float.fromhex),
     Decimal: (str, Decimal),
@@ -29,7 +29,7 @@ _IN_CONTAINERS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = 
     time: (time.isoformat, time.fromisoformat),
     timedelta: (
         lambda value: [value.days, value.seconds, value.microseconds],
-        lambda told: timedelta(days=told[0], seconds=told[1], microseconds=told[2]),
+        lambda form: timedelta(days=form[0], seconds=form[1], microseconds=form[2]),
     ),
 }
 """How a value beside a text, in one list or dict with it, travels: they become a literal together, after rendering.
@@ -69,14 +69,14 @@ def taken_apart(parameters: Any, settings: Any) -> tuple[str, list[str], list[st
 
 def filled(fixed: str, rendered: Any, settings: Any) -> tuple[Any, dict[str, Any] | None]:
     """Return parameters and settings, put together again from :func:`taken_apart` and what was rendered since."""
-    told = json.loads(fixed)
-    shape = told["parameters"]
+    form = json.loads(fixed)
+    shape = form["parameters"]
     parameters: Any = None
     if shape is not None and "named" in shape:
         parameters = {name: _value(node, rendered) for name, node in shape["named"]}
     elif shape is not None:
         parameters = [_value(node, rendered) for node in shape["listed"]]
-    return parameters, dict(zip(told["settings"], settings, strict=True)) or None
+    return parameters, dict(zip(form["settings"], settings, strict=True)) or None
 
 
 def _has_text(value: object) -> bool:
@@ -124,17 +124,17 @@ def _literal(name: str, value: Any) -> str:
 def _value(node: Mapping[str, Any], rendered: Sequence[Any]) -> Any:
     from pgbg_orchestration.postgres.literals import Literal
 
-    ((how, told),) = ((key, item) for key, item in node.items() if key != "is")
+    ((how, form),) = ((key, item) for key, item in node.items() if key != "is")
     match how:
         case "template":
-            return rendered[told]
+            return rendered[form]
         case "literal":
-            return Literal(told)
+            return Literal(form)
         case "dict":
-            return {key: _value(item, rendered) for key, item in told}
+            return {key: _value(item, rendered) for key, item in form}
         case "list":
-            return [_value(item, rendered) for item in told]
+            return [_value(item, rendered) for item in form]
         case "tuple":
-            return tuple(_value(item, rendered) for item in told)
+            return tuple(_value(item, rendered) for item in form)
         case _:
-            return _IN_CONTAINERS[_BY_NAME[told]][1](node["is"])
+            return _IN_CONTAINERS[_BY_NAME[form]][1](node["is"])

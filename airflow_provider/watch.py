@@ -10,28 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from psycopg import AsyncConnection
-
     from pgbg_orchestration.ledger.history import JobEntry
     from pgbg_orchestration.ledger.ledger import Ledger
 
 COMMITTED = ("committed",)
 ENDED_BADLY = ("cancelled", "failed", "lost", "unknown")
 NAMED = 10  # jobs or workers that a line of the log names
-
-# A worker of another login shows its name, and its type to `pg_read_all_stats` alone: what is hidden may be a worker.
-WORKERS = """
-    select a.pid, a.application_name from pg_catalog.pg_stat_activity as a
-    where case when %(pid)s::int is null then pg_catalog.starts_with(a.application_name, 'pg_background:')
-        else a.pid = %(pid)s and (coalesce(a.backend_type = 'pg_background', true)
-            or pg_catalog.starts_with(a.application_name, 'pg_background:'))
-        end
-    order by a.pid
-"""
-ENCODED = """
-    select pg_catalog.array_agg(pg_catalog.convert_to(t.part, pg_catalog.getdatabaseencoding()) order by t.number)
-    from pg_catalog.unnest(%s::text[]) with ordinality as t (part, number)
-"""
 
 
 def moment_of(since: datetime | str) -> datetime:
@@ -121,7 +105,7 @@ class Watch:
             if entry.state in self.fail_on and (error := error_of(entry)) is not None:
                 raise error
         if found and all(entry.state in self.states for entry in found):
-            return {"jobs": [_told(entry) for entry in found]}
+            return {"jobs": [_as_event(entry) for entry in found]}
         return None
 
     def _counts(self, entry: JobEntry) -> bool:
@@ -137,36 +121,12 @@ class Watch:
         self.seen = seen
 
     async def _at_work(self, ledger: Ledger) -> list[tuple[int, str]]:
-        async def ask(conn: AsyncConnection[Any]) -> list[tuple[int, str]]:
-            from pgbg_orchestration.labels import LabelPattern
+        from pgbg_orchestration.postgres import activity
 
-            rows = await (await conn.execute(WORKERS, {"pid": self.worker_pid})).fetchall()
-            if self.worker_label is None:
-                return rows
-            pattern = LabelPattern(self.worker_label, server_version=conn.info.server_version)
-            if conn.info.parameter_status("server_encoding") != "UTF8":
-                pattern = LabelPattern(
-                    pattern.label, await self._encoded(conn, pattern.texts()), server_version=pattern.server_version
-                )
-            return [(pid, name) for pid, name in rows if pattern.fits(name, pid)]
-
-        return await ledger.run(ask)
-
-    async def _encoded(self, conn: AsyncConnection[Any], texts: list[str]) -> list[bytes]:
-        import psycopg
-
-        from pgbg_orchestration.errors import InvalidJob
-
-        try:
-            row = await (await conn.execute(ENCODED, (texts,))).fetchone()
-        except psycopg.errors.UntranslatableCharacter as error:
-            raise InvalidJob(
-                f"no worker of this database can have the label {self.worker_label!r}: its encoding,"
-                f" {conn.info.parameter_status('server_encoding')}, lacks a character of it",
-                sqlstate=error.sqlstate,
-            ) from error
-        assert row is not None
-        return [bytes(part) for part in row[0]]
+        label = self.worker_label
+        if label is None:
+            return await ledger.run(lambda conn: activity.workers(conn, pid=self.worker_pid))
+        return await ledger.run(lambda conn: activity.workers_labelled(conn, label))
 
 
 def _newest(found: Sequence[JobEntry]) -> list[JobEntry]:
@@ -184,7 +144,7 @@ def _named(entry: JobEntry) -> str:
     return f"{entry.job_id} ({entry.state})"
 
 
-def _told(entry: JobEntry) -> dict[str, Any]:
+def _as_event(entry: JobEntry) -> dict[str, Any]:
     names = ("job_id", "label", "state", "row_count", "command_tag", "launched_at", "ended_at")
     values = {name: getattr(entry, name) for name in names}
     return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}

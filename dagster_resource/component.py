@@ -37,7 +37,7 @@ from .assets import KINDS, partition_parameters, pg_background_asset, pg_backgro
 from .steps.sql import JobOptions, Sql
 
 
-def told(description: str) -> Resolver:
+def about(description: str) -> Resolver:
     """Return what makes Dagster's tools show this of a field: they overlook the description of a pydantic one."""
     resolver: Resolver = Resolver.default(description=description)
     return resolver
@@ -57,14 +57,14 @@ class SqlCheck(Model, Resolvable):
     """A check of the asset, asked in a worker of its own."""
 
     name: Annotated[str, told_text("Name of the check.")]
-    sql: Annotated[str | None, told("The query.")] = None
-    sql_file: Annotated[str | None, told("A file with the query, beside defs.yaml.")] = None
+    sql: Annotated[str | None, about("The query.")] = None
+    sql_file: Annotated[str | None, about("A file with the query, beside defs.yaml.")] = None
     expect: Annotated[
         Literal["no_rows", "true"],
-        told("What the query must return: no row, or true in every column of at least one row."),
+        about("What the query must return: no row, or true in every column of at least one row."),
     ] = "no_rows"
-    blocking: Annotated[bool, told("Whether a failure keeps downstream assets from running.")] = False
-    severity: Annotated[Literal["ERROR", "WARN"], told("Of a check that does not hold.")] = "ERROR"
+    blocking: Annotated[bool, about("Whether a failure keeps downstream assets from running.")] = False
+    severity: Annotated[Literal["ERROR", "WARN"], about("Of a check that does not hold.")] = "ERROR"
     description: Annotated[str | None, told_text("Shown by Dagster.")] = None
 
 
@@ -74,23 +74,23 @@ class SqlJob(Model, Resolvable):
     label: Annotated[str | None, told_text("What a person sees on the worker; 64 bytes at most.")] = None
     kind: Annotated[
         Literal["receipt", "session", "supervised"] | None,
-        told("How the outcome is made certain. Default: as the statement needs it."),
+        about("How the outcome is made certain. Default: as the statement needs it."),
     ] = None
-    timeout: Annotated[float | None, told("Seconds until the worker is cancelled.")] = None
-    role: Annotated[str | None, told("Role that the SQL runs as.")] = None
-    settings: Annotated[dict[str, str | int | float | bool] | None, told("Server settings, such as work_mem.")] = None
+    timeout: Annotated[float | None, about("Seconds until the worker is cancelled.")] = None
+    role: Annotated[str | None, about("Role that the SQL runs as.")] = None
+    settings: Annotated[dict[str, str | int | float | bool] | None, about("Server settings, such as work_mem.")] = None
     isolation: Annotated[
-        str | None, told("read committed, repeatable read or serializable. Default: what the login has.")
+        str | None, about("read committed, repeatable read or serializable. Default: what the login has.")
     ] = None
-    queue_size: Annotated[int | None, told("Bytes of the worker's output queue.")] = None
-    verify_sql: Annotated[str | None, told("A query that returns true when the work is done.")] = None
+    queue_size: Annotated[int | None, about("Bytes of the worker's output queue.")] = None
+    verify_sql: Annotated[str | None, about("A query that returns true when the work is done.")] = None
     drop_invalid_index: Annotated[
-        bool | None, told("Before CREATE INDEX CONCURRENTLY, drop the invalid index that an earlier build left.")
+        bool | None, about("Before CREATE INDEX CONCURRENTLY, drop the invalid index that an earlier build left.")
     ] = None
-    redact_details: Annotated[bool | None, told("Keep of the server's errors no text that may quote data.")] = None
+    redact_details: Annotated[bool | None, about("Keep of the server's errors no text that may quote data.")] = None
     fetch: Annotated[
         bool | dict[str, int | bool] | None,
-        told("Keep the last statement's rows beside the receipt: true, or the bounds max_rows and max_bytes."),
+        about("Keep the last statement's rows beside the receipt: true, or the bounds max_rows and max_bytes."),
     ] = None
 
 
@@ -98,9 +98,9 @@ class SqlJob(Model, Resolvable):
 class SqlAsset(AssetSpecKwargs):
     """An asset, with all that Dagster knows of one, and its SQL."""
 
-    sql: Annotated[str | None, told("The statements, which run in one transaction.")] = None
-    sql_file: Annotated[str | None, told("A file with the statements, beside defs.yaml.")] = None
-    pool: Annotated[str | None, told("Dagster's pool whose slot the step takes.")] = None
+    sql: Annotated[str | None, about("The statements, which run in one transaction.")] = None
+    sql_file: Annotated[str | None, about("A file with the statements, beside defs.yaml.")] = None
+    pool: Annotated[str | None, about("Dagster's pool whose slot the step takes.")] = None
     backfill_policy: Annotated[
         BackfillPolicy | None,
         Resolver(
@@ -109,14 +109,14 @@ class SqlAsset(AssetSpecKwargs):
             description="Whether a backfill is one run, which has a range of partitions, or several.",
         ),
     ] = None
-    job: Annotated[SqlJob | None, told("Options of the job.")] = None
+    job: Annotated[SqlJob | None, about("Options of the job.")] = None
     preview: Annotated[
-        int | None, told("How many of the last statement's rows to show in the metadata; they are kept for that.")
+        int | None, about("How many of the last statement's rows to show in the metadata; they are kept for that.")
     ] = None
-    notices: Annotated[bool | None, told("Write what the SQL raises (RAISE NOTICE) into the log, as it is raised.")] = (
-        None
-    )
-    checks: Annotated[Sequence[SqlCheck], told("Queries that are to hold, each a check of the asset.")] = ()
+    notices: Annotated[
+        bool | None, about("Write what the SQL raises (RAISE NOTICE) into the log, as it is raised.")
+    ] = None
+    checks: Annotated[Sequence[SqlCheck], about("Queries that are to hold, each a check of the asset.")] = ()
 
 
 # It can be run any number of times, as an asset's SQL should.
@@ -139,8 +139,8 @@ class PgBackgroundSqlComponent(Component, Resolvable, Model):
     for the partition's values; in the SQL of an asset with partitions a percent sign is written twice.
     """
 
-    assets: Annotated[Sequence[SqlAsset], told("The assets.")]
-    resource_key: Annotated[str, told("Key of the PgBackgroundResource.")] = "pg"
+    assets: Annotated[Sequence[SqlAsset], about("The assets.")]
+    resource_key: Annotated[str, about("Key of the PgBackgroundResource.")] = "pg"
 
     def build_defs(self, context: ComponentLoadContext) -> Definitions:
         """Make the assets and their checks.

@@ -5,6 +5,7 @@ What decides is a code here, an enum's member: no text of an error, a cancel or 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
@@ -15,6 +16,14 @@ from .rows import Results, Rows
 
 WITHHELD = "(withheld: redact_details)"
 """What stands for a server's message that is not to be told; the SQL of the schema has the same text."""
+
+
+_LEVELS = {"DEBUG": logging.DEBUG, "WARNING": logging.WARNING}
+
+
+def level_of(severity: str) -> int:
+    """Return the level of :mod:`logging` for what SQL raises with a severity of the server's."""
+    return _LEVELS.get(severity, logging.INFO)
 
 
 class Cause(StrEnum):
@@ -77,14 +86,14 @@ class ErrorFields:
         """Return one line for each known field, SQLSTATE first, as psql shows them."""
         names = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in PLACE}
         head = f"SQLSTATE {names.pop('sqlstate')}: {names.pop('message')}"
-        told = [f"{name.replace('_', ' ').upper()}: {value}" for name, value in names.items() if value]
-        return [head, *told, *self.place()]
+        lines = [f"{name.replace('_', ' ').upper()}: {value}" for name, value in names.items() if value]
+        return [head, *lines, *self.place()]
 
     def place(self) -> list[str]:
         """Return the lines that tell where the error was."""
-        told = [f"STATEMENT{f' {self.statement}' if self.statement else ''}: {self.first_line or ''}".rstrip(": ")]
+        lines = [f"STATEMENT{f' {self.statement}' if self.statement else ''}: {self.first_line or ''}".rstrip(": ")]
         pointer = self.pointer.splitlines() if self.pointer else []
-        return [*(told if self.statement or self.first_line else []), *pointer]
+        return [*(lines if self.statement or self.first_line else []), *pointer]
 
     def as_history(self) -> ErrorFields:
         """Return the fields as the history keeps them: the place is part of the context."""
@@ -153,17 +162,17 @@ class Outcome(Results):
 
         Rows stay where they are, in the server: :meth:`pgbg_orchestration.Launcher.rows` reads them again.
         """
-        told = {f.name: getattr(self, f.name) for f in fields(Outcome) if f.name != "results"}
-        return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in told.items()}
+        values = {f.name: getattr(self, f.name) for f in fields(Outcome) if f.name != "results"}
+        return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
         """Return the outcome that :meth:`to_dict` told of; entries that this version does not know are left out."""
-        told = {f.name: given[f.name] for f in fields(Outcome) if f.name in given and f.name != "results"}
+        values = {f.name: given[f.name] for f in fields(Outcome) if f.name in given and f.name != "results"}
         for name in ("started_at", "finished_at"):
-            if isinstance(told.get(name), str):
-                told[name] = datetime.fromisoformat(told[name])
-        return cls(**told)
+            if isinstance(values.get(name), str):
+                values[name] = datetime.fromisoformat(values[name])
+        return cls(**values)
 
 
 class EventKind(StrEnum):

@@ -29,7 +29,7 @@ RETRY_LATEST = 5.0
 
 CALL = 30.0  # one call to the server; then its connection counts as dead
 RECONNECT = 300.0  # a server that cannot be reached, after it could be
-TOLD_AGAIN = 30.0  # that a server cannot be reached
+WARN_AGAIN = 30.0  # that a server cannot be reached
 STRANGER = 30.0  # somebody else's session on the lock of a series
 CANCEL = 55.0  # all of the way out, once an end is wanted: a minute with BREAK
 BREAK = 1.0  # for what is broken off to end by itself; psycopg would take ten behind a peer that is silent

@@ -78,8 +78,8 @@ class Stream:
                     self._read += 1
                     yield row
             except (psycopg.Error, OSError) as error:
-                told = "" if self._job.redact_details else f": {connection.words(error)}"
-                raise self._gone(f"the rest of its rows is lost, after {self._read} of them{told}") from error
+                why = "" if self._job.redact_details else f": {connection.words(error)}"
+                raise self._gone(f"the rest of its rows is lost, after {self._read} of them{why}") from error
             await self._end()
         finally:
             await self.close()

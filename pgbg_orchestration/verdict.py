@@ -146,7 +146,7 @@ class Step(Enum):
 OUTCOMES = frozenset({Step.COMMITTED, Step.FAILED, Step.CANCELLED, Step.SUPERSEDED, Step.LOST, Step.UNKNOWN})
 
 
-def judge(seen: Evidence) -> Step:
+def judge(evidence: Evidence) -> Step:
     """Return the next step for a job, or its outcome.
 
     A failure is told only when nothing of the job can commit any more: where a worker of this call may still begin,
@@ -154,7 +154,7 @@ def judge(seen: Evidence) -> Step:
 
     Parameters
     ----------
-    seen:
+    evidence:
         The evidence, gathered in the order that the module tells.
 
     Returns
@@ -162,67 +162,71 @@ def judge(seen: Evidence) -> Step:
     Step
         The outcome (a member of ``OUTCOMES``) only where it is certain, ``UNKNOWN`` where it cannot be had.
     """
-    step = _judge(seen)
-    may_still_begin = seen.stray and seen.carries_receipt and seen.receipt is Receipt.NONE
+    step = _judge(evidence)
+    may_still_begin = evidence.stray and evidence.carries_receipt and evidence.receipt is Receipt.NONE
     return Step.MARK if step in (Step.FAILED, Step.LOST) and may_still_begin else step
 
 
-def _judge(seen: Evidence) -> Step:
-    if seen.receipt is Receipt.COMMITTED:
+def _judge(evidence: Evidence) -> Step:
+    if evidence.receipt is Receipt.COMMITTED:
         return Step.COMMITTED
-    if seen.receipt is Receipt.CANCELLED:
-        return _judge_cancelled(seen)
+    if evidence.receipt is Receipt.CANCELLED:
+        return _judge_cancelled(evidence)
 
-    if seen.holder is Holder.THIS_JOB:
-        if seen.intent is not Intent.NONE:
+    if evidence.holder is Holder.THIS_JOB:
+        if evidence.intent is not Intent.NONE:
             return Step.SIGNAL
-        return Step.UNBLOCK if seen.output_blocked else Step.WAIT
+        return Step.UNBLOCK if evidence.output_blocked else Step.WAIT
 
-    if seen.receipt is Receipt.LAUNCHING:
-        return _judge_unsupervised(seen)
-    if not seen.carries_receipt:
-        return _judge_without_receipt(seen)
+    if evidence.receipt is Receipt.LAUNCHING:
+        return _judge_unsupervised(evidence)
+    if not evidence.carries_receipt:
+        return _judge_without_receipt(evidence)
 
-    if seen.intent is not Intent.NONE:
+    if evidence.intent is not Intent.NONE:
         return Step.MARK
-    superseded = seen.superseded or seen.holder is Holder.NEWER
+    superseded = evidence.superseded or evidence.holder is Holder.NEWER
     # An error that a worker reported is the job's end, unless a newer generation cancelled it, or we refused it.
-    if seen.report is Report.FAILED and seen.sqlstate not in OURS and not (superseded and seen.sqlstate == CANCELED):
+    if (
+        evidence.report is Report.FAILED
+        and evidence.sqlstate not in OURS
+        and not (superseded and evidence.sqlstate == CANCELED)
+    ):
         return Step.FAILED
     if superseded:
         return Step.MARK
-    if seen.report is Report.RUNNING:
+    if evidence.report is Report.RUNNING:
         return Step.WAIT
-    if seen.report is Report.ENDED:
-        return Step.FAILED if seen.recorded_failure else Step.LOST
-    if seen.report is Report.FAILED and seen.sqlstate == ALREADY_COMMITTED:
+    if evidence.report is Report.ENDED:
+        return Step.FAILED if evidence.recorded_failure else Step.LOST
+    if evidence.report is Report.FAILED and evidence.sqlstate == ALREADY_COMMITTED:
         return Step.FAILED  # the job's own SQL raised it: there is no receipt behind it
     # Refused for a mark that was lifted since, or by the job's own SQL, which raises the same again and again.
-    turned_away = seen.report is Report.FAILED and seen.sqlstate in (TURNED_AWAY, REFUSED)
-    if turned_away and seen.holder is Holder.NOBODY and not seen.rejections_left:
+    turned_away = evidence.report is Report.FAILED and evidence.sqlstate in (TURNED_AWAY, REFUSED)
+    if turned_away and evidence.holder is Holder.NOBODY and not evidence.rejections_left:
         return Step.FAILED
-    if seen.recorded_failure:
+    if evidence.recorded_failure:
         return Step.FAILED
-    return _judge_launch(seen)
+    return _judge_launch(evidence)
 
 
-def _judge_cancelled(seen: Evidence) -> Step:
-    if seen.superseded:
+def _judge_cancelled(evidence: Evidence) -> Step:
+    if evidence.superseded:
         return Step.SUPERSEDED
-    if seen.intent is not Intent.NONE:
+    if evidence.intent is not Intent.NONE:
         return Step.CANCELLED
-    if seen.gave_up:
-        return Step.FAILED if seen.report is Report.FAILED or seen.recorded_failure else Step.LOST
-    return Step.LIFT if seen.lift else Step.CANCELLED
+    if evidence.gave_up:
+        return Step.FAILED if evidence.report is Report.FAILED or evidence.recorded_failure else Step.LOST
+    return Step.LIFT if evidence.lift else Step.CANCELLED
 
 
-def _judge_launch(seen: Evidence) -> Step:
+def _judge_launch(evidence: Evidence) -> Step:
     """Say whether the job may be launched: nothing of it is at work or decided."""
-    if not seen.launches_left:
+    if not evidence.launches_left:
         return Step.LOST
-    if not seen.registered:
+    if not evidence.registered:
         return Step.REGISTER
-    match seen.holder:
+    match evidence.holder:
         case Holder.NOBODY:
             return Step.LAUNCH
         case Holder.OLDER:
@@ -231,41 +235,41 @@ def _judge_launch(seen: Evidence) -> Step:
             return Step.WAIT_FOR_SERIES
 
 
-def _judge_unsupervised(seen: Evidence) -> Step:
+def _judge_unsupervised(evidence: Evidence) -> Step:
     """Judge a supervised job whose receipt is claimed, and whose supervisor holds no lock any more."""
-    if seen.marked:
-        return Step.WAIT if seen.intent is Intent.NONE else Step.SIGNAL
-    return _judge_verified(seen) or Step.SETTLE
+    if evidence.marked:
+        return Step.WAIT if evidence.intent is Intent.NONE else Step.SIGNAL
+    return _judge_verified(evidence) or Step.SETTLE
 
 
-def _judge_verified(seen: Evidence) -> Step | None:
+def _judge_verified(evidence: Evidence) -> Step | None:
     """Say what is left of a job whose end only verify_sql can tell; None when it told."""
-    if not seen.can_verify:
+    if not evidence.can_verify:
         return Step.UNKNOWN
-    if seen.verified is None:
+    if evidence.verified is None:
         return Step.VERIFY
     # "Not done" is of this moment; another worker is not launched beside one that may begin after it.
-    return Step.UNKNOWN if not seen.verified and seen.may_begin else None
+    return Step.UNKNOWN if not evidence.verified and evidence.may_begin else None
 
 
-def _judge_without_receipt(seen: Evidence) -> Step:
+def _judge_without_receipt(evidence: Evidence) -> Step:
     """A job of kind session: its handle is all there is, and after that verify_sql."""
-    wanted = seen.intent is Intent.NONE
-    match seen.report:
+    wanted = evidence.intent is Intent.NONE
+    match evidence.report:
         case Report.RUNNING:
             return Step.WAIT if wanted else Step.SIGNAL
         case Report.FAILED:
-            return Step.CANCELLED if seen.sqlstate == CANCELED and not wanted else Step.FAILED
+            return Step.CANCELLED if evidence.sqlstate == CANCELED and not wanted else Step.FAILED
         case Report.ENDED:
             return Step.READ_RESULT
         case Report.NONE:
             return Step.LAUNCH if wanted else Step.CANCELLED
         case Report.GONE:
             pass
-    if undecided := _judge_verified(seen):
+    if undecided := _judge_verified(evidence):
         return undecided
-    if seen.verified:
+    if evidence.verified:
         return Step.COMMITTED
     if not wanted:
         return Step.CANCELLED
-    return Step.LAUNCH if seen.launches_left else Step.LOST
+    return Step.LAUNCH if evidence.launches_left else Step.LOST

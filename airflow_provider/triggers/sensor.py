@@ -73,11 +73,11 @@ class PgBackgroundSensorTrigger(ServerTrigger):
         watch = Watch(
             self.job_id, self.label, self.worker_pid, self.worker_label, self.states, self.fail_on, since, self.log.info
         )
-        while (told := await watch.look(launcher.ledger)) is None:
+        while (event := await watch.look(launcher.ledger)) is None:
             if self.deadline is not None and datetime.now(UTC) >= self.deadline:
                 return {"status": events.TIMED_OUT, "seen": watch.seen}
             await asyncio.sleep(self.poll_interval or POLL_INTERVAL)
-        return {"status": events.COMMITTED, **told}
+        return {"status": events.COMMITTED, **event}
 
     def result_of(self, payload: dict[str, Any]) -> Any:
         """Return what there is to tell of each job; None for a worker."""

@@ -154,11 +154,11 @@ def check_metadata(entry: JobEntry, error: PgbgError | None, web_url: str | None
     web_url:
         Address of the jobs' page; None where there is none.
     """
-    told: dict[str, Any] = {"pgbg/job_id": entry.job_id}
+    metadata: dict[str, Any] = {"pgbg/job_id": entry.job_id}
     if error is not None:
-        told |= {"pgbg/state": entry.state, "pgbg/error": str(error)}
+        metadata |= {"pgbg/state": entry.state, "pgbg/error": str(error)}
         if error.sqlstate:
-            told["pgbg/sqlstate"] = error.sqlstate
+            metadata["pgbg/sqlstate"] = error.sqlstate
     if web_url:
-        told["pgbg/page"] = MetadataValue.url(page_of(web_url, entry.job_id))
-    return told
+        metadata["pgbg/page"] = MetadataValue.url(page_of(web_url, entry.job_id))
+    return metadata

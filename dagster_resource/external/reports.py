@@ -229,9 +229,9 @@ class Earlier:
         if key not in self._submitted:
             fetch = self._context.instance.fetch_observations
             self._submitted[key] = {
-                job_id: str(told["pgbg/sql"].value)
-                for job_id, told in self._jobs_of_events(fetch, key)
-                if "pgbg/sql" in told
+                job_id: str(metadata["pgbg/sql"].value)
+                for job_id, metadata in self._jobs_of_events(fetch, key)
+                if "pgbg/sql" in metadata
             }
         return self._submitted[key].get(job_id)
 
@@ -247,8 +247,8 @@ class Earlier:
             page = fetch(filtered, limit=1000, cursor=cursor)
             for record in page.records:
                 event = record.asset_materialization or record.asset_observation
-                if event and (told := event.metadata.get("pgbg/job_id")):
-                    yield str(told.value), event.metadata
+                if event and (metadata := event.metadata.get("pgbg/job_id")):
+                    yield str(metadata.value), event.metadata
             cursor, more = page.cursor, page.has_more
 
 

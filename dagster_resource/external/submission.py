@@ -188,13 +188,13 @@ async def wait_for(
         It ended without a commit, or nobody can tell.
     """
     await launcher.facts()
-    pause, told, looks = POLL[0], "", LOOKS
+    pause, last_state, looks = POLL[0], "", LOOKS
     async with asyncio.timeout(patience):
         while True:
             entries = await launcher.ledger.jobs(job_id=job_id, limit=1)
             state = entries[0].state if entries else "not known yet"
-            if state != told:
-                told = state
+            if state != last_state:
+                last_state = state
                 tell(f"job {job_id} is {state}")
             if entries and state == "committed":
                 if not entries[0].is_being_written or not looks:

@@ -151,10 +151,12 @@ def _weight(decision: Decision) -> int:
 
 
 def _metadata(error: PgbgError, sql: str | None, web_url: str | None) -> dict[str, Any]:
-    told = error.to_dict()
-    del told["notes"]  # they stand in the text
-    told |= told.pop("fields", {})  # the server's message among them, where there is one
-    metadata: dict[str, Any] = {f"pgbg/{name}": MetadataValue.text(str(value)) for name, value in told.items() if value}
+    values = error.to_dict()
+    del values["notes"]  # they stand in the text
+    values |= values.pop("fields", {})  # the server's message among them, where there is one
+    metadata: dict[str, Any] = {
+        f"pgbg/{name}": MetadataValue.text(str(value)) for name, value in values.items() if value
+    }
     if sql:
         metadata["pgbg/sql"] = sql_block(sql)
     if web_url and error.job_id:

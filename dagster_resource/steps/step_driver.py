@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from dagster import DagsterExecutionInterruptedError
 
 from pgbg_orchestration.driver import Driver, Talk
-from pgbg_orchestration.outcome import Event, EventKind
+from pgbg_orchestration.outcome import Event, EventKind, level_of
 
 T = TypeVar("T")
 
@@ -24,17 +24,13 @@ WORTH_A_WARNING = (
 )  # fmt: skip
 
 
-SEVERITIES = {"DEBUG": logging.DEBUG, "WARNING": logging.WARNING}
-"""Levels of what SQL raises; INFO for all other severities."""
-
-
 def tell(talk: Talk, event: Event) -> None:
     """Put an event of the core's into the step's log."""
     if event.kind is EventKind.LET_GO:
         return  # how an interrupted job ended is told by whoever interrupted it
     level = logging.WARNING if event.kind in WORTH_A_WARNING else logging.INFO
     if event.kind is EventKind.NOTICE:
-        level = SEVERITIES.get(event.data["severity"], logging.INFO)
+        level = level_of(event.data["severity"])
     pid = event.data.get("pid")
     talk.note(level, f"{event.label}: {event.message}{f' (pid {pid})' if pid else ''}")
 

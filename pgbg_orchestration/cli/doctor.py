@@ -53,9 +53,9 @@ def _show(findings: list[Finding]) -> None:
             line.add_column(width=2, justify="right")
             line.add_column(width=width, overflow="fold")
             line.add_column(ratio=1)
-            told = plain(finding.text)
+            text = plain(finding.text)
             shown = "" if finding.status is Status.OK else style
-            line.add_row(Text(sign, style), Text(finding.name, shown), Text(told, "dim" if shown == "dim" else ""))
+            line.add_row(Text(sign, style), Text(finding.name, shown), Text(text, "dim" if shown == "dim" else ""))
             out.print(line)
             if finding.todo:
                 print_todo(out, finding.todo, indent=width + 4)

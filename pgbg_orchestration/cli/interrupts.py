@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from .codes import ExitCode
 
 if TYPE_CHECKING:
     from .progress import Display
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -51,3 +53,23 @@ class Interrupts:
         else:
             self._display.close()
             os._exit(ExitCode.INTERRUPTED)
+
+
+async def until_interrupted(work: Coroutine[Any, Any, T], display: Display, *, leave: bool) -> T | None:
+    """Await ``work`` and return what it returns; None when a signal cancelled it.
+
+    Parameters
+    ----------
+    display:
+        Where the person is told what the signal does.
+    leave:
+        Whether the worker is left at work.
+    """
+    task = asyncio.ensure_future(work)
+    with Interrupts(task, display, leave=leave) as interrupts:
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not interrupts.seen:
+                raise
+            return None

@@ -67,7 +67,7 @@ def result(
         except NoRows as error:
             raise Stop(ExitCode.NO_SUCH_JOB, str(error)) from error
         if json:
-            print_json(told(found))
+            print_json(as_json(found))
         else:
             write(found, form or Format.TABLE, output)
 
@@ -104,7 +104,7 @@ def _lines(rows: Rows, form: Format) -> Iterator[str]:
     yield from writer.foot(len(rows.cells))
 
 
-def told(results: Sequence[Rows]) -> list[dict[str, Any]]:
+def as_json(results: Sequence[Rows]) -> list[dict[str, Any]]:
     """Return rows as plain data: of each statement its columns and rows."""
     return [
         {

@@ -26,7 +26,7 @@ from pgbg_orchestration.verdict import CANCELED
 from . import rows as rows_of
 from . import stream as stream_of
 from .codes import ExitCode
-from .interrupts import Interrupts
+from .interrupts import until_interrupted
 from .options import Dsn, Json, Owner, Schema, pairs, seconds_option
 from .progress import Display
 from .rows import FormatOption, OutputOption
@@ -234,8 +234,8 @@ def run(
         with Display(job, silent=quiet) as display:
             outcome = asyncio.run(_follow(dsn or "", schema, job, options, display))
         if json:
-            told = {"results": rows_of.told(outcome.results)} if job.fetch else {}
-            print_json({**outcome.to_dict(), **told})
+            kept = {"results": rows_of.as_json(outcome.results)} if job.fetch else {}
+            print_json({**outcome.to_dict(), **kept})
             return
         if job.fetch:
             rows_of.write(outcome.results, form or rows_of.Format.TABLE, output)
@@ -262,14 +262,9 @@ def _read_sql(sql: str | None, file: Path | None) -> str:
 
 async def _follow(dsn: str, schema: str, job: Job, options: dict[str, Any], display: Display) -> Outcome:
     async with Launcher(dsn, schema=schema) as launcher:
-        task = asyncio.ensure_future(launcher.run(job, observer=display.on_event, **options))
-        with Interrupts(task, display, leave=options["on_cancel"] == "leave") as interrupts:
-            try:
-                return await task
-            except asyncio.CancelledError:
-                if not interrupts.seen:
-                    raise
-        return _interrupted(job, options, display)
+        work = launcher.run(job, observer=display.on_event, **options)
+        outcome = await until_interrupted(work, display, leave=options["on_cancel"] == "leave")
+        return outcome or _interrupted(job, options, display)
 
 
 async def _stream(

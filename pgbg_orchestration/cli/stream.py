@@ -15,7 +15,7 @@ from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.rows import Column
 
 from .codes import ExitCode
-from .interrupts import Interrupts
+from .interrupts import until_interrupted
 from .progress import Display
 from .rows import WRITERS, Cells, Format, Writer
 from .screen import Stop, out
@@ -132,30 +132,25 @@ async def follow(
             assert stream.outcome is not None
             return stream.outcome
 
-        task = asyncio.ensure_future(copy())
-        with Interrupts(task, display, leave=options["on_cancel"] == "leave") as interrupts:
-            try:
-                return await task
-            except asyncio.CancelledError:
-                if not interrupts.seen:
-                    raise
-            except BrokenPipeError:
-                # Nobody wants more of them; that it is committed is known.
-                out.on_broken_pipe()
-                return stream.outcome
-            except OSError as error:
-                raise _gone(job, f"its rows cannot be written{sink.place}: {error.strerror}", sink) from error
-            except RowsGone as error:
-                error.todo = f"{sink.written} rows were written{sink.place}. {error.todo or ''}".strip()
-                raise
-            finally:
-                sink.abandon()
-        if stream.outcome is not None:
+        try:
+            outcome = await until_interrupted(copy(), display, leave=options["on_cancel"] == "leave")
+        except BrokenPipeError:
+            # Nobody wants more of them; that it is committed is known.
+            out.on_broken_pipe()
+            return stream.outcome
+        except OSError as error:
+            raise _gone(job, f"its rows cannot be written{sink.place}: {error.strerror}", sink) from error
+        except RowsGone as error:
+            error.todo = f"{sink.written} rows were written{sink.place}. {error.todo or ''}".strip()
+            raise
+        finally:
+            sink.abandon()
+        if outcome is None and stream.outcome is not None:
             raise Stop(
                 ExitCode.INTERRUPTED,
                 f"the job is committed; {sink.written} of its rows were written{sink.place}, and the rest is lost",
             )
-        return None
+        return outcome
 
 
 def _gone(job: Job, why: str, sink: Sink) -> PgbgError:

@@ -134,12 +134,12 @@ async def _wait(
     dsn: str, schema: str, wanted: Wanted, longest: float | None, *, quiet: bool
 ) -> tuple[list[JobEntry], ExitCode]:
     began = time.monotonic()
-    told: dict[tuple[str, str], str] = {}
+    states: dict[tuple[str, str], str] = {}
     async with ready_launcher(dsn, schema) as launcher:
         while True:
             found = await _look(launcher.ledger, wanted)
             if not quiet:
-                _tell(found, told)
+                _tell(found, states)
             code = judge(found, wanted)
             waited = time.monotonic() - began
             if code is not None:
@@ -189,10 +189,10 @@ def judge(entries: Sequence[JobEntry], wanted: Wanted) -> ExitCode | None:
     return None if away else ExitCode.OK
 
 
-def _tell(entries: Sequence[JobEntry], told: dict[tuple[str, str], str]) -> None:
+def _tell(entries: Sequence[JobEntry], states: dict[tuple[str, str], str]) -> None:
     """Print a line for each job whose state is another than it was."""
-    news = [entry for entry in entries if told.get((entry.owner, entry.job_id)) != entry.state]
-    told.update({(entry.owner, entry.job_id): entry.state for entry in entries})
+    news = [entry for entry in entries if states.get((entry.owner, entry.job_id)) != entry.state]
+    states.update({(entry.owner, entry.job_id): entry.state for entry in entries})
     counts = ", ".join(f"{number} {state}" for state, number in Counter(entry.state for entry in entries).items())
     stamp = f"{datetime.now().astimezone():%H:%M:%S} "
     for entry in news:

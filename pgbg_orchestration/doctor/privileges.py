@@ -79,5 +79,5 @@ async def server_log(patient: Patient) -> list[Finding]:
     if patient.settings.get("log_min_error_statement") not in (None, "log", "fatal", "panic"):
         logged.append(f"log_min_error_statement = {patient.settings['log_min_error_statement']}")
     text = "The server's log gets the SQL of jobs, parameters included"
-    told = f"{text}, by {', '.join(logged)}." if logged else "The server's log gets no SQL of jobs by its settings."
-    return [Finding("privileges", "server log", Status.OK, told)]
+    sentence = f"{text}, by {', '.join(logged)}." if logged else "The server's log gets no SQL of jobs by its settings."
+    return [Finding("privileges", "server log", Status.OK, sentence)]

@@ -100,9 +100,9 @@ class Attempt:
     message: str | None
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Attempt:
+    def of(cls, row: Mapping[str, Any]) -> Attempt:
         """Read an attempt as JSON tells it."""
-        known = {field.name: told[field.name] for field in fields(cls)}
+        known = {field.name: row[field.name] for field in fields(cls)}
         for name in ("launched_at", "ended_at"):
             known[name] = None if known[name] is None else datetime.fromisoformat(known[name])
         return cls(**known)
@@ -131,8 +131,8 @@ class JobDetail:
         """Read what the schema's ``job_detail`` gave."""
         return cls(
             row["statement"],
-            tuple(Attempt.of(told) for told in row["past_attempts"]),
-            {told["statement"]: told["row_count"] for told in row["kept"]},
+            tuple(Attempt.of(past) for past in row["past_attempts"]),
+            {kept["statement"]: kept["row_count"] for kept in row["kept"]},
         )
 
 
@@ -216,8 +216,8 @@ def error_of(entry: JobEntry) -> PgbgError | None:
     ended = {**named, "data_state": errors.ROLLED_BACK if entry.kind in ("receipt", None) else errors.PARTLY}
     match entry.state:
         case "failed":
-            told = ErrorFields.from_dict(asdict(entry))
-            return errors.WorkerError(f"the SQL failed in its worker{name}", fields=told, **ended)
+            fields_of_error = ErrorFields.from_dict(asdict(entry))
+            return errors.WorkerError(f"the SQL failed in its worker{name}", fields=fields_of_error, **ended)
         case "cancelled":
             who = f" by {entry.cancelled_by} ({entry.reason})" if entry.cancelled_by else ""
             return errors.JobCancelled(f"cancelled{who}{name}", cause=entry.cause, sqlstate="57014", **ended)

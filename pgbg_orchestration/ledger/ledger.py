@@ -61,6 +61,41 @@ class Which(TypedDict, total=False):
     limit: int | None
 
 
+class NewLaunch(TypedDict):
+    """A launch that is to be registered.
+
+    Parameters
+    ----------
+    generation:
+        That of the job; None for the one that its series has for it, or a new one.
+    label, kind, sql_digest:
+        What is launched.
+    accept_changed_sql:
+        Whether the id may stand for other SQL than before.
+    when_orphaned:
+        What is to become of its worker when whoever waits for it is gone.
+    statement:
+        Its SQL as the history keeps it; None for a history without.
+    """
+
+    generation: int | None
+    label: str
+    kind: str
+    sql_digest: bytes
+    accept_changed_sql: bool
+    when_orphaned: WhenOrphaned | None
+    statement: str | None
+
+
+def _arguments(key: Key, launch: NewLaunch) -> tuple[Any, ...]:
+    """Return the arguments of the schema's functions that register a launch."""
+    return (
+        key.owner, key.job_id, key.series, launch["generation"], launch["label"], str(launch["kind"]),
+        launch["sql_digest"], launch["accept_changed_sql"], this_process(), launch["when_orphaned"],
+        launch["statement"],
+    )  # fmt: skip
+
+
 class Ledger:
     """The receipts, series and history of one database, over a few connections that come back when they are lost.
 
@@ -154,46 +189,16 @@ class Ledger:
 
     # Writing ------------------------------------------------------------------------------------------------------
 
-    async def register(
-        self,
-        key: Key,
-        *,
-        generation: int | None,
-        label: str,
-        kind: str,
-        sql_digest: bytes,
-        accept_changed_sql: bool,
-        when_orphaned: WhenOrphaned | None = None,
-        statement: str | None = None,
-    ) -> Registration:
+    async def register(self, key: Key, **launch: Unpack[NewLaunch]) -> Registration:
         """Register a launch: committed when this returns, so that everybody knows of it before it runs."""
-        query = self._query("register")
-        here = this_process()
-        arguments = (
-            key.owner, key.job_id, key.series, generation, label, kind, sql_digest, accept_changed_sql, here,
-            when_orphaned, statement,
-        )  # fmt: skip
+        query, arguments = self._query("register"), _arguments(key, launch)
         row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
         return Registration(**row)
 
-    def registering(
-        self,
-        key: Key,
-        *,
-        generation: int | None,
-        label: str,
-        kind: str,
-        sql_digest: bytes,
-        accept_changed_sql: bool,
-        when_orphaned: WhenOrphaned | None,
-        statement: str | None,
-        quote: Quote,
-    ) -> str:
+    def registering(self, key: Key, quote: Quote, **launch: Unpack[NewLaunch]) -> str:
         """Return what registers a job, as an item of FROM, where nothing is known of it or of its series."""
-        given = (
-            key.owner, key.job_id, key.series, generation, label, str(kind), sql_digest, accept_changed_sql,
-            this_process(), when_orphaned, True, statement,
-        )  # fmt: skip
+        *values, statement = _arguments(key, launch)
+        given = (*values, True, statement)
         return f"{self._name('register_launch')}({', '.join(map(quote, given))})"
 
     def _name(self, function: str) -> str:
@@ -309,9 +314,9 @@ class Ledger:
         """Write an attempt's outcome into the history."""
         query = self._query("record")
         kept = error.as_history() if error else None
-        told = [getattr(kept, field.name) for field in fields(kept)] if kept else None
+        values = [getattr(kept, field.name) for field in fields(kept)] if kept else None
         arguments = (
-            key.owner, key.job_id, attempt, outcome, worker_pid, started_at, row_count, command_tag, told,
+            key.owner, key.job_id, attempt, outcome, worker_pid, started_at, row_count, command_tag, values,
         )  # fmt: skip
         await self._writer.ask(lambda conn: _one(conn, query, arguments))
 

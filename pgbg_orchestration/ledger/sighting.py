@@ -83,12 +83,12 @@ class Sighting:
     def of_commit(cls, attempt: int, worker_pid: int, started_at: datetime, looked_at: datetime) -> Sighting:
         """Tell of a receipt that was read by itself: nothing else was looked at."""
         nothing: dict[str, Any] = {field.name: None for field in fields(cls)}
-        told = {
+        values = {
             "looked_at": looked_at, "status": "committed", "receipt_attempt": attempt, "receipt_pid": worker_pid,
             "receipt_started_at": started_at, "holder_is_owner": True, "holds_this_job": False, "may_begin": False,
             "error": ErrorFields(),
         }  # fmt: skip
-        return cls(**{**nothing, **told})
+        return cls(**{**nothing, **values})
 
     @property
     def receipt(self) -> Receipt:

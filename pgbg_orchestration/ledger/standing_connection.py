@@ -63,7 +63,7 @@ class StandingConnection:
     async def _ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]], patient: bool) -> T:
         loop, asking = asyncio.get_running_loop(), asyncio.current_task()
         until = loop.time() + pace.RECONNECT
-        attempt, told = 0, -pace.TOLD_AGAIN
+        attempt, warned_at = 0, -pace.WARN_AGAIN
         while True:
             try:
                 async with self._turn, asyncio.timeout(pace.CALL):
@@ -87,8 +87,8 @@ class StandingConnection:
                     raise asyncio.CancelledError from error
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
                     raise connection.unreachable(error, "the server cannot be reached") from error
-                if loop.time() >= told + pace.TOLD_AGAIN:
-                    told = loop.time()
+                if loop.time() >= warned_at + pace.WARN_AGAIN:
+                    warned_at = loop.time()
                     what = "somebody holds a lock on the package's tables" if held else "no connection to the server"
                     self._on_trouble(f"{what} ({connection.words(error)}), trying again")
                 await asyncio.sleep(pace.backoff(attempt))

@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg
 from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row
+
+from pgbg_orchestration.errors import InvalidJob
+from pgbg_orchestration.labels import LabelPattern
 
 from .catalog import QUERIES
 
@@ -98,6 +102,36 @@ async def waiting_for(conn: AsyncConnection[Any], events: Sequence[str]) -> set[
     """Return the processes that wait for one of these, as far as the login sees them."""
     query = "select a.pid from pg_catalog.pg_stat_activity as a where a.wait_event = any(%s)"
     return {pid for (pid,) in await (await conn.execute(query, ([*events],))).fetchall()}
+
+
+async def workers(conn: AsyncConnection[Any], *, pid: int | None = None) -> list[tuple[int, str]]:
+    """Return pid and name of every worker that shows its label, or of the one of a pid, whoever launched it."""
+    return await (await conn.execute(QUERIES["workers"], {"pid": pid})).fetchall()
+
+
+async def workers_labelled(conn: AsyncConnection[Any], label: str) -> list[tuple[int, str]]:
+    """Return pid and name of every worker that was launched under a label, whoever launched it.
+
+    Raises
+    ------
+    InvalidJob
+        No worker of this database can have the label: its encoding lacks a character.
+    """
+    pattern = LabelPattern(label, server_version=conn.info.server_version)
+    encoding = conn.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        try:
+            row = await (await conn.execute(QUERIES["encoded"], (pattern.texts(),))).fetchone()
+        except psycopg.errors.UntranslatableCharacter as error:
+            raise InvalidJob(
+                f"no worker of this database can have the label {label!r}: its encoding, {encoding},"
+                " lacks a character of it",
+                sqlstate=error.sqlstate,
+            ) from error
+        assert row is not None  # it is one aggregate
+        texts = [bytes(part) for part in row[0]]
+        pattern = LabelPattern(pattern.label, texts, server_version=pattern.server_version)
+    return [(pid, name) for pid, name in await workers(conn) if pattern.fits(name, pid)]
 
 
 async def look(

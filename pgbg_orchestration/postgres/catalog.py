@@ -1,8 +1,8 @@
-"""What this room asks the server's own catalog: the named queries of ``queries.sql``, and two that others ask too."""
+"""What this room asks the server's own catalog: the named queries of ``queries.sql``, and three that others ask too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from psycopg import AsyncConnection
@@ -25,6 +25,19 @@ async def types(conn: AsyncConnection[Any], columns: Iterable[tuple[int, int]]) 
     wanted = list(columns)
     parameters = ([oid for oid, _ in wanted], [modifier for _, modifier in wanted])
     return await (await conn.execute(QUERIES["type_names"], parameters)).fetchall()
+
+
+async def membership(conn: AsyncConnection[Any], role: str, how: Sequence[str]) -> tuple[bool, str]:
+    """Return whether the login is a member of a role in each of these ways (``pg_has_role``), and its name, quoted.
+
+    Raises
+    ------
+    psycopg.errors.UndefinedObject
+        There is no such role.
+    """
+    row = await (await conn.execute(QUERIES["membership"], (role, [*how]))).fetchone()
+    assert row is not None  # it is one aggregate
+    return bool(row[0]), str(row[1])
 
 
 class TemporaryPrivilege(NamedTuple):

@@ -198,9 +198,9 @@ class Extension:
             )
             return {
                 Handle(pid, cookie): Progress(
-                    percent, told.decode(errors="backslashreplace") if isinstance(told, bytes) else told
+                    percent, message.decode(errors="backslashreplace") if isinstance(message, bytes) else message
                 )
-                for pid, cookie, percent, told in await cursor.fetchall()
+                for pid, cookie, percent, message in await cursor.fetchall()
             }
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState, errors.InsufficientPrivilege):
             # One bad handle fails the whole query: ask for each alone.
@@ -233,8 +233,10 @@ class Extension:
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
             return None
         if row is not None and any_bytes:
-            told = {name: bytes(row[name]).decode(errors="backslashreplace") for name in names if row[name] is not None}
-            row.update(told)
+            texts = {
+                name: bytes(row[name]).decode(errors="backslashreplace") for name in names if row[name] is not None
+            }
+            row.update(texts)
         return row
 
     async def result(

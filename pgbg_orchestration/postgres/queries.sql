@@ -50,6 +50,26 @@ select a.pid, a.application_name, a.wait_event_type, a.wait_event,
 from pg_catalog.pg_stat_activity as a
 where a.datname = pg_catalog.current_database() and ({which})
 
+-- name: workers
+-- Workers of this server, whoever launched them: all that show their label, or the one of a pid. A worker of another
+-- login shows its name, and its type to pg_read_all_stats alone: what is hidden may be a worker.
+select a.pid, a.application_name from pg_catalog.pg_stat_activity as a
+where case when %(pid)s::int is null then pg_catalog.starts_with(a.application_name, 'pg_background:')
+    else a.pid = %(pid)s and (coalesce(a.backend_type = 'pg_background', true)
+        or pg_catalog.starts_with(a.application_name, 'pg_background:'))
+    end
+order by a.pid
+
+-- name: encoded
+-- Texts as the database stores them.
+select pg_catalog.array_agg(pg_catalog.convert_to(t.part, pg_catalog.getdatabaseencoding()) order by t.number)
+from pg_catalog.unnest(%s::text[]) with ordinality as t (part, number)
+
+-- name: membership
+-- Whether the login is a member of a role in each of these ways; its own name, quoted.
+select pg_catalog.bool_and(pg_catalog.pg_has_role(session_user, %s, h)), pg_catalog.quote_ident(session_user)
+from pg_catalog.unnest(%s::text[]) as h
+
 -- name: temporary_privilege
 -- Whether a role (null: the one in force) may make temporary tables; its name and the database's, quoted.
 select pg_catalog.has_database_privilege(r.name, pg_catalog.current_database(), 'TEMPORARY') as may,

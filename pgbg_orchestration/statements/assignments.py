@@ -45,12 +45,12 @@ _INSTEAD = {
 class Assignment:
     """What one statement sets: the setting's name in lower case, ``*`` for all, and the value.
 
-    ``value`` is None for DEFAULT and RESET; ``told`` is False for one that the text does not tell.
+    ``value`` is None for DEFAULT and RESET; ``is_known`` is False for one that the text does not tell.
     """
 
     name: str
     value: str | None
-    told: bool = True
+    is_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def applied(statements: Sequence[Statement]) -> dict[str, str]:
     found = {}
     for name in (TIMEOUT, READ_ONLY):
         match [*set(_in_force(statements, name))]:
-            case [Assignment(value=str(value), told=True)]:
+            case [Assignment(value=str(value), is_known=True)]:
                 found[name] = value
     return found
 
@@ -108,7 +108,7 @@ def unhonoured(statements: Sequence[Statement]) -> Unhonoured | None:
         alone = assignment(statement)
         for each in [alone] if alone else _inside(statement):
             instead = _INSTEAD.get(each.name)
-            if instead is None or not each.told or _is_harmless(each):
+            if instead is None or not each.is_known or _is_harmless(each):
                 continue
             if each.name != TIMEOUT or alone is None or not _bounds_rightly(statements, each):
                 return Unhonoured(number, f"sets {each.name}, which has no effect in the text of a worker: {instead}")
@@ -168,7 +168,7 @@ def _of_set(statement: Statement, found: list[Token]) -> Assignment:
         return _assign("client_encoding", statement, words[1:])
     at = next((i for i, word in enumerate(words) if word.text in {"TO", "="} and word.kind is not TokenKind.NAME), None)
     if at is None:
-        return Assignment(_name(words), None, told=False)  # TIME ZONE, ROLE, SCHEMA, CONSTRAINTS, …
+        return Assignment(_name(words), None, is_known=False)  # TIME ZONE, ROLE, SCHEMA, CONSTRAINTS, …
     return _assign(_name(words[:at]), statement, words[at + 1 :])
 
 
@@ -186,7 +186,7 @@ def _assign(name: str, statement: Statement, value: list[Token]) -> Assignment:
     if not value or (len(value) == 1 and value[0].kind is TokenKind.WORD and value[0].text == "DEFAULT"):
         return Assignment(name, None)
     if any(token.text == "%" for token in value):
-        return Assignment(name, "", told=False)  # a placeholder: asked again when it is bound
+        return Assignment(name, "", is_known=False)  # a placeholder: asked again when it is bound
     raw = statement.text[value[0].start : value[-1].end]
     return Assignment(name, _constant(raw) if len(value) == 1 else raw)
 

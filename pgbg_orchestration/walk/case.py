@@ -1,4 +1,4 @@
-"""One job, as one call for it drives it: the work, what is remembered, the handles in hand, whom it told what."""
+"""One job, as one call for it drives it: the work, what is remembered, the handles in hand, the time that is left."""
 
 from __future__ import annotations
 
@@ -9,21 +9,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-import psycopg
-
 from pgbg_orchestration import pace
-from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.options import Options
-from pgbg_orchestration.outcome import Cause, ErrorFields, Event, EventKind
-from pgbg_orchestration.postgres import describe, worker_rows
-from pgbg_orchestration.postgres.connection import ConnectionLost
+from pgbg_orchestration.outcome import Cause, Event, EventKind
 from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.handles import Hearing, Worker
-from pgbg_orchestration.postgres.opening import Begun, MayBeLaunched, Opening
+from pgbg_orchestration.postgres.handles import Worker
+from pgbg_orchestration.postgres.opening import Begun, Opening
 from pgbg_orchestration.postgres.session import LaunchingSession
-from pgbg_orchestration.statements.row_source import row_source
-from pgbg_orchestration.testing import faults
-from pgbg_orchestration.verdict import Intent, Report
+from pgbg_orchestration.verdict import Intent
 
 from . import location
 from .memory import Memory, Terms
@@ -31,8 +24,6 @@ from .streamed_rows import Feed
 from .worker_sql import Work
 
 logger = logging.getLogger("pgbg_orchestration")
-OURS = ("PB001", "PB002", "PB003", "PB004")  # raised before the job's own SQL began
-LEVELS = {"DEBUG": logging.DEBUG, "WARNING": logging.WARNING}  # of what SQL raises; INFO for all other severities
 
 
 @dataclass
@@ -69,6 +60,10 @@ class Case:
         The process that runs the job's SQL, as the last look saw it.
     limits:
         The timeouts in force for the SQL, in seconds by name.
+    events:
+        The kinds of events that were told, of those that are told once.
+    has_other_sql:
+        Other than when it was first registered, which the caller accepts, and was warned of.
     way_out:
         Once the call wants the end, until when it has to be decided, on the event loop's clock.
     """
@@ -85,7 +80,7 @@ class Case:
     reading: asyncio.Task[tuple[int | None, str | None]] | None = None
     text: str = ""
     statement: int | None = None
-    failure: location.Told = field(default_factory=location.Told)
+    failure: location.ErrorPlace = field(default_factory=location.ErrorPlace)
     call_forgotten: bool = False
     launch_error: BaseException | None = None
     slot_deadline: float | None = None
@@ -99,7 +94,8 @@ class Case:
     limits: Mapping[str, float] = field(default_factory=dict)
     way_out: float | None = None
     nudged: asyncio.Event = field(default_factory=asyncio.Event)
-    told: set[str] = field(default_factory=set)
+    events: set[EventKind] = field(default_factory=set)
+    has_other_sql: bool = False
 
     @property
     def attempt(self) -> int:
@@ -113,145 +109,6 @@ class Case:
         """Whether a worker of the job may be at work, as far as this call knows."""
         running = self.worker is not None and not self.worker.ended.done()
         return running or self.memory.attached_since is not None
-
-    # The handle -----------------------------------------------------------------------------------------------------
-
-    async def end_call(self) -> bool:
-        """Take over what came of a launch call, on whose way this process may have been interrupted.
-
-        Returns whether it may have started a worker.
-        """
-        call = self.call
-        if call is None:
-            return False
-        # A worker with a receipt that starts after its cancel is refused: no need to wait for a call that may be
-        # stalled. Any other has to be known before it can be cancelled.
-        if not self.work.carries_receipt:
-            await asyncio.wait({call})
-        self.call = None  # not before: cancelled in that wait, it has to be found here again
-        if not call.done():
-            call.add_done_callback(_forget_worker)
-            self.call_forgotten = True
-            self.memory = self.memory.refused()
-            return False
-        # An opening comes before the first look, and every other call after it: that one registered itself.
-        if self.opening is not None and self.opening.registration is not None and not self.memory.looked:
-            self.memory = self.memory.registered(Registration.read(self.opening.registration))
-        error = call.exception()
-        if error is not None and not isinstance(error, MayBeLaunched):
-            self.memory = self.memory.refused()
-            return False
-        result = call.result() if error is None else None
-        if isinstance(result, Begun) and result.worker is None:
-            self.memory = self.memory.refused()  # there is something to look at first
-            return False
-        self.attempts.append(self.attempt if self.work.carries_receipt else len(self.attempts) + 1)
-        if result is not None:
-            self.worker = result.worker if isinstance(result, Begun) else result
-            self.memory = self.memory.running()
-        else:
-            self.memory = self.memory.call_lost()
-        return True
-
-    def begin_reading(self, worker: Worker, readable: Readable) -> None:
-        """Begin to read a worker's result to its end, and what it raises on its way."""
-        loop = asyncio.get_running_loop()
-        heard = self._hear if self.options.notices else None
-        if self.feed is not None:
-            self.reading = loop.create_task(self._feed(self.feed, worker, heard))
-        else:
-            self.reading = loop.create_task(worker.session.drain(worker, readable, heard))
-        self.last_marked = loop.time()
-
-    async def _feed(self, feed: Feed, worker: Worker, heard: Hearing | None) -> tuple[int | None, str | None]:
-        """Wait for the end of a worker whose rows are streamed; they and its session are the reader's then."""
-        texts = {column.type_oid for column in feed.columns} if feed.as_text else ()
-        feed.rows = await worker_rows.read(worker.session, worker, feed.definition, heard, as_text=texts)
-        feed.session, self.session = worker.session, None
-        found = row_source(self.work.statements[-1])
-        return None, found.tag if found else None
-
-    def _note_failure(self, error: ErrorFields, raised: psycopg.Error) -> None:
-        """Remember where the worker failed."""
-        position = raised.diag.statement_position if raised.sqlstate == error.sqlstate else None
-        # An error without any context comes from outside of the statements: from the commit.
-        number = self.statement if error.context else None
-        self.failure = location.Told(int(position) if position else None, number)
-
-    def _hear(self, diag: psycopg.errors.Diagnostic) -> None:
-        """Tell something that the job's SQL raised."""
-        if (number := location.number_of(diag)) is not None:
-            self.statement = number
-            if self.reading is not None:
-                of = len(self.work.statements)
-                self.tell(EventKind.PROGRESS, f"statement {number} of {of}", statement=number, of=of, percent=None)
-            return
-        if self.work.job.redact_details:
-            return
-        severity = diag.severity_nonlocalized or "NOTICE"
-        lines = [f"{severity}: {diag.message_primary}"]
-        lines += [
-            f"{name}: {text}" for name, text in (("DETAIL", diag.message_detail), ("HINT", diag.message_hint)) if text
-        ]
-        self.tell(
-            EventKind.NOTICE,
-            "\n".join(lines),
-            level=LEVELS.get(severity, logging.INFO),
-            severity=severity,
-            sqlstate=diag.sqlstate,
-            text=diag.message_primary,
-            detail=diag.message_detail,
-            hint=diag.message_hint,
-        )
-
-    async def read_report(self) -> None:
-        """Read the handle's report, when the worker has ended since the last time."""
-        if self.reading is not None and self.reading.done():
-            self._take_over_reading(self.reading)
-        if self.reading is not None or self.memory.launch.report is not Report.RUNNING:
-            return
-        if self.worker is None or not self.worker.ended.done():
-            return
-        info = self.worker.ended.result()
-        faults.point("after_end")
-        error = await self.worker.error() if info is not None and info.has_error else None
-        self.memory = self.memory.ended(info, error, self.terms)
-        if self.memory.launch.report is Report.NONE:
-            self.attempts.pop()  # it launched nothing
-            self.waited_for_slot = True
-
-    def _take_over_reading(self, reading: asyncio.Task[tuple[int | None, str | None]]) -> None:
-        self.reading = None
-        try:
-            self.memory = self.memory.read(reading.result())
-        except (ConnectionLost, asyncio.CancelledError):
-            self.memory = self.memory.handle_lost()
-        except psycopg.Error as error:
-            # 08006 is said of the worker's connection to this session. Class 42, and what lacks the context that a
-            # worker's error has, is about our own call: thrown away before its end, the result proves nothing.
-            # Behind a receipt it is read as tags, which fit any job: there class 42 is the SQL's own.
-            about_call = not self.work.carries_receipt and (error.sqlstate or "").startswith("42")
-            if error.sqlstate == "08006" or about_call or not error.diag.context:
-                self.memory = self.memory.handle_lost()
-            else:
-                fields = describe.error_fields(error)
-                self._note_failure(fields, error)
-                self.memory = self.memory.failed(fields)
-
-    async def hear_failed(self) -> None:
-        """Hear what a failed worker had raised, and where it failed. It costs the handle: record the end before."""
-        error = self.memory.launch.error
-        if self.worker is None or error is None or error.sqlstate in OURS:
-            return
-        raised = await self.worker.session.hear_failed(self.worker, self._hear)
-        if raised is not None:
-            self._note_failure(error, raised)
-
-    async def stop_reading(self) -> None:
-        """Break the reading of the result off; the worker goes on without its handle."""
-        if self.reading is not None:
-            await broken_off(self.reading)
-            self._take_over_reading(self.reading)
 
     # Time -----------------------------------------------------------------------------------------------------------
 
@@ -276,8 +133,8 @@ class Case:
 
     def tell_once(self, kind: EventKind, message: str, **data: Any) -> None:
         """Tell an event, however often its step is taken, once."""
-        if kind not in self.told:
-            self.told.add(kind)
+        if kind not in self.events:
+            self.events.add(kind)
             self.tell(kind, message, **data)
 
     def tell(self, kind: EventKind, message: str, *, level: int = logging.INFO, **data: Any) -> None:
@@ -343,13 +200,3 @@ async def first_of(ended: asyncio.Future[Any] | None, nudged: asyncio.Event, pau
     finally:
         hint.cancel()
     nudged.clear()
-
-
-def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:
-    """Forget the worker of a call that has ended: nobody waits for it."""
-    if call.cancelled() or call.exception() is not None:
-        return
-    result = call.result()
-    worker = result.worker if isinstance(result, Begun) else result
-    if worker is not None:
-        worker.release()

@@ -26,6 +26,7 @@ from pgbg_orchestration.verdict import OURS, Intent, Report, Step
 
 from . import failures, location
 from .case import Case
+from .follow import hear_failed, read_report
 from .host import Host
 from .memory import Stage
 
@@ -41,7 +42,7 @@ HISTORY = {
 """How the history names each outcome that is no success."""
 
 
-async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None) -> Outcome:
+async def conclude(case: Case, ledger: Ledger, step: Step, sighting: Sighting | None) -> Outcome:
     """Return the outcome of a job that committed, or raise the error of one that did not.
 
     The history is written before the handle is given up.
@@ -53,25 +54,29 @@ async def conclude(case: Case, ledger: Ledger, step: Step, seen: Sighting | None
     """
     try:
         if step is Step.COMMITTED:
-            return await _committed(case, ledger, seen)
+            return await _committed(case, ledger, sighting)
         fields = case.memory.launch.error
         turned_away = fields is not None and fields.sqlstate in OURS
-        if step is Step.FAILED and seen is not None and (fields is None or (turned_away and seen.outcome == "failed")):
-            fields = seen.error  # as another process, or a supervisor, wrote it down
+        if (
+            step is Step.FAILED
+            and sighting is not None
+            and (fields is None or (turned_away and sighting.outcome == "failed"))
+        ):
+            fields = sighting.error  # as another process, or a supervisor, wrote it down
         own = fields is not None and fields is case.memory.launch.error
         fields = case.work.telling(fields) if fields else None
         if case.attempts:
             await record(case, ledger, HISTORY[step], error=fields)
-        await case.hear_failed()
+        await hear_failed(case)
         if step is Step.FAILED and fields is not None and fields.sqlstate not in OURS:
             placed = await _placed(case, ledger, fields, own=own)
             if placed != fields and case.attempts and own:
                 await record(case, ledger, HISTORY[step], error=placed)
             fields = placed
-        if step is Step.FAILED and seen is not None and seen.is_untold:
-            await _report(case, ledger, seen)
+        if step is Step.FAILED and sighting is not None and sighting.is_untold:
+            await _report(case, ledger, sighting)
         left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
-        raise _error(case, step, seen, fields, left)
+        raise _error(case, step, sighting, fields, left)
     finally:
         if case.worker is not None:
             case.worker.release()
@@ -110,26 +115,26 @@ async def _shown(case: Case, ledger: Ledger, number: int) -> location.Shown | No
     return shown[number] if shown is not None else None
 
 
-async def _committed(case: Case, ledger: Ledger, seen: Sighting | None) -> Outcome:
-    own = bool(case.attempts) if seen is None else seen.receipt_attempt in case.attempts
-    last = seen is None or seen.receipt_attempt == case.attempt
+async def _committed(case: Case, ledger: Ledger, sighting: Sighting | None) -> Outcome:
+    own = bool(case.attempts) if sighting is None else sighting.receipt_attempt in case.attempts
+    last = sighting is None or sighting.receipt_attempt == case.attempt
     counts = not case.work.has_supervisor  # a supervisor has written them down already
     if case.reading is not None and not case.reading.done():
         # The first of its rows is about to come, or the rest of what it raised.
         await asyncio.wait({case.reading}, timeout=case.patience())
-        await case.read_report()
+        await read_report(case)
     if last and counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
         await _see_end(case.worker)
-        await case.read_report()
-    if seen is None:
+        await read_report(case)
+    if sighting is None:
         outcome = _without_receipt(case)
     else:
-        outcome = await _with_receipt(case, ledger, seen, launched=own)
+        outcome = await _with_receipt(case, ledger, sighting, launched=own)
         if case.work.job.fetch is not None:
             outcome = await _with_rows(case, ledger, outcome)
     written = case.worker is not None and case.worker.proof is not None
-    if case.work.kind is Kind.SUPERVISED and seen is not None:
-        written = seen.outcome == "committed" and seen.attempt == seen.receipt_attempt  # by its supervisor
+    if case.work.kind is Kind.SUPERVISED and sighting is not None:
+        written = sighting.outcome == "committed" and sighting.attempt == sighting.receipt_attempt  # by its supervisor
     if own and not written:
         await record(case, ledger, "committed", outcome=outcome)
     what = ", ".join(phrases.summary(outcome)) or "done"
@@ -147,34 +152,34 @@ async def _see_end(worker: Worker) -> None:
                 await asyncio.wait({worker.ended}, timeout=pace.HANDLE_SOONEST)
 
 
-async def _with_receipt(case: Case, ledger: Ledger, seen: Sighting, *, launched: bool) -> Outcome:
+async def _with_receipt(case: Case, ledger: Ledger, sighting: Sighting, *, launched: bool) -> Outcome:
     outcome = Outcome(
         job_id=case.work.key.job_id,
         label=case.work.label,
-        attempt=seen.receipt_attempt,
-        worker_pid=seen.receipt_pid,
-        started_at=seen.receipt_started_at,
+        attempt=sighting.receipt_attempt,
+        worker_pid=sighting.receipt_pid,
+        started_at=sighting.receipt_started_at,
         launched=launched,
         proof="verify_sql" if case.memory.verification and case.memory.verification.done else "receipt",
     )
-    info = case.memory.launch.info if seen.receipt_attempt == case.attempt else None
+    info = case.memory.launch.info if sighting.receipt_attempt == case.attempt else None
     if launched and info is not None and case.work.kind is Kind.RECEIPT and not case.work.has_supervisor:
         row_count, tag = await _counts(case, info)
         return replace(
             outcome,
             row_count=row_count,
             command_tag=tag,
-            finished_at=info.finished_at or seen.looked_at,  # 1.9 and 1.10 do not tell: when its end was seen
+            finished_at=info.finished_at or sighting.looked_at,  # 1.9 and 1.10 do not tell: when its end was seen
         )
-    if launched and case.memory.launch.result is not None and seen.receipt_attempt == case.attempt:
+    if launched and case.memory.launch.result is not None and sighting.receipt_attempt == case.attempt:
         row_count, tag = _of_its_own(case.work.statements[-1], *case.memory.launch.result)
-        return replace(outcome, row_count=row_count, command_tag=tag, finished_at=seen.looked_at)
+        return replace(outcome, row_count=row_count, command_tag=tag, finished_at=sighting.looked_at)
     # Whoever launched it writes the counts down after the commit.
     elsewhere = not launched or case.work.is_watched
-    if elsewhere and seen.attempt is not None and case.memory.intent is Intent.NONE:
-        seen = await _await_counts(case, ledger, seen)
-    finished = seen.ended_at or seen.looked_at
-    return replace(outcome, row_count=seen.row_count, command_tag=seen.command_tag, finished_at=finished)
+    if elsewhere and sighting.attempt is not None and case.memory.intent is Intent.NONE:
+        sighting = await _await_counts(case, ledger, sighting)
+    finished = sighting.ended_at or sighting.looked_at
+    return replace(outcome, row_count=sighting.row_count, command_tag=sighting.command_tag, finished_at=finished)
 
 
 def _of_its_own(last: Statement, row_count: int | None, tag: str | None) -> tuple[int | None, str | None]:
@@ -201,13 +206,13 @@ async def _counts(case: Case, info: ResultInfo) -> tuple[int | None, str | None]
         return None, None
 
 
-async def _await_counts(case: Case, ledger: Ledger, seen: Sighting) -> Sighting:
+async def _await_counts(case: Case, ledger: Ledger, sighting: Sighting) -> Sighting:
     with suppress(TimeoutError):
         async with asyncio.timeout(pace.GRACE):
-            while seen.outcome is None:
+            while sighting.outcome is None:
                 await asyncio.sleep(pace.RETRY_SOONEST)
-                seen = await ledger.look(case.work.key)
-    return seen
+                sighting = await ledger.look(case.work.key)
+    return sighting
 
 
 async def _with_rows(case: Case, ledger: Ledger, outcome: Outcome) -> Outcome:
@@ -262,26 +267,26 @@ async def _invalid_indexes(case: Case, ledger: Ledger) -> list[str]:
 
 
 def _error(
-    case: Case, step: Step, seen: Sighting | None, fields: ErrorFields | None, invalid_indexes: list[str]
+    case: Case, step: Step, sighting: Sighting | None, fields: ErrorFields | None, invalid_indexes: list[str]
 ) -> PgbgError:
     work, ours = case.work, case.memory.intent is Intent.DEADLINE
     match step:
         case Step.FAILED:
-            found = seen.ended_at if seen is not None and seen.is_untold and not case.attempts else None
+            found = sighting.ended_at if sighting is not None and sighting.is_untold and not case.attempts else None
             ran_for = _ran_for(case)
             return failures.failed(
                 work, fields or ErrorFields(), invalid_indexes, found, ran_for=ran_for, limits=case.limits
             )
         case Step.SUPERSEDED:
-            return failures.superseded(work, seen)
+            return failures.superseded(work, sighting)
         case Step.CANCELLED if ours and case.waited_for_slot and not case.attempts:
             return failures.no_slot(work, case.options)
         case Step.CANCELLED if ours:
             # One whose launch call was never answered counts too, where it was seen at work and cancelled.
-            worker = bool(case.attempts) or not case.told.isdisjoint({EventKind.ATTACHED, EventKind.CANCELLING})
+            worker = bool(case.attempts) or not case.events.isdisjoint({EventKind.ATTACHED, EventKind.CANCELLING})
             return failures.deadline_passed(work, case.options, worker=worker)
         case Step.CANCELLED:
-            return failures.cancelled(work, seen, case.cause if case.memory.intent is Intent.ASKED else None)
+            return failures.cancelled(work, sighting, case.cause if case.memory.intent is Intent.ASKED else None)
         case Step.LOST if case.launch_error is not None:
             return failures.launch_failed(work, case.launch_error)
         case Step.LOST:
@@ -301,13 +306,13 @@ def _ran_for(case: Case) -> float | None:
     return asyncio.get_running_loop().time() - worker.launched_at
 
 
-async def _report(case: Case, ledger: Ledger, seen: Sighting) -> None:
+async def _report(case: Case, ledger: Ledger, sighting: Sighting) -> None:
     """Note in the history that a failure was told which its supervisor wrote down: the next call may launch again."""
     if not case.attempts:
         case.tell(EventKind.FOUND_FAILED, "its last launch failed when nobody was there to be told")
     try:
         async with asyncio.timeout(case.patience()):
-            await ledger.reported(case.work.key, seen.attempt or case.attempt)
+            await ledger.reported(case.work.key, sighting.attempt or case.attempt)
     except (psycopg.Error, PgbgError, TimeoutError) as failure:
         logger.warning("the history of job %s could not be written: %s", case.work.label, failure)
 

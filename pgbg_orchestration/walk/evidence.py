@@ -45,7 +45,7 @@ class Doubt(NamedTuple):
     seconds: float
 
 
-def doubt_the_look(seen: Sighting, starting: float = pace.STARTING) -> Doubt | None:
+def doubt_the_look(sighting: Sighting, starting: float = pace.STARTING) -> Doubt | None:
     """Return what may be half of a sign in a look by itself, whoever looks.
 
     Parameters
@@ -53,38 +53,38 @@ def doubt_the_look(seen: Sighting, starting: float = pace.STARTING) -> Doubt | N
     starting:
         Seconds for a worker to show itself whose supervisor is gone.
     """
-    if seen.is_unsupervised:
-        return Doubt(Sign.CLAIM, seen.receipt_attempt, starting)
-    if seen.is_between_locks:
+    if sighting.is_unsupervised:
+        return Doubt(Sign.CLAIM, sighting.receipt_attempt, starting)
+    if sighting.is_between_locks:
         return Doubt(Sign.LOCKS, None, pace.SIGN)
     return None
 
 
-def doubt(seen: Sighting, terms: Terms, memory: Memory, now: float) -> Doubt | None:
+def doubt(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> Doubt | None:
     """Return what may be half of a sign in a look, to a call for the job; None when it can be weighed.
 
     What others may write down is not waited for by a call that ends the job itself.
     """
     # Once verify_sql was asked, a worker had its time to show itself.
-    half = doubt_the_look(seen, pace.STARTING if memory.verification is None else pace.SIGN)
-    if half is not None or seen.receipt is not Receipt.NONE or memory.at(now, terms).intent is not Intent.NONE:
+    half = doubt_the_look(sighting, pace.STARTING if memory.verification is None else pace.SIGN)
+    if half is not None or sighting.receipt is not Receipt.NONE or memory.at(now, terms).intent is not Intent.NONE:
         return half
-    holder = seen.holder(_generation(seen, terms, memory))
-    if memory.attached_since is not None and holder is not Holder.THIS_JOB and seen.outcome is None:
+    holder = sighting.holder(_generation(sighting, terms, memory))
+    if memory.attached_since is not None and holder is not Holder.THIS_JOB and sighting.outcome is None:
         return Doubt(Sign.END, None, pace.GRACE)
-    sqlstate = seen.error.sqlstate if _is_recorded(seen, terms, memory) else memory.launch.sqlstate
+    sqlstate = sighting.error.sqlstate if _is_recorded(sighting, terms, memory) else memory.launch.sqlstate
     if sqlstate == CANCELED and holder is Holder.NOBODY:
         # A supervisor has to end before its job can be marked.
         return Doubt(Sign.CANCEL, None, pace.GRACE if terms.kind is Kind.SUPERVISED else pace.SIGN)
     return None
 
 
-def weigh(seen: Sighting, terms: Terms, memory: Memory, now: float) -> tuple[Evidence, Memory]:
+def weigh(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> tuple[Evidence, Memory]:
     """Return what a look at lock, receipt and history means, and what is remembered of it.
 
     Parameters
     ----------
-    seen:
+    sighting:
         The look, doubted no more.
     terms:
         What was asked for.
@@ -98,32 +98,32 @@ def weigh(seen: Sighting, terms: Terms, memory: Memory, now: float) -> tuple[Evi
         # A call that has registered its job before it looked had a new one, whether that was launched or not: whatever
         # mark is there came after it.
         is_new = memory.registration is not None or memory.launch.stage is not Stage.NONE
-        old_mark = None if is_new else seen.decided_at
+        old_mark = None if is_new else sighting.decided_at
         memory = memory._replace(looked=True, old_mark=old_mark)
     launch = memory.launch
-    holder = seen.holder(_generation(seen, terms, memory))
-    recorded = _is_recorded(seen, terms, memory)
+    holder = sighting.holder(_generation(sighting, terms, memory))
+    recorded = _is_recorded(sighting, terms, memory)
     # Its own worker's lock explains no refusal: a supervisor takes it before it finds that it has to leave.
     if holder is not Holder.NOBODY and launch.report is not Report.RUNNING and memory.tries.rejected:
         memory = memory._replace(tries=memory.tries._replace(rejected=0))
     somebody_elses = launch.report in (Report.NONE, Report.GONE) or launch.sqlstate == TURNED_AWAY
     if holder is Holder.THIS_JOB and somebody_elses:
-        memory = memory._replace(attached_since=memory.attached_since or seen.looked_at)
-    elif holder is not Holder.THIS_JOB and seen.receipt is Receipt.NONE and not _ended_badly(seen, memory):
+        memory = memory._replace(attached_since=memory.attached_since or sighting.looked_at)
+    elif holder is not Holder.THIS_JOB and sighting.receipt is Receipt.NONE and not _ended_badly(sighting, memory):
         memory = memory._replace(attached_since=None)
-    if _is_outdated(seen, memory):
+    if _is_outdated(sighting, memory):
         memory = memory._replace(verification=None)
     evidence = _evidence(
         terms,
         memory,
-        receipt=seen.receipt,
+        receipt=sighting.receipt,
         holder=holder,
-        marked=seen.marked_pid is not None,
-        may_begin=seen.may_begin,
-        superseded=is_superseded(seen, terms, memory),
+        marked=sighting.marked_pid is not None,
+        may_begin=sighting.may_begin,
+        superseded=is_superseded(sighting, terms, memory),
         recorded_failure=recorded,
-        output_blocked=seen.wait_event in OUTPUT_WAITS and not terms.is_watched,  # which reads it
-        lift=_lifts(seen, terms, memory),
+        output_blocked=sighting.wait_event in OUTPUT_WAITS and not terms.is_watched,  # which reads it
+        lift=_lifts(sighting, terms, memory),
     )
     return evidence, memory
 
@@ -131,10 +131,10 @@ def weigh(seen: Sighting, terms: Terms, memory: Memory, now: float) -> tuple[Evi
 def weigh_proof(terms: Terms, memory: Memory, now: float) -> tuple[Evidence, Memory]:
     """Return what a receipt means that was read by itself, after its commit was heard of."""
     memory = memory.at(now, terms)
-    told = _evidence(
+    evidence = _evidence(
         terms, memory, receipt=Receipt.COMMITTED, holder=Holder.NOBODY, may_begin=False, output_blocked=False
     )
-    return told, memory
+    return evidence, memory
 
 
 def weigh_marker(
@@ -165,19 +165,19 @@ def weigh_marker(
     return evidence, memory
 
 
-def to_name(seen: Sighting) -> int | None:
+def to_name(sighting: Sighting) -> int | None:
     """Return the attempt whose worker its claimed receipt is to name: its supervisor was gone before it could."""
-    if seen.may_begin and seen.marked_pid is not None and not seen.holds_this_job:
-        return seen.receipt_attempt
+    if sighting.may_begin and sighting.marked_pid is not None and not sighting.holds_this_job:
+        return sighting.receipt_attempt
     return None
 
 
-def is_superseded(seen: Sighting, terms: Terms, memory: Memory) -> bool:
+def is_superseded(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
     """Say whether a newer generation of the series is registered."""
-    generation = _generation(seen, terms, memory)
-    if seen.cause is Cause.SUPERSEDED:
+    generation = _generation(sighting, terms, memory)
+    if sighting.cause is Cause.SUPERSEDED:
         return True
-    return seen.newest is not None and generation is not None and seen.newest > generation
+    return sighting.newest is not None and generation is not None and sighting.newest > generation
 
 
 def _evidence(
@@ -217,47 +217,52 @@ def _evidence(
     )
 
 
-def _generation(seen: Sighting, terms: Terms, memory: Memory) -> int | None:
+def _generation(sighting: Sighting, terms: Terms, memory: Memory) -> int | None:
     """Return the job's generation, as far as it is known yet."""
     if memory.generation is not None:
         return memory.generation
-    return seen.generation if terms.generation is None else terms.generation
+    return sighting.generation if terms.generation is None else terms.generation
 
 
-def _lifts(seen: Sighting, terms: Terms, memory: Memory) -> bool:
+def _lifts(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
     """Say whether this call takes the job's cancel back: one from before it, where its caller wants that."""
-    if seen.is_provisional:
+    if sighting.is_provisional:
         return True
     # The very one that it saw first: by comparing times, a clock that is set back would make a new one an old one.
-    before = memory.old_mark is not None and seen.decided_at == memory.old_mark
+    before = memory.old_mark is not None and sighting.decided_at == memory.old_mark
     # What this very try made final, before it was taken up elsewhere, stays so.
-    own = terms.of_try is not None and seen.of_try == terms.of_try
-    return before and not own and seen.cause in terms.takes_back
+    own = terms.of_try is not None and sighting.of_try == terms.of_try
+    return before and not own and sighting.cause in terms.takes_back
 
 
-def _ended_badly(seen: Sighting, memory: Memory) -> bool:
+def _ended_badly(sighting: Sighting, memory: Memory) -> bool:
     """Say whether the launching side of the worker that this call was attached to wrote down how it failed."""
     since = memory.attached_since
-    return since is not None and seen.outcome == "failed" and seen.ended_at is not None and seen.ended_at >= since
+    return (
+        since is not None
+        and sighting.outcome == "failed"
+        and sighting.ended_at is not None
+        and sighting.ended_at >= since
+    )
 
 
-def _is_recorded(seen: Sighting, terms: Terms, memory: Memory) -> bool:
-    holder = seen.holder(_generation(seen, terms, memory))
-    if holder is not Holder.THIS_JOB and seen.receipt is Receipt.NONE and _ended_badly(seen, memory):
+def _is_recorded(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
+    holder = sighting.holder(_generation(sighting, terms, memory))
+    if holder is not Holder.THIS_JOB and sighting.receipt is Receipt.NONE and _ended_badly(sighting, memory):
         return True
     info = memory.launch.info
     own = memory.launch.registration
-    if terms.is_watched and own is not None and seen.outcome == "failed" and seen.attempt == own.attempt:
+    if terms.is_watched and own is not None and sighting.outcome == "failed" and sighting.attempt == own.attempt:
         return True  # its supervisor wrote it down
     if terms.kind is Kind.SUPERVISED and info is not None and info.command_tag == SUPERVISION:
         return True  # its supervisor came to its end: without a receipt, it wrote down how its worker failed
     # The same work, launched by a call that is gone: what came of it is told before it is launched again.
-    return seen.is_untold and seen.sql_digest == terms.sql_digest
+    return sighting.is_untold and sighting.sql_digest == terms.sql_digest
 
 
-def _is_outdated(seen: Sighting, memory: Memory) -> bool:
+def _is_outdated(sighting: Sighting, memory: Memory) -> bool:
     """Say whether verify_sql answered before the worker ended that is, or was, at work."""
-    if memory.verification is None or seen.receipt is not Receipt.LAUNCHING:
+    if memory.verification is None or sighting.receipt is not Receipt.LAUNCHING:
         return False
-    claim = (seen.receipt_attempt, seen.may_begin)
-    return seen.holds_this_job or seen.marked_pid is not None or claim != memory.verification.claim
+    claim = (sighting.receipt_attempt, sighting.may_begin)
+    return sighting.holds_this_job or sighting.marked_pid is not None or claim != memory.verification.claim

@@ -100,12 +100,12 @@ def what_ended(ran_for: float | None, limits: Mapping[str, float]) -> str:
     )
 
 
-def cancelled(work: Work, seen: Sighting | None, cause: Cause | None) -> PgbgError:
+def cancelled(work: Work, sighting: Sighting | None, cause: Cause | None) -> PgbgError:
     """Somebody cancelled the job; ``cause``: why this call did, of a job without a receipt that could say it."""
-    who = f" by {seen.decided_by} ({seen.reason})" if seen and seen.decided_by else ""
+    who = f" by {sighting.decided_by} ({sighting.reason})" if sighting and sighting.decided_by else ""
     return errors.JobCancelled(
         f"cancelled{who}",
-        cause=seen.cause if seen else cause,
+        cause=sighting.cause if sighting else cause,
         sqlstate=CANCELED,
         todo="To run it all the same: retry_cancelled=True, or a new generation.",
         **_ended(work),
@@ -114,9 +114,11 @@ def cancelled(work: Work, seen: Sighting | None, cause: Cause | None) -> PgbgErr
 
 def deadline_passed(work: Work, options: Options, *, worker: bool) -> PgbgError:
     """Our own deadline ended the job; ``worker``: one of it was at work."""
-    told = f"{_bounds(work, options)} passed" + (", and its worker has ended" if worker else " before it was launched")
+    message = f"{_bounds(work, options)} passed" + (
+        ", and its worker has ended" if worker else " before it was launched"
+    )
     named = _ended(work) if worker else {**_named(work), "data_state": None}
-    return errors.DeadlinePassed(told, sqlstate=CANCELED, **named)
+    return errors.DeadlinePassed(message, sqlstate=CANCELED, **named)
 
 
 def _bounds(work: Work, options: Options) -> str:
@@ -161,9 +163,9 @@ def unread(work: Work) -> PgbgError:
     )
 
 
-def superseded(work: Work, seen: Sighting | None) -> PgbgError:
+def superseded(work: Work, sighting: Sighting | None) -> PgbgError:
     """A newer generation is there."""
-    newest = f"generation {seen.newest}" if seen and seen.newest is not None else "a newer generation"
+    newest = f"generation {sighting.newest}" if sighting and sighting.newest is not None else "a newer generation"
     return errors.Superseded(
         f"superseded: {newest} of its series is registered", cause=Cause.SUPERSEDED, **_ended(work)
     )
@@ -271,9 +273,9 @@ def statement_refused(work: Work, error: psycopg.Error) -> PgbgError:
     )
 
 
-def survivor(key: Key, seen: Sighting | None, what: str) -> PgbgError:
+def survivor(key: Key, sighting: Sighting | None, what: str) -> PgbgError:
     """A worker does not end when it is cancelled."""
-    pid = seen.worker_pid if seen else None
+    pid = sighting.worker_pid if sighting else None
     return errors.StillRunning(
         f"{what} (pid {pid}) does not end when it is cancelled: its SQL may catch query_canceled",
         worker_pid=pid,
@@ -282,13 +284,13 @@ def survivor(key: Key, seen: Sighting | None, what: str) -> PgbgError:
     )
 
 
-def may_not_cancel(key: Key, seen: Sighting) -> PgbgError:
+def may_not_cancel(key: Key, sighting: Sighting) -> PgbgError:
     """A worker of another login's cannot be signalled."""
     return errors.StillRunning(
-        f"this login may not cancel the worker with pid {seen.worker_pid}, which {seen.holder_user!r} launched",
-        worker_pid=seen.worker_pid,
+        f"this login may not cancel the worker with pid {sighting.worker_pid}, which {sighting.holder_user!r} launched",
+        worker_pid=sighting.worker_pid,
         sqlstate="42501",
-        todo=f"Cancel it as {seen.holder_user!r}, or grant this login pg_signal_backend.",
+        todo=f"Cancel it as {sighting.holder_user!r}, or grant this login pg_signal_backend.",
         job_id=key.job_id,
     )
 
@@ -296,20 +298,20 @@ def may_not_cancel(key: Key, seen: Sighting) -> PgbgError:
 def ledger(error: psycopg.Error, job_id: str, *, redact: bool = False) -> PgbgError:
     """The server refuses a statement of the package's own, in the middle of a job's way."""
     text = WITHHELD if redact else error.diag.message_primary or str(error)
-    told = f"the server refuses what the package asks of its own tables: {text}"
+    message = f"the server refuses what the package asks of its own tables: {text}"
     named = {"job_id": job_id, "sqlstate": error.sqlstate, "data_state": errors.GOES_ON}
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
-        return errors.NoPrivilege(told, todo="`pgbg doctor` names the GRANT that is missing.", **named)
+        return errors.NoPrivilege(message, todo="`pgbg doctor` names the GRANT that is missing.", **named)
     todo = "See with `pgbg doctor` whether the schema is whole; look for rows that were changed by hand."
-    return errors.LedgerError(told, todo=todo, **named)
+    return errors.LedgerError(message, todo=todo, **named)
 
 
-def stranger(work: Work, seen: Sighting) -> PgbgError:
+def stranger(work: Work, sighting: Sighting) -> PgbgError:
     """Somebody else's session sits on the lock of the series."""
     return errors.SeriesHeld(
-        f"the session with pid {seen.holder_pid} of the role {seen.holder_user!r} holds the advisory lock of the "
-        f"series {errors.shorten(work.key.series)!r} and is no known worker of {work.key.owner!r}",
-        todo=f"Find out what pid {seen.holder_pid} is, and end it.",
+        f"the session with pid {sighting.holder_pid} of the role {sighting.holder_user!r} holds the advisory lock of "
+        f"the series {errors.shorten(work.key.series)!r} and is no known worker of {work.key.owner!r}",
+        todo=f"Find out what pid {sighting.holder_pid} is, and end it.",
         **_named(work),
     )
 

@@ -270,7 +270,7 @@ class Host:
     async def _open(self, extension: Extension) -> LaunchingSession:
         loop = asyncio.get_running_loop()
         until = loop.time() + pace.RECONNECT
-        attempt, told = 0, -pace.TOLD_AGAIN
+        attempt, warned_at = 0, -pace.WARN_AGAIN
         while True:
             try:
                 functions = {name: extension.name(name) for name in ("result_info", "result")}
@@ -279,8 +279,8 @@ class Host:
             except (psycopg.OperationalError, OSError, TimeoutError) as error:
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:
                     raise connection.unreachable(error, "no launching session can be opened") from error
-                if loop.time() >= told + pace.TOLD_AGAIN:
-                    told = loop.time()
+                if loop.time() >= warned_at + pace.WARN_AGAIN:
+                    warned_at = loop.time()
                     logger.warning("no launching session (%s), trying again", connection.words(error))
                 await asyncio.sleep(pace.backoff(attempt))
                 attempt += 1

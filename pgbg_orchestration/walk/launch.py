@@ -11,14 +11,14 @@ import psycopg
 from pgbg_orchestration import pace, statements, telemetry
 from pgbg_orchestration.errors import InvalidJob, ServerUnreachable
 from pgbg_orchestration.job import Kind
-from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.ledger.ledger import Ledger, NewLaunch
 from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.outcome import EventKind
 from pgbg_orchestration.postgres import describe
 from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
 from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.handles import Claim
-from pgbg_orchestration.postgres.opening import Launched, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
+from pgbg_orchestration.postgres.handles import Claim, Worker
+from pgbg_orchestration.postgres.opening import Begun, Launched, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
@@ -28,6 +28,7 @@ from pgbg_orchestration.verdict import Intent
 from . import failures, location
 from .case import Case, first_of
 from .conclusion import record
+from .follow import begin_reading
 from .host import Host
 from .memory import Stage
 from .worker_sql import PADDING, WORK, Work
@@ -81,17 +82,7 @@ class Launches:
         case.opening = Opening(
             owner=work.key.owner,
             job_id=work.key.job_id,
-            registering=lambda quote: self._ledger.registering(
-                work.key,
-                generation=work.job.generation,
-                label=work.label,
-                kind=work.kind,
-                sql_digest=work.sql_digest,
-                accept_changed_sql=case.options.accept_changed_sql,
-                when_orphaned=case.options.when_orphaned,
-                statement=work.statement,
-                quote=quote,
-            ),
+            registering=lambda quote: self._ledger.registering(work.key, quote, **self._new_launch()),
             text=text,
             arguments=arguments,
             label=work.label,
@@ -150,6 +141,18 @@ class Launches:
             # A look at once would show a worker that has not begun: most jobs have ended by the first look like this.
             await first_of(worker.ended, worker.nudged, case.bounded(pace.LOOK_SOONEST))
 
+    def _new_launch(self) -> NewLaunch:
+        work, options = self._case.work, self._case.options
+        return {
+            "generation": work.job.generation,
+            "label": work.label,
+            "kind": work.kind,
+            "sql_digest": work.sql_digest,
+            "accept_changed_sql": options.accept_changed_sql,
+            "when_orphaned": options.when_orphaned,
+            "statement": work.statement,
+        }
+
     async def register(self) -> None:
         """Register the launch that comes next.
 
@@ -160,16 +163,7 @@ class Launches:
         """
         case, work = self._case, self._case.work
         faults.point("before_register")
-        registration = await self._ledger.register(
-            work.key,
-            generation=work.job.generation,
-            label=work.label,
-            kind=work.kind,
-            sql_digest=work.sql_digest,
-            accept_changed_sql=case.options.accept_changed_sql,
-            when_orphaned=case.options.when_orphaned,
-            statement=work.statement,
-        )
+        registration = await self._ledger.register(work.key, **self._new_launch())
         # A superseded one is seen to be by the next look.
         case.memory = case.memory.registered(registration)
         faults.point("after_register")
@@ -334,7 +328,7 @@ class Launches:
         async def call(session: LaunchingSession) -> None:
             case.memory = case.memory.calling()
             case.waited_for_slot = False
-            case.text, case.failure, case.statement = telemetry.comment() + text, location.Told(), None
+            case.text, case.failure, case.statement = telemetry.comment() + text, location.ErrorPlace(), None
             case.call = session.launch(
                 case.text,
                 label=work.label,
@@ -374,7 +368,7 @@ class Launches:
     async def take_over_call(self) -> None:
         """Take over what came of a launch call, on whose way this process may have been interrupted."""
         case = self._case
-        if not await case.end_call() or case.worker is None:
+        if not await self._take_answer() or case.worker is None:
             return
         case.worker.ended.add_done_callback(lambda _: self._host.slots.freed())
         # A supervisor's pid is nothing for people: cancelling it is not what they would want.
@@ -382,9 +376,44 @@ class Launches:
         case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
         read = case.options.notices or case.feed is not None
         if read and case.readable is not None and case.reading is None:
-            case.begin_reading(case.worker, case.readable)
+            begin_reading(case, case.worker, case.readable)
         if case.nudged.is_set():
             case.worker.session.hear(case.worker)  # it was quicker than its launch call
+
+    async def _take_answer(self) -> bool:
+        """Learn what came of a launch call, if one is on its way; returns whether it may have started a worker."""
+        case = self._case
+        call = case.call
+        if call is None:
+            return False
+        # A worker with a receipt that starts after its cancel is refused: no need to wait for a call that may be
+        # stalled. Any other has to be known before it can be cancelled.
+        if not case.work.carries_receipt:
+            await asyncio.wait({call})
+        case.call = None  # not before: cancelled in that wait, it has to be found here again
+        if not call.done():
+            call.add_done_callback(_forget_worker)
+            case.call_forgotten = True
+            case.memory = case.memory.refused()
+            return False
+        # An opening comes before the first look, and every other call after it: that one registered itself.
+        if case.opening is not None and case.opening.registration is not None and not case.memory.looked:
+            case.memory = case.memory.registered(Registration.read(case.opening.registration))
+        error = call.exception()
+        if error is not None and not isinstance(error, MayBeLaunched):
+            case.memory = case.memory.refused()
+            return False
+        result = call.result() if error is None else None
+        if isinstance(result, Begun) and result.worker is None:
+            case.memory = case.memory.refused()  # there is something to look at first
+            return False
+        case.attempts.append(case.attempt if case.work.carries_receipt else len(case.attempts) + 1)
+        if result is not None:
+            case.worker = result.worker if isinstance(result, Begun) else result
+            case.memory = case.memory.running()
+        else:
+            case.memory = case.memory.call_lost()
+        return True
 
     def _on_slots_used_up(self, error: SlotsUsedUp) -> None:
         self._case.waited_for_slot = True
@@ -404,3 +433,13 @@ def _with_tags(work: Work, schema: str) -> Readable:
     if work.makes_table:
         return Readable(text, None)
     return Readable(text if work.is_padded else text + PADDING, None, padded=True)
+
+
+def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:
+    """Forget the worker of a call that has ended: nobody waits for it."""
+    if call.cancelled() or call.exception() is not None:
+        return
+    result = call.result()
+    worker = result.worker if isinstance(result, Begun) else result
+    if worker is not None:
+        worker.release()

@@ -43,12 +43,12 @@ def marked(bodies: Sequence[str]) -> str:
 
 def number_of(diag: psycopg.errors.Diagnostic) -> int | None:
     """Return the number that a mark tells; None for what the job's own SQL raises."""
-    told = diag.message_primary or ""
-    return int(told) if diag.sqlstate == MARK and told.isdecimal() else None
+    text = diag.message_primary or ""
+    return int(text) if diag.sqlstate == MARK and text.isdecimal() else None
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ErrorPlace:
     """What is known of a failure's place.
 
     Attributes
@@ -63,7 +63,7 @@ class Told:
     number: int | None = None
 
 
-def place(text: str, body: str, bodies: Sequence[str], told: Told) -> tuple[int | None, int | None]:
+def place(text: str, body: str, bodies: Sequence[str], failure: ErrorPlace) -> tuple[int | None, int | None]:
     """Return which statement failed, from 0, and where in its body, as an offset; None for what is not known.
 
     Parameters
@@ -75,8 +75,8 @@ def place(text: str, body: str, bodies: Sequence[str], told: Told) -> tuple[int 
     bodies:
         What stands in it for each of them, in their order.
     """
-    if told.position is not None:
-        at = told.position - 1 - text.rindex(body)
+    if failure.position is not None:
+        at = failure.position - 1 - text.rindex(body)
         begin = 0
         for number, part in enumerate(bodies):
             begin = body.index(part, begin)
@@ -85,7 +85,7 @@ def place(text: str, body: str, bodies: Sequence[str], told: Told) -> tuple[int 
             begin += len(part)
     if len(bodies) == 1:
         return 0, None
-    return (told.number - 1 if told.number is not None and told.number <= len(bodies) else None), None
+    return (failure.number - 1 if failure.number is not None and failure.number <= len(bodies) else None), None
 
 
 def telling(error: ErrorFields, number: int, of: int, text: str | None, at: int | None) -> ErrorFields:

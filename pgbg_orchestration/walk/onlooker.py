@@ -39,7 +39,7 @@ WAITS = {"SyncRep": "a synchronous standby", "BufferPin": "a page that another s
 
 
 @dataclass(slots=True)
-class Line:
+class Remark:
     """What may be told of a job: ``about`` stays while only numbers move, ``percent`` is one of them."""
 
     kind: EventKind
@@ -50,29 +50,29 @@ class Line:
 
 
 @dataclass(slots=True)
-class Watched:
+class Subject:
     """A job that is watched, and what was told of it last."""
 
     case: Case
     since: float
-    told: Line | None = None
-    told_at: float = 0.0
+    last: Remark | None = None
+    last_at: float = 0.0
     began: tuple[str, float, int] | None = None  # what is counted, since when, and how much was done then
 
-    def is_news(self, line: Line, now: float) -> bool:
+    def is_news(self, line: Remark, now: float) -> bool:
         """Say whether to tell a line now: the longer a job runs, the fewer lines."""
-        if self.told is None:
+        if self.last is None:
             return True
-        age, silence = now - self.since, now - self.told_at
+        age, silence = now - self.since, now - self.last_at
         if silence < pace.SHARE / 2 * age:
             return False
-        if line.about != self.told.about:
+        if line.about != self.last.about:
             return True
         if line.kind is EventKind.BLOCKED:
             return silence >= max(STILL, age / 2)
-        if line.percent is None or line.percent == self.told.percent:
+        if line.percent is None or line.percent == self.last.percent:
             return False
-        return abs(line.percent - (self.told.percent or 0)) >= POINTS or silence >= max(AGAIN, pace.SHARE * age)
+        return abs(line.percent - (self.last.percent or 0)) >= POINTS or silence >= max(AGAIN, pace.SHARE * age)
 
     def seconds_left(self, what: str, done: int, total: int, now: float) -> float | None:
         """Return an estimate for what is being counted, by how fast it went since it was first seen."""
@@ -95,7 +95,7 @@ class Onlooker:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._watched: dict[int, Watched] = {}
+        self._watched: dict[int, Subject] = {}
         self._views: Sequence[str] | None = None
         self._looking: asyncio.Task[None] | None = None
 
@@ -103,7 +103,7 @@ class Onlooker:
         """Begin to tell of a job, where somebody listens."""
         if case.options.observer is None:
             return
-        self._watched[id(case)] = Watched(case, asyncio.get_running_loop().time())
+        self._watched[id(case)] = Subject(case, asyncio.get_running_loop().time())
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look_while_watched())
 
@@ -135,7 +135,7 @@ class Onlooker:
                     logger.warning("how far jobs are cannot be told now (%s)", error)
                 await asyncio.sleep(pace.backoff(failed))
 
-    async def _look(self, watched: list[Watched]) -> None:
+    async def _look(self, watched: list[Subject]) -> None:
         if not watched:
             return
         reported, seen = await asyncio.gather(self._reported(watched), self._activities(watched))
@@ -145,10 +145,10 @@ class Onlooker:
                 continue  # it has ended meanwhile
             line = _line(one, reported.get(id(one.case)), seen.get(id(one.case)), now)
             if line is not None and one.is_news(line, now):
-                one.told, one.told_at = line, now
+                one.last, one.last_at = line, now
                 one.case.tell(line.kind, line.message, percent=line.percent, **line.data)
 
-    async def _activities(self, watched: list[Watched]) -> dict[int, Activity]:
+    async def _activities(self, watched: list[Subject]) -> dict[int, Activity]:
         """Return what the workers are at, by the ``id`` of their cases."""
         # Two calls may be attached to one worker.
         by_pid: dict[int, list[int]] = defaultdict(list)
@@ -170,38 +170,38 @@ class Onlooker:
             for case in by_pid.get(one.pid) or by_name.get((one.name or "")[: markers.LENGTH]) or ()
         }
 
-    async def _reported(self, watched: list[Watched]) -> dict[int, Progress]:
+    async def _reported(self, watched: list[Subject]) -> dict[int, Progress]:
         """Return what the workers reported of their progress, by the ``id`` of their cases."""
         by_session: dict[HandleSession, dict[Worker, int]] = defaultdict(dict)
         for one in watched:
             worker = one.case.worker
             if worker is not None and not worker.ended.done() and not worker.session.is_busy:
                 by_session[worker.session][worker] = id(one.case)
-        told: dict[int, Progress] = {}
+        progress_of: dict[int, Progress] = {}
         for session, workers in by_session.items():
             for worker, progress in (await session.look_at_progress([*workers])).items():
-                told[workers[worker]] = progress
-        return told
+                progress_of[workers[worker]] = progress
+        return progress_of
 
 
-def _line(watched: Watched, reported: Progress | None, seen: Activity | None, now: float) -> Line | None:
+def _line(watched: Subject, reported: Progress | None, seen: Activity | None, now: float) -> Remark | None:
     redact = watched.case.work.job.redact_details
     if seen is not None and seen.blockers:
         return _blocked(seen, redact=redact)
     if reported is not None:
         text = f"{reported.percent} % {reported.message or ''}".strip()
-        return Line(EventKind.PROGRESS, f"reported {reported.message}", text, reported.percent)
+        return Remark(EventKind.PROGRESS, f"reported {reported.message}", text, reported.percent)
     if seen is None:
         return None
     if seen.command is not None:
         return _command(watched, seen, now)
     if seen.wait_event in WAITS:
         text = f"waits for {WAITS[seen.wait_event]} ({seen.wait_event})"
-        return Line(EventKind.BLOCKED, text, text, data={"pid": seen.pid})
+        return Remark(EventKind.BLOCKED, text, text, data={"pid": seen.pid})
     return None
 
 
-def _command(watched: Watched, seen: Activity, now: float) -> Line:
+def _command(watched: Subject, seen: Activity, now: float) -> Remark:
     command = seen.command
     assert command is not None
     about = ", ".join(part for part in (command.name, command.phase) if part)
@@ -213,10 +213,10 @@ def _command(watched: Watched, seen: Activity, now: float) -> Line:
         if left is not None:
             data["seconds_left"] = round(left)
             text += f", about {duration(left)} left of this phase"
-    return Line(EventKind.PROGRESS, about, text, command.percent, data)
+    return Remark(EventKind.PROGRESS, about, text, command.percent, data)
 
 
-def _blocked(seen: Activity, *, redact: bool) -> Line:
+def _blocked(seen: Activity, *, redact: bool) -> Remark:
     waited = "" if seen.waited is None else f" for {duration(seen.waited)}"
     names = [_blocker(blocker, redact=redact) for blocker in seen.blockers[:NAMED]]
     more = len(seen.blockers) - NAMED
@@ -224,18 +224,18 @@ def _blocked(seen: Activity, *, redact: bool) -> Line:
         names.append(f"{more} more")
     about = f"waits for {sorted(blocker.pid for blocker in seen.blockers)}"
     data = {"pid": seen.pid, "blockers": [blocker.pid for blocker in seen.blockers]}
-    return Line(EventKind.BLOCKED, about, f"its worker waits{waited} for a lock of {'; '.join(names)}", data=data)
+    return Remark(EventKind.BLOCKED, about, f"its worker waits{waited} for a lock of {'; '.join(names)}", data=data)
 
 
 def _blocker(blocker: Blocker, *, redact: bool) -> str:
     if blocker.pid == 0:
         return "a prepared transaction (pg_prepared_xacts names it)"
-    told = [f"user {blocker.user_name}" if blocker.user_name else "", blocker.application or "", blocker.state or ""]
+    parts = [f"user {blocker.user_name}" if blocker.user_name else "", blocker.application or "", blocker.state or ""]
     if blocker.seconds is not None:
-        told.append(f"in its transaction for {duration(blocker.seconds)}")
+        parts.append(f"in its transaction for {duration(blocker.seconds)}")
     if blocker.query == HIDDEN:
-        told.append("its query is not visible to this login")
-    named = f"pid {blocker.pid} ({', '.join(part for part in told if part)})"
+        parts.append("its query is not visible to this login")
+    named = f"pid {blocker.pid} ({', '.join(part for part in parts if part)})"
     if blocker.query and blocker.query != HIDDEN and not redact:
         named += f": {blocker.query}"
     return named

@@ -33,6 +33,7 @@ from . import evidence, failures
 from .case import Case, broken_off, case_of, deadline_of, first_of
 from .conclusion import conclude
 from .evidence import Doubt, Sign
+from .follow import begin_reading, read_report, stop_reading
 from .host import Host
 from .launch import Launches
 from .streamed_rows import Feed, check, prepare
@@ -112,7 +113,7 @@ class Run:
         self._case = case
         self._launches = Launches(host, case)
         self._loop = asyncio.get_running_loop()
-        self._seen: Sighting | None = None  # the last look
+        self._sighting: Sighting | None = None  # the last look
         self._step: tuple[Step | None, float] = (None, 0.0)  # the step that is being taken, and since when
 
     async def outcome(self) -> Outcome:
@@ -144,7 +145,7 @@ class Run:
 
     async def _close(self) -> None:
         self._host.onlooker.leave(self._case)
-        await self._case.stop_reading()
+        await stop_reading(self._case)
         if self._case.paired:
             self._host.pairs.release()
         if self._case.session is not None:
@@ -193,7 +194,7 @@ class Run:
                 if case.call is not None:
                     await asyncio.wait({case.call}, timeout=pace.CALL)
                 await self._launches.take_over_call()
-        await case.stop_reading()
+        await stop_reading(case)
         if case.worker is not None:
             case.worker.release()
 
@@ -221,7 +222,7 @@ class Run:
                 if self._launched_nothing:
                     error.data_state = errors.NOT_BY_THIS_CALL
                 raise
-            return await conclude(case, self._ledger, step, self._seen)
+            return await conclude(case, self._ledger, step, self._sighting)
 
     def _bound(self) -> float | None:
         """Return until when a turn may take: the deadline, or one bound for all that comes once the end is wanted."""
@@ -237,7 +238,7 @@ class Run:
         """Return the error of a call that wanted the end, and could not have it decided in time."""
         case = self._case
         if self._step[0] is Step.SIGNAL:
-            return failures.survivor(case.work.key, self._seen, "the worker")
+            return failures.survivor(case.work.key, self._sighting, "the worker")
         work = case.work
         return failures.undecided(work.key.job_id, work.label, nothing_launched=self._launched_nothing)
 
@@ -250,24 +251,26 @@ class Run:
     async def _look(self) -> Evidence:
         """Look at the job, and again as long as what is seen may be half of a sign."""
         case = self._case
-        await case.read_report()
+        await read_report(case)
         if case.memory.launch.report is Report.GONE:
             case.tell_once(EventKind.SESSION_LOST, "its handle is lost; following the worker by its lock and receipt")
         now = self._loop.time
         if case.worker is not None and case.worker.proof is not None:
-            self._seen = Sighting.of_commit(case.attempt, *case.worker.proof)
+            self._sighting = Sighting.of_commit(case.attempt, *case.worker.proof)
             weighed, case.memory = evidence.weigh_proof(case.terms, case.memory, now())
             return weighed
         if case.work.carries_receipt:
-            seen = await look(self._ledger, case.work.key, lambda s: evidence.doubt(s, case.terms, case.memory, now()))
-            self._check_digest(seen)
-            self._seen = seen
-            if seen.holds_this_job:
+            sighting = await look(
+                self._ledger, case.work.key, lambda s: evidence.doubt(s, case.terms, case.memory, now())
+            )
+            self._check_digest(sighting)
+            self._sighting = sighting
+            if sighting.holds_this_job:
                 case.last_marked = now()
-            case.worker_pid = seen.marked_pid
-            if case.worker_pid is None and seen.holds_this_job and case.work.kind is not Kind.SUPERVISED:
-                case.worker_pid = seen.holder_pid
-            weighed, case.memory = evidence.weigh(seen, case.terms, case.memory, now())
+            case.worker_pid = sighting.marked_pid
+            if case.worker_pid is None and sighting.holds_this_job and case.work.kind is not Kind.SUPERVISED:
+                case.worker_pid = sighting.holder_pid
+            weighed, case.memory = evidence.weigh(sighting, case.terms, case.memory, now())
             return weighed
         launch, wanted = case.memory.launch, case.memory.intent is Intent.NONE
         if launch.result is not None or (launch.report is Report.ENDED and wanted and case.reading is None):
@@ -282,27 +285,27 @@ class Run:
         weighed, case.memory = evidence.weigh_marker(marked is not None, wait_event, case.terms, case.memory, now())
         return weighed
 
-    def _check_digest(self, seen: Sighting) -> None:
+    def _check_digest(self, sighting: Sighting) -> None:
         case = self._case
-        if seen.sql_digest in (None, case.work.sql_digest) or "changed" in case.told:
+        if sighting.sql_digest in (None, case.work.sql_digest) or case.has_other_sql:
             return
         if not case.options.accept_changed_sql:
             raise failures.reused(case.work)
-        case.told.add("changed")
+        case.has_other_sql = True
         logger.warning("job %s has other SQL than when it was first registered", case.work.label)
 
     async def _take_patiently(self, step: Step) -> None:
         if step is not self._step[0]:
             self._step = (step, self._loop.time())
         try:
-            await self._take(step, self._seen)
+            await self._take(step, self._sighting)
         except ConnectionLost as error:
             # On a question beside the job's way: nothing was launched.
             if self._waited() > pace.RECONNECT:
                 raise ServerUnreachable(str(error), job_id=self._case.work.key.job_id) from error
             await self._sleep()
 
-    async def _take(self, step: Step, seen: Sighting | None) -> None:
+    async def _take(self, step: Step, sighting: Sighting | None) -> None:
         match step:
             case Step.REGISTER:
                 await self._launches.register()
@@ -310,63 +313,63 @@ class Run:
                 if not await self._launches.launch():
                     await self._sleep()
             case Step.WAIT:
-                await self._wait(seen)
+                await self._wait(sighting)
             case Step.WAIT_FOR_SERIES:
-                await self._wait_for_series(_there(seen))
+                await self._wait_for_series(_there(sighting))
             case Step.CLEAR_OLDER:
-                await self._clear_older(_there(seen))
+                await self._clear_older(_there(sighting))
             case Step.UNBLOCK:
                 await self._unblock()
             case Step.SIGNAL:
-                await self._signal(seen)
+                await self._signal(sighting)
             case Step.MARK:
-                await self._mark(seen)
+                await self._mark(sighting)
             case Step.LIFT:
                 await self._ledger.lift_cancel(self._case.work.key)
             case Step.READ_RESULT:
                 await self._read_result()
             case Step.VERIFY:
-                await self._verify(seen)
+                await self._verify(sighting)
             case Step.SETTLE:
-                await self._settle(_there(seen))
+                await self._settle(_there(sighting))
 
     # Waiting ------------------------------------------------------------------------------------------------------
 
-    async def _wait(self, seen: Sighting | None) -> None:
+    async def _wait(self, sighting: Sighting | None) -> None:
         case, worker = self._case, self._case.worker
         if case.reading is not None:
             await self._read_result()
             return
         if worker is not None and not worker.ended.done():
             age = self._loop.time() - worker.launched_at
-            if seen is not None and seen.marked_pid is not None:
-                case.tell_once(EventKind.AT_WORK, "its worker is at work", pid=seen.marked_pid)
+            if sighting is not None and sighting.marked_pid is not None:
+                case.tell_once(EventKind.AT_WORK, "its worker is at work", pid=sighting.marked_pid)
             pause = pace.look_behind(age, case.options.poll_interval)
             await first_of(worker.ended, worker.nudged, case.bounded(pause))
             return
-        if seen is not None and case.memory.attached_since is not None:
+        if sighting is not None and case.memory.attached_since is not None:
             message = "attached to the worker that already runs this job"
-            case.tell_once(EventKind.ATTACHED, message, pid=seen.worker_pid)
+            case.tell_once(EventKind.ATTACHED, message, pid=sighting.worker_pid)
         await self._sleep()
 
-    async def _wait_for_series(self, seen: Sighting) -> None:
-        if seen.holder(self._case.memory.generation) is Holder.STRANGER and self._waited() > pace.STRANGER:
-            raise failures.stranger(self._case.work, seen)
+    async def _wait_for_series(self, sighting: Sighting) -> None:
+        if sighting.holder(self._case.memory.generation) is Holder.STRANGER and self._waited() > pace.STRANGER:
+            raise failures.stranger(self._case.work, sighting)
         message = "another session holds the series; waiting for it"
-        self._case.tell_once(EventKind.WAITING_FOR_SERIES, message, pid=seen.holder_pid)
+        self._case.tell_once(EventKind.WAITING_FOR_SERIES, message, pid=sighting.holder_pid)
         await self._sleep()
 
-    async def _clear_older(self, seen: Sighting) -> None:
+    async def _clear_older(self, sighting: Sighting) -> None:
         if self._case.options.on_superseded == "wait":
-            message = f"an older generation is at work, {seen.holder_job}; waiting for it"
-            self._case.tell_once(EventKind.WAITING_FOR_SERIES, message, pid=seen.holder_pid)
+            message = f"an older generation is at work, {sighting.holder_job}; waiting for it"
+            self._case.tell_once(EventKind.WAITING_FOR_SERIES, message, pid=sighting.holder_pid)
             await self._sleep()
             return
-        message = f"cancelling the worker of an older generation, {seen.holder_job}"
-        self._case.tell_once(EventKind.CANCELLING_OLDER, message, pid=seen.worker_pid)
+        message = f"cancelling the worker of an older generation, {sighting.holder_job}"
+        self._case.tell_once(EventKind.CANCELLING_OLDER, message, pid=sighting.worker_pid)
         if self._waited() > pace.CANCEL:
-            raise failures.survivor(self._case.work.key, seen, "the worker of an older generation")
-        await _signal_worker(self._ledger, self._case.work.key, seen, seen.holder_job)
+            raise failures.survivor(self._case.work.key, sighting, "the worker of an older generation")
+        await _signal_worker(self._ledger, self._case.work.key, sighting, sighting.holder_job)
         await self._sleep()
 
     async def _unblock(self) -> None:
@@ -381,14 +384,14 @@ class Run:
 
     # Cancelling ---------------------------------------------------------------------------------------------------
 
-    async def _signal(self, seen: Sighting | None) -> None:
+    async def _signal(self, sighting: Sighting | None) -> None:
         case = self._case
         faults.point("before_cancel")
-        case.tell_once(EventKind.CANCELLING, "cancelling the worker", pid=seen.worker_pid if seen else None)
+        case.tell_once(EventKind.CANCELLING, "cancelling the worker", pid=sighting.worker_pid if sighting else None)
         if self._waited() > pace.CANCEL:
-            raise failures.survivor(case.work.key, seen, "the worker")
+            raise failures.survivor(case.work.key, sighting, "the worker")
         if case.work.carries_receipt:
-            await _signal_worker(self._ledger, case.work.key, _there(seen), case.work.key.job_id)
+            await _signal_worker(self._ledger, case.work.key, _there(sighting), case.work.key.job_id)
         else:
             await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker, case.work.key.owner))
         supervised = case.work.has_supervisor
@@ -397,7 +400,7 @@ class Run:
             await self._unblock()
         await self._sleep()
 
-    async def _mark(self, seen: Sighting | None) -> None:
+    async def _mark(self, sighting: Sighting | None) -> None:
         faults.point("before_mark")
         case = self._case
         match case.memory.intent:
@@ -405,7 +408,7 @@ class Run:
                 cause, reason = case.cause, "the caller was cancelled"
             case Intent.DEADLINE:
                 cause, reason = Cause.DEADLINE, "the deadline passed"
-            case _ if evidence.is_superseded(_there(seen), case.terms, case.memory):
+            case _ if evidence.is_superseded(_there(sighting), case.terms, case.memory):
                 cause, reason = Cause.SUPERSEDED, "a newer generation is registered"
             case _:
                 cause = Cause.GIVEN_UP
@@ -420,28 +423,28 @@ class Run:
         """Read the result to its end; the worker is cancelled and the deadline is kept meanwhile."""
         case = self._case
         if case.reading is None:
-            case.begin_reading(_there(case.worker), _there(case.readable))
+            begin_reading(case, _there(case.worker), _there(case.readable))
         elif self._loop.time() - case.last_marked > pace.CALL:
-            await case.stop_reading()  # the worker is gone, and its result would be here: the connection is not
+            await stop_reading(case)  # the worker is gone, and its result would be here: the connection is not
             return
         # One that is to be cancelled is signalled again.
         patience = pace.LOOK_LATEST if case.memory.intent is Intent.NONE else pace.LOOK_SOONEST
         await asyncio.wait({_there(case.reading)}, timeout=case.bounded(min(patience, pace.CALL)))
 
-    async def _verify(self, seen: Sighting | None) -> None:
+    async def _verify(self, sighting: Sighting | None) -> None:
         case, work = self._case, self._case.work
-        claim = (seen.receipt_attempt, seen.may_begin) if seen else None
+        claim = (sighting.receipt_attempt, sighting.may_begin) if sighting else None
         try:
             done = await self._host.verify(_there(work.verify_sql), work.job.role)
         except psycopg.Error as error:
             raise failures.unverified(work, error) from error
         case.memory = case.memory.verified(done, claim)
 
-    async def _settle(self, seen: Sighting) -> None:
+    async def _settle(self, sighting: Sighting) -> None:
         """Write down what verify_sql said; where the work is not done, the way is free for another launch."""
         case = self._case
         done = case.memory.verification is not None and case.memory.verification.done
-        await self._ledger.settle(case.work.key, seen.receipt_attempt, committed=done)
+        await self._ledger.settle(case.work.key, sighting.receipt_attempt, committed=done)
         case.memory = case.memory.settled()
 
     # Time ---------------------------------------------------------------------------------------------------------
@@ -485,21 +488,21 @@ async def _cancel(
     loop = asyncio.get_running_loop()
     began = loop.time()
     while True:
-        seen = await look(ledger, key, evidence.doubt_the_look)
-        if seen.receipt is Receipt.COMMITTED:
+        sighting = await look(ledger, key, evidence.doubt_the_look)
+        if sighting.receipt is Receipt.COMMITTED:
             return "committed"
         # A mark that somebody may take back becomes the one of whoever asks for good.
-        if seen.receipt is Receipt.CANCELLED and not (
-            seen.is_provisional or (cause is Cause.ASKED and seen.cause in OF_A_TRY)
+        if sighting.receipt is Receipt.CANCELLED and not (
+            sighting.is_provisional or (cause is Cause.ASKED and sighting.cause in OF_A_TRY)
         ):
             return "cancelled"
-        if seen.is_unsupervised:
+        if sighting.is_unsupervised:
             raise failures.untold(key)
         if loop.time() - began > pace.CANCEL - pace.BREAK:
-            raise failures.survivor(key, seen, "the worker")
+            raise failures.survivor(key, sighting, "the worker")
         faults.point("before_cancel")
-        await _signal_worker(ledger, key, seen, key.job_id)
-        if seen.receipt is Receipt.LAUNCHING:
+        await _signal_worker(ledger, key, sighting, key.job_id)
+        if sighting.receipt is Receipt.LAUNCHING:
             # Its supervisor frees the receipt when it has told how its worker ended.
             await asyncio.sleep(pace.poll(loop.time() - began))
             continue
@@ -513,21 +516,21 @@ async def look(ledger: Ledger, key: Key, doubt: Callable[[Sighting], Doubt | Non
     loop = asyncio.get_running_loop()
     doubted: dict[tuple[Sign, int | None], float] = {}  # and since when
     while True:
-        seen = await ledger.look(key)
-        half = doubt(seen)
+        sighting = await ledger.look(key)
+        half = doubt(sighting)
         if half is None or loop.time() >= doubted.setdefault((half.sign, half.claim), loop.time()) + half.seconds:
             break
         await asyncio.sleep(pace.RETRY_SOONEST)
-    if (attempt := evidence.to_name(seen)) is not None and seen.marked_pid is not None:
-        await ledger.follow(key, attempt, seen.marked_pid)
-    return seen
+    if (attempt := evidence.to_name(sighting)) is not None and sighting.marked_pid is not None:
+        await ledger.follow(key, attempt, sighting.marked_pid)
+    return sighting
 
 
-async def _signal_worker(ledger: Ledger, key: Key, seen: Sighting, job_id: str | None) -> None:
+async def _signal_worker(ledger: Ledger, key: Key, sighting: Sighting, job_id: str | None) -> None:
     try:
         await ledger.signal(key, job_id=job_id)
     except psycopg.errors.InsufficientPrivilege as error:
-        raise failures.may_not_cancel(key, seen) from error
+        raise failures.may_not_cancel(key, sighting) from error
 
 
 def _there(value: T | None) -> T:

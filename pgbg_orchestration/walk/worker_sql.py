@@ -20,7 +20,7 @@ from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.labels import NAME_BYTES, shorten_label
 from pgbg_orchestration.ledger.sighting import SUPERVISES, Key, Registration
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
-from pgbg_orchestration.postgres import literals, markers
+from pgbg_orchestration.postgres import catalog, literals, markers
 from pgbg_orchestration.postgres.durations import milliseconds
 from pgbg_orchestration.postgres.pg_background import DEFAULT_QUEUE_BYTES
 from pgbg_orchestration.rows import Fetch
@@ -407,12 +407,8 @@ async def _check_owner(job: Job, conn: AsyncConnection[Any]) -> None:
 
 async def _check_membership(job: Job, conn: AsyncConnection[Any], role: str, how: Sequence[str], what: str) -> None:
     named = {"job_id": job.id, "label": job.label}
-    query = (
-        "select pg_catalog.bool_and(pg_catalog.pg_has_role(session_user, %s, h)), pg_catalog.quote_ident(session_user)"
-        " from pg_catalog.unnest(%s::text[]) as h"
-    )
     try:
-        has, login = await (await conn.execute(query, (role, [*how]))).fetchone() or (False, "")
+        has, login = await catalog.membership(conn, role, how)
     except psycopg.errors.UndefinedObject as error:
         raise InvalidJob(f"there is no role {role!r}", sqlstate="42704", **named) from error
     if not has:

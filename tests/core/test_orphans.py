@@ -141,7 +141,7 @@ def test_an_upgraded_schema_is_a_new_one(version_1: Database, database: Database
 class _Before(Ledger):
     """What a process of version 1 registers with."""
 
-    def registering(self, key: Any, *, quote: Any, **named: Any) -> str:
+    def registering(self, key: Any, quote: Any, **named: Any) -> str:
         given = (
             key.owner, key.job_id, key.series, named["generation"], named["label"], str(named["kind"]),
             named["sql_digest"], named["accept_changed_sql"], "host/1", True,

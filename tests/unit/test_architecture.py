@@ -149,6 +149,19 @@ class TestImports:
         broken = source.format(name=f"breach_in_{module}").removesuffix(".py").replace("/", ".")
         assert broken in done.stdout
 
+    def test_the_page_names_every_file_of_the_walk_and_no_other(self) -> None:
+        """At most eight are the way of a job; a file that is new, or has another name, is told of."""
+        page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+        core = ROOT / "pgbg_orchestration"
+        table = page.split("Eight files are the way")[1].split("Four more")[0]
+        way = re.findall(r"^\| `([a-z_/]+\.py)` \|", table, re.MULTILINE)
+        walk = {f"walk/{path.name}" for path in (core / "walk").glob("*.py")} - {"walk/__init__.py"}
+
+        assert len(way) == 8
+        assert all((core / name).is_file() for name in way)
+        assert walk == {name for name in re.findall(r"walk/[a-z_]+\.py", page) if (core / name).is_file()}
+        assert all((core / name).is_file() for name in re.findall(r"(?:walk|postgres|ledger)/[a-z_]+\.py", page))
+
     def test_no_circle(self) -> None:
         """Neither among functions' own imports, nor among those for types only: who knows whom points one way."""
         assert circle_of(ROOT) is None

@@ -24,7 +24,7 @@ def test_the_page_lists_every_kind_of_event_as_the_code_means_it() -> None:
 
 @pytest.mark.parametrize("kind", EventKind)
 def test_every_kind_of_event_is_sent_somewhere(kind: EventKind) -> None:
-    sent = rf"(tell(_once)?|Line)\(\s*EventKind\.{kind.name}\b"
+    sent = rf"(tell(_once)?|Remark)\(\s*EventKind\.{kind.name}\b"
 
     assert any(re.search(sent, file.read_text(encoding="utf-8")) for file in CORE.rglob("*.py"))
 

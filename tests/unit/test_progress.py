@@ -9,7 +9,7 @@ import pytest
 
 from pgbg_orchestration.outcome import EventKind
 from pgbg_orchestration.postgres.activity import Command, command_of
-from pgbg_orchestration.walk.onlooker import Line, Watched, duration
+from pgbg_orchestration.walk.onlooker import Remark, Subject, duration
 
 
 @pytest.mark.parametrize(
@@ -65,17 +65,17 @@ def test_a_count_that_runs_over_is_all_of_it() -> None:
     assert Command("VACUUM", "scanning heap", 11, 10).percent == 100
 
 
-def line(about: str, percent: int | None = None, kind: EventKind = EventKind.PROGRESS) -> Line:
-    return Line(kind, about, about, percent)
+def line(about: str, percent: int | None = None, kind: EventKind = EventKind.PROGRESS) -> Remark:
+    return Remark(kind, about, about, percent)
 
 
 def lines_of(seconds: int, at: Any) -> list[int]:
     """At which seconds lines are told of a job that is looked at once a second."""
-    watched = Watched(SimpleNamespace(), 0.0)  # type: ignore[arg-type]
+    watched = Subject(SimpleNamespace(), 0.0)  # type: ignore[arg-type]
     news = []
     for now in range(seconds):
         if watched.is_news(seen := at(now), now):
-            watched.told, watched.told_at = seen, now
+            watched.last, watched.last_at = seen, now
             news.append(now)
     return news
 
