@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from dagster import HookContext, InitResourceContext, InputContext, OpExecutionContext, OutputContext
+from dagster import (
+    DagsterTypeLoaderContext,
+    HookContext,
+    InitResourceContext,
+    InputContext,
+    OpExecutionContext,
+    OutputContext,
+    TypeCheckContext,
+)
+
+# They have a log too, and no step of their own that could be tried again, or none that they tell.
+STRANGERS = (InitResourceContext, TypeCheckContext, DagsterTypeLoaderContext)
 
 
 def of_step(context: Any) -> Any:
@@ -26,7 +37,7 @@ def of_step(context: Any) -> Any:
         step = getattr(context, name, None)  # their own properties raise where there is none
         return None if step is None else OpExecutionContext(step)
     context = getattr(context, "op_execution_context", context)
-    if context is not None and (isinstance(context, InitResourceContext) or not hasattr(context, "log")):
+    if context is not None and (isinstance(context, STRANGERS) or not hasattr(context, "log")):
         raise TypeError(
             f"the context must be that of an asset, an op, a check, a hook, an IO manager, a sensor or a schedule, not "
             f"{type(context).__name__}: pass None for work that belongs to none of these"

@@ -8,12 +8,17 @@ import pytest
 from dagster import (
     AssetExecutionContext,
     DagsterInstance,
+    DagsterType,
+    DagsterTypeLoaderContext,
     HookContext,
+    In,
     InputContext,
     IOManager,
     OutputContext,
+    TypeCheckContext,
     asset,
     build_init_resource_context,
+    dagster_type_loader,
     failure_hook,
     job,
     materialize,
@@ -93,6 +98,35 @@ def test_what_is_no_context_is_told(pg: PgBackgroundResource) -> None:
         pg.run("fetch", "select 1")  # type: ignore[arg-type]
     with build_init_resource_context() as context, pytest.raises(TypeError, match=r"not .*InitResourceContext"):
         pg.run(context, "select 1")
+
+
+def test_a_types_own_contexts_are_told_too(pg: PgBackgroundResource) -> None:
+    told: list[str] = []
+
+    def refused(context: Any) -> None:
+        with pytest.raises(TypeError, match="pass None for work that belongs to none of these") as caught:
+            pg.run(context, "select 1")
+        told.append(str(caught.value).rpartition("not ")[2].partition(":")[0])
+
+    def check(context: TypeCheckContext, _: object) -> bool:
+        refused(context)
+        return True
+
+    @dagster_type_loader(config_schema=int)
+    def load(context: DagsterTypeLoaderContext, number: int) -> int:
+        refused(context)
+        return number
+
+    @op(ins={"number": In(DagsterType(type_check_fn=check, name="Number", loader=load))})
+    def takes(number: int) -> None: ...
+
+    @job
+    def typed() -> None:
+        takes()
+
+    config = {"ops": {"takes": {"inputs": {"number": 1}}}}
+    assert typed.execute_in_process(run_config=config).success
+    assert told == ["DagsterTypeLoaderContext", "TypeCheckContext"]
 
 
 def test_what_the_sql_raises_is_in_the_steps_log(pg: PgBackgroundResource, instance: DagsterInstance) -> None:
