@@ -6,11 +6,16 @@ when the job is committed, and every later reader gets the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, cast, overload
+
+if TYPE_CHECKING:
+    from psycopg.abc import Transformer
 
 MEBIBYTE = 1024 * 1024
 MOST_ROWS = 2**31 - 2
@@ -99,6 +104,48 @@ class Column:
     type: str
 
 
+class ByColumn(Sequence[tuple[str | None, ...]]):
+    """Rows of cells that are held by column, as they are kept and as they are made values of.
+
+    Parameters
+    ----------
+    columns:
+        The cells of each column.
+    number:
+        How many rows there are.
+    """
+
+    __slots__ = ("columns", "number")
+
+    def __init__(self, columns: Sequence[Sequence[str | None]], number: int) -> None:
+        self.columns, self.number = columns, number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[tuple[str | None, ...]]:
+        return zip(*self.columns, strict=True) if self.columns else repeat((), self.number)
+
+    @overload
+    def __getitem__(self, at: int) -> tuple[str | None, ...]: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[tuple[str | None, ...]]: ...
+    def __getitem__(self, at: int | slice) -> tuple[str | None, ...] | Sequence[tuple[str | None, ...]]:
+        if isinstance(at, slice):
+            return ByColumn([cells[at] for cells in self.columns], len(range(self.number)[at]))
+        row = range(self.number)[at]  # IndexError for what is not there
+        return tuple(cells[row] for cells in self.columns)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of one statement of a committed job.
@@ -116,7 +163,7 @@ class Rows:
     """
 
     columns: tuple[Column, ...]
-    cells: tuple[tuple[str | None, ...], ...]
+    cells: Sequence[tuple[str | None, ...]]
     row_count: int
     command_tag: str
     statement: int
@@ -130,17 +177,25 @@ class Rows:
         psycopg.DataError
             A value has no form in Python, such as the timestamp ``infinity``, as with psycopg.
         """
-        from psycopg import pq
         from psycopg.adapt import Transformer
 
         of_types = Transformer()
         if not self.columns or not self.cells:
             return [() for _ in self.cells]
-        loaded = []
-        for column, cells in zip(self.columns, zip(*self.cells, strict=True), strict=True):
-            load = of_types.get_loader(column.type_oid, pq.Format.TEXT).load
-            loaded.append([None if cell is None else load(cell.encode()) for cell in cells])
+        loaded: list[Sequence[Any]] = []
+        for column, cells in zip(self.columns, self._by_column(), strict=True):
+            load = _loading(of_types, column.type_oid)
+            if load is str:
+                loaded.append(cells)
+            elif None in cells:
+                loaded.append([None if cell is None else load(cell) for cell in cells])
+            else:
+                loaded.append([*map(load, cast("list[str]", cells))])
         return list(zip(*loaded, strict=True))
+
+    def _by_column(self) -> Sequence[Sequence[str | None]]:
+        """Return the cells of each column; there are rows."""
+        return self.cells.columns if isinstance(self.cells, ByColumn) else [*zip(*self.cells, strict=True)]
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -272,6 +327,25 @@ class Results:
     def to_pandas(self) -> Any:
         """Return the last statement's rows as :meth:`Rows.to_pandas`."""
         return self.last.to_pandas()
+
+
+# What psycopg's own loaders of text make of a value, by their names: in bulk a call of theirs for each costs more than
+# all else that is done for it.
+_AS_PSYCOPG: Mapping[str, Callable[[str], Any]] = {
+    "TextLoader": str, "IntLoader": int, "FloatLoader": float, "NumericLoader": Decimal
+}  # fmt: skip
+
+
+def _loading(of_types: Transformer, oid: int) -> Callable[[str], Any]:
+    """Return what makes a value of the server's text; ``str`` where that is the value."""
+    from psycopg import pq
+
+    loader = of_types.get_loader(oid, pq.Format.TEXT)
+    kind = type(loader)
+    if kind.__module__.partition(".")[0] in ("psycopg", "psycopg_binary", "psycopg_c") and kind.__name__ in _AS_PSYCOPG:
+        return _AS_PSYCOPG[kind.__name__]
+    load = loader.load
+    return lambda cell: load(cell.encode())
 
 
 # By type oid (src/include/catalog/pg_type.dat).

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
-from itertools import chain, groupby, repeat
+from itertools import groupby
 from operator import itemgetter
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -26,7 +26,7 @@ from pgbg_orchestration.options import WhenOrphaned
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
 from pgbg_orchestration.postgres.opening import Quote
-from pgbg_orchestration.rows import Column, Rows
+from pgbg_orchestration.rows import ByColumn, Column, Rows
 
 from . import queries
 from .history import Durations, FirstRows, JobDetail, JobEntry, Orphan
@@ -463,21 +463,19 @@ class Ledger:
         for number, parts in groupby(found, key=itemgetter(0)):
             head, *rest = parts
             _, columns, tag, total, *_ = head
-            cells = chain.from_iterable(_rows_of(part[5], part[6]) for part in (head, *rest))
             named = tuple(Column(c["name"], c["oid"], c["typmod"], c["type"]) for c in columns)
-            kept.append(Rows(named, tuple(cells), total, tag, number))
+            held: list[list[str | None]] = [[] for _ in named]
+            count = 0
+            for *_, rows, cells in (head, *rest):
+                count += rows or 0
+                for place, column in enumerate(held if cells else ()):
+                    column.extend(cells[place * rows : (place + 1) * rows])
+            kept.append(Rows(named, ByColumn(held, count), total, tag, number))
         return tuple(kept)
 
     async def run(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
         """Run a piece of work that may be repeated on the writing connection."""
         return await self._writer.ask(work)
-
-
-def _rows_of(count: int | None, cells: list[str | None] | None) -> Iterable[tuple[str | None, ...]]:
-    """Return the rows of a part, whose cells stand in it by column; without columns there are no cells to keep."""
-    if cells is None or not count:
-        return repeat((), count or 0)
-    return zip(*(cells[begin : begin + count] for begin in range(0, len(cells), count)), strict=True)
 
 
 def _like(pattern: str | None) -> str | None:

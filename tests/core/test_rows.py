@@ -10,6 +10,9 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
+from psycopg.pq import Format
 
 from pgbg_orchestration import Column, Fetch, Job, Launcher, NoRows, Outcome, Rows, arun, errors
 from tests.core.kit import APP, Watched, launching_process, within
@@ -354,6 +357,34 @@ def test_two_columns_of_a_name_are_no_dict() -> None:
     assert rows.rows == [(1, 2)]
     with pytest.raises(ValueError, match="'a'"):
         rows.as_dicts()
+
+
+async def test_cells_are_a_sequence_of_rows(db: Watched) -> None:
+    await fetched(db, "select n, nullif(n, 2) from generate_series(1, 3) as n")
+    async with Launcher(db.conninfo) as launcher:
+        (rows,) = await launcher.rows("j")
+    wanted = (("1", "1"), ("2", None), ("3", "3"))
+    assert (tuple(rows.cells), len(rows), rows.cells[-1], rows.cells[1]) == (wanted, 3, ("3", "3"), ("2", None))
+    assert rows.cells == wanted
+    assert rows.cells[1:] == wanted[1:]
+    assert hash(rows.cells) == hash(wanted)
+    assert pickle.loads(pickle.dumps(rows)) == rows
+    with pytest.raises(IndexError):
+        rows.cells[len(rows)]
+
+
+def test_a_loader_of_ones_own_is_used() -> None:
+    class Doubled(Loader):
+        def load(self, data: Buffer) -> str:
+            return 2 * bytes(data).decode()
+
+    before = psycopg.adapters.get_loader(23, Format.TEXT)
+    assert before is not None
+    psycopg.adapters.register_loader("int4", Doubled)
+    try:
+        assert Rows((Column("a", 23, -1, "integer"),), (("1",), (None,)), 2, "SELECT", 1).rows == [("11",), (None,)]
+    finally:
+        psycopg.adapters.register_loader("int4", before)
 
 
 async def test_many_jobs_at_once_keep_their_own(db: Watched) -> None:
