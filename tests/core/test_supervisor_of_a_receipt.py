@@ -77,7 +77,7 @@ async def left(db: Watched, gate: psycopg.Connection, **job: Any) -> None:
     [
         (f"{GATE}; insert into effects (job) select 'j' from generate_series(1, 3)", "INSERT", 3),
         (f"{GATE}; {effect('j')}; select repeat('x', 100) from generate_series(1, 3000)", "SELECT", 3000),
-        (f"{GATE}; {effect('j')}; create table made as select 1 from generate_series(1, 5)", "SELECT", 5),
+        (f"{GATE}; {effect('j')}; create table made as select 1 from generate_series(1, 5)", "CREATE TABLE AS", 5),
         (f"{GATE}; {effect('j')}; set local work_mem = '8MB'", "SET", 0),
     ],
 )
