@@ -169,7 +169,7 @@ async def test_older_generations_not_marked(db: Watched, broken: bool, monkeypat
 
 
 @BOTH
-@pytest.mark.parametrize("function", ["look", "list_jobs"])
+@pytest.mark.parametrize("function", ["look", "find_jobs"])
 async def test_lock_and_receipt_in_one_snapshot(db: Watched, function: str, broken: bool) -> None:
     checked = '"pgbg".require_read_committed();'
     rewrite(db, function, checked, f"{checked} perform pg_sleep(1);")

@@ -240,7 +240,7 @@ HARMLESS = {
     "await_no_standby",
 }
 """Functions that read and write nothing of anybody's jobs."""
-OF_THE_LOGIN = {"prune", "list_jobs", "orphans"}
+OF_THE_LOGIN = {"prune", "find_jobs", "list_jobs", "orphans"}
 """Functions that take no owner, and keep to what the login may see."""
 SEEN_BY_MEMBERS = {"job_detail", "first_rows"}
 """Functions that find nothing of another owner, as the list of jobs does."""

@@ -162,5 +162,5 @@ async def test_a_job_that_was_given_up_long_ago_and_is_at_work_all_the_same(db: 
 
 async def test_the_list_of_jobs_is_planned_for_its_filters(db: Watched) -> None:
     """From its sixth call on, a session took one plan for any filters: seconds for some thousand jobs."""
-    settings = db.value("select proconfig from pg_proc where oid = 'pgbg.list_jobs'::regproc")
+    settings = db.value("select proconfig from pg_proc where oid = 'pgbg.find_jobs'::regproc")
     assert "plan_cache_mode=force_custom_plan" in settings

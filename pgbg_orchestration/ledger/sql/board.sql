@@ -5,7 +5,7 @@ with activity as materialized (
     from pg_catalog.pg_stat_activity as a
 ), recent as materialized (
     -- Bounded, so that a receipt without a line of the history is not looked for among all of them.
-    select * from {s}.list_jobs(
+    select * from {s}.find_jobs(
         p_ended_after => pg_catalog.clock_timestamp() - %(ended_within)s::interval, p_limit => 100000)
 ), unexplained as materialized (
     -- A worker that holds a lock as a job's does, and is no recent job's: one that began late, after it was given up.
@@ -23,7 +23,7 @@ with activity as materialized (
 ), jobs as materialized (
     select r.* from recent as r where r.state in ('running', 'waiting')
     union all
-    select j.* from {s}.list_jobs(p_states => array['running']) as j
+    select j.* from {s}.find_jobs(p_states => array['running']) as j
     where (select pg_catalog.count(*) from unexplained) > 0
       and not exists (select from recent as r where r.owner = j.owner and r.job_id = j.job_id)
     union all

@@ -128,7 +128,7 @@ select j.owner, j.job_id, j.label, j.series, j.generation, j.kind, j.state, j.at
        j.launched_by, j.registered_at, j.launched_at, j.ended_at, j.row_count, j.command_tag, j.sqlstate,
        j.message, j.detail, j.hint, j.context, j.cancelled_by, j.reason, j.worker_pid, j.started_at, j.cause,
        j.has_launcher
-from {schema}.list_jobs(%(job_id)s, %(label)s, %(series)s, %(since)s, %(states)s::text[], %(limit)s) as j
+from {schema}.find_jobs(%(job_id)s, %(label)s, %(series)s, %(since)s, %(states)s::text[], %(limit)s) as j
 
 -- name: orphans
 select o.owner, o.job_id, o.label, o.series, o.state, o.launched_by, o.when_orphaned

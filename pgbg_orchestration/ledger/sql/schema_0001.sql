@@ -89,7 +89,6 @@ create index job_series on @schema@.job (owner, series_digest, generation);
 -- For list_jobs.
 create index job_digest on @schema@.job (job_digest);
 create index job_launched on @schema@.job (launched_at);
-create index job_ended on @schema@.job (ended_at);
 create index job_label on @schema@.job (label text_pattern_ops, launched_at);
 create index job_series_name on @schema@.job (series text_pattern_ops, launched_at);
 create index receipt_digest on @schema@.receipt (job_digest);
@@ -1083,14 +1082,10 @@ $$;
 
 -- The true state of jobs, newest launch first. Filters that are null are none; p_label and p_series are patterns of LIKE.
 -- What is registered is found by an index, whatever the history's length. With p_limit, a receipt of a worker's whose line
--- of the history somebody deleted is left out: to find such takes a look at every receipt. With p_ended_after, jobs are
--- left out that are written down as ended before then: for a view that looks every other second.
---
--- Planned for each call: which filters there are decides the plan, and the plan for any of them, which a session has from
--- its sixth call on, takes ten times as long for some thousand jobs.
+-- of the history somebody deleted is left out: to find such takes a look at every receipt.
 create function @schema@.list_jobs(
     p_job_id text default null, p_label text default null, p_series text default null, p_since timestamptz default null,
-    p_states text[] default null, p_limit bigint default null, p_ended_after timestamptz default null
+    p_states text[] default null, p_limit bigint default null
 )
     returns table (
         owner text, job_id text, label text, series text, generation bigint, kind text, state text, attempt int,
@@ -1101,7 +1096,6 @@ create function @schema@.list_jobs(
     )
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp
-    set plan_cache_mode = force_custom_plan
 as $$
 #variable_conflict use_column
 declare
@@ -1110,9 +1104,6 @@ declare
     v_logins oid[];
     v_here   oid := (select d.oid from pg_database d where d.datname = current_database());
     v_job    bytea := @schema@.digest(p_job_id);
-    -- is_mine, for all owners at once: it would be called for each job.
-    v_admin  boolean := coalesce((select r.rolsuper from pg_roles r where r.rolname = session_user), false);
-    v_mine   text[] := array(select r.rolname::text from pg_roles r where pg_has_role(session_user, r.oid, 'MEMBER'));
 begin
     perform @schema@.require_read_committed();
     select array_agg((l.classid::bigint << 32) | l.objid::bigint), array_agg(l.pid), array_agg(a.usesysid)
@@ -1173,8 +1164,7 @@ begin
               and (p_series is null or j.series like p_series)
               and (p_since is null or j.launched_at >= p_since)
               and (p_states is null or s.state = any (p_states))
-              and (p_ended_after is null or j.ended_at is null or j.ended_at >= p_ended_after)
-              and (v_admin or j.owner = any (v_mine))
+              and @schema@.is_mine(j.owner)
             order by j.launched_at desc
             limit p_limit
         ), unregistered as (
@@ -1201,8 +1191,7 @@ begin
               and p_series is null
               and (p_since is null or r.decided_at >= p_since)
               and (p_states is null or s.state = any (p_states))
-              and (p_ended_after is null or r.status = 'launching' or r.decided_at >= p_ended_after)
-              and (v_admin or r.owner = any (v_mine))
+              and @schema@.is_mine(r.owner)
             order by r.decided_at desc
             limit p_limit
         ), both_kinds as (
