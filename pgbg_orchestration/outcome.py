@@ -91,6 +91,8 @@ class ErrorFields:
 
     def place(self) -> list[str]:
         """Return the lines that tell where the error was."""
+        if self.statement == AT_COMMIT:
+            return ["AT THE COMMIT, behind the last statement"]
         lines = [f"STATEMENT{f' {self.statement}' if self.statement else ''}: {self.first_line or ''}".rstrip(": ")]
         pointer = self.pointer.splitlines() if self.pointer else []
         return [*(lines if self.statement or self.first_line else []), *pointer]
@@ -115,6 +117,8 @@ class ErrorFields:
 
 
 PLACE = ("statement", "first_line", "pointer")
+AT_COMMIT = "the commit"
+"""What ``statement`` names where a job of several failed behind the last of them."""
 NO_FIELDS = ErrorFields()
 
 

@@ -33,7 +33,8 @@ class ServerFacts:
     """What a login sees of its server and database.
 
     ``role`` is the role in force, whose privileges count: the login, unless ALTER ROLE … SET role made it another.
-    ``runs_blocks``: every role may run DO. ``backend_pid`` is what the server says; behind a pooler it is not what the
+    ``runs_blocks``: every role may run DO. ``reports``: the extension keeps what a worker that failed had reported of
+    its progress, as a stand-in does not. ``backend_pid`` is what the server says; behind a pooler it is not what the
     connection was told at its start.
     """
 
@@ -62,6 +63,7 @@ class ServerFacts:
     in_role: bool
     read_only: bool
     runs_blocks: bool
+    reports: bool
     through_pooler: bool
 
     @property

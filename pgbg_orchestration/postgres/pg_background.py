@@ -381,18 +381,31 @@ class Extension:
         cursor = await conn.cursor(row_factory=scalar_row).execute(query)
         return int(await cursor.fetchone() or 0)
 
-    def supervision(self, columns: sql.Composable | None, *, padded: bool) -> Sequence[str]:
+    def supervision(
+        self, columns: sql.Composable | None, *, padded: bool, reported_of: int | None = None
+    ) -> Sequence[str]:
         """Return the statements that a supervisor inside the server needs, with $1 and $2 for a handle.
 
         They are: launch (of $1, with queue size $2 and label $3), ``result_info`` as row count, tag, completed and
         has_error, ``error_info`` as an array, and ``result`` read to its end, as the number of rows, without columns
         the tag and count of the last statement (``padded``: of the one before it), and ``padded``; and the wait for its
         end, for $3 milliseconds at most.
+
+        ``reported_of``: how many statements the worker has that reports which one is at work ("statement 2 of 3").
+        That is the last line of the context then, of an error in a statement: of one that came at the commit, the
+        worker's own line is not there.
         """
+        context: sql.Composable = sql.SQL("context")
+        if reported_of is not None:
+            context = sql.SQL(
+                "case when pg_catalog.textregexeq(context, '(^|\n)background worker, pid [0-9]+$')"
+                " then pg_catalog.concat_ws(E'\n', context, (select pg_catalog.substring(p.progress_msg, {})"
+                " from {}($1, $2) as p)) else context end"
+            ).format(sql.Literal(f"^statement [0-9]+ of {reported_of}$"), self.name("get_progress"))
         texts: dict[str, LiteralString] = {
             "launch": "select pid, cookie from {f}($1, $2, $3)",
             "result_info": "select row_count, command_tag, completed, has_error from {f}($1, $2)",
-            "error_info": "select array[sqlstate, message, detail, hint, context{more}] from {f}($1, $2)",
+            "error_info": "select array[sqlstate, message, detail, hint, {context}{more}] from {f}($1, $2)",
             "result": _RESULT_OF_COLUMNS if columns is not None else _RESULT_OF_PADDED if padded else _RESULT_OF_TAGS,
             "wait": "select {f}($1, $2, $3)",
         }
@@ -402,6 +415,7 @@ class Extension:
             .format(
                 f=self._wait_name if function == "wait" else self.name(function),
                 more=sql.SQL(more),
+                context=context,
                 columns=columns,
                 info=self.name("result_info"),
             )

@@ -14,7 +14,7 @@ from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Key, Sighting
-from pgbg_orchestration.outcome import ErrorFields, EventKind, Outcome
+from pgbg_orchestration.outcome import AT_COMMIT, ErrorFields, EventKind, Outcome
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.handles import Worker
@@ -87,19 +87,27 @@ async def _placed(case: Case, ledger: Ledger, fields: ErrorFields, *, own: bool)
     work = case.work
     number: int | None = 0 if len(work.statements) == 1 else None
     at: int | None = None
-    if own and work.kind is Kind.RECEIPT and not work.has_supervisor:
-        bodies = work.bodies(ledger.schema)
-        number, at = location.place(case.text, work.body(ledger.schema), bodies, case.failure)
+    if own and not work.has_supervisor:
+        has_receipt = work.kind is Kind.RECEIPT
+        bodies = work.bodies(ledger.schema) if has_receipt else [part.text for part in work.statements]
+        body = work.body(ledger.schema) if has_receipt else work.bare
+        number, at = location.place(case.text, body, bodies, case.failure)
         if number is not None and at is not None:
             found, part = row_source(work.statements[number]), work.statements[number].text
             at = location.offset_in(bodies[number], part, found.verb_at if found else 0, at)
-    elif own and case.failure.position is not None:
-        at = case.failure.position - 1 - case.text.find(work.statements[0].text)
+        if case.failure.at_commit and len(work.statements) > 1:
+            return replace(fields, statement=AT_COMMIT)
+    elif len(work.statements) > 1:
+        fields, told = location.without_report(fields, len(work.statements))
+        number = told - 1 if told is not None else None
     if number is None:
         return fields
     one = None if work.job.redact_details else await _shown(case, ledger, number)
     at = one.at(at) if one is not None and at is not None and at >= 0 else None
-    return location.telling(fields, number, len(work.statements), one.text if one else None, at)
+    fields = location.telling(fields, number, len(work.statements), one.text if one else None, at)
+    # A text inside of a function may have been made of a parameter.
+    hidden = work.job.redact_details or work.job.parameters is not None or not own
+    return fields if hidden else location.inside(fields, case.failure)
 
 
 async def _shown(case: Case, ledger: Ledger, number: int) -> location.Shown | None:

@@ -96,6 +96,10 @@ async def hear_failed(case: Case) -> None:
     error = case.memory.launch.error
     if case.worker is None or error is None or error.sqlstate in BEFORE_ITS_SQL:
         return
+    work = case.work
+    if work.is_reported_by_statement and not work.is_marked_by_statement and not work.has_supervisor:
+        told = (await case.worker.session.look_at_progress([case.worker])).get(case.worker)
+        case.statement = location.number_reported(told.message, len(work.statements)) if told else None
     raised = await case.worker.session.hear_failed(case.worker, partial(_hear, case))
     if raised is not None:
         _note_failure(case, error, raised)
@@ -130,7 +134,13 @@ def _hear(case: Case, diag: psycopg.errors.Diagnostic) -> None:
 
 def _note_failure(case: Case, error: ErrorFields, raised: psycopg.Error) -> None:
     """Remember where the worker failed."""
-    position = raised.diag.statement_position if raised.sqlstate == error.sqlstate else None
+    diag = raised.diag
+    same = raised.sqlstate == error.sqlstate
+    position = diag.statement_position if same else None
+    within = diag.internal_position if same else None
+    of = len(case.work.statements)
+    at_commit = same and case.statement == of and location.is_of_commit(diag.context)
     # An error without any context comes from outside of the statements: from the commit.
-    number = case.statement if error.context else None
-    case.failure = location.ErrorPlace(int(position) if position else None, number)
+    number = case.statement if error.context and not at_commit else None
+    inside = (diag.internal_query or "", int(within)) if within else None
+    case.failure = location.ErrorPlace(int(position) if position else None, number, at_commit, inside)

@@ -160,9 +160,11 @@ class Host:
         except PgbgError as error:
             error.data_state = NOT_BY_THIS_CALL  # the job was not looked at: an earlier call may have launched it
             raise
+        may_mark = facts.runs_blocks
+        report = facts.extension.name("report_progress").as_string(None) if may_mark and facts.reports else None
         if job.parameters is None and job.role is None and job.owner is None and job.fetch is None:
-            return await bind(job, None, facts.login, may_mark=facts.runs_blocks)  # nothing to ask the server for
-        return await self.ledger.run(lambda conn: bind(job, conn, facts.login, may_mark=facts.runs_blocks))
+            return await bind(job, None, facts.login, may_mark=may_mark, report=report)  # nothing to ask the server for
+        return await self.ledger.run(lambda conn: bind(job, conn, facts.login, may_mark=may_mark, report=report))
 
     async def require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
         """Return what is known of the server, and refuse one on which a job cannot run.

@@ -8,7 +8,7 @@ from typing import NoReturn, TypeVar
 
 import psycopg
 
-from pgbg_orchestration import pace, statements, telemetry
+from pgbg_orchestration import pace, telemetry
 from pgbg_orchestration.errors import InvalidJob, ServerUnreachable
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.ledger import Ledger, NewLaunch
@@ -127,7 +127,7 @@ class Launches:
             case.paired = True
         facts = await self._host.facts()
         settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
-        calls = facts.extension.supervision(readable.columns, padded=readable.padded)
+        calls = facts.extension.supervision(readable.columns, padded=readable.padded, reported_of=work.reported_of)
         head, middle, tail = work.supervisor_of_any(self._host.schema, readable.text, calls, settings)
         return telemetry.comment() + head, middle, tail
 
@@ -214,7 +214,7 @@ class Launches:
             readable = _with_tags(work, self._host.schema) if work.is_watched else await self._make_readable()
             facts = await self._host.facts()
             settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
-            calls = facts.extension.supervision(readable.columns, padded=readable.padded)
+            calls = facts.extension.supervision(readable.columns, padded=readable.padded, reported_of=work.reported_of)
             return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
         text = await off_loop(work.size, lambda: work.text(self._host.schema))
         if not case.options.notices and case.feed is None:
@@ -234,7 +234,7 @@ class Launches:
         if case.session is None or case.session.lost:
             case.session = await self._host.session(exclusive=True)
         if case.feed is not None:
-            case.readable = Readable(statements.join(case.work.statements), case.feed.definition)
+            case.readable = Readable(case.work.bare, case.feed.definition)
         else:
             case.readable = await self._make_readable()
         return case.readable.text
@@ -242,7 +242,7 @@ class Launches:
     async def _make_readable(self) -> Readable:
         """Return the text to launch, with a result that can be read to its end."""
         work = self._case.work
-        text, last = statements.join(work.statements), work.statements[-1].text
+        text, last = work.bare, work.statements[-1].text
         padded = work.is_padded
         try:
             columns = await self._on_session(lambda s: s.describe(last, work.meaning(), without_types=padded))

@@ -1,8 +1,10 @@
 """Which statement of a job is at work or failed, and where in it: as far as its worker told, parameters left out.
 
-Between the statements of a job its worker raises an INFO with the number of the one that comes next. It is sent
-whatever ``client_min_messages`` is, needs no privilege that a ``SET ROLE`` of the job's could take away, and goes into
-no server's log by default. It waits in the worker's queue until whoever asks why a worker failed reads it there.
+Between the statements of a job its worker tells the number of the one that comes next, in two ways. It raises an INFO,
+which is sent whatever ``client_min_messages`` is, needs no privilege that a ``SET ROLE`` of the job's could take away,
+and goes into no server's log by default. It waits in the worker's queue until whoever asks why a worker failed reads it
+there. And it reports it as its progress, which needs no room in the queue and is seen while it is at work, also by a
+supervisor inside the server.
 """
 
 from __future__ import annotations
@@ -30,15 +32,57 @@ BYTES = 160  # that a mark takes in the queue
 SHOWN = 60  # characters of a line, around the place that is pointed at
 
 
-def marked(bodies: Sequence[str]) -> str:
+_REPORT = re.compile(r"statement ([0-9]+) of ([0-9]+)")
+
+
+def marked(bodies: Sequence[str], *, told: bool = True, report: str | None = None) -> str:
     """Return statements as one text, each behind the mark that tells its number.
 
     A mark is a utility statement, and makes the rows of those before it visible, as ``statements.SEPARATOR`` does.
+
+    Parameters
+    ----------
+    told:
+        Whether it raises it.
+    report:
+        The extension's function that it reports it with; where the role at work may not call that, it does not.
     """
-    return "\n;".join(
-        f"do $$begin raise info '{number}' using errcode='{MARK}';end$$\n;{body}"
-        for number, body in enumerate(bodies, 1)
-    )
+    of = len(bodies)
+
+    def mark(number: int) -> str:
+        raised = f"raise info '{number}' using errcode='{MARK}';" if told else ""
+        percent = 100 * (number - 1) // of
+        call = f"perform {report}({percent},'{reported(number, of)}');" if report else ""
+        return f"do $$begin {raised}{f'begin {call}exception when others then null;end;' if call else ''}end$$"
+
+    return "\n;".join(f"{mark(number)}\n;{body}" for number, body in enumerate(bodies, 1))
+
+
+def reported(number: int, of: int) -> str:
+    """Return what a worker reports as its progress when it comes to a statement."""
+    return f"statement {number} of {of}"
+
+
+def number_reported(message: str | None, of: int) -> int | None:
+    """Return the number that such a report tells; None for what the job's own SQL reports."""
+    found = _REPORT.fullmatch(message or "")
+    return int(found[1]) if found and int(found[2]) == of and 1 <= int(found[1]) <= of else None
+
+
+def without_report(error: ErrorFields, of: int) -> tuple[ErrorFields, int | None]:
+    """Return an error as a supervisor told it, without the line that tells the statement, and that number."""
+    lines = (error.context or "").splitlines()
+    number = number_reported(lines[-1], of) if lines else None
+    return (error, None) if number is None else (replace(error, context="\n".join(lines[:-1]) or None), number)
+
+
+def is_of_commit(context: str | None) -> bool:
+    """Say whether an error came behind the last statement, from its context as the launching session's result has it.
+
+    The worker adds a line to what fails in a statement, and the result the same line to whatever it is.
+    """
+    lines = (context or "").splitlines()
+    return bool(lines) and (len(lines) == 1 or lines[-1] != lines[-2])
 
 
 def number_of(diag: psycopg.errors.Diagnostic) -> int | None:
@@ -57,10 +101,16 @@ class ErrorPlace:
         Of the error in the text that was launched, in characters from 1, where the server has one.
     number:
         Of the statement that was told last; None where none was, or the error came at the commit.
+    at_commit:
+        It came behind the last statement.
+    inside:
+        The text of a statement inside of a function, and the position in it, of an error in there.
     """
 
     position: int | None = None
     number: int | None = None
+    at_commit: bool = False
+    inside: tuple[str, int] | None = None
 
 
 def place(text: str, body: str, bodies: Sequence[str], failure: ErrorPlace) -> tuple[int | None, int | None]:
@@ -119,6 +169,14 @@ def offset_in(body: str, statement: str, verb_at: int, at: int) -> int | None:
         if 0 <= found <= at <= found + len(part):
             return begin + at - found
     return None
+
+
+def inside(error: ErrorFields, told: ErrorPlace) -> ErrorFields:
+    """Return an error of a statement inside of a function that tells its place there, as psql does."""
+    if told.inside is None or error.pointer is not None:
+        return error
+    text, position = told.inside
+    return replace(error, pointer=f"{_pointer(text, position - 1)}\nQUERY: {shorten(' '.join(text.split()))}")
 
 
 def _pointer(text: str, at: int) -> str:

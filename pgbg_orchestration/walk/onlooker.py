@@ -24,6 +24,7 @@ from pgbg_orchestration.postgres.activity import Activity, Blocker
 from pgbg_orchestration.postgres.handles import HandleSession, Worker
 from pgbg_orchestration.postgres.pg_background import Progress
 
+from . import location
 from .case import Case
 
 if TYPE_CHECKING:
@@ -188,17 +189,20 @@ def _line(watched: Subject, reported: Progress | None, seen: Activity | None, no
     redact = watched.case.work.job.redact_details
     if seen is not None and seen.blockers:
         return _blocked(seen, redact=redact)
-    if reported is not None:
+    of = len(watched.case.work.statements)
+    number = location.number_reported(reported.message, of) if reported is not None and of > 1 else None
+    if reported is not None and number is None:
         text = f"{reported.percent} % {reported.message or ''}".strip()
         return Remark(EventKind.PROGRESS, f"reported {reported.message}", text, reported.percent)
-    if seen is None:
-        return None
-    if seen.command is not None:
+    if seen is not None and seen.command is not None:
         return _command(watched, seen, now)
-    if seen.wait_event in WAITS:
+    if seen is not None and seen.wait_event in WAITS:
         text = f"waits for {WAITS[seen.wait_event]} ({seen.wait_event})"
         return Remark(EventKind.BLOCKED, text, text, data={"pid": seen.pid})
-    return None
+    if number is None or watched.case.reading is not None:  # whoever reads its output is told there
+        return None
+    text = location.reported(number, of)
+    return Remark(EventKind.PROGRESS, text, text, data={"statement": number, "of": of})
 
 
 def _command(watched: Subject, seen: Activity, now: float) -> Remark:

@@ -70,6 +70,7 @@ class Work:
     kept: tuple[kept_rows.RowPlan, ...] = ()  # statements whose rows are kept
     is_streamed: bool = False  # its rows are read as they come
     may_mark: bool = False  # every role may run what tells the statement that is at work
+    report: str | None = None  # the extension's function that keeps what a worker reports of its progress
     is_watched: bool = False  # it writes its own receipt, and a supervisor was asked for all the same
 
     @property
@@ -143,9 +144,17 @@ class Work:
         """Whether its worker tells which of its statements is at work."""
         number = len(self.statements)
         room = (self.job.queue_size or DEFAULT_QUEUE_BYTES) // 2
-        if not self.may_mark or self.kind is not Kind.RECEIPT or self.has_supervisor:
+        if not self.may_mark or self.has_supervisor:
             return False  # a supervisor cannot tell what it hears
         return 1 < number <= location.MOST and number * location.BYTES <= room
+
+    @property
+    def is_reported_by_statement(self) -> bool:
+        """Whether its worker reports the statement at work as its progress: not where the SQL reports its own."""
+        if self.report is None or "$$" in self.report or len(self.statements) < 2:
+            return False
+        own = self.report.rpartition(".")[2].strip('"')
+        return not any(own in part.text for part in self.statements)
 
     def bodies(self, schema: str) -> list[str]:
         """Return what stands in the worker's text for each statement."""
@@ -159,8 +168,23 @@ class Work:
 
     def body(self, schema: str) -> str:
         """Return the part of the worker's text that the job's statements make."""
-        bodies = self.bodies(schema)
-        return location.marked(bodies) if self.is_marked_by_statement else statements.SEPARATOR.join(bodies)
+        return self._joined(self.bodies(schema))
+
+    @property
+    def reported_of(self) -> int | None:
+        """Of how many statements its worker reports which one is at work; None where it does not."""
+        return len(self.statements) if self.is_reported_by_statement else None
+
+    @property
+    def bare(self) -> str:
+        """The job's statements without a receipt, as workers of other kinds than receipt run them."""
+        return self._joined([part.text for part in self.statements])
+
+    def _joined(self, bodies: Sequence[str]) -> str:
+        report = self.report if self.is_reported_by_statement else None
+        if report is None and not self.is_marked_by_statement:
+            return statements.SEPARATOR.join(bodies)
+        return location.marked(bodies, told=self.is_marked_by_statement, report=report)
 
     def telling(self, fields: ErrorFields) -> ErrorFields:
         """Return what may be told of a server's error."""
@@ -317,7 +341,14 @@ class Work:
         return {name: value / 1000 for name, value in known.items() if value}
 
 
-async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark: bool = False) -> Work:
+async def bind(
+    job: Job,
+    conn: AsyncConnection[Any] | None,
+    login: str,
+    *,
+    may_mark: bool = False,
+    report: str | None = None,
+) -> Work:
     """Bind a job's parameters with psycopg's own quoting, and check its role.
 
     Parameters
@@ -329,6 +360,8 @@ async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_m
         The ``session_user`` there.
     may_mark:
         Every role may run there what tells the statement that is at work.
+    report:
+        The extension's function for that, where it keeps what it is told.
 
     Raises
     ------
@@ -337,7 +370,7 @@ async def bind(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_m
     NoPrivilege
         The login is no member of the role or of the owner.
     """
-    work = await off_loop(_size(job), lambda: _bound(job, conn, login, may_mark=may_mark))
+    work = await off_loop(_size(job), lambda: _bound(job, conn, login, may_mark=may_mark, report=report))
     if conn is not None and job.role is not None:
         await _check_role(job, conn)
     if conn is not None and job.owner is not None:
@@ -353,7 +386,7 @@ def _size(job: Job) -> int:
     return sum(map(len, texts)) + sum(len(value) for value in values if isinstance(value, Sized))
 
 
-def _bound(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark: bool) -> Work:
+def _bound(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark: bool, report: str | None) -> Work:
     """Return the job's work, its parameters in; the connection is asked for its encoding only."""
     texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
     if job.parameters is not None:
@@ -384,6 +417,7 @@ def _bound(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark:
         applied=statements.applied(parts),
         gives_rows=_gives_rows(parts[-1]),
         may_mark=may_mark,
+        report=report,
     )
 
 

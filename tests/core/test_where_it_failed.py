@@ -77,11 +77,86 @@ async def test_a_parameter_never_shows(db: Watched, parameters: Any) -> None:
     assert "pa;ss" not in str(fields)
 
 
-async def test_of_an_error_at_the_commit_no_statement_is_named(db: Watched) -> None:
+async def test_an_error_at_the_commit_is_of_no_statement(db: Watched) -> None:
     db.sql("create table once (n int unique deferrable initially deferred)")
     db.sql("grant insert on once to pgbg_app")
     fields = await failure(db, "select 1; insert into once values (1), (1)")
-    assert (fields.sqlstate, fields.statement) == ("23505", None)
+    at_commit = None if db.server.is_standin else "the commit"
+    assert (fields.sqlstate, fields.statement) == ("23505", at_commit)
+
+
+@real
+@pytest.mark.parametrize("kind", ["receipt", "supervised"])
+async def test_nor_is_one_of_a_deferred_trigger_which_has_a_context(db: Watched, kind: str) -> None:
+    db.sql("create function refuse() returns trigger language plpgsql as $$ begin raise 'not at all'; end $$")
+    db.sql("create constraint trigger at_end after insert on effects deferrable initially deferred"
+           " for each row execute function refuse()")  # fmt: skip
+    sql = f"select 1; {effect('a')}"
+    fields = await failure(db, sql, kind=kind)
+    assert "refuse() line 1" in (fields.context or "")
+    if kind == "supervised":  # its supervisor knows no more than that it was none of them
+        assert fields.place() == []
+    else:
+        assert fields.place() == ["AT THE COMMIT, behind the last statement"]
+    early = await failure(db, f"select 1; {effect('a')}; set constraints all immediate; select 4", kind=kind)
+    assert early.statement == "3 of 4"
+
+
+@real
+async def test_several_supervised_statements(db: Watched) -> None:
+    fields = await failure(db, "select 1; select\n  1/0; select 3", kind="supervised")
+    assert fields.place() == ["STATEMENT 2 of 3: select"]
+    assert "statement 2" not in (fields.context or "")
+    # Its supervisor can tell no position: PL/pgSQL does not have that of an error that it catches.
+    fields = await failure(db, "select 1; select nope; select 3", kind="supervised")
+    assert fields.place() == ["STATEMENT 2 of 3: select nope"]
+
+
+@real
+async def test_more_statements_than_the_queue_has_room_for(db: Watched) -> None:
+    parts = [f"select {n}" for n in range(300)]
+    parts[249] = "select 1/0"
+    fields = await failure(db, ";".join(parts))
+    assert fields.place() == ["STATEMENT 250 of 300: select 1/0"]
+
+
+@real
+async def test_the_place_inside_of_a_function(db: Watched) -> None:
+    db.sql("create function f() returns int language plpgsql as $$begin\n  return (select nope from pg_class); end$$")
+    fields = await failure(db, "select 1; select f(); select 3")
+    assert fields.place() == [
+        "STATEMENT 2 of 3: select f()", "LINE 1: (select nope from pg_class)", "                ^",
+        "QUERY: (select nope from pg_class)",
+    ]  # fmt: skip
+    sql = "do $do$ begin execute 'selec ' || %s; end $do$"
+    fields = await failure(db, sql, parameters=["secret"])
+    assert fields.place() == [f"STATEMENT: {sql}"]
+
+
+@real
+async def test_a_job_nobody_waits_for_tells_its_statement(db: Watched) -> None:
+    job = Job("select 1; select 1/0; select 3", id="watched")
+    with pytest.raises(errors.WorkerError) as caught:
+        await within(arun(db.conninfo, job, supervisor=True))
+    assert caught.value.fields.place() == ["STATEMENT 2 of 3: select 1/0"]
+
+
+@real
+async def test_which_one_is_at_work_is_told_while_it_is(db: Watched) -> None:
+    seen = Recorder()
+    sql = "select 1; select pg_sleep(3); select pg_sleep(3)"
+    await within(arun(db.conninfo, Job(sql, id="j"), observer=seen))
+    told = [e for e in seen.events if e.kind is EventKind.PROGRESS]
+    assert [e.message for e in told][-2:] == ["statement 2 of 3", "statement 3 of 3"]
+    assert (told[-1].data["statement"], told[-1].data["of"]) == (3, 3)
+
+
+@real
+async def test_what_the_sql_itself_reports_stays(db: Watched) -> None:
+    name = "pg_background_report_progress" if db.server.surface == "2.0" else "pg_background_progress"
+    seen = Recorder()
+    await within(arun(db.conninfo, Job(f"select {name}(40, 'loading'); select pg_sleep(3)", id="j"), observer=seen))
+    assert [e.message for e in seen.events if e.kind is EventKind.PROGRESS] == ["40 % loading"]
 
 
 async def test_what_is_withheld_shows_no_sql(db: Watched) -> None:

@@ -211,7 +211,10 @@ select session_user::text as login, current_user::text as role,
        coalesce((select r.reset_val from pg_catalog.pg_settings as r
          where r.name = 'default_transaction_read_only'), 'off') = 'on' as read_only,
        exists (select from pg_catalog.pg_language as l where l.lanname = 'plpgsql'
-         and pg_catalog.has_language_privilege('public', l.oid, 'USAGE')) as runs_blocks
+         and pg_catalog.has_language_privilege('public', l.oid, 'USAGE')) as runs_blocks,
+       exists (select from pg_catalog.pg_proc as p join pg_catalog.pg_language as l on l.oid = p.prolang
+         where p.pronamespace = n.oid and l.lanname = 'c'
+           and p.proname in ('pg_background_report_progress', 'pg_background_progress')) as reports
 from (select) as one
 left join pg_catalog.pg_extension as e on e.extname = 'pg_background'
 left join pg_catalog.pg_namespace as n on n.oid = e.extnamespace
