@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from airflow.sdk import Connection
 
     from pgbg_orchestration import Job, Outcome
+    from pgbg_orchestration.blocking_stream import BlockingStream
 
 ENDPOINT_EXTRA = "pg_background_endpoint"
 
@@ -100,6 +101,21 @@ class PgBackgroundHook(BaseHook):
         from pgbg_orchestration import arun
 
         return await arun(await self.aconninfo(), job, **options)
+
+    def stream(self, job: Job, *, as_text: bool = False, **options: Any) -> BlockingStream:
+        """Return the rows of a job's last statement as they are read: in a ``@task``, ``for row in hook.stream(job)``.
+
+        For what is too big to keep or to hold in memory. Options and errors are those of
+        :meth:`pgbg_orchestration.Launcher.stream`.
+        """
+        from pgbg_orchestration import Launcher
+        from pgbg_orchestration.blocking_stream import BlockingStream
+
+        async def stream(launcher: Launcher, _talk: Any) -> Any:
+            return launcher.stream(job, as_text=as_text, **options)
+
+        conninfo = self.conninfo()  # here, and not in the stream's thread: it asks Airflow for the connection
+        return BlockingStream(lambda: Launcher(conninfo), stream)
 
     def test_connection(self) -> tuple[bool, str]:
         """Say whether jobs can run over this connection, for ``airflow connections test`` and the UI."""

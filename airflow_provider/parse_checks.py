@@ -25,7 +25,6 @@ ELSEWHERE: Mapping[str, str] = {
         "itself; statements that commit one by one are tasks or the jobs of a PgBackgroundBatchOperator"
     ),
     "hook_params": "server settings are settings={…}, another database is database, the connection has libpq options",
-    "split_statements": "a text is split as psql splits it; all of its statements run in one transaction",
     "requires_result_fetch": "a handler is always called, and without one the SQL runs to its end all the same",
     "retry_on_failure": "retries=0, or retry_policy=SqlStateRetryPolicy({…}) for some errors only",
     "runtime_parameters": "here they are settings",
@@ -46,7 +45,8 @@ def check(kind: type, given: Mapping[str, Any]) -> None:
     Raises
     ------
     TypeError
-        One of them is a parameter of ``SQLExecuteQueryOperator``: it says what there is in its place.
+        One of them is a parameter of ``SQLExecuteQueryOperator``, or a value of one, that there is not here: it says
+        what there is in its place.
     ValueError
         One of them holds a number, or half of a character, that a DAG cannot carry.
     """
@@ -54,6 +54,11 @@ def check(kind: type, given: Mapping[str, Any]) -> None:
     for name in given:
         if name in ELSEWHERE:
             raise TypeError(f"{who} has no {name!r}, which is SQLExecuteQueryOperator's: {ELSEWHERE[name]}")
+    if given.get("split_statements", True) is False:
+        raise TypeError(
+            f"{who} has no split_statements=False: a text is split as psql splits it, and all of its statements run in "
+            "one transaction"
+        )
     for name, value in given.items():
         if (strange := _not_carried(value, set())) is not None:
             how = "Write it as text or as a Decimal, or compute it when the task runs."

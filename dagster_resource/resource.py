@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 from dagster import AssetCheckResult, AssetCheckSeverity, AssetKey, ConfigurableResource, EnvVar, RetryRequested
 from pydantic import Field, field_validator
@@ -22,6 +22,7 @@ from .steps.batch import Batch, Member
 from .steps.caller import Caller
 from .steps.expectation import WHOLE, Expectation, counting_query
 from .steps.failures import PgBackgroundFailure, raise_for
+from .steps.forms import FORMS, Form
 from .steps.metadata import sql_block
 from .steps.outcome import PgBackgroundOutcome
 from .steps.retry_rules import RetryRule, policy_of
@@ -30,19 +31,10 @@ from .steps.sql import JobOptions, Sql, SqlLike, label_for
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
 
-    from pgbg_orchestration import Launcher, Rows
+    from pgbg_orchestration import Launcher
 
     from .steps.caller import AnyContext
-
-
-Form = Literal["rows", "dicts", "arrow", "polars", "pandas"]
-FORMS: dict[str, Callable[[Rows], Any]] = {
-    "rows": lambda rows: rows,
-    "dicts": lambda rows: rows.as_dicts(),
-    "arrow": lambda rows: rows.to_arrow(),
-    "polars": lambda rows: rows.to_polars(),
-    "pandas": lambda rows: rows.to_pandas(),
-}
+    from .steps.step_stream import StepStream
 
 
 class PgBackgroundResource(ConfigurableResource[Any]):
@@ -295,6 +287,53 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             self._caller(context).add_output_metadata(outcome.metadata(preview=preview))
         return FORMS[form](rows)
 
+    def stream(
+        self,
+        context: AnyContext,
+        sql: SqlLike,
+        *,
+        name: str | None = None,
+        anew: bool = False,
+        policy: RetryPolicy | None = None,
+        **options: Unpack[JobOptions],
+    ) -> StepStream:
+        """Return the rows of the last statement as they are read, for what is too big to keep or to hold in memory.
+
+        The job is launched with the first row that is asked for, and committed when that comes; the rows come once. A
+        later try of the step that finds it committed fails with ``RowsGone``.
+
+        Parameters
+        ----------
+        context, sql, name, policy, options:
+            As :meth:`run`; ``policy`` decides about what is raised while the rows are read.
+        anew:
+            Run it anew each time, also where an earlier try committed: for SQL that only reads.
+
+        Returns
+        -------
+        StepStream
+            To iterate over; ``outcome`` and ``columns`` are there with the first row.
+
+        Raises
+        ------
+        RunTerminated
+            The run is being terminated.
+        """
+        from .steps.step_stream import StepStream
+
+        caller = self._caller(context)
+        caller.refuse_in_ended_run()
+        step = identity.of_step(context, self.namespace)
+        once = uuid.uuid4().hex[:8] if anew else None
+        try:
+            member = self._member(context, step, name or "", Sql.of(sql, options), once)
+        except PgbgError as error:
+            raise PgBackgroundFailure(error, allow_retries=False) from None
+        return StepStream(
+            member, self.launcher, caller, options=self._options(), interval=self.run_status_interval, step=step,
+            web_url=self.web_url, fail=lambda error: self._raise_for([error], [member], caller, policy),
+        )  # fmt: skip
+
     # Queries that are to hold ---------------------------------------------------------------------------------------
 
     def check(
@@ -399,7 +438,10 @@ class PgBackgroundResource(ConfigurableResource[Any]):
         caller.refuse_in_ended_run()
         given = Sql.of(sql, options)
         try:
-            member = self._submission(context, given, asset_key, partition_key, name, key)
+            member = submission.member_of(
+                context, given, namespace=self.namespace, owner=self.owner, asset_key=asset_key,
+                partition_key=partition_key, name=name, key=key,
+            )  # fmt: skip
         except PgbgError as error:
             raise PgBackgroundFailure(error, allow_retries=False) from None
 
@@ -528,39 +570,6 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             job=job(job_id),
             anew=job(step.job_id(name, anew=True)) if step.by_hand and not once else None,
         )
-
-    def _submission(
-        self,
-        context: AnyContext,
-        sql: Sql,
-        asset_key: CoercibleToAssetKey | None,
-        partition_key: str | None,
-        name: str | None,
-        key: str | None,
-    ) -> Member:
-        """Make a job that nobody waits for."""
-        step = identity.of_step(context, self.namespace) if identity.is_step(context) else None
-        if step is None and key is None:
-            raise ValueError("submit() outside of a step needs key=…, which makes the job's id one of a kind")
-        suffix = f"/{name}" if name else ""
-        if asset_key is not None:
-            series = identity.external_series(self.namespace, AssetKey.from_coercible(asset_key), partition_key)
-            tail = suffix
-        else:
-            # Of a step too: the end of its run means nothing for a job that nobody waits for.
-            work = step.work.removeprefix(self.namespace) if step else ""
-            series = f"{self.namespace}/submitted{work}{suffix}"
-            tail = ""
-
-        def job(generation: str) -> Any:
-            label = series.removeprefix(f"{self.namespace}/")
-            return sql.job(job_id=f"{series}#{generation}{tail}", series=series, label=label, owner=self.owner)
-
-        if step is None or key is not None:
-            return Member(name=suffix, sql=sql, job=job(str(key)))
-        member = Member(name=suffix, sql=sql, job=job(step.origin), anew=job(step.run_id) if step.by_hand else None)
-        identity.claim(context, member.job_id)
-        return member
 
     def _options(self) -> dict[str, Any]:
         return {

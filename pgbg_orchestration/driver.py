@@ -15,7 +15,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -26,17 +26,31 @@ TICK = 0.5
 
 
 @dataclass(slots=True)
+class Given:
+    """Something that the work hands to the waiting thread, and what is done once that has taken it."""
+
+    value: Any
+    taken: Callable[[], object]
+
+
+@dataclass(slots=True)
 class Talk:
     """What the event loop's thread and the waiting thread say to one another."""
 
-    notes: queue.SimpleQueue[tuple[int, str] | None] = field(default_factory=queue.SimpleQueue)
-    """Lines for the log, each with a level of :mod:`logging`; None wakes the waiting thread."""
+    notes: queue.SimpleQueue[tuple[int, str] | Given | None] = field(default_factory=queue.SimpleQueue)
+    """Lines for the log, each with a level of :mod:`logging`, and what is given; None wakes the waiting thread."""
     cancel_workers: bool = True
     """Set before the work is cancelled: whether its workers are to end too, or to go on."""
 
     def note(self, level: int, message: str) -> None:
         """Have the waiting thread write a line."""
         self.notes.put((level, message))
+
+    async def give(self, value: Any) -> None:
+        """Hand something to the thread that iterates, and wait until it has come for it (:meth:`Driver.iterate`)."""
+        loop, taken = asyncio.get_running_loop(), asyncio.Event()
+        self.notes.put(Given(value, lambda: loop.call_soon_threadsafe(taken.set)))
+        await taken.wait()
 
 
 def cancel_at_once(_interruption: BaseException) -> float:
@@ -110,6 +124,47 @@ class Driver(Generic[T]):
         self._write(log)
         return self.result()
 
+    def iterate(
+        self,
+        *,
+        log: Callable[[int, str], None] | None = None,
+        look: Callable[[], None] | None = None,
+        interval: float = math.inf,
+        on_interrupt: Callable[[BaseException], float] = cancel_at_once,
+    ) -> Generator[Any, None, None]:
+        """Do the work, and give what it hands over (:meth:`Talk.give`) in the calling thread; takes what `run` takes.
+
+        Whoever stops iterating stops the work, as an interruption does: close the iterator, to have that done at once.
+
+        Raises
+        ------
+        BaseException
+            As :meth:`run`.
+        """
+        try:
+            self._thread.start()
+            look_at = time.monotonic() + interval
+            while not (self.ended.is_set() and self.talk.notes.empty()):
+                try:
+                    note = self.talk.notes.get(timeout=TICK)
+                except queue.Empty:
+                    note = None
+                if isinstance(note, Given):
+                    with self._lock:
+                        if self._loop is not None:
+                            note.taken()
+                    yield note.value
+                elif note is not None and log is not None:
+                    log(*note)
+                if look is not None and time.monotonic() >= look_at:
+                    look()
+                    look_at = time.monotonic() + interval
+        except BaseException as interruption:
+            if self._finish(interruption, on_interrupt):
+                self._write(log)
+                raise
+        self.result()
+
     def see_through(self, *, log: Callable[[int, str], None] | None = None) -> T:
         """Do the work to its end, however often the calling thread is interrupted meanwhile.
 
@@ -179,7 +234,7 @@ class Driver(Generic[T]):
         try:
             note = self.talk.notes.get(timeout=patience) if patience else self.talk.notes.get_nowait()
             while note is not None:
-                if log is not None:
+                if log is not None and not isinstance(note, Given):
                     log(*note)
                 note = self.talk.notes.get_nowait()
         except queue.Empty:

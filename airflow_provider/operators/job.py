@@ -105,6 +105,8 @@ class PgBackgroundOperator(BaseOperator):
         what becomes the result.
     return_last:
         Whether a text of several statements has the result of its last one. False: a list with that of each.
+    split_statements:
+        True, as a text is always split: it is here for tasks that are moved over, and False is a ``TypeError``.
     show_return_value_in_logs:
         Whether the log shows what the handler returned.
     fetch:
@@ -171,12 +173,13 @@ class PgBackgroundOperator(BaseOperator):
         handler: Callable[[Any], Any] | None = None,
         output_processor: Callable[[list[Any], list[Any]], Any] | None = None,
         return_last: bool = True,
+        split_statements: bool = True,
         show_return_value_in_logs: bool = False,
         fetch: Fetch | Mapping[str, Any] | bool | None = None,
         **kwargs: Any,
     ) -> None:
         retry_policy = take_retry_policy(kwargs)
-        parse_checks.check(type(self), kwargs)
+        parse_checks.check(type(self), {**kwargs, "split_statements": split_statements})
         super().__init__(**kwargs)
         self.sql = sql
         self.parameters = parameters
@@ -205,6 +208,7 @@ class PgBackgroundOperator(BaseOperator):
         self.handler = handler
         self.output_processor = output_processor
         self.return_last = return_last
+        self.split_statements = split_statements
         self.show_return_value_in_logs = show_return_value_in_logs
         self.fetch = self._fetch(fetch, sql)
         self._driver: TaskDriver[dict[str, Any]] | None = None

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dagster import AssetObservation
+from dagster import AssetKey, AssetObservation
 
 from dagster_resource.steps import contexts, identity
 from dagster_resource.steps.batch import TERMINATED, Member, cancel_jobs
@@ -19,9 +19,10 @@ from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.verdict import Receipt
 
 if TYPE_CHECKING:
-    from dagster import AssetKey
+    from dagster._core.definitions.events import CoercibleToAssetKey
 
     from dagster_resource.steps.caller import AnyContext
+    from dagster_resource.steps.sql import Sql
     from pgbg_orchestration import Job, Launcher
     from pgbg_orchestration.ledger.sighting import Sighting
 
@@ -39,6 +40,48 @@ def check_states(states: Collection[str]) -> None:
     """
     if unknown := set(states) - set(ENDED_BADLY):
         raise ValueError(f"fail_on takes {', '.join(ENDED_BADLY)}, not {', '.join(sorted(unknown))}")
+
+
+def member_of(
+    context: AnyContext,
+    sql: Sql,
+    *,
+    namespace: str,
+    owner: str | None,
+    asset_key: CoercibleToAssetKey | None,
+    partition_key: str | None,
+    name: str | None,
+    key: str | None,
+) -> Member:
+    """Make a job that nobody waits for; the parameters are those of :meth:`PgBackgroundResource.submit`.
+
+    Raises
+    ------
+    ValueError
+        Nothing makes its id one of a kind.
+    """
+    step = identity.of_step(context, namespace) if identity.is_step(context) else None
+    if step is None and key is None:
+        raise ValueError("submit() outside of a step needs key=…, which makes the job's id one of a kind")
+    suffix = f"/{name}" if name else ""
+    if asset_key is not None:
+        series = identity.external_series(namespace, AssetKey.from_coercible(asset_key), partition_key)
+        tail = suffix
+    else:
+        # Of a step too: the end of its run means nothing for a job that nobody waits for.
+        work = step.work.removeprefix(namespace) if step else ""
+        series = f"{namespace}/submitted{work}{suffix}"
+        tail = ""
+
+    def job(generation: str) -> Job:
+        label = series.removeprefix(f"{namespace}/")
+        return sql.job(job_id=f"{series}#{generation}{tail}", series=series, label=label, owner=owner)
+
+    if step is None or key is not None:
+        return Member(name=suffix, sql=sql, job=job(str(key)))
+    member = Member(name=suffix, sql=sql, job=job(step.origin), anew=job(step.run_id) if step.by_hand else None)
+    identity.claim(context, member.job_id)
+    return member
 
 
 def announce(context: AnyContext, key: AssetKey, partition: str | None, member: Member) -> None:

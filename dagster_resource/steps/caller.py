@@ -105,22 +105,27 @@ class Caller:
         try:
             result = drive(
                 work,
-                log=self._log,
-                is_terminated=lambda: self._status() in CANCELLED,
-                should_cancel=self._cancels,
+                log=self.log,
+                is_terminated=self.is_terminated,
+                should_cancel=self.cancels,
                 interval=interval if self._has_run else math.inf,
             )
             if look_again and self._status() in CANCELLED:
                 raise DagsterExecutionInterruptedError  # noqa: TRY301  (as if Dagster had sent it)
         except DagsterExecutionInterruptedError as interruption:
-            # Dagster lets a retry policy run an interrupted step again, a terminated one too.
-            if self._has_retry_policy() and self._status() in CANCELLED:
-                raise RunTerminated("The run is being terminated; the step's jobs have been dealt with.") from (
-                    interruption
-                )
+            self.raise_terminated(interruption)
             raise
         else:
             return result
+
+    def is_terminated(self) -> bool:
+        """Tell whether the run is being terminated, or was."""
+        return self._status() in CANCELLED
+
+    def raise_terminated(self, interruption: DagsterExecutionInterruptedError) -> None:
+        """Raise `RunTerminated` where Dagster would let a retry policy run an interrupted step again."""
+        if self._has_retry_policy() and self.is_terminated():
+            raise RunTerminated("The run is being terminated; the step's jobs have been dealt with.") from interruption
 
     def hand_over(
         self,
@@ -155,13 +160,13 @@ class Caller:
         """Withdraw what was launched, once, if it is to end, however often the step is interrupted meanwhile."""
         while not self._taken_back:
             try:
-                if self._cancels():
-                    see_through(withdraw, log=self._log)
+                if self.cancels():
+                    see_through(withdraw, log=self.log)
                 self._taken_back = True
             except INTERRUPTIONS:
                 continue
 
-    def _cancels(self) -> bool:
+    def cancels(self) -> bool:
         """Tell whether an interruption of this code is to end its workers; decided once."""
         if self._decision is None:
             self._decision = self._should_cancel()
@@ -174,7 +179,7 @@ class Caller:
             return True  # the interruption is the user's own, and nobody will come back for these workers
         terminated = self._status() in CANCELLED
         if not terminated:
-            self._log(
+            self.log(
                 logging.WARNING,
                 "The step was interrupted and nobody asked for the run to be terminated: its workers go on, and a "
                 "retry of it attaches to them.",
@@ -188,12 +193,13 @@ class Caller:
         try:
             run = self._context.instance.get_run_by_id(self._context.run.run_id)
         except Exception as error:  # noqa: BLE001  (any storage may stand behind it)
-            self._log(logging.WARNING, f"The run's status cannot be read: {error}")
+            self.log(logging.WARNING, f"The run's status cannot be read: {error}")
             return None
         return run.status if run else None
 
     def _has_retry_policy(self) -> bool:
         return self._has_run and self._context.get_step_execution_context().op_retry_policy is not None
 
-    def _log(self, level: int, message: str) -> None:
+    def log(self, level: int, message: str) -> None:
+        """Write a line into the step's log."""
         (self._context.log if self._context is not None else logger).log(level, message)

@@ -155,6 +155,10 @@ def run(
         bool,
         typer.Option("--rows", help="Keep the last statement's rows beside the receipt, and print them."),
     ] = False,
+    each: Annotated[
+        bool,
+        typer.Option("--each", help="Keep and print the rows of each statement that gives any, not of the last only."),
+    ] = False,
     form: FormatOption = None,
     output: OutputOption = None,
     max_rows: Annotated[
@@ -210,10 +214,12 @@ def run(
             redact_details=redact_details,
             queue_size=queue_size,
             timeout=timeout,
-            fetch=None if stream else _fetch(rows or form is not None or output is not None, max_rows, max_bytes),
+            fetch=None
+            if stream
+            else _fetch(rows or each or form is not None or output is not None, max_rows, max_bytes, each=each),
         )
         if stream:
-            _check_stream(rows, max_rows, max_bytes, json, output)
+            _check_stream(rows or each, max_rows, max_bytes, json, output)
         options = {
             "slot_timeout": slot_timeout,
             "on_superseded": on_superseded.value,
@@ -322,8 +328,8 @@ def _decided(job: Job, display: Display) -> Outcome:
     )
 
 
-def _fetch(wanted: bool, max_rows: int | None, max_bytes: int | None) -> Fetch | None:
-    bounds = {"max_rows": max_rows, "max_bytes": max_bytes}
+def _fetch(wanted: bool, max_rows: int | None, max_bytes: int | None, *, each: bool = False) -> Fetch | None:
+    bounds = {"max_rows": max_rows, "max_bytes": max_bytes, "return_last": False if each else None}
     given = {name: value for name, value in bounds.items() if value is not None}
     return Fetch.of(given or True) if wanted or given else None
 
@@ -333,7 +339,7 @@ def _check_stream(rows: bool, max_rows: int | None, max_bytes: int | None, json:
     if rows or max_rows is not None or max_bytes is not None:
         raise Stop(
             ExitCode.REFUSED,
-            "rows are either kept (--rows, --max-rows, --max-bytes) or streamed (--stream)",
+            "rows are either kept (--rows, --each, --max-rows, --max-bytes) or streamed (--stream)",
             todo="Leave one of them out.",
         )
     if json and output is None:

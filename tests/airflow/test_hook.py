@@ -14,6 +14,7 @@ from airflow.sdk import Connection
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from airflow_provider.hook import PgBackgroundHook, conninfo_of
+from pgbg_orchestration import Job
 from pgbg_orchestration.errors import InvalidJob
 from tests.conftest import Database
 
@@ -187,6 +188,21 @@ def test_a_check_asks_for_no_token() -> None:
         patch.object(PgBackgroundHook, "get_connection", return_value=asked.connection),
     ):
         PgBackgroundHook("books").check()
+
+
+@pytest.mark.servers("real", "embedded")
+def test_rows_as_they_come(database: Database) -> None:
+    there = conninfo_to_dict(database.conninfo)
+    given = connection(login=there.pop("user"), schema=there.pop("dbname"), extra=json.dumps(there))
+    with (
+        patch.object(PgBackgroundHook, "get_connection", return_value=given),
+        PgBackgroundHook("books").stream(Job("select g, g / 2.0 from generate_series(1, 2500) as g")) as rows,
+    ):
+        read = list(rows)
+    with psycopg.connect(database.conninfo) as conn:
+        assert read == conn.execute("select g, g / 2.0 from generate_series(1, 2500) as g").fetchall()
+    assert rows.outcome is not None
+    assert (rows.outcome.row_count, rows.outcome.proof) == (2500, "receipt")
 
 
 @pytest.mark.servers("real", "embedded")

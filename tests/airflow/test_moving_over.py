@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from unittest.mock import MagicMock
 
 import pytest
+from airflow.providers.common.sql.hooks.handlers import fetch_all_handler, fetch_one_handler
 from airflow.providers.common.sql.operators.sql import SQLExecuteQueryOperator
 from psycopg.conninfo import conninfo_to_dict
 
@@ -150,3 +151,43 @@ def test_both_do_what_the_page_says(shop: Database, name: str) -> None:
 
     assert end_of(shop, SQLExecuteQueryOperator(task_id="t", conn_id="books", **given)) == theirs
     assert end_of(shop, PgBackgroundOperator(task_id="t", postgres_conn_id="books", **given)) == ours
+
+
+# What the page of common.sql's operators shows, and each parameter that it tells of: each by its own default there.
+DOCUMENTED: dict[str, dict[str, Any]] = {
+    "each of two queries": {
+        "sql": "select 1; select * from effect limit 1;", "split_statements": True, "return_last": False,
+    },
+    "the last of two queries": {"sql": "select 1; select * from effect limit 1;", "split_statements": True},
+    "a list": {"sql": ["select 1", "select what, 2 from effect"]},
+    "parameters": {"sql": "select %(a)s::int + 1, %(b)s", "parameters": {"a": 1, "b": "x"}},
+    "a handler": {"sql": "select 1 union all select 2 order by 1", "handler": fetch_one_handler},
+    "no handler": {"sql": "insert into effect values ('b')", "handler": None},
+    "a change that tells rows": {"sql": "update effect set what = what || '!' returning what, length(what)"},
+    "a processor": {
+        "sql": "select 1 as a, 2 as b",
+        "output_processor": lambda results, descriptions: [[column[0] for column in descriptions[-1]], *results],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_each_documented_example_gives_what_it_gave(shop: Database, name: str) -> None:
+    """By its class and the name of its connection's parameter; and the handler, which is a default there."""
+    given, results = DOCUMENTED[name], []
+    handler = given.get("handler", fetch_all_handler)
+    for make in (
+        lambda: SQLExecuteQueryOperator(task_id="t", conn_id="books", autocommit=True, **given),
+        lambda: PgBackgroundOperator(task_id="t", postgres_conn_id="books", **{**given, "handler": handler}),
+    ):
+        with shop.connect() as admin:
+            admin.execute("truncate effect")
+            admin.execute("insert into effect values ('a')")
+        operator: Any = make()
+        operator.prepare_template()
+        results.append(operator.execute(context()))
+    theirs, ours = results
+    if handler is None:
+        assert (theirs, ours["row_count"]) == (None, 1)
+    else:
+        assert ours == theirs

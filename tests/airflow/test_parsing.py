@@ -45,6 +45,13 @@ class TestAnotherOperatorsParameters:
         with DAG("d", schedule=None), pytest.raises(TypeError, match=f"'t' has no '{name}'"):
             WAYS[way](**{name: "x"})
 
+    def test_a_text_is_always_split(self) -> None:
+        assert PgBackgroundOperator(task_id="t", sql="select 1", split_statements=True).split_statements
+        with pytest.raises(TypeError, match="'t' has no split_statements=False: a text is split"):
+            PgBackgroundOperator(task_id="t", sql="select 1", split_statements=False)
+        with pytest.raises(TypeError, match="'t' has no split_statements=False"):
+            PgBackgroundOperator.partial(task_id="t", split_statements=False)
+
     def test_none_is_forgotten(self) -> None:
         """Each parameter of SQLExecuteQueryOperator is ours, or has its sentence."""
         theirs = {

@@ -67,6 +67,17 @@ def test_for_programs(pgbg: Pgbg, tmp_path: Path) -> None:
     assert json.loads(pgbg("result", "f", "--format", "json").stdout) == [{"a": 1, "a_2": 2}]
 
 
+def test_the_rows_of_each_statement(db: Watched, pgbg: Pgbg) -> None:
+    sql = "select 1 as a; insert into effects (job) values ('each'); values ('x'), ('y')"
+    ran = pgbg("run", sql, "--id", "e", "--each", "--format", "csv")
+    assert (ran.exit_code, ran.stdout.split()) == (ExitCode.OK, ["a", "1", "column1", "x", "y"]), ran.output
+    assert pgbg("result", "e", "--format", "csv").stdout == ran.stdout
+    told = json.loads(pgbg("result", "e", "--json").stdout)
+    assert [(one["statement"], one["rows"]) for one in told] == [(1, [[1]]), (3, [["x"], ["y"]])]
+    assert db.effects("each") == 1
+    assert "either kept" in pgbg("run", sql, "--each", "--stream").stderr
+
+
 def test_bounds_and_none(db: Watched, pgbg: Pgbg) -> None:
     over = pgbg("run", "insert into effects select 'over' from generate_series(1, 3) returning n", "--max-rows", "2")
     assert (over.exit_code, db.effects("over")) == (ExitCode.FAILED, 0)

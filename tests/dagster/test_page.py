@@ -225,6 +225,7 @@ TABLES = {
     "wait_for": options(PgBackgroundResource.wait_for),
     "check": options(PgBackgroundResource.check),
     "fetch": options(PgBackgroundResource.fetch),
+    "stream": options(PgBackgroundResource.stream),
     "pg_background_asset": options(pg_background_asset),
     "pg_background_asset_check": options(pg_background_asset_check),
     "build_pg_background_job_checks": options(build_pg_background_job_checks),
