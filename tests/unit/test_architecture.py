@@ -377,7 +377,7 @@ class TestNothingOfAMachineIsInTheProject:
     # Hosts that everybody can reach and that documentation may point at, and names that stand for one's own.
     HOSTS = re.compile(
         r"(?:[\w-]+\.)*(?:apache\.org|choosealicense\.com|dagster\.io|debian\.org|github\.com|keepachangelog\.com"
-        r"|postgresql\.org|psycopg\.org|python\.org|pytest\.org|pypi\.org|semver\.org|astral\.sh"
+        r"|postgresql\.org|psycopg\.org|python\.org|pytest\.org|pypi\.org|semver\.org|astral\.sh|w3\.org"
         r"|example(?:\.(?:com|org|net|test))?|localhost|[a-z.-]+\.invalid)"
     )
 

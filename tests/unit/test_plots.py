@@ -21,6 +21,7 @@ def test_points_are_gathered_by_chart() -> None:
 def test_the_file_is_an_svg_with_all_of_them(tmp_path: Path) -> None:
     rows = [Row("ours", "2 s", "theirs: 1 s", 2.0), Row("more", "7 s", points=(Point("Growth", 1_000, 7.0),))]
     write(tmp_path / "all.svg", rows, "a machine")
+    assert "url(http" not in (tmp_path / "all.svg").read_text()
     text = " ".join(" ".join(ET.parse(tmp_path / "all.svg").getroot().itertext()).split())
     for told in ("ours", "2 ×", "Growth", "1,000", "a machine"):
         assert told in text.replace("\xa0", " ")
