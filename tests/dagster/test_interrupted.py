@@ -149,7 +149,7 @@ def test_terminated_by_a_user(
 ) -> None:
     sql.execute("create table effect (n int)")
     earlier = 0
-    if point == "after_register" and kind == "receipt":
+    if point == "after_register":
         # A series' first job is registered and launched in one message, without this point.
         with DagsterInstance.ephemeral() as other:
             assert run_asset(pg, other, "select 1") is DagsterRunStatus.SUCCESS
