@@ -389,7 +389,8 @@ class Extension:
         They are: launch (of $1, with queue size $2 and label $3), ``result_info`` as row count, tag, completed and
         has_error, ``error_info`` as an array, and ``result`` read to its end, as the number of rows, without columns
         the tag and count of the last statement (``padded``: of the one before it), and ``padded``; and the wait for its
-        end, for $3 milliseconds at most.
+        end, for $3 milliseconds at most. Before 2.0 there is no such wait among them: its name is gone in 2.0, and a
+        supervisor that is at work during the update calls by the names that it was given.
 
         ``reported_of``: how many statements the worker has that reports which one is at work ("statement 2 of 3").
         That is the last line of the context then, of an error in a statement: of one that came at the commit, the
@@ -407,13 +408,14 @@ class Extension:
             "result_info": "select row_count, command_tag, completed, has_error from {f}($1, $2)",
             "error_info": "select array[sqlstate, message, detail, hint, {context}{more}] from {f}($1, $2)",
             "result": _RESULT_OF_COLUMNS if columns is not None else _RESULT_OF_PADDED if padded else _RESULT_OF_TAGS,
-            "wait": "select {f}($1, $2, $3)",
         }
+        if not self.v2_names:
+            texts["wait"] = "select {f}($1, $2, $3)"
         more = "" if self.v2_names else ", schema_name, table_name, column_name, constraint_name"
         return [
             sql.SQL(text)
             .format(
-                f=self._wait_name if function == "wait" else self.name(function),
+                f=self.name(function),
                 more=sql.SQL(more),
                 context=context,
                 columns=columns,

@@ -17,7 +17,7 @@ from airflow.sdk import DAG, task
 from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 from psycopg.conninfo import conninfo_to_dict
 
-from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator, handling
+from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator, handlers
 from airflow_provider.triggers import PgBackgroundBatchTrigger, PgBackgroundTrigger
 from pgbg_orchestration import errors
 from tests.conftest import Database
@@ -235,7 +235,7 @@ def test_more_rows_than_the_bound_commit_nothing(database: Database) -> None:
 
 
 def test_an_xcom_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handling, "XCOM_BYTES", 1000)
+    monkeypatch.setattr(handlers, "XCOM_BYTES", 1000)
     sql = "select repeat('x', 1000)"
 
     with pytest.raises(AirflowFailException, match=r"the job is committed.*1,0\d\d bytes.*do_xcom_push=False"):

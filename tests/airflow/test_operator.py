@@ -78,9 +78,9 @@ class TestImports:
         assert imported <= {
             f"airflow_provider{name}"
             for name in (
-                "", ".arguments", ".compat", ".ending", ".events", ".identity", ".link", ".operators",
-                ".operators.batch", ".operators.job", ".operators.start", ".parsing", ".retry_policy", ".sensors",
-                ".templates", ".watching",
+                "", ".arguments", ".compat", ".events", ".identity", ".link", ".operators", ".operators.batch",
+                ".operators.end", ".operators.job", ".operators.start", ".parse_checks", ".retry_policy", ".sensors",
+                ".templates", ".watch",
             )
         }  # fmt: skip
 

@@ -119,9 +119,10 @@ class TestNumbers:
 
     def test_half_of_a_character(self) -> None:
         """The same processor's end: a text that no UTF-8 can be made of."""
-        for name, value in {"sql": "select '\ud800'", "parameters": {"\udfff": 1}, "doc_md": "\ud83d"}.items():
+        halves: dict[str, Any] = {"sql": "select '\ud800'", "parameters": {"\udfff": 1}, "doc_md": "\ud83d"}
+        for name, value in halves.items():
             with pytest.raises(ValueError, match=f"{name} holds half of a surrogate pair.* Write whole characters"):
-                PgBackgroundOperator(**{"task_id": "t", "sql": "select 1", name: value})
+                PgBackgroundOperator(**({"task_id": "t", "sql": "select 1"} | {name: value}))
         with DAG("d", schedule=None) as dag:
             PgBackgroundOperator(task_id="t", sql="select '\U0001f600'", label="Zo\xeb \U0001f600")
         assert msgspec.msgpack.encode(DagSerialization.to_dict(dag))

@@ -8,9 +8,9 @@ from pgbg_orchestration.verdict import Evidence, Receipt, Report, Step, judge
 from pgbg_orchestration.walk import run
 
 
-def hopeful(seen: Evidence) -> Step:
-    done = seen.report is Report.ENDED and seen.receipt is Receipt.NONE
-    return Step.COMMITTED if done else judge(seen)
+def hopeful(evidence: Evidence) -> Step:
+    done = evidence.report is Report.ENDED and evidence.receipt is Receipt.NONE
+    return Step.COMMITTED if done else judge(evidence)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ async def test_a_client_of_the_version_before(db: Watched, monkeypatch: pytest.M
     """It knows no wait, and goes on while the new schema is there: its supervisors sleep between their looks."""
     supervision = Extension.supervision
 
-    def before(self: Extension, columns: sql.Composable | None, *, padded: bool) -> Sequence[str]:
-        return supervision(self, columns, padded=padded)[:4]
+    def before(self: Extension, columns: sql.Composable | None, **options: Any) -> Sequence[str]:
+        return supervision(self, columns, **options)[:4]
 
     monkeypatch.setattr(Extension, "supervision", before)
     outcome = await within(arun(db.conninfo, Job(effect("j"), id="j", kind="supervised")))

@@ -87,7 +87,7 @@ CREATE FUNCTION @extschema@.pg_background_result_info_v2(pid integer, cookie big
 RETURNS @extschema@.pg_background_result_info LANGUAGE plpgsql STRICT
 AS $$
 BEGIN
-    RETURN jsonb_populate_record(NULL::@extschema@.pg_background_result_info, @extschema@._pgbg_look($1, $2));
+    RETURN jsonb_populate_record(NULL::@extschema@.pg_background_result_info, @extschema@._pgbg_info($1, $2));
 END $$;
 
 CREATE FUNCTION @extschema@.pg_background_error_info_v2(pid integer, cookie bigint)

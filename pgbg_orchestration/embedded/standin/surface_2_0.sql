@@ -68,7 +68,7 @@ $x$ CREATE FUNCTION @extschema@.pg_background_get_progress#(pid integer, cookie 
     LANGUAGE sql AS 'SELECT progress_pct, progress_msg FROM @extschema@._pgbg_get_progress($1, $2)' $x$,
 $x$ CREATE FUNCTION @extschema@.pg_background_result_info#(pid integer, cookie bigint)
     RETURNS @extschema@.pg_background_result_info LANGUAGE plpgsql STRICT
-    AS 'BEGIN RETURN jsonb_populate_record(NULL::@extschema@.pg_background_result_info, @extschema@._pgbg_look($1, $2)); END' $x$,
+    AS 'BEGIN RETURN jsonb_populate_record(NULL::@extschema@.pg_background_result_info, @extschema@._pgbg_info($1, $2)); END' $x$,
 $x$ CREATE FUNCTION @extschema@.pg_background_error_info#(pid integer, cookie bigint)
     RETURNS @extschema@.pg_background_error LANGUAGE plpgsql STRICT
     AS 'BEGIN RETURN jsonb_populate_record(NULL::@extschema@.pg_background_error,

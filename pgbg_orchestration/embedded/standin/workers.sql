@@ -282,6 +282,18 @@ BEGIN
     RETURN @extschema@._pgbg_refresh(@extschema@._pgbg_find(pid, cookie));
 END $$;
 
+-- What result_info tells: of the last statement, once it has ended, and of none before it.
+CREATE FUNCTION @extschema@._pgbg_info(pid integer, cookie bigint) RETURNS jsonb
+LANGUAGE plpgsql AS $$
+DECLARE
+    worker jsonb := @extschema@._pgbg_look(pid, cookie);
+BEGIN
+    IF (worker ->> 'next')::integer < jsonb_array_length(worker -> 'kinds') THEN
+        worker := worker || '{"row_count": 0, "command_tag": ""}';
+    END IF;
+    RETURN worker;
+END $$;
+
 CREATE FUNCTION @extschema@._pgbg_wait(pid integer, cookie bigint, timeout_ms integer) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
