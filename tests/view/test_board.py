@@ -146,7 +146,7 @@ async def test_of_many_that_ended_those_without_a_commit_are_kept(db: Watched) -
     assert (await look(db, most_ended=0)).jobs == ()
 
 
-# On the stand-in of 1.9 a worker has neither a backend_type nor a name of its own: nothing tells it from other sessions.
+# On the stand-in of 1.9 a worker has neither a backend_type nor a name of its own: it looks like any session.
 @pytest.mark.servers("real", "embedded", "standin20")
 async def test_a_job_that_was_given_up_long_ago_and_is_at_work_all_the_same(db: Watched) -> None:
     """A worker that began late: the history has an end of its job."""
