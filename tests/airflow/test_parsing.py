@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from inspect import signature
 from typing import Any
@@ -18,6 +19,13 @@ from airflow_provider.parse_checks import ELSEWHERE, LARGEST, SMALLEST, check
 from airflow_provider.sensors import PgBackgroundSensor
 
 pytestmark = [pytest.mark.airflow, pytest.mark.filterwarnings("ignore:Task .* was never mapped")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unmapped() -> Iterator[None]:
+    """Have what was refused before it was mapped say so here, and not within a test of another file."""
+    yield
+    gc.collect()
 
 
 def compose() -> str:
