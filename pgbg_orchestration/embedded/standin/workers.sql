@@ -282,13 +282,15 @@ BEGIN
     RETURN @extschema@._pgbg_refresh(@extschema@._pgbg_find(pid, cookie));
 END $$;
 
--- What result_info tells: of the last statement, once it has ended, and of none before it.
+-- What result_info tells. A worker that has committed may not be seen as idle yet, and its last result not be read: then
+-- nothing, and not what the statement before it did. One that waits for its reader tells that, as the real one does.
 CREATE FUNCTION @extschema@._pgbg_info(pid integer, cookie bigint) RETURNS jsonb
 LANGUAGE plpgsql AS $$
 DECLARE
     worker jsonb := @extschema@._pgbg_look(pid, cookie);
 BEGIN
-    IF (worker ->> 'next')::integer < jsonb_array_length(worker -> 'kinds') THEN
+    IF (worker ->> 'next')::integer < jsonb_array_length(worker -> 'kinds')
+            AND @extschema@._pgbg_activity(worker) ->> 'wait' IS DISTINCT FROM 'ClientWrite' THEN
         worker := worker || '{"row_count": 0, "command_tag": ""}';
     END IF;
     RETURN worker;
