@@ -85,6 +85,20 @@ async def test_series_are_forgotten_with_their_last_job(db: Watched) -> None:
         assert (await within(launcher.run(Job("select 1", series="old", generation=1)))).launched
 
 
+async def test_a_generation_that_is_not_registered_supersedes_none(db: Watched) -> None:
+    """Generation 2 was cancelled before anybody had run it; a call for it is refused, and leaves the others free."""
+    async with Launcher(db.conninfo) as launcher:
+        assert await within(launcher.cancel("s#2", series="s")) == "cancelled"
+        with pytest.raises(errors.JobCancelled):
+            await within(launcher.run(Job("select 1", series="s", generation=2)))
+        assert db.sql("select series from pgbg.series") == []
+        assert (await within(launcher.run(Job("select 1", series="s", generation=0)))).launched
+        again = await within(launcher.run(Job("select 1", series="s", generation=2), retry_cancelled=True))
+        assert again.launched
+        with pytest.raises(errors.Superseded):
+            await within(launcher.run(Job("select 1", id="s", series="s", generation=1)))
+
+
 async def test_a_series_that_is_registered_while_it_is_forgotten(db: Watched) -> None:
     """prune waits for nobody, and a registration that meets it makes the series again."""
     await within(arun(db.conninfo, Job("select 1", series="s", generation=1)))

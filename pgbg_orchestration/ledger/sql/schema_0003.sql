@@ -24,7 +24,7 @@ comment on table @schema@.past_attempt is
     'registered. job has the latest.';
 
 -- As register of version 1, and writes down in the same step what is to become of an orphan, p_statement, unless the
--- setting pgbg.keep_sql is off, and how the attempt before went.
+-- setting pgbg.keep_sql is off, and how the attempt before went. When it registers nothing, it leaves no series either.
 drop function @schema@.register_launch(text, text, text, bigint, text, text, bytea, boolean, text, text, boolean);
 create function @schema@.register_launch(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_kind text, p_sql_digest bytea,
@@ -45,6 +45,7 @@ declare
     v_digest bytea;
     v_status text;
     v_keeps  boolean := lower(coalesce(current_setting('pgbg.keep_sql', true), '')) not in ('off', 'false', 'no', '0');
+    v_is_new boolean := false;
 begin
     perform @schema@.require_read_committed();
     -- Whoever registers has others wait behind it: a lock that somebody holds for long is tried again (55P03).
@@ -57,6 +58,7 @@ begin
         insert into @schema@.series (owner, series_digest, series, newest)
             values (v_owner, v_series, p_series, coalesce(p_generation, 0))
             on conflict do nothing;
+        v_is_new := found;
     end loop;  -- again: another call may have made it, and prune may have taken it away meanwhile
     select * into v_known from @schema@.job j where j.owner = v_owner and j.job_digest = v_job;
     generation := coalesce(p_generation, v_known.generation);
@@ -79,6 +81,9 @@ begin
                     when v_known.outcome = 'failed' and v_known.reported_at is null and not sql_changed then 'untold'
                     else 'registered' end;
     if verdict <> 'registered' then
+        if v_is_new then  -- a generation that is not registered supersedes none
+            delete from @schema@.series s where s.owner = v_owner and s.series_digest = v_series;
+        end if;
         return;
     end if;
 
