@@ -265,7 +265,7 @@ class Launcher:
         if not kept:
             raise NoRows(
                 f"no rows are kept of the job {job_id!r}: it is not committed, was not asked for them "
-                "(Job(fetch=True)), gives none, or is pruned"
+                "(Job(fetch=True)), gives none, is pruned, or is not this login's to see"
             )
         return kept
 

@@ -55,7 +55,7 @@ def history(
         if json:
             print_json([{**asdict(line), "trend": line.trend} for line in found])
         elif not found:
-            err.print(Text("no jobs", "dim"))
+            err.print(Text("no jobs that this login may see", "dim"))
         else:
             _print(found, by)
             if more:

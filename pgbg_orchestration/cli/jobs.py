@@ -100,7 +100,7 @@ def jobs(
         if json:
             print_json([asdict(entry) for entry in found])
         elif not found:
-            err.print(Text("no jobs", "dim"))
+            err.print(Text("no jobs that this login may see", "dim"))
         else:
             print_table(found, ids=ids)
             if more:

@@ -36,6 +36,11 @@ class WorkerSeen:
     query: str | None
     activity: Activity | None
 
+    @property
+    def is_visible(self) -> bool:
+        """Whether the login may see more of it than that it is there, and whose."""
+        return self.query is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Board:

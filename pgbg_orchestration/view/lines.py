@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -11,10 +11,13 @@ from typing import Any
 
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
 from pgbg_orchestration.ledger.history import STATES, JobEntry
+from pgbg_orchestration.phrases import duration
 
 BY_HAND = "by hand"
 """The state of a worker that no job is known of: somebody launched it without this package."""
-ALL_STATES = (*STATES, BY_HAND)
+NOT_VISIBLE = "not visible"
+"""The state of another login's worker: whether it was launched by hand, or runs a job of that login's, is not seen."""
+ALL_STATES = (*STATES, BY_HAND, NOT_VISIBLE)
 
 
 class Order(StrEnum):
@@ -38,6 +41,8 @@ class Line:
         For how long it has run, or ran; None where that is not known.
     waits_for:
         What its worker waits for, and for whom; empty while it works, or where the login may not see it.
+    blocker:
+        The job that holds the lock which its worker waits for; None where that is no job that the login may see.
     progress, percent:
         The command that the server shows the progress of, with its phase, and how much of the phase is done.
     by_orchestrator:
@@ -52,6 +57,7 @@ class Line:
     by_orchestrator: str
     seconds: float | None
     waits_for: str
+    blocker: JobEntry | None
     progress: str
     percent: int | None
     rows: int | None
@@ -65,14 +71,14 @@ class Line:
     @property
     def is_at_work(self) -> bool:
         """Whether it has not ended."""
-        return self.state in ("running", "waiting", BY_HAND)
+        return self.state in ("running", "waiting", BY_HAND, NOT_VISIBLE)
 
 
 def lines_of(board: Board) -> list[Line]:
     """Return a line for each job and for each worker that no job is known of, in no order."""
-    lines = [line_of_job(job, board) for job in board.jobs]
-    known = {job.running_pid for job in board.jobs}
-    return lines + [_of_worker(worker, board) for pid, worker in board.workers.items() if pid not in known]
+    at_work = {job.running_pid: job for job in board.jobs if job.running_pid is not None}
+    lines = [line_of_job(job, board, at_work) for job in board.jobs]
+    return lines + [_of_worker(worker, board, at_work) for pid, worker in board.workers.items() if pid not in at_work]
 
 
 def chosen(lines: Iterable[Line], *, pattern: str = "", states: frozenset[str] = frozenset()) -> list[Line]:
@@ -155,20 +161,34 @@ def orchestrator_of(series: str | None, job_id: str = "") -> str:
     return ""
 
 
-def wait_of(worker: WorkerSeen | None) -> str:
-    """Return what a worker waits for, and for whom, in words; empty while it waits for nothing."""
+def wait_of(worker: WorkerSeen | None, at_work: Mapping[int, JobEntry] | None = None) -> str:
+    """Return what a worker waits for, and for whom, in words; empty while it waits for nothing.
+
+    Parameters
+    ----------
+    worker:
+        The one that waits.
+    at_work:
+        Jobs by the process id of their workers: one of them is called by its label.
+    """
     at = worker.activity if worker is not None else None
     if at is None or at.wait_event is None:
         return ""
     if not at.blockers:
         return f"{at.wait_event_type}: {at.wait_event}"
     other, *more = at.blockers
+    job = (at_work or {}).get(other.pid)
+    label = _label_of(other.application or "")
     if other.pid == 0:
         who = "a prepared transaction"
+    elif job is not None:
+        who = f"job {job.label or job.job_id} of {job.owner} (pid {other.pid})"
+    elif label is not None:
+        who = f"worker {label}" + (f" of {other.user_name}" if other.user_name else "") + f" (pid {other.pid})"
     else:
         who = f"pid {other.pid}" + (f" of {other.user_name}" if other.user_name else "")
         who += f" ({other.application})" if other.application else ""
-    waited = "" if at.waited is None else f", for {at.waited:.0f} s"
+    waited = "" if at.waited is None else f", for {duration(at.waited)}"
     return f"lock: {who}{f' and {len(more)} more' if more else ''}{waited}"
 
 
@@ -180,8 +200,29 @@ def progress_of(worker: WorkerSeen | None) -> tuple[str, int | None]:
     return f"{command.name}: {command.phase}" if command.phase else command.name, command.percent
 
 
-def line_of_job(job: JobEntry, board: Board | None = None) -> Line:
-    """Return the line of a job; ``board``: where its worker is seen, and what time it is."""
+def _blocker(worker: WorkerSeen | None, at_work: Mapping[int, JobEntry]) -> JobEntry | None:
+    at = worker.activity if worker is not None else None
+    return at_work.get(at.blockers[0].pid) if at is not None and at.blockers else None
+
+
+def _label_of(application_name: str) -> str | None:
+    """Return the label that a worker shows: pg_background, since 1.10, names it ``pg_background:LABEL:PID``."""
+    parts = application_name.split(":")
+    return ":".join(parts[1:-1]) if len(parts) > 2 and parts[0] == "pg_background" else None
+
+
+def line_of_job(job: JobEntry, board: Board | None = None, at_work: Mapping[int, JobEntry] | None = None) -> Line:
+    """Return the line of a job.
+
+    Parameters
+    ----------
+    job:
+        The job.
+    board:
+        Where its worker is seen, and what time it is.
+    at_work:
+        The board's jobs by the process id of their workers: one of them may be what it waits for.
+    """
     worker = board.workers.get(job.running_pid) if board is not None and job.running_pid is not None else None
     end = job.ended_at or (board.looked_at if board is not None and job.state == "running" else None)
     began = job.started_at or job.launched_at
@@ -194,7 +235,8 @@ def line_of_job(job: JobEntry, board: Board | None = None) -> Line:
         by=job.launched_by or "",
         by_orchestrator=orchestrator_of(job.series, job.job_id),
         seconds=max((end - began).total_seconds(), 0) if end is not None and began is not None else None,
-        waits_for=wait_of(worker) if job.state == "running" else "",
+        waits_for=wait_of(worker, at_work) if job.state == "running" else "",
+        blocker=_blocker(worker, at_work or {}),
         progress=progress,
         percent=percent,
         rows=job.row_count,
@@ -207,21 +249,21 @@ def line_of_job(job: JobEntry, board: Board | None = None) -> Line:
     )
 
 
-def _of_worker(worker: WorkerSeen, board: Board) -> Line:
-    # pg_background names it pg_background:LABEL:PID; before 1.10, and where a job sets the name, there is no label.
-    parts = worker.application_name.split(":")
-    label = ":".join(parts[1:-1]) if len(parts) > 2 else worker.application_name
+def _of_worker(worker: WorkerSeen, board: Board, at_work: Mapping[int, JobEntry]) -> Line:
+    # What set its own name, and a worker before 1.10, shows no label.
+    label = _label_of(worker.application_name)
     progress, percent = progress_of(worker)
     age = None if worker.began_at is None else max((board.looked_at - worker.began_at).total_seconds(), 0)
     return Line(
         key=f"worker/{worker.pid}/{worker.began_at}",
-        state=BY_HAND,
-        label=label or "(no label)",
+        state=BY_HAND if worker.is_visible else NOT_VISIBLE,
+        label=(worker.application_name if label is None else label) or "(no label)",
         series="",
         by=worker.login or "",
         by_orchestrator="",
         seconds=age,
-        waits_for=wait_of(worker),
+        waits_for=wait_of(worker, at_work),
+        blocker=_blocker(worker, at_work),
         progress=progress,
         percent=percent,
         rows=None,

@@ -17,7 +17,7 @@ from textual.widgets import Button, DataTable, Footer, Input, Label, ProgressBar
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.ledger.board import Board
 
-from .lines import ALL_STATES, Line, Order, arranged, chosen, lines_of
+from .lines import ALL_STATES, Line, Order, arranged, chosen, line_of_job, lines_of
 from .seen import known_of
 from .source import Source
 from .words import SIGNS, facts_of, progress, took
@@ -35,6 +35,7 @@ STYLES = {
     "lost": "bold red",
     "unknown": "bold magenta",
     "by hand": "bold white",
+    "not visible": "dim",
 }
 COLUMNS = (
     "STATE", "LABEL", "TIME", "PROGRESS", "WAITS FOR", "ROWS", "TRY", "WANTED BY", "LAUNCHED BY", "WORKER", "WHAT",
@@ -86,6 +87,12 @@ class Details(ModalScreen[None]):
         told.append("\n\nSQL as it was given", "dim")
         told.append(f"\n{seen.statement or seen.why_no_statement}", "not dim")
         self.query_one("#kept", Static).update(told)
+
+
+class Lines(DataTable[Text]):
+    """The table; its keys are named at the foot of the screen."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "details")]
 
 
 class Question(ModalScreen[bool]):
@@ -160,6 +167,7 @@ class Top(App[None]):
         Binding("f", "next_state", "state"),
         Binding("s", "next_order", "sort"),
         Binding("r", "reverse", "reverse"),
+        Binding("b", "blocker", "blocker"),
         Binding("c", "cancel", "cancel"),
         Binding("space", "pause", "pause"),
         Binding("escape", "clear", "all", show=False),
@@ -189,7 +197,7 @@ class Top(App[None]):
             yield ProgressBar(id="gauge", show_eta=False, show_percentage=False)
         yield Input(id="pattern", placeholder="part of a label or series; * and ? stand in")
         yield Static(id="trouble")
-        yield DataTable(id="table", cursor_type="row", zebra_stripes=True)
+        yield Lines(id="table", cursor_type="row", zebra_stripes=True)
         yield Footer()
 
     def on_mount(self) -> None:
@@ -273,6 +281,7 @@ class Top(App[None]):
         chosen_by += [f"state {self._state}"] if self._state else []
         chosen_by += [f"like {self._pattern!r}"] if self._pattern else []
         chosen_by += [f"{board.ended_left_out:,} that ended are left out"] if board.ended_left_out else []
+        chosen_by += [f"{board.not_visible:,} processes are not visible to this login"] if board.not_visible else []
         chosen_by += ["PAUSED"] if self._paused else []
         waiting = sum(job.state == "waiting" for job in board.jobs)
         where = f"{board.database} on PostgreSQL {board.server_version} · {count} lines · {' · '.join(chosen_by)}"
@@ -347,6 +356,17 @@ class Top(App[None]):
         line = self._lines.get(event.row_key.value or "")
         if line is not None:
             self.push_screen(Details(line, self._source))
+
+    def action_blocker(self) -> None:
+        """Go to the job that the one under the cursor waits for."""
+        line = self._under_cursor()
+        if line is None or line.blocker is None:
+            self.notify("It waits for no job that this login sees.", severity="warning")
+            return
+        key = line_of_job(line.blocker).key
+        if key not in self._lines:
+            self.action_clear()
+        self._below("#table", DataTable).move_cursor(row=list(self._lines).index(key), animate=False)
 
     @work
     async def action_cancel(self) -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pgbg_orchestration.ledger.history import Attempt, Durations, JobDetail, JobEntry
 from pgbg_orchestration.phrases import duration
 
-from .lines import Line
+from .lines import Line, orchestrator_of
 
 SIGNS = {
     "running": "▶",
@@ -19,12 +19,20 @@ SIGNS = {
     "lost": "✗",
     "unknown": "?",
     "by hand": "☞",
+    "not visible": "◌",
 }
 """A sign for each state, so that colour is never all that tells them apart."""
 
 
 BLOCKERS_QUERY = "blocker's query"
 """The one fact that is somebody's SQL, with its values."""
+
+
+FIRST = (
+    "sqlstate", "message", "detail", "hint", "context", "cancelled_by", "reason", "owner", "launched_by", "job_id",
+    "label", "series",
+)  # fmt: skip
+"""What is told of a job before all the rest: how it failed, and whose it is."""
 
 
 def took(seconds: float | None) -> str:
@@ -44,26 +52,35 @@ def facts_of(line: Line) -> list[tuple[str, str]]:
     """Return all that is known of a line, as names and values; what is not known is left out."""
     known: list[tuple[str, object]] = [
         ("state", f"{SIGNS[line.state]} {line.state}"),
-        ("wanted by", line.by_orchestrator),
+        ("waits for", line.waits_for),
     ]
+    # What somebody looks for who was woken up comes first.
+    if line.blocker is not None:
+        known.append(("blocked by", _in_short(line.blocker)))
+    if line.worker is not None and line.worker.activity is not None and line.worker.activity.blockers:
+        known.append((BLOCKERS_QUERY, line.worker.activity.blockers[0].query))
+    known += [("progress", progress(line)), ("wanted by", line.by_orchestrator)]
     if line.job is not None:
-        shown = {"owner", "job_id", "label", "series"}
-        names = [field.name for field in fields(JobEntry)]
-        known += [(name, getattr(line.job, name)) for name in sorted(names, key=lambda name: name not in shown)]
+        others = [field.name for field in fields(JobEntry) if field.name not in FIRST]
+        known += [(name, getattr(line.job, name)) for name in (*FIRST, *others)]
     if line.worker is not None:
         known += [
             ("worker's login", line.worker.login),
             ("application_name", line.worker.application_name),
             ("worker began at", line.worker.began_at),
         ]
-    known += [("progress", progress(line)), ("waits for", line.waits_for)]
-    if line.worker is not None and line.worker.activity is not None and line.worker.activity.blockers:
-        known.append((BLOCKERS_QUERY, line.worker.activity.blockers[0].query))
     told: dict[str, str] = {}
     for name, value in known:
         if value is not None and value != "" and name not in told:
             told[name] = _shown(value)
     return [(name.replace("_", " "), value) for name, value in told.items()]
+
+
+def _in_short(job: JobEntry) -> str:
+    """Return which job another one waits for, and whom to ask about it."""
+    wanted = orchestrator_of(job.series, job.job_id)
+    told = f"{job.job_id} of {job.owner}, launched by {job.launched_by or 'nobody knows whom'}"
+    return f"{told}, wanted by {wanted}" if wanted else told
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,7 +200,7 @@ class TestJobs:
         assert "generation 2" in listed["1"]["reason"], "and it never starts again"
 
     def test_the_table(self, db: Watched, pgbg: Pgbg) -> None:
-        assert pgbg("jobs").output == "no jobs\n"
+        assert pgbg("jobs").output == "no jobs that this login may see\n"
         pgbg("run", effect("a"), "--id", "a", "--label", "first \x1b[31m[bold]job")
         pgbg("run", "select 1/0", "--id", "b")
 

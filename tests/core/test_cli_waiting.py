@@ -83,7 +83,7 @@ class TestWait:
 
 class TestHistory:
     def test_by_label_and_series(self, db: Watched, pgbg: Pgbg) -> None:
-        assert pgbg("history").output == "no jobs\n"
+        assert pgbg("history").output == "no jobs that this login may see\n"
         for number in range(1, 7):
             seconds = "0.02" if number < 4 else "0.4"
             pgbg("run", f"select pg_sleep({seconds})", "--series", "s", "--generation", str(number), "--label", "nap")

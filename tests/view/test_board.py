@@ -13,7 +13,7 @@ import pytest
 from pgbg_orchestration import Job, Launcher
 from pgbg_orchestration.ledger.board import HIDDEN, Board, look_at_all
 from pgbg_orchestration.postgres import activity
-from pgbg_orchestration.view.lines import BY_HAND, lines_of
+from pgbg_orchestration.view.lines import BY_HAND, NOT_VISIBLE, lines_of
 from pgbg_orchestration.view.source import ServerSource
 from tests.core.kit import GENEROUS, Watched, effect, slow, within
 
@@ -121,6 +121,7 @@ async def test_another_login_sees_that_there_is_something_and_no_more(db: Watche
 
         assert seen.jobs == ()
         assert all(worker.query is None for worker in seen.workers.values())
+        assert all(line.state == NOT_VISIBLE for line in lines_of(seen))
         assert seen.not_visible > 0
         running.cancel()
         await asyncio.wait({running})

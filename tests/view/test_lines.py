@@ -11,7 +11,16 @@ import pytest
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
 from pgbg_orchestration.ledger.history import Durations, JobEntry
 from pgbg_orchestration.postgres.activity import Activity, Blocker, Command
-from pgbg_orchestration.view.lines import BY_HAND, Order, arranged, chosen, lines_of, orchestrator_of, wait_of
+from pgbg_orchestration.view.lines import (
+    BY_HAND,
+    NOT_VISIBLE,
+    Order,
+    arranged,
+    chosen,
+    lines_of,
+    orchestrator_of,
+    wait_of,
+)
 from pgbg_orchestration.view.web.data import link_of, of_board
 from pgbg_orchestration.view.web.metrics import exposition
 from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of, progress, usual_of
@@ -27,7 +36,7 @@ def job(job_id: str, state: str = "running", **more: Any) -> JobEntry:
 
 
 def worker(pid: int, **more: Any) -> WorkerSeen:
-    seen = WorkerSeen(pid, "etl", f"pg_background:load:{pid}", NOW - timedelta(seconds=5), "active", None, None)
+    seen = WorkerSeen(pid, "etl", f"pg_background:load:{pid}", NOW - timedelta(seconds=5), "active", "select 1", None)
     return replace(seen, **more)
 
 
@@ -45,6 +54,14 @@ def test_a_worker_of_a_job_is_no_line_of_its_own() -> None:
     assert [(line.state, line.pid) for line in lines] == [("running", 7), (BY_HAND, 8)]
     assert lines[1].label == "load"
     assert lines[1].job is None
+
+
+def test_a_worker_of_another_login_is_not_called_launched_by_hand() -> None:
+    """It may be of that login's job: who may not see its SQL cannot tell."""
+    [line] = lines_of(board(workers=(worker(8, query=None, began_at=None),)))
+
+    assert (line.state, line.label, line.by) == (NOT_VISIBLE, "load", "etl")
+    assert line.is_at_work
 
 
 @pytest.mark.parametrize(
@@ -132,9 +149,28 @@ def test_whom_it_waits_for() -> None:
 
     assert wait_of(worker(1)) == ""
     assert wait_of(worker(1, activity=waiting("IO", "DataFileRead"))) == "IO: DataFileRead"
-    assert words(ann) == "lock: pid 4 of ann (psql), for 90 s"
-    assert words(nobody, ann) == "lock: pid 5 and 1 more, for 90 s"
-    assert words(Blocker(0)) == "lock: a prepared transaction, for 90 s"
+    assert words(ann) == "lock: pid 4 of ann (psql), for 1:30 min"
+    assert words(nobody, ann) == "lock: pid 5 and 1 more, for 1:30 min"
+    assert words(Blocker(0)) == "lock: a prepared transaction, for 1:30 min"
+    # Another login's worker: its label is all that is to be seen of its job.
+    theirs = Blocker(6, "bob", "pg_background:load:6")
+    assert words(theirs) == "lock: worker load of bob (pid 6), for 1:30 min"
+
+
+def test_the_job_that_is_in_the_way() -> None:
+    held = waiting("Lock", "relation", Blocker(8, "etl", "pg_background:repair:8", "active", "lock table facts", 90.0))
+    repair = job("repair", running_pid=8, series="airflow:upkeep/r/repair/-1", launched_by="host/1")
+    seen = board(job("load", running_pid=7), repair, workers=(worker(7, activity=held), worker(8)))
+
+    load = next(line for line in lines_of(seen) if line.label == "load")
+
+    assert load.waits_for == "lock: job repair of etl (pid 8), for 1:30 min"
+    assert load.blocker is repair
+    told = facts_of(load)
+    assert [name for name, _ in told[:3]] == ["state", "waits for", "blocked by"]
+    assert dict(told)["blocked by"] == "repair of etl, launched by host/1, wanted by Airflow upkeep.repair"
+    [shown] = [line for line in of_board(seen, {})["lines"] if line["label"] == "load"]
+    assert shown["blocker"] == {"owner": "etl", "job_id": "repair", "label": "repair"}
 
 
 def test_how_far_it_is() -> None:

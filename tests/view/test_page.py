@@ -8,12 +8,14 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from psycopg.conninfo import make_conninfo
 
 from pgbg_orchestration import Job, Launcher, errors, run
 from pgbg_orchestration.view.source import ServerSource
@@ -185,6 +187,98 @@ def test_the_page_of_a_job(db: Watched, page: Page, faults: list[str], tmp_path:
         page.goto("about:blank")
         page.goto(f"{url}#job=/j")
         expect(page.locator("#sql")).to_have_text(text)
+        page.goto("about:blank")
+    assert faults == []
+
+
+def test_what_is_in_the_way_of_the_nightly_load(db: Watched, page: Page, faults: list[str]) -> None:
+    """From the load to the job that blocks it, whose it is, and its end."""
+    ends: dict[str, BaseException | None] = {}
+
+    def at_work(job: Job) -> threading.Thread:
+        def work() -> None:
+            try:
+                in_a_thread(db, job)
+                ends[str(job.id)] = None
+            except errors.JobCancelled as error:
+                ends[str(job.id)] = error
+
+        working = threading.Thread(target=work)
+        working.start()
+        return working
+
+    lock = Job("lock table effects; select pg_sleep(300)", id="repair", series="airflow:upkeep/r/repair/-1")
+    working = [at_work(lock)]
+    with Serving(db.conninfo) as url:
+        page.goto(url)
+        waits = page.locator("#lines tr", has_text="repair")
+        expect(waits).to_contain_text("PgSleep")
+        working.append(at_work(Job(effect("load"), id="load", label="nightly load")))
+
+        page.get_by_role("button", name="nightly load").press("Enter")
+        dialog = page.get_by_role("dialog")
+        # What Enter and Space do to whoever just opened it changes nothing.
+        expect(dialog.get_by_role("button", name="Close")).to_be_focused()
+        # It is looked at again by itself.
+        expect(page.locator("#job-why")).to_contain_text("waits for lock: job repair of")
+        expect(page.locator("#facts")).to_contain_text("wanted by Airflow upkeep.repair")
+
+        dialog.get_by_role("button", name="Open repair, which is in its way").press("Enter")
+        expect(page.locator("#job-label")).to_have_text("repair")
+        page.once("dialog", lambda question: question.accept())
+        dialog.get_by_role("button", name="Cancel this job").press("Enter")
+        expect(page.locator("#job-said")).to_have_text("Cancelled; its worker has ended.")
+        expect(page.locator("#job-state")).to_contain_text("cancelled")
+        page.keyboard.press("Escape")
+        expect(page.locator("#lines tr", has_text="nightly load")).to_contain_text("committed")
+        page.goto("about:blank")
+    for one in working:
+        one.join()
+    assert {name: type(end) for name, end in ends.items()} == {"repair": errors.JobCancelled, "load": type(None)}
+    assert faults == []
+
+
+def test_what_a_login_may_not_see_is_said(db: Watched, page: Page, faults: list[str]) -> None:
+    db.role("pgbg_visitor", "login", ["pgbackground_role"])
+    in_a_thread(db, Job(effect("a"), id="a", label="facts"))
+    with Serving(db.database.conninfo_as("pgbg_visitor")) as url:
+        page.goto(url)
+        expect(page.locator("#table-note")).to_contain_text("no job that this login may see is at work")
+        expect(page.locator("#table-note")).to_contain_text("not visible to this login")
+        expect(page.locator("#chart-note")).to_have_text("no jobs that this login may see in this time")
+        expect(page.locator("#chart")).to_be_hidden()
+        page.goto("about:blank")
+    assert faults == []
+
+
+def test_the_timeline_is_in_the_time_zone_of_the_browser(db: Watched, browser: Browser, page: Page) -> None:
+    """Whatever the server's and the session's time zones are: bars and slots are drawn at the same moments."""
+    in_a_thread(db, Job(effect("a"), id="a", label="facts"))
+    at = db.value("select ended_at at time zone 'Asia/Tokyo' from pgbg.jobs")
+    far = make_conninfo(db.conninfo, options="-c timezone=America/New_York")
+    in_tokyo = browser.new_page(timezone_id="Asia/Tokyo")
+    with Serving(far) as url:
+        in_tokyo.goto(url)
+        expect(in_tokyo.locator("#chart-note")).to_contain_text("times of Asia/Tokyo", timeout=GENEROUS * 1000)
+        drawn = in_tokyo.evaluate(
+            "[...document.querySelector('#chart').data].map((trace) => [trace.name, trace.base ?? trace.x])"
+        )
+        in_tokyo.goto("about:blank")
+    began = {name: times[0] for name, times in drawn if times}
+    assert set(began) == {"committed", "slots used by jobs"}
+    assert len(set(began.values())) == 1
+    assert abs(datetime.fromisoformat(began["committed"]) - at) < timedelta(minutes=5)
+
+
+def test_a_narrow_window(db: Watched, page: Page, faults: list[str]) -> None:
+    """Nothing sticks out sideways, so nobody scrolls that way."""
+    in_a_thread(db, Job(effect("a"), id="a", label=("a_label_that_is_rather_long_" * 3)[:64]))
+    page.set_viewport_size({"width": 400, "height": 800})
+    with Serving(db.conninfo) as url:
+        page.goto(url)
+        expect(page.locator("#chart .barlayer")).to_be_attached()
+        for part in ("document.documentElement", "document.querySelector('#scroll')"):
+            assert page.evaluate(f"{part}.scrollWidth <= {part}.clientWidth"), part
         page.goto("about:blank")
     assert faults == []
 

@@ -16,6 +16,7 @@ from pgbg_orchestration.view.top import COLUMNS, Details, Question, Top
 from tests.core.kit import GENEROUS, Watched, effect, slow, within
 
 pytestmark = pytest.mark.servers("real")
+LOCKED = "select exists (select from pg_locks where relation = 'effects'::regclass and mode = 'AccessExclusiveLock')"
 
 
 def cells(app: Top, column: str) -> list[str]:
@@ -85,6 +86,32 @@ async def test_a_day_at_the_terminal(db: Watched) -> None:
             await shown(lambda: "⊘ cancelled" in cells(app, "STATE"), "the end of the job")
         with pytest.raises(errors.JobCancelled):
             await within(running)
+
+
+async def test_to_the_job_that_is_in_the_way(db: Watched) -> None:
+    async with Launcher(db.conninfo) as launcher:
+        repair = Job("lock table effects; select pg_sleep(300)", id="repair", label="facts repair")
+        blocking = asyncio.create_task(launcher.run(repair))
+        await shown(lambda: db.value(LOCKED), "its lock")
+        waiting = asyncio.create_task(launcher.run(Job(effect("load"), id="load", label="nightly load")))
+
+        app = Top(ServerSource(launcher), every=0.2)
+        async with app.run_test(size=(160, 30)) as pilot:
+            await shown(lambda: "job facts repair of" in "".join(cells(app, "WAITS FOR")), "what is in the way")
+            await pilot.press("slash", *"nightly", "enter")
+            await shown(lambda: cells(app, "LABEL") == ["nightly load"], "the load alone")
+            await pilot.press("b")
+            await shown(lambda: len(cells(app, "LABEL")) == 2, "both")
+            await pilot.press("c")
+            await pilot.pause()
+            assert isinstance(app.screen, Question)
+            await pilot.press("y")
+            await shown(lambda: "⊘ cancelled" in cells(app, "STATE"), "the end of the repair")
+            await shown(lambda: "✓ committed" in cells(app, "STATE"), "the load goes on")
+            assert "not visible to this login" in str(app.screen_stack[0].query_one("#where", Static).render())
+        with pytest.raises(errors.JobCancelled):
+            await within(blocking)
+        assert (await within(waiting)).launched
 
 
 async def test_a_server_that_goes_away_is_said_and_what_was_seen_stays(db: Watched) -> None:

@@ -49,6 +49,7 @@ def of_line(line: Line, links: Links) -> dict[str, Any]:
         "link": link_of(line.series, line.job.job_id if line.job else "", links),
         "seconds": line.seconds,
         "waits_for": line.waits_for,
+        "blocker": _name_of(line.blocker),
         "progress": line.progress,
         "percent": line.percent,
         "rows": line.rows,
@@ -58,6 +59,10 @@ def of_line(line: Line, links: Links) -> dict[str, Any]:
         "message": line.message,
         "can_cancel": line.is_at_work and line.job is not None,
     }
+
+
+def _name_of(job: JobEntry | None) -> dict[str, str] | None:
+    return None if job is None else {"owner": job.owner, "job_id": job.job_id, "label": job.label or job.job_id}
 
 
 def of_history(entries: Iterable[JobEntry], links: Links) -> list[dict[str, Any]]:

@@ -4,12 +4,12 @@
 
 const EVERY = 2000; // milliseconds between two looks at what runs
 const TIMELINE_EVERY = 15000;
-const SIGNS = { running: "▶", waiting: "…", committed: "✓", cancelled: "⊘", failed: "✗", lost: "✗", unknown: "?", "by hand": "☞" };
+const SIGNS = { running: "▶", waiting: "…", committed: "✓", cancelled: "⊘", failed: "✗", lost: "✗", unknown: "?", "by hand": "☞", "not visible": "◌" };
 const MOST_LANES = 30; // labels on the timeline, the busiest first
 const FILE = window.PGBG_FILE;
 
 const $ = (id) => document.getElementById(id);
-const state = { lines: [], jobs: [], slots: 0, leftOut: 0, mayCancel: false, sort: null, down: false, open: null, asked: 0, charts: null };
+const state = { lines: [], jobs: [], slots: 0, leftOut: 0, notVisible: 0, mayCancel: false, sort: null, down: false, open: null, asked: 0, charts: null };
 
 async function ask(path) {
   const answer = await fetch(path, { headers: { accept: "application/json" } });
@@ -54,6 +54,29 @@ function cell(text, kind) {
   return made;
 }
 
+// A button that looks like a link: it opens the page of a job.
+function opener(text, job, key) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.className = "link";
+  made.textContent = text;
+  made.dataset.key = key;
+  made.addEventListener("click", () => open(job.owner, job.job_id));
+  return made;
+}
+
+function named(made, name) {
+  made.dataset.name = name; // is shown where the table has no room for columns
+  return made;
+}
+
+function waitOf(line) {
+  if (!line.blocker || FILE) return cell(line.waits_for, "waits");
+  const made = cell("", "waits");
+  made.append(opener(line.waits_for, line.blocker, `blocker of ${line.key}`));
+  return made;
+}
+
 function progressOf(line) {
   const made = cell(line.progress);
   if (line.percent === null) return made;
@@ -69,20 +92,13 @@ function row(line) {
   const made = document.createElement("tr");
   made.append(cell(`${SIGNS[line.state]} ${line.state}`, `state ${line.state.replace(" ", "-")}`));
   const name = document.createElement("td");
-  if (line.job_id) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.className = "link";
-    button.textContent = line.label;
-    button.dataset.key = line.key;
-    button.addEventListener("click", () => open(line.owner, line.job_id));
-    name.append(button);
-  } else {
-    name.textContent = line.label;
-  }
-  made.append(name, cell(took(line.seconds), "number"), progressOf(line), cell(line.waits_for),
-    cell(line.rows === null ? "" : line.rows.toLocaleString("en"), "number"), cell(line.attempt ?? "", "number"),
-    cell(line.wanted_by || line.by), cell(line.pid ?? "", "number"),
+  name.className = "label";
+  if (line.job_id && !FILE) name.append(opener(line.label, line, line.key));
+  else name.textContent = line.label;
+  made.append(name, cell(took(line.seconds), "number"), progressOf(line), waitOf(line),
+    named(cell(line.rows === null ? "" : line.rows.toLocaleString("en"), "number"), "rows"),
+    named(cell(line.attempt ?? "", "number"), "try"), named(cell(line.wanted_by || line.by), "by"),
+    named(cell(line.pid ?? "", "number"), "worker"),
     cell(line.sqlstate ? `${line.sqlstate} ${line.message ?? ""}` : "", "what"));
   return made;
 }
@@ -92,9 +108,10 @@ function showTable() {
   const focused = document.activeElement?.dataset?.key;
   $("lines").replaceChildren(...shown.map(row));
   if (focused) [...$("lines").querySelectorAll("button.link")].find((b) => b.dataset.key === focused)?.focus();
-  const notes = lines.length ? [] : ["nothing runs, and nothing ended a short while ago"];
+  const notes = lines.length ? [] : [state.lines.length ? "none of the lines fits" : "no job that this login may see is at work, or ended a short while ago"];
   if (lines.length > shown.length) notes.push(`the first ${shown.length} of ${lines.length} lines: narrow them by label or state`);
   if (state.leftOut) notes.push(`${state.leftOut.toLocaleString("en")} more that committed a short while ago are on the timeline only`);
+  if (state.notVisible) notes.push(`what ${state.notVisible.toLocaleString("en")} processes of the server are is not visible to this login, and of other owners' jobs it sees the workers at most`);
   $("table-note").textContent = notes.join("; ");
   for (const button of document.querySelectorAll("[data-sort]")) {
     const head = button.closest("th");
@@ -118,6 +135,7 @@ async function look() {
   try {
     take(await ask("api/board"));
     $("trouble").textContent = "";
+    if ($("job").open && state.open?.at_work) await refreshJob();
   } catch (error) {
     $("trouble").textContent = `What is shown is old: ${error.message}`;
   }
@@ -129,6 +147,7 @@ function take(board) {
   state.mayCancel = board.may_cancel === true;
   state.slots = board.slots;
   state.leftOut = board.ended_left_out;
+  state.notVisible = board.not_visible;
   showHead(board);
   showTable();
 }
@@ -138,6 +157,12 @@ function take(board) {
 function colours() {
   const style = getComputedStyle(document.documentElement);
   return (name) => style.getPropertyValue(`--${name}`).trim();
+}
+
+// The chart knows no time zones: what it gets is written in the browser's own.
+function local(moment) {
+  const at = new Date(moment);
+  return new Date(at.getTime() - at.getTimezoneOffset() * 60000).toISOString().slice(0, -1);
 }
 
 function slotsOverTime(jobs, now) {
@@ -155,7 +180,7 @@ function slotsOverTime(jobs, now) {
   let used = 0;
   for (const [at, change] of steps) {
     used += change;
-    x.push(new Date(at).toISOString());
+    x.push(local(at));
     y.push(used);
   }
   return { x, y };
@@ -164,6 +189,11 @@ function slotsOverTime(jobs, now) {
 function showTimeline() {
   const colour = colours(), by = $("by").value, now = new Date().toISOString();
   const jobs = state.jobs.filter(fits).filter((job) => job.launched_at || job.registered_at);
+  $("chart").hidden = !jobs.length;
+  if (!jobs.length) {
+    $("chart-note").textContent = "no jobs that this login may see in this time";
+    return;
+  }
   const counts = new Map();
   // What is at work now is drawn before what has the most jobs.
   const atWork = (job) => (job.state === "running" || job.state === "waiting" ? 1e6 : 0);
@@ -176,7 +206,7 @@ function showTimeline() {
     for (const job of chosen) {
       const [from, until] = span(job);
       if (!from || !until || !place.has(job[by]) || Date.parse(until) - Date.parse(from) < least) continue;
-      trace.base.push(from);
+      trace.base.push(local(from));
       trace.x.push(Math.max(Date.parse(until) - Date.parse(from), 1));
       trace.y.push(place.get(job[by]));
       trace.customdata.push([job.owner, job.job_id]);
@@ -197,14 +227,16 @@ function showTimeline() {
   const used = slotsOverTime(jobs, now);
   traces.push({ type: "scatter", mode: "lines", line: { shape: "hv", color: colour("accent"), width: 1.5 }, fill: "tozeroy", name: "slots used by jobs",
     x: used.x, y: used.y, yaxis: "y2", hovertemplate: "%{y} slots<extra></extra>" });
+  const height = Math.max(360, 190 + 22 * lanes.length), slots = 90 / height;
   const layout = {
     barmode: "overlay", paper_bgcolor: colour("ground"), plot_bgcolor: colour("ground"), font: { color: colour("text"), size: 12 },
-    height: Math.max(360, 170 + 22 * lanes.length), margin: { l: 10, r: 10, t: 10, b: 40 }, showlegend: true,
+    height, margin: { l: 10, r: 10, t: 10, b: 50 }, showlegend: true,
+    uirevision: `${by} ${$("hours").value}`, // what somebody zoomed into stays
     legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, hovermode: "closest",
-    xaxis: { type: "date", gridcolor: colour("line"), automargin: true },
+    xaxis: { type: "date", gridcolor: colour("line"), automargin: true, anchor: "y2" },
     yaxis: { tickvals: lanes.map((_, index) => index), ticktext: lanes.map((lane) => escaped(lane.length > 40 ? `…${lane.slice(-39)}` : lane)),
-      automargin: true, domain: [Math.min(0.35, 90 / (170 + 22 * lanes.length) + 0.12), 1], gridcolor: colour("line"), range: [-0.7, Math.max(lanes.length - 0.3, 0.7)] },
-    yaxis2: { domain: [0, Math.min(0.25, 90 / (170 + 22 * lanes.length))], rangemode: "tozero", gridcolor: colour("line"), automargin: true, title: { text: "slots" } },
+      automargin: true, domain: [slots + 25 / height, 1], gridcolor: colour("line"), range: [-0.7, Math.max(lanes.length - 0.3, 0.7)] },
+    yaxis2: { domain: [0, slots], range: [0, Math.max(state.slots, ...used.y) * 1.08 || 1], gridcolor: colour("line"), automargin: true, title: { text: "slots" } },
     shapes: state.slots ? [{ type: "line", xref: "paper", x0: 0, x1: 1, yref: "y2", y0: state.slots, y1: state.slots, line: { color: colour("failed"), dash: "dot", width: 1 } }] : [],
   };
   Plotly.react($("chart"), traces, layout, { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"] });
@@ -217,7 +249,7 @@ function showTimeline() {
   }
   const left = counts.size - lanes.length;
   $("chart-note").textContent = `${jobs.length} jobs` + (left > 0 ? `; ${left} ${by === "label" ? "labels" : "series"} with fewer jobs are not drawn` : "")
-    + (state.more ? "; older ones are left out" : "") + (jobs.length ? "" : " in this time");
+    + (state.more ? "; older ones are left out" : "") + `; times of ${Intl.DateTimeFormat().resolvedOptions().timeZone}`;
 }
 
 // Plotly reads some tags in texts; a label is only text.
@@ -254,39 +286,61 @@ async function lookBack(once) {
 
 // One job ----------------------------------------------------------------------------------------------------------
 
+function jobAt(owner, id) {
+  return ask(`api/job?owner=${encodeURIComponent(owner)}&id=${encodeURIComponent(id)}`);
+}
+
 async function open(owner, id) {
   const dialog = $("job");
   $("job-said").textContent = "";
   try {
-    const job = await ask(`api/job?owner=${encodeURIComponent(owner)}&id=${encodeURIComponent(id)}`);
-    state.open = job;
-    $("job-label").textContent = job.label;
-    $("job-label").className = job.state.replace(" ", "-");
-    const facts = [];
-    for (const [name, value] of job.facts) {
-      const term = document.createElement("dt"), told = document.createElement("dd");
-      term.textContent = name;
-      told.textContent = value;
-      facts.push(term, told);
-    }
-    $("facts").replaceChildren(...facts);
-    showSql(job);
-    showTries(job.tries);
-    showKept(job);
-    const link = $("job-link");
-    link.hidden = !job.link;
-    if (job.link) link.href = job.link;
-    $("cancel").hidden = !(state.mayCancel && job.can_cancel);
+    const job = await jobAt(owner, id);
+    showJob(job);
     location.hash = `job=${encodeURIComponent(job.owner)}/${encodeURIComponent(id)}`;
     if (!dialog.open) dialog.showModal();
+    dialog.scrollTop = 0;
   } catch (error) {
     $("trouble").textContent = error.message;
   }
 }
 
+// What is at work is looked at again, as long as it is open.
+async function refreshJob() {
+  const shown = state.open, job = await jobAt(shown.owner, shown.job_id);
+  if ($("job").open && state.open === shown) showJob(job);
+}
+
+function showJob(job) {
+  state.open = { ...job, at_work: job.state === "running" || job.state === "waiting" };
+  $("job-label").textContent = job.label;
+  $("job-state").textContent = [`${SIGNS[job.state]} ${job.state}`, took(job.seconds), job.progress, job.wanted_by || job.by]
+    .filter((part) => part).join(" · ");
+  $("job-state").className = job.state.replace(" ", "-");
+  const why = job.sqlstate ? `${job.sqlstate} ${job.message ?? ""}` : job.waits_for ? `waits for ${job.waits_for}` : "";
+  $("job-why").textContent = why;
+  const focused = document.activeElement?.dataset?.key;
+  $("job-blocker").replaceChildren(...(job.blocker ? [opener(`Open ${job.blocker.label}, which is in its way`, job.blocker, "blocker")] : []));
+  if (focused === "blocker") $("job-blocker").querySelector("button")?.focus();
+  const facts = [];
+  for (const [name, value] of job.facts) {
+    const term = document.createElement("dt"), told = document.createElement("dd");
+    term.textContent = name;
+    told.textContent = value;
+    facts.push(term, told);
+  }
+  $("facts").replaceChildren(...facts);
+  showSql(job);
+  showTries(job.tries);
+  showKept(job);
+  const link = $("job-link");
+  link.hidden = !job.link;
+  if (job.link) link.href = job.link;
+  $("cancel").hidden = !(state.mayCancel && job.can_cancel);
+}
+
 function showSql(job) {
   $("sql").hidden = job.sql === null;
-  $("sql").textContent = job.sql ?? "";
+  if ($("sql").textContent !== (job.sql ?? "")) $("sql").textContent = job.sql ?? ""; // what is marked in it stays marked
   $("sql-note").textContent = job.sql_note;
 }
 
@@ -365,7 +419,7 @@ for (const button of document.querySelectorAll("[data-sort]")) {
   });
 }
 for (const id of ["pattern", "state", "by"]) $(id).addEventListener("input", () => { showTable(); if (window.Plotly) showTimeline(); });
-$("choice").addEventListener("submit", (event) => event.preventDefault());
+for (const id of ["choice", "span"]) $(id).addEventListener("submit", (event) => event.preventDefault());
 $("close").addEventListener("click", () => $("job").close());
 $("job").addEventListener("close", () => history.replaceState(null, "", location.pathname + location.search));
 $("cancel").addEventListener("click", cancel);
