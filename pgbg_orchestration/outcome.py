@@ -52,6 +52,8 @@ class Cause(StrEnum):
     @classmethod
     def known(cls, value: object) -> Cause | None:
         """Return the cause of that value; None for none, and for one of a newer version."""
+        if value is None:  # of nearly every job, and thousands are read at once
+            return None
         return cls(value) if value in {each.value for each in cls} else None
 
 

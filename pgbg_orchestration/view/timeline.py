@@ -26,7 +26,7 @@ def file_of(board: Board, jobs: Sequence[JobEntry], *, more: bool) -> str:
     more:
         Older jobs were left out.
     """
-    shown = {"board": data.of_board(board, {}), "jobs": data.of_history(jobs, {}), "more": more}
+    shown = {"board": data.of_board(board, {}), "jobs": data.of_history(jobs), "more": more}
     # Inside of a script element only "</" and "<!--" could end or change it.
     held = json.dumps(shown, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     scripts = [f"window.PGBG_FILE = {held};", text_of("plotly.min.js"), text_of("pgbg.js")]

@@ -164,7 +164,7 @@ def build_app(
         return JSONResponse(
             {
                 "since": since.isoformat(),
-                "jobs": data.of_history(entries[:MOST_JOBS], known_links),
+                "jobs": data.of_history(entries[:MOST_JOBS]),
                 "more": len(entries) > MOST_JOBS,
             }
         )

@@ -65,8 +65,8 @@ def _name_of(job: JobEntry | None) -> dict[str, str] | None:
     return None if job is None else {"owner": job.owner, "job_id": job.job_id, "label": job.label or job.job_id}
 
 
-def of_history(entries: Iterable[JobEntry], links: Links) -> list[dict[str, Any]]:
-    """Return the bars of the timeline."""
+def of_history(entries: Iterable[JobEntry]) -> list[dict[str, Any]]:
+    """Return the bars of the timeline; times are milliseconds since 1970, of which a browser reads thousands faster."""
     return [
         {
             "owner": entry.owner,
@@ -82,7 +82,6 @@ def of_history(entries: Iterable[JobEntry], links: Links) -> list[dict[str, Any]
             "ended_at": _time(entry.ended_at),
             "rows": entry.row_count,
             "sqlstate": entry.sqlstate,
-            "link": link_of(entry.series or "", entry.job_id, links),
         }
         for entry in entries
     ]
@@ -137,5 +136,5 @@ def link_of(series: str, job_id: str, links: Links) -> str | None:
     return None
 
 
-def _time(value: datetime | None) -> str | None:
-    return value.isoformat() if value is not None else None
+def _time(value: datetime | None) -> int | None:
+    return round(value.timestamp() * 1000) if value is not None else None

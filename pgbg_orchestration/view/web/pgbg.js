@@ -173,7 +173,7 @@ function slotsOverTime(jobs, now) {
     const until = job.ended_at || (job.state === "running" ? now : null);
     if (!until) continue;
     const worth = job.kind === "supervised" ? 2 : 1; // a second worker launches it
-    steps.push([Date.parse(from), worth], [Date.parse(until), -worth]);
+    steps.push([from, worth], [until, -worth]);
   }
   steps.sort((a, b) => a[0] - b[0] || a[1] - b[1]);
   const x = [], y = [];
@@ -187,7 +187,7 @@ function slotsOverTime(jobs, now) {
 }
 
 function showTimeline() {
-  const colour = colours(), by = $("by").value, now = new Date().toISOString();
+  const colour = colours(), by = $("by").value, now = Date.now();
   const jobs = state.jobs.filter(fits).filter((job) => job.launched_at || job.registered_at);
   $("chart").hidden = !jobs.length;
   if (!jobs.length) {
@@ -205,12 +205,12 @@ function showTimeline() {
       hovertemplate: "%{text}<extra></extra>", ...more };
     for (const job of chosen) {
       const [from, until] = span(job);
-      if (!from || !until || !place.has(job[by]) || Date.parse(until) - Date.parse(from) < least) continue;
+      if (!from || !until || !place.has(job[by]) || until - from < least) continue;
       trace.base.push(local(from));
-      trace.x.push(Math.max(Date.parse(until) - Date.parse(from), 1));
+      trace.x.push(Math.max(until - from, 1));
       trace.y.push(place.get(job[by]));
       trace.customdata.push([job.owner, job.job_id]);
-      trace.text.push(escaped(`${job.label}: ${name}, ${took((Date.parse(until) - Date.parse(from)) / 1000)}`
+      trace.text.push(escaped(`${job.label}: ${name}, ${took((until - from) / 1000)}`
         + (job.attempt > 1 ? `, try ${job.attempt}` : "") + (job.sqlstate ? `, ${job.sqlstate}` : "")
         + (job.rows !== null ? `, ${job.rows} rows` : "")));
     }
