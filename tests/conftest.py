@@ -196,7 +196,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         kinds = [kind for kind in kinds if {kind, KINDS[kind].like} & {"real", "embedded"}]
     if not (LONG or _named(metafunc.config)):
         about = {
-            mark: metafunc.definition.get_closest_marker(mark) is not None for mark in ("embedded_differs", "faults")
+            mark: metafunc.definition.get_closest_marker(mark) is not None
+            for mark in ("embedded_differs", "any_surface")
         }
         kinds = at_a_push(kinds, _why_not(), **about)
     metafunc.parametrize("server_kind", kinds, scope="session")

@@ -5,8 +5,9 @@ The servers that a test is meant for follow from its marks. Of these a push need
 * one with the real extension: ``real``, or ``embedded`` where there is no chroot. Both are PostgreSQL 18 with the same
   library, so a test runs on both only where it is about the embedded server itself (``embedded_differs``);
 * one surface of the stand-in: 1.9's, since the real extension offers 2.0's, or 2.0's for a test not meant for 1.9's;
-  none for a test that breaks what it runs on (``faults``), when the real extension runs it: networks, processes and
-  servers break in the same way for both, and what differs are the calls, which the other tests make;
+  none for a test of what is the same on any surface (``any_surface``), when the real extension runs it: how networks,
+  processes and servers break, what SQL may do, what users give and see. Where surfaces differ, in the calls of the
+  extension and what it tells of a worker, the other tests are;
 * of the older majors, for a test marked ``majors``, the one that continuous integration installs;
 * no PostgreSQL that comes (``standin_pg19``): what it is made from may be out of reach.
 
@@ -38,7 +39,7 @@ def at_a_push(
     why_not: Mapping[str, str | None],
     *,
     embedded_differs: bool = False,
-    faults: bool = False,
+    any_surface: bool = False,
 ) -> list[str]:
     """Choose the servers that a test runs on at a push.
 
@@ -51,7 +52,7 @@ def at_a_push(
     embedded_differs
         True for a test that is about the embedded server itself.
     faults
-        True for a test that cuts networks, kills processes or stops servers.
+        True for a test of what is the same whichever surface the extension offers.
 
     Returns
     -------
@@ -62,7 +63,7 @@ def at_a_push(
     chosen = {first_to_be_had(group, meant, why_not) for group in (REAL, STANDIN, MAJOR)}
     if embedded_differs:
         chosen.add("embedded")
-    if faults and any(why_not[kind] is None for kind in REAL if kind in chosen):
+    if any_surface and any(why_not[kind] is None for kind in REAL if kind in chosen):
         chosen -= {*STANDIN}
     if set(meant) <= {*COMING}:
         return list(meant)  # such a test is of the long form, and is skipped with that reason

@@ -11,6 +11,8 @@ import pytest
 from pgbg_orchestration import Job, arun, errors, run
 from tests.core.kit import Watched, effect, within
 
+pytestmark = pytest.mark.any_surface
+
 
 @pytest.mark.parametrize(
     "fields",

@@ -11,6 +11,8 @@ from pgbg_orchestration import Cause, Job, Launcher, Outcome, errors
 from pgbg_orchestration.batch import Batch, Call, Preparation, was_stopped
 from tests.core.kit import Recorder, Watched, cancelled, effect, eventually, slow, within
 
+pytestmark = pytest.mark.any_surface
+
 BAD = "select 1/0"
 
 

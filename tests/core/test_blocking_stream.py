@@ -17,6 +17,8 @@ from pgbg_orchestration.driver import Talk
 from pgbg_orchestration.stream import Stream
 from tests.core.kit import Watched, count, effect, eventually
 
+pytestmark = pytest.mark.any_surface
+
 MANY = "select g, repeat('x', 1000) from generate_series(1, {}) as g"
 
 

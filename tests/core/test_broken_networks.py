@@ -13,7 +13,7 @@ from pgbg_orchestration.postgres import connection, handles
 from tests.core.kit import Watched, cancelled, count, effect, ended, eventually, seeded, slow, within
 from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 
-pytestmark = [pytest.mark.servers("real", "embedded", "standin19"), pytest.mark.faults]
+pytestmark = [pytest.mark.servers("real", "embedded", "standin19"), pytest.mark.any_surface]
 LAUNCH = b"begin_job"
 
 

@@ -23,6 +23,8 @@ from tests.conftest import Database
 from tests.core.kit import APP, ROOT, Watched, effect, eventually, slow, within
 from tests.kit.proxy import TO_CLIENT, Proxy
 
+pytestmark = pytest.mark.any_surface
+
 Pgbg = Callable[..., Result]
 
 

@@ -15,6 +15,8 @@ from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import ExitCode
 from tests.core.kit import Watched
 
+pytestmark = pytest.mark.any_surface
+
 SQL = "values (1, 'one', null::text, 1.50::numeric), (20, E'two\\n\"lines\", é', 'x', 12345678901234567.89)"
 TABLE = """\
  column1 |    column2     | column3 |       column4

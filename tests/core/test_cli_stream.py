@@ -23,6 +23,8 @@ from pgbg_orchestration.rows import Column
 from tests.core.kit import Watched, effect, eventually, slow, within
 from tests.core.test_cli import output_of, start
 
+pytestmark = pytest.mark.any_surface
+
 SQL = "values (1, 'one', null::text, 1.50::numeric), (20, E'two\\n\"lines\", é', 'x', 12345678901234567.89)"
 MANY = "select g as n, repeat('x', 1000) as text from generate_series(1, 100000) as g"
 READING = "from pg_stat_activity where application_name = 'pgbg: launching' and query like '%result%'"

@@ -16,6 +16,8 @@ from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import ExitCode
 from tests.core.kit import ROOT, Watched, effect, within
 
+pytestmark = pytest.mark.any_surface
+
 Pgbg = Callable[..., Result]
 
 

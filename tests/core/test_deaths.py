@@ -31,7 +31,7 @@ CANCEL_POINTS = tuple(point for point in POINTS if point.endswith(("_cancel", "_
 RUN_POINTS = tuple(point for point in POINTS if point not in CANCEL_POINTS)
 
 
-@pytest.mark.faults
+@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin19")
 @pytest.mark.parametrize(
     ("known", "point"),
@@ -73,7 +73,7 @@ async def test_launching_process_killed_after_a_failing_launch(db: Watched, poin
     assert db.states() == {"j": "failed"}
 
 
-@pytest.mark.faults
+@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin19")
 @pytest.mark.parametrize("point", CANCEL_POINTS)
 async def test_cancelling_process_killed(db: Watched, point: str) -> None:
@@ -120,7 +120,7 @@ async def test_launching_sessions_terminated(db: Watched) -> None:
     assert "session_lost" in seen.kinds()
 
 
-@pytest.mark.faults
+@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin20")
 async def test_sessions_terminated_at_random(db: Watched) -> None:
     """Jobs side by side while somebody terminates our sessions again and again."""
@@ -155,7 +155,7 @@ async def test_sessions_terminated_at_random(db: Watched) -> None:
     assert db.effects_by_job() == {f"j{n}": 1 for n in range(jobs)}
 
 
-@pytest.mark.faults
+@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin20")
 @pytest.mark.parametrize("moment", ["at work", "random"])
 async def test_server_stopped_immediate_and_started(own_db: Callable[..., Watched], moment: str) -> None:
@@ -184,7 +184,7 @@ async def test_server_stopped_immediate_and_started(own_db: Callable[..., Watche
         assert db.states()[name] == "committed"
 
 
-@pytest.mark.faults
+@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin20")
 async def test_server_stopped_after_the_commit(own_db: Callable[..., Watched]) -> None:
     db = own_db()

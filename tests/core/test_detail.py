@@ -14,6 +14,8 @@ from pgbg_orchestration.walk.worker_sql import MOST_OF_A_STATEMENT
 from tests.conftest import Database
 from tests.core.kit import APP, Watched, effect, within
 
+pytestmark = pytest.mark.any_surface
+
 SECRET = "canary-4711"
 
 

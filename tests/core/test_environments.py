@@ -18,6 +18,8 @@ from tests.conftest import Database, FreshDatabases
 from tests.core.kit import APP, Watched, effect, within
 from tests.servers.kinds import Server
 
+pytestmark = pytest.mark.any_surface
+
 ODD = "pgbg \"odd\" 'näme' \\ %s"
 
 

@@ -13,6 +13,8 @@ import pytest
 from pgbg_orchestration import Job, Outcome, arun
 from tests.core.kit import Watched, within
 
+pytestmark = pytest.mark.any_surface
+
 QUERY = """
     select n::int2 as small, n as int, 9007199254740993 + n as big, n * 1.10::numeric(12, 2) as price,
         case n when 2 then null else n * 1e30::numeric / 3 end as exact, case n when 2 then null else n end as hole,

@@ -15,6 +15,8 @@ from pgbg_orchestration import Job, Launcher, Outcome
 from pgbg_orchestration.postgres.pg_background import Extension
 from tests.core.kit import Watched, effect, eventually, slow, within
 
+pytestmark = pytest.mark.any_surface
+
 SOON = 20.0
 """Seconds that a job may take that waits for nothing: a call to the server is given up after 30."""
 

@@ -10,6 +10,8 @@ import pytest
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, pace
 from tests.core.kit import APP, Watched, effect, ended, eventually, slow, within
 
+pytestmark = pytest.mark.any_surface
+
 TAMPERING = [
     "reset all",
     "set role none",

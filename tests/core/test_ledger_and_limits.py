@@ -23,6 +23,8 @@ from tests.conftest import Database
 from tests.core.kit import APP, Watched, cancelled, effect, ended, eventually, slow, within
 from tests.kit.proxy import TO_SERVER, Proxy
 
+pytestmark = pytest.mark.any_surface
+
 REAL = pytest.mark.servers("real", "embedded")
 
 # Forgetting -----------------------------------------------------------------------------------------------------------

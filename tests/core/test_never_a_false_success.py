@@ -9,6 +9,8 @@ import pytest
 from pgbg_orchestration import Job, Outcome, arun, errors
 from tests.core.kit import Watched, count, effect, ended, within
 
+pytestmark = pytest.mark.any_surface
+
 
 def tells_names(db: Watched) -> bool:
     """Whether this extension tells an error's schema, table and constraint."""

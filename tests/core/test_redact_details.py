@@ -11,6 +11,8 @@ from pgbg_orchestration import Job, Launcher, arun, errors
 from pgbg_orchestration.outcome import WITHHELD
 from tests.core.kit import Watched, effect, eventually, launching_process, slow, within
 
+pytestmark = pytest.mark.any_surface
+
 CANARY = "canary-4711"
 UNIQUE = (
     "create temp table card (holder text constraint one_card primary key);"

@@ -17,6 +17,8 @@ from psycopg.pq import Format
 from pgbg_orchestration import Column, Fetch, Job, Launcher, NoRows, Outcome, Rows, arun, errors
 from tests.core.kit import APP, Watched, launching_process, within
 
+pytestmark = pytest.mark.any_surface
+
 TYPES = {
     "bool": "true::bool",
     "numeric": "12345678901234567890.123456789012345678901234567890::numeric",

@@ -8,6 +8,8 @@ import pytest
 from pgbg_orchestration import Fetch, Job, Launcher, arun
 from tests.core.kit import GENEROUS, Watched, count, within
 
+pytestmark = pytest.mark.any_surface
+
 VALUES = (
     "g % 2 = 0", "(g % 65536 - 32768)::int2", "g - 50000", "g * 92233720368547", "(g / 3.0)::float4", "g / 7.0::float8",
     "g / 7::numeric", "(g / 8.0)::numeric(20, 5)", "e'a\\t\\\\ \"q\" {x,y} ü 🐘 ' || g", "(g::text)::varchar(9)",

@@ -13,6 +13,8 @@ from pgbg_orchestration import Job, Launcher, errors
 from pgbg_orchestration.outcome import EventKind
 from tests.core.kit import Recorder, Watched, effect, eventually, within
 
+pytestmark = pytest.mark.any_surface
+
 QUERY = """select g, g::numeric / 3 as n, timestamptz '2013-01-01 00:00+00' as t, array['a', null] as a,
     null::jsonb as j, 2.5::numeric as c, '\\x00ff'::bytea as b, true as y, int4range(1, g) as r
 from generate_series(1, 7) as g"""

@@ -101,7 +101,7 @@ def assert_told(db: Watched, work: str, end: object) -> None:
     assert db.states() == {"j": "failed" if work in FAILURES else "committed"}
 
 
-@pytest.mark.faults
+@pytest.mark.any_surface
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("point", ["after_launch", "while_running"])
 async def test_launching_process_killed(prepared: Watched, work: str, point: str) -> None:
@@ -143,7 +143,7 @@ async def test_failure_that_nobody_was_there_for_is_told_to_the_next_call(prepar
     assert prepared.effects() == 10
 
 
-@pytest.mark.faults
+@pytest.mark.any_surface
 @pytest.mark.parametrize("work", WORKS)
 async def test_launching_process_killed_before_the_launch(prepared: Watched, work: str) -> None:
     job = {"sql": WORKS[work], "id": "j"}
@@ -192,7 +192,7 @@ async def test_cancelled(prepared: Watched, work: str, who: str) -> None:
         await within(arun(prepared.conninfo, Job(WORKS[work], id="j")))
 
 
-@pytest.mark.faults
+@pytest.mark.any_surface
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("verified", [False, True])
 async def test_server_restarted(own_db: Callable[..., Watched], work: str, verified: bool) -> None:

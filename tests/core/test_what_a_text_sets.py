@@ -7,6 +7,8 @@ import pytest
 from pgbg_orchestration import Job, arun, errors
 from tests.core.kit import Watched, within
 
+pytestmark = pytest.mark.any_surface
+
 SLOW = "select pg_catalog.pg_sleep(60)"
 
 

@@ -10,6 +10,8 @@ from pgbg_orchestration import Job, arun
 from pgbg_orchestration.walk.worker_sql import PADDING
 from tests.core.kit import Watched, within
 
+pytestmark = pytest.mark.any_surface
+
 
 @pytest.mark.parametrize(
     ("label", "shown"),

@@ -1,4 +1,4 @@
-"""``make demo`` as a person runs it: whole, in processes of its own, twice, and interrupted."""
+"""``make demo`` as a person runs it: whole, in processes of its own, and interrupted; in the long form twice."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from demo.database import AIRFLOW, FLIGHTS
 from demo.state import ROOT, STATE_VARIABLE, State
 from pgbg_orchestration.embedded.server import EmbeddedServer
 from pgbg_orchestration.embedded.status import status
+from tests.matrix import LONG
 
 pytestmark = [
     pytest.mark.airflow,
@@ -28,6 +29,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
+RUNS = 2 if LONG else 1
 FIRST_SECONDS = 600
 INTERRUPTED_SECONDS = 120
 # Nobody listens there: what would be downloaded fails.
@@ -75,9 +77,9 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
 
 @pytest.fixture(scope="module")
 def ran(state: State) -> Ran:
-    """The demo, run twice, the second time without a network."""
+    """The demo, run once; in the long form a second time, without a network."""
     printed = []
-    for environment in ({}, NO_NETWORK):
+    for environment in ({}, NO_NETWORK)[:RUNS]:
         process = demo(state, **environment)
         try:
             out, _ = process.communicate(timeout=FIRST_SECONDS)
@@ -133,7 +135,7 @@ def test_every_run_had_jobs_of_its_own_that_really_ran(server: EmbeddedServer) -
         " from pgbg.jobs where series like 'airflow:flights/%'",
     )
     runs = {run for run, *_ in jobs}
-    assert len(runs) == 2
+    assert len(runs) == RUNS
     for run in runs:
         of_run = {task: rest for name, task, *rest in jobs if name == run}
         assert {task: (state, sqlstate) for task, (state, sqlstate, *_) in of_run.items()} == {
@@ -159,14 +161,14 @@ def test_dagster_ran_each_time(server: EmbeddedServer) -> None:
         " count(*) filter (where state = 'failed' and sqlstate = '23503'), count(*)"
         " from pgbg.jobs where series like 'dagster/%' group by 1",
     )
-    assert [counts for _, *counts in jobs] == [[4, 1, 5], [4, 1, 5]]
+    assert [counts for _, *counts in jobs] == [[4, 1, 5]] * RUNS
 
 
 @pytest.mark.timeout(2 * FIRST_SECONDS)
 def test_airflow_says_so_too(server: EmbeddedServer) -> None:
-    assert ask(server, AIRFLOW, "select dag_id, state from dag_run") == [("flights", "success")] * 2
+    assert ask(server, AIRFLOW, "select dag_id, state from dag_run") == [("flights", "success")] * RUNS
     triggers = ask(server, AIRFLOW, "select count(*) from task_instance where dag_id = 'flights' and state = 'success'")
-    assert triggers == [(12,)]
+    assert triggers == [(6 * RUNS,)]
 
 
 @pytest.mark.timeout(2 * FIRST_SECONDS)

@@ -52,14 +52,14 @@ def test_what_is_about_the_embedded_server_runs_there_too() -> None:
 
 
 def test_what_breaks_things_runs_on_the_real_server_alone() -> None:
-    assert at_a_push(EVERYWHERE, HERE, faults=True) == ["real"]
-    assert at_a_push([*EVERYWHERE, *MAJOR], HERE, faults=True) == ["real", "standin15"]
+    assert at_a_push(EVERYWHERE, HERE, any_surface=True) == ["real"]
+    assert at_a_push([*EVERYWHERE, *MAJOR], HERE, any_surface=True) == ["real", "standin15"]
 
 
 def test_what_breaks_things_runs_on_the_stand_in_where_there_is_nothing_else() -> None:
-    assert at_a_push(EVERYWHERE, without("real"), faults=True) == ["embedded"]
-    assert at_a_push(EVERYWHERE, without("real", "embedded"), faults=True) == ["real", "standin19"]
-    assert at_a_push(["standin20", "standin19"], HERE, faults=True) == ["standin19"]
+    assert at_a_push(EVERYWHERE, without("real"), any_surface=True) == ["embedded"]
+    assert at_a_push(EVERYWHERE, without("real", "embedded"), any_surface=True) == ["real", "standin19"]
+    assert at_a_push(["standin20", "standin19"], HERE, any_surface=True) == ["standin19"]
 
 
 def test_no_test_vanishes_for_its_servers() -> None:
@@ -67,9 +67,9 @@ def test_no_test_vanishes_for_its_servers() -> None:
     kinds = [*REAL, *STANDIN, *MAJOR]
     for size in range(1, len(kinds) + 1):
         for meant in combinations(kinds, size):
-            for faults in (False, True):
-                assert at_a_push(meant, HERE, faults=faults), meant
-                assert at_a_push(meant, without(*kinds), faults=faults), meant
+            for any_surface in (False, True):
+                assert at_a_push(meant, HERE, any_surface=any_surface), meant
+                assert at_a_push(meant, without(*kinds), any_surface=any_surface), meant
 
 
 def test_a_postgresql_that_is_not_out_yet() -> None:

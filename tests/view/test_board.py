@@ -17,6 +17,8 @@ from pgbg_orchestration.view.lines import BY_HAND, NOT_VISIBLE, lines_of
 from pgbg_orchestration.view.source import ServerSource
 from tests.core.kit import GENEROUS, Watched, effect, slow, within
 
+pytestmark = pytest.mark.any_surface
+
 HISTORY = (
     "insert into pgbg.job (owner, job_digest, job_id, series_digest, series, generation, label, kind, sql_digest,"
     " attempt, launched_by, launcher_pid, ended_at, outcome)"
