@@ -12,7 +12,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widget import Widget
-from textual.widgets import Button, DataTable, Footer, Input, Label, ProgressBar, Static
+from textual.widgets import Button, Footer, Input, Label, ProgressBar, Static
 
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.ledger.board import Board
@@ -20,26 +20,12 @@ from pgbg_orchestration.ledger.board import Board
 from .lines import ALL_STATES, Line, Order, arranged, chosen, line_of_job, lines_of
 from .seen import known_of
 from .source import Source
-from .words import SIGNS, facts_of, progress, took
+from .table import Table
+from .words import facts_of
 
 W = TypeVar("W", bound=Widget)
 EVERY = 2.0  # seconds from one look to the next
 MOST_ENDED = 2_000  # jobs that ended
-
-STYLES = {
-    "running": "bold dodger_blue1",
-    "waiting": "cyan",
-    "committed": "green",
-    "cancelled": "yellow",
-    "failed": "bold red",
-    "lost": "bold red",
-    "unknown": "bold magenta",
-    "by hand": "bold white",
-    "not visible": "dim",
-}
-COLUMNS = (
-    "STATE", "LABEL", "TIME", "PROGRESS", "WAITS FOR", "ROWS", "TRY", "WANTED BY", "LAUNCHED BY", "WORKER", "WHAT",
-)  # fmt: skip
 
 
 class Details(ModalScreen[None]):
@@ -87,12 +73,6 @@ class Details(ModalScreen[None]):
         told.append("\n\nSQL as it was given", "dim")
         told.append(f"\n{seen.statement or seen.why_no_statement}", "not dim")
         self.query_one("#kept", Static).update(told)
-
-
-class Lines(DataTable[Text]):
-    """The table; its keys are named at the foot of the screen."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "details")]
 
 
 class Question(ModalScreen[bool]):
@@ -159,6 +139,7 @@ class Top(App[None]):
     #details { border: round $primary; padding: 1 2; margin: 2 6; background: $surface; }
     Question { align: center middle; }
     #question { width: 72; height: auto; border: round $error; padding: 1 2; background: $surface; }
+    #question Label { width: 100%; }
     #question Horizontal { height: auto; margin-top: 1; }
     #question Button { margin-right: 2; }
     """
@@ -179,8 +160,7 @@ class Top(App[None]):
         self._source = source
         self._every = every
         self._board: Board | None = None
-        self._lines: dict[str, Line] = {}
-        self._shown: dict[str, tuple[Text, ...]] = {}
+        self._lines: list[Line] = []
         self._pattern = ""
         self._state: str | None = None
         self._order = Order.SINCE
@@ -197,15 +177,14 @@ class Top(App[None]):
             yield ProgressBar(id="gauge", show_eta=False, show_percentage=False)
         yield Input(id="pattern", placeholder="part of a label or series; * and ? stand in")
         yield Static(id="trouble")
-        yield Lines(id="table", cursor_type="row", zebra_stripes=True)
+        yield Table(id="table")
         yield Footer()
 
     def on_mount(self) -> None:
         """Look, and go on looking."""
-        self._below("#table", DataTable).add_columns(*((name, name) for name in COLUMNS))
         self.set_interval(self._every, self._tick)
         self.look()
-        self._below("#table", DataTable).focus()
+        self._below("#table", Table).focus()
 
     def _below(self, selector: str, kind: type[W]) -> W:
         """Return a widget of the view itself, also while a question or a job's details lie upon it."""
@@ -243,38 +222,18 @@ class Top(App[None]):
             return  # the view was closed meanwhile
         self._say(trouble, trouble=bool(trouble))
         if board is not None:
-            self._board = board
+            self._board, self._lines = board, lines_of(board)
             self.show()
 
     def show(self) -> None:
-        """Put what was seen last on the screen: only what changed is drawn again."""
+        """Put what was seen last on the screen."""
         if self._board is None:
             return
         states = frozenset({self._state}) if self._state else frozenset[str]()
-        lines = arranged(
-            chosen(lines_of(self._board), pattern=self._pattern, states=states), self._order, reverse=self._reversed
-        )
-        self._lines = {line.key: line for line in lines}
-        cells = {line.key: cells_of(line) for line in lines}
-        table = self._below("#table", DataTable)
+        lines = arranged(chosen(self._lines, pattern=self._pattern, states=states), self._order, reverse=self._reversed)
         with self.batch_update():
-            if list(cells) == list(self._shown):
-                for key, row in cells.items():
-                    for column, old, new in zip(COLUMNS, self._shown[key], row, strict=True):
-                        if old != new:
-                            table.update_cell(key, column, new)
-            else:
-                self._draw_anew(table, cells)
-            self._shown = cells
+            self._below("#table", Table).show(lines)
             self._show_head(self._board, len(lines))
-
-    def _draw_anew(self, table: DataTable[Text], cells: dict[str, tuple[Text, ...]]) -> None:
-        under = self._under_cursor()
-        table.clear()
-        for key, row in cells.items():
-            table.add_row(*row, key=key)
-        if under is not None and under.key in cells:
-            table.move_cursor(row=list(cells).index(under.key), animate=False)
 
     def _show_head(self, board: Board, count: int) -> None:
         chosen_by = [f"sorted by {self._order}{' reversed' if self._reversed else ''}"]
@@ -295,13 +254,6 @@ class Top(App[None]):
     def _say(self, text: str, *, trouble: bool = False) -> None:
         self._below("#trouble", Static).update(Text(f"✗ {text}" if trouble else text))
 
-    def _under_cursor(self) -> Line | None:
-        table = self._below("#table", DataTable)
-        if not table.is_valid_coordinate(table.cursor_coordinate):
-            return None
-        key = table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
-        return self._lines.get(key or "")
-
     # Keys ---------------------------------------------------------------------------------------------------------
 
     def action_find(self) -> None:
@@ -318,7 +270,7 @@ class Top(App[None]):
     @on(Input.Submitted)
     def _submitted(self) -> None:
         self._below("#pattern", Input).remove_class("open")
-        self._below("#table", DataTable).focus()
+        self._below("#table", Table).focus()
 
     def action_clear(self) -> None:
         """Show all lines again."""
@@ -326,7 +278,7 @@ class Top(App[None]):
         field.value = ""
         field.remove_class("open")
         self._pattern, self._state = "", None
-        self._below("#table", DataTable).focus()
+        self._below("#table", Table).focus()
         self.show()
 
     def action_next_state(self) -> None:
@@ -351,27 +303,25 @@ class Top(App[None]):
         self._paused = not self._paused
         self.show()
 
-    @on(DataTable.RowSelected)
-    def _selected(self, event: DataTable.RowSelected) -> None:
-        line = self._lines.get(event.row_key.value or "")
-        if line is not None:
-            self.push_screen(Details(line, self._source))
+    @on(Table.Selected)
+    def _selected(self, event: Table.Selected) -> None:
+        self.push_screen(Details(event.line, self._source))
 
     def action_blocker(self) -> None:
         """Go to the job that the one under the cursor waits for."""
-        line = self._under_cursor()
+        line = self._below("#table", Table).under_cursor
         if line is None or line.blocker is None:
             self.notify("It waits for no job that this login sees.", severity="warning")
             return
-        key = line_of_job(line.blocker).key
-        if key not in self._lines:
+        key, table = line_of_job(line.blocker).key, self._below("#table", Table)
+        if not table.go_to(key):
             self.action_clear()
-        self._below("#table", DataTable).move_cursor(row=list(self._lines).index(key), animate=False)
+            table.go_to(key)
 
     @work
     async def action_cancel(self) -> None:
         """Ask, and cancel what the cursor is on."""
-        line = self._under_cursor()
+        line = self._below("#table", Table).under_cursor
         if line is None or not line.is_at_work:
             self.notify("It has ended: there is nothing to cancel.", severity="warning")
             return
@@ -395,23 +345,3 @@ class Top(App[None]):
         if await self._source.cancel_worker(line.worker):
             return f"{line.label}: its worker was asked to cancel its statement."
         return f"{line.label}: its worker has ended, or is not this login's to cancel."
-
-
-def cells_of(line: Line) -> tuple[Text, ...]:
-    """Return the cells of a line, one for each of ``COLUMNS``."""
-    what = (
-        f"{line.sqlstate} {line.message or ''}" if line.sqlstate else (line.job.command_tag if line.job else None) or ""
-    )
-    return (
-        Text(f"{SIGNS[line.state]} {line.state}", STYLES[line.state]),
-        Text(line.label),
-        Text(took(line.seconds), justify="right"),
-        Text(progress(line), "green"),
-        Text(line.waits_for, "yellow"),
-        Text("" if line.rows is None else f"{line.rows:,}", justify="right"),
-        Text(str(line.attempt or ""), justify="right"),
-        Text(line.by_orchestrator),
-        Text(line.by, "dim"),
-        Text(str(line.pid or ""), justify="right"),
-        Text(" ".join(what.split()), "red" if line.sqlstate else ""),
-    )

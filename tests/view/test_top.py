@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import psycopg
 import pytest
-from textual.widgets import DataTable, Static
+from textual.widgets import Static
 
 from pgbg_orchestration import Job, Launcher, errors
 from pgbg_orchestration.view.source import ServerSource
-from pgbg_orchestration.view.top import COLUMNS, Details, Question, Top
+from pgbg_orchestration.view.table import COLUMNS, Table, texts_of
+from pgbg_orchestration.view.top import Details, Question, Top
 from tests.core.kit import GENEROUS, Watched, effect, slow, within
 
 pytestmark = pytest.mark.servers("real")
@@ -21,9 +22,9 @@ LOCKED = "select exists (select from pg_locks where relation = 'effects'::regcla
 
 def cells(app: Top, column: str) -> list[str]:
     """What stands in a column, from top to bottom."""
-    table = app.screen_stack[0].query_one("#table", DataTable)
+    table = app.screen_stack[0].query_one("#table", Table)
     at = COLUMNS.index(column)
-    return [str(table.get_row_at(row)[at]) for row in range(table.row_count)]
+    return [texts_of(line)[at] for line in table.lines]
 
 
 async def shown(look: Callable[[], bool], what: str) -> None:
