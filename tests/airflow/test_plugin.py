@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,15 +18,18 @@ import pytest
 from pytest_mock import MockerFixture
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.testclient import TestClient
 
 from airflow_provider import plugin
 from airflow_provider.link import BackgroundJobLink
 from demo.airflow_processes import AirflowProcesses
 from pgbg_orchestration import Job, errors, run
+from pgbg_orchestration.ledger.board import Board
+from pgbg_orchestration.ledger.history import JobDetail, JobEntry
 from pgbg_orchestration.view.web.app import ASKED
 from tests.conftest import Running
 from tests.servers.kinds import Server
-from tests.view.test_lines import job
+from tests.view.test_lines import board, job
 
 pytestmark = pytest.mark.airflow
 
@@ -97,6 +101,72 @@ def test_sql_and_rows_are_for_whoever_sees_them_in_airflow(mocker: MockerFixture
         asked = getattr(plugin.ConnectionPage("warehouse"), guard)
         may[right] = [asyncio.run(asked(request(), one)) for one in (of_task, job("k"))]
     assert list(may.values()) == [[True, False], [False, False], [False, True]]
+
+
+class Stub:
+    """A database with one job at work, of an Airflow task."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[str] = []
+        self.entry = job("j", series="airflow:flights/r/load/-1", running_pid=7)
+
+    async def board(self, *, most_ended: int | None = None) -> Board:
+        return board(self.entry)
+
+    async def job(self, owner: str | None, job_id: str) -> JobEntry | None:
+        return self.entry
+
+    async def detail(self, job: JobEntry) -> JobDetail | None:
+        return JobDetail("select 'the SQL'", (), {})
+
+    async def usual(self, label: str) -> None:
+        """Nothing has ended."""
+
+    async def cancel(self, job: JobEntry) -> str:
+        self.cancelled.append(job.job_id)
+        return "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("rights", "codes", "sql"),
+    [
+        ((), (403, 403, 403), None),
+        (("PUT TASK_INSTANCE flights", "GET TASK_INSTANCE flights"), (403, 403, 403), None),
+        (("GET connection warehouse",), (200, 200, 403), None),
+        (("GET connection warehouse", "GET TASK_INSTANCE flights"), (200, 200, 403), "select 'the SQL'"),
+        (("GET connection warehouse", "PUT connection warehouse"), (200, 200, 403), None),
+        (("GET connection warehouse", "PUT TASK_INSTANCE flights"), (200, 200, 200), None),
+    ],
+)
+def test_who_reads_and_who_cancels_over_http(
+    mocker: MockerFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    rights: tuple[str, ...],
+    codes: tuple[int, int, int],
+    sql: str | None,
+) -> None:
+    """Whoever may see and not edit sees, and cancels nothing; whoever may not see cancels nothing either."""
+    source = Stub()
+
+    @asynccontextmanager
+    async def opened(_: object) -> AsyncIterator[Stub]:
+        yield source
+
+    monkeypatch.setenv("AIRFLOW__PG_BACKGROUND__WEB_ALLOW_CANCEL", "true")
+    mocker.patch.object(plugin.ConnectionPage, "_source", opened)
+    manager = Manager(*(f"ann: {right}" for right in rights))
+    mocker.patch("airflow.api_fastapi.app.get_auth_manager", return_value=manager)
+    mocker.patch("airflow.api_fastapi.core_api.security.get_user", return_value="ann")
+    client = TestClient(plugin.ConnectionPage("warehouse"))
+
+    seen = client.get("/api/board")
+    page = client.get("/api/job?owner=etl&id=j")
+    ended = client.post("/api/cancel", json={"owner": "etl", "job_id": "j"}, headers={ASKED: "cancel"})
+
+    assert (seen.status_code, page.status_code, ended.status_code) == codes
+    assert source.cancelled == (["j"] if ended.status_code == 200 else [])
+    assert page.json().get("sql") == sql
+    assert ("airflow:flights" in seen.text) is (seen.status_code == 200)
 
 
 def test_there_is_no_page_unless_a_connection_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
