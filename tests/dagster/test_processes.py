@@ -25,6 +25,7 @@ from pgbg_orchestration.embedded.databases import Databases
 from tests.conftest import Database, Running
 from tests.core.kit import count, seeded
 from tests.dagster.processes import Dagster, until
+from tests.matrix import LONG
 from tests.servers.kinds import Server
 
 T = TypeVar("T")
@@ -176,7 +177,7 @@ def test_terminated_at_any_moment(dagster: Dagster, database: Database) -> None:
 
     side_by_side(terminate, [(job, "at work", 0.0, False) for job in JOBS])
     assert met == {"at work": len(JOBS)}
-    for _ in range(count(2, 20)):
+    for _ in range(count(1, 20)):
         side_by_side(
             terminate, [(job, chance.choice(STAGES), chance.uniform(0, 0.7), chance.random() < 0.5) for job in JOBS]
         )
@@ -210,7 +211,10 @@ def test_a_process_dies_and_the_retried_run_finds_the_worker(dagster: Dagster, d
         os.kill(dagster.pid_of_step(work.run) if victim == "step" else dagster.pid_of_run(work.run), how)
         assert_retry_attaches(work)
 
-    side_by_side(die, [(victim, how) for victim in ("step", "run") for how in (signal.SIGKILL, signal.SIGTERM)])
+    deaths = [("step", signal.SIGKILL), ("run", signal.SIGTERM)]
+    if LONG:
+        deaths += [("step", signal.SIGTERM), ("run", signal.SIGKILL)]
+    side_by_side(die, deaths)
 
 
 def test_a_run_dies_while_the_daemon_is_dead(dagster: Dagster, database: Database) -> None:
