@@ -22,6 +22,8 @@ from pgbg_orchestration.view.source import ServerSource
 from pgbg_orchestration.view.timeline import file_of
 from pgbg_orchestration.view.web.app import build_app
 from tests.core.kit import GENEROUS, Watched, effect
+from tests.view.test_lines import NOW, board
+from tests.view.test_lines import job as job_entry
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -215,7 +217,8 @@ def test_what_is_in_the_way_of_the_nightly_load(db: Watched, page: Page, faults:
         expect(waits).to_contain_text("PgSleep")
         working.append(at_work(Job(effect("load"), id="load", label="nightly load")))
 
-        page.get_by_role("button", name="nightly load").press("Enter")
+        page.get_by_role("button", name="nightly load").focus()
+        page.keyboard.press("Enter")
         dialog = page.get_by_role("dialog")
         # What Enter and Space do to whoever just opened it changes nothing.
         expect(dialog.get_by_role("button", name="Close")).to_be_focused()
@@ -230,7 +233,9 @@ def test_what_is_in_the_way_of_the_nightly_load(db: Watched, page: Page, faults:
         expect(page.locator("#job-said")).to_have_text("Cancelled; its worker has ended.")
         expect(page.locator("#job-state")).to_contain_text("cancelled")
         page.keyboard.press("Escape")
+        expect(page.get_by_role("button", name="nightly load")).to_be_focused()
         expect(page.locator("#lines tr", has_text="nightly load")).to_contain_text("committed")
+        expect(page.get_by_role("button", name="nightly load")).to_be_focused()
         page.goto("about:blank")
     for one in working:
         one.join()
@@ -268,6 +273,23 @@ def test_the_timeline_is_in_the_time_zone_of_the_browser(db: Watched, browser: B
     assert set(began) == {"committed", "slots used by jobs"}
     assert len(set(began.values())) == 1
     assert abs(datetime.fromisoformat(began["committed"]) - at) < timedelta(minutes=5)
+
+
+def test_many_at_work_leave_room_for_what_ran(page: Page, faults: list[str], tmp_path: Path) -> None:
+    """The longest at work are drawn, and the busiest of the others."""
+    jobs = [job_entry(f"now {n:02}", seconds=100 - n) for n in range(40)]
+    for n in range(12):
+        label = f"past {n:02}"
+        jobs += [job_entry(f"{n}/{i}", "committed", label=label, seconds=500, ended_at=NOW) for i in range(n + 1)]
+    (tmp_path / "timeline.html").write_text(file_of(board(*jobs), jobs, more=False), encoding="utf-8")
+
+    page.goto((tmp_path / "timeline.html").as_uri())
+
+    expect(page.locator("#chart-note")).to_contain_text("22 labels are not drawn")
+    drawn = page.evaluate("document.querySelector('#chart').layout.yaxis.ticktext")
+    wanted = [f"now {n:02}" for n in range(20)] + [f"past {n:02}" for n in range(2, 12)]
+    assert sorted(drawn) == wanted
+    assert faults == []
 
 
 def test_a_narrow_window(db: Watched, page: Page, faults: list[str]) -> None:

@@ -5,11 +5,12 @@
 const EVERY = 2000; // milliseconds between two looks at what runs
 const TIMELINE_EVERY = 15000;
 const SIGNS = { running: "▶", waiting: "…", committed: "✓", cancelled: "⊘", failed: "✗", lost: "✗", unknown: "?", "by hand": "☞", "not visible": "◌" };
-const MOST_LANES = 30; // labels on the timeline, the busiest first
+const MOST_LANES = 30; // labels on the timeline
+const LANES_OF_PAST = 10; // of them at least, where there are as many, for what is not at work
 const FILE = window.PGBG_FILE;
 
 const $ = (id) => document.getElementById(id);
-const state = { lines: [], jobs: [], slots: 0, leftOut: 0, notVisible: 0, mayCancel: false, sort: null, down: false, open: null, asked: 0, charts: null };
+const state = { lines: [], jobs: [], slots: 0, leftOut: 0, notVisible: 0, mayCancel: false, sort: null, down: false, open: null, opener: null, asked: 0, charts: null };
 
 async function ask(path) {
   const answer = await fetch(path, { headers: { accept: "application/json" } });
@@ -61,7 +62,10 @@ function opener(text, job, key) {
   made.className = "link";
   made.textContent = text;
   made.dataset.key = key;
-  made.addEventListener("click", () => open(job.owner, job.job_id));
+  made.addEventListener("click", () => {
+    if (!$("job").open) state.opener = key;
+    open(job.owner, job.job_id);
+  });
   return made;
 }
 
@@ -103,11 +107,15 @@ function row(line) {
   return made;
 }
 
+function buttonOf(key) {
+  return [...$("lines").querySelectorAll("button.link")].find((button) => button.dataset.key === key);
+}
+
 function showTable() {
   const lines = sorted(state.lines.filter(fits)), shown = lines.slice(0, 500);
   const focused = document.activeElement?.dataset?.key;
   $("lines").replaceChildren(...shown.map(row));
-  if (focused) [...$("lines").querySelectorAll("button.link")].find((b) => b.dataset.key === focused)?.focus();
+  if (focused && !$("job").open) buttonOf(focused)?.focus();
   const notes = lines.length ? [] : [state.lines.length ? "none of the lines fits" : "no job that this login may see is at work, or ended a short while ago"];
   if (lines.length > shown.length) notes.push(`the first ${shown.length} of ${lines.length} lines: narrow them by label or state`);
   if (state.leftOut) notes.push(`${state.leftOut.toLocaleString("en")} more that committed a short while ago are on the timeline only`);
@@ -186,6 +194,19 @@ function slotsOverTime(jobs, now) {
   return { x, y };
 }
 
+// What is at work comes first, the longest before the others, then what had the most jobs.
+function lanesOf(jobs, by) {
+  const since = new Map(), counts = new Map();
+  for (const job of jobs) {
+    counts.set(job[by], (counts.get(job[by]) ?? 0) + 1);
+    if (job.state === "running" || job.state === "waiting") since.set(job[by], Math.min(since.get(job[by]) ?? Infinity, job.launched_at));
+  }
+  const atWork = [...since.keys()].sort((a, b) => since.get(a) - since.get(b));
+  const past = [...counts.keys()].filter((lane) => !since.has(lane)).sort((a, b) => counts.get(b) - counts.get(a));
+  const first = MOST_LANES - Math.min(past.length, LANES_OF_PAST);
+  return [...atWork.slice(0, first), ...past, ...atWork.slice(first)];
+}
+
 function showTimeline() {
   const colour = colours(), by = $("by").value, now = Date.now();
   const jobs = state.jobs.filter(fits).filter((job) => job.launched_at || job.registered_at);
@@ -194,11 +215,7 @@ function showTimeline() {
     $("chart-note").textContent = "no jobs that this login may see in this time";
     return;
   }
-  const counts = new Map();
-  // What is at work now is drawn before what has the most jobs.
-  const atWork = (job) => (job.state === "running" || job.state === "waiting" ? 1e6 : 0);
-  for (const job of jobs) counts.set(job[by], (counts.get(job[by]) ?? 0) + 1 + atWork(job));
-  const lanes = [...counts.entries()].sort((a, b) => b[1] - a[1]).slice(0, MOST_LANES).map(([lane]) => lane).sort().reverse();
+  const all = lanesOf(jobs, by), lanes = all.slice(0, MOST_LANES).sort().reverse();
   const place = new Map(lanes.map((lane, index) => [lane, index]));
   const bars = (name, chosen, span, more = {}, least = 0) => {
     const trace = { type: "bar", orientation: "h", name, x: [], y: [], base: [], text: [], customdata: [], textposition: "none",
@@ -247,8 +264,8 @@ function showTimeline() {
       if (job && !FILE) open(job[0], job[1]);
     });
   }
-  const left = counts.size - lanes.length;
-  $("chart-note").textContent = `${jobs.length} jobs` + (left > 0 ? `; ${left} ${by === "label" ? "labels" : "series"} with fewer jobs are not drawn` : "")
+  const left = all.length - lanes.length;
+  $("chart-note").textContent = `${jobs.length} jobs` + (left > 0 ? `; ${left} ${by === "label" ? "labels" : "series"} are not drawn` : "")
     + (state.more ? "; older ones are left out" : "") + `; times of ${Intl.DateTimeFormat().resolvedOptions().timeZone}`;
 }
 
@@ -421,7 +438,11 @@ for (const button of document.querySelectorAll("[data-sort]")) {
 for (const id of ["pattern", "state", "by"]) $(id).addEventListener("input", () => { showTable(); if (window.Plotly) showTimeline(); });
 for (const id of ["choice", "span"]) $(id).addEventListener("submit", (event) => event.preventDefault());
 $("close").addEventListener("click", () => $("job").close());
-$("job").addEventListener("close", () => history.replaceState(null, "", location.pathname + location.search));
+$("job").addEventListener("close", () => {
+  history.replaceState(null, "", location.pathname + location.search);
+  // The table was drawn anew meanwhile: the focus goes back to where it came from.
+  buttonOf(state.opener)?.focus();
+});
 $("cancel").addEventListener("click", cancel);
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (window.Plotly) showTimeline(); });
 
