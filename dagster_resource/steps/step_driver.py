@@ -67,16 +67,34 @@ def drive(
     """
     driver = Driver(work)
 
-    def look() -> None:
-        if is_terminated():
-            raise DagsterExecutionInterruptedError  # as if Dagster had sent it
-
     def on_interrupt(interruption: BaseException) -> float:
-        by_dagster = isinstance(interruption, (DagsterExecutionInterruptedError, KeyboardInterrupt))
-        driver.talk.cancel_workers = by_dagster and should_cancel()
-        return 0.0
+        return pass_on(interruption, driver.talk, should_cancel)
 
-    return driver.run(log=log, look=look, interval=interval, on_interrupt=on_interrupt)
+    return driver.run(
+        log=log, look=lambda: raise_if_terminated(is_terminated), interval=interval, on_interrupt=on_interrupt
+    )
+
+
+def raise_if_terminated(is_terminated: Callable[[], bool]) -> None:
+    """Interrupt the step whose run is being terminated, as if Dagster had sent it.
+
+    Raises
+    ------
+    DagsterExecutionInterruptedError
+        The run is being terminated.
+    """
+    if is_terminated():
+        raise DagsterExecutionInterruptedError
+
+
+def pass_on(interruption: BaseException, talk: Talk, should_cancel: Callable[[], bool]) -> float:
+    """Tell the work whether its workers are to end; returns for how many seconds it may go on, which is none.
+
+    They go on where the interruption is none of Dagster's: an error of the step's own.
+    """
+    by_dagster = isinstance(interruption, (DagsterExecutionInterruptedError, KeyboardInterrupt))
+    talk.cancel_workers = by_dagster and should_cancel()
+    return 0.0
 
 
 def see_through(work: Callable[[Talk], Coroutine[Any, Any, Any]], *, log: Callable[[int, str], None]) -> None:

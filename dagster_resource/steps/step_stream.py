@@ -20,6 +20,7 @@ from .batch import Member
 from .caller import Caller
 from .identity import Identity
 from .outcome import PgBackgroundOutcome
+from .step_driver import pass_on, raise_if_terminated
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +51,7 @@ class StepStream:
             launcher,
             self._stream,
             log=caller.log,
-            look=self._look,
+            look=lambda: raise_if_terminated(caller.is_terminated),
             interval=interval,
             on_interrupt=self._on_interrupt,
         )
@@ -106,12 +107,5 @@ class StepStream:
         call.options["on_cancel"] = lambda: Cause.INTERRUPTED if talk.cancel_workers else None
         return launcher.stream(call.job, **call.options)
 
-    def _look(self) -> None:
-        if self._caller.is_terminated():
-            raise DagsterExecutionInterruptedError  # as if Dagster had sent it
-
     def _on_interrupt(self, interruption: BaseException) -> float:
-        if self._talk is not None:
-            by_dagster = isinstance(interruption, (DagsterExecutionInterruptedError, KeyboardInterrupt))
-            self._talk.cancel_workers = by_dagster and self._caller.cancels()
-        return 0.0
+        return 0.0 if self._talk is None else pass_on(interruption, self._talk, self._caller.cancels)

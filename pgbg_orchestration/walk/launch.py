@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 import psycopg
@@ -106,9 +106,8 @@ class Launches:
             await self.take_over_call()
             await self._refuse(error)
         await self.take_over_call()
-        registration = case.opening.registration
-        if registration is not None and registration["verdict"] == "reused":
-            raise failures.reused(work)
+        if case.opening.registration is not None:
+            self._check_reuse(case.opening.registration["verdict"])
         await self._wait_at_first()
 
     async def _supervisor_of_any(self) -> Launched | None:
@@ -125,11 +124,15 @@ class Launches:
                 return None
             await self._host.pairs.acquire()
             case.paired = True
-        facts = await self._host.facts()
-        settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
-        calls = facts.extension.supervision(readable.columns, padded=readable.padded, reported_of=work.reported_of)
+        calls, settings = await self._supervision_of(readable)
         head, middle, tail = work.supervisor_of_any(self._host.schema, readable.text, calls, settings)
         return telemetry.comment() + head, middle, tail
+
+    async def _supervision_of(self, readable: Readable) -> tuple[Sequence[str], Mapping[str, str]]:
+        """Return what a supervisor calls to launch and follow its worker, and what that worker is to have set."""
+        work, facts = self._case.work, await self._host.facts()
+        calls = facts.extension.supervision(readable.columns, padded=readable.padded, reported_of=work.reported_of)
+        return calls, {**facts.defaults, **work.settings(self._case.seconds_left(), facts.defaults)}
 
     async def _wait_at_first(self) -> None:
         case, worker = self._case, self._case.worker
@@ -167,8 +170,11 @@ class Launches:
         # A superseded one is seen to be by the next look.
         case.memory = case.memory.registered(registration)
         faults.point("after_register")
-        if registration.verdict == "reused":
-            raise failures.reused(work)
+        self._check_reuse(registration.verdict)
+
+    def _check_reuse(self, verdict: str) -> None:
+        if verdict == "reused":
+            raise failures.reused(self._case.work)
 
     async def launch(self) -> bool:
         """Launch the job; returns False when a worker of an older generation has to end first.
@@ -212,15 +218,12 @@ class Launches:
             if work.job.drop_invalid_index:
                 await self._drop_invalid_index()
             readable = _with_tags(work, self._host.schema) if work.is_watched else await self._make_readable()
-            facts = await self._host.facts()
-            settings = {**facts.defaults, **work.settings(case.seconds_left(), facts.defaults)}
-            calls = facts.extension.supervision(readable.columns, padded=readable.padded, reported_of=work.reported_of)
+            calls, settings = await self._supervision_of(readable)
             return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
         text = await off_loop(work.size, lambda: work.text(self._host.schema))
         if not case.options.notices and case.feed is None:
             return text
-        if case.session is None or case.session.lost:
-            case.session = await self._host.session(exclusive=True)
+        await self._need_own_session()
         if case.feed is not None:
             case.readable = Readable(text, case.feed.definition)
             return text
@@ -231,13 +234,18 @@ class Launches:
         case = self._case
         if case.worker_pid is not None:
             raise failures.already_at_work(case.work, case.worker_pid)  # as this turn's look has seen it
-        if case.session is None or case.session.lost:
-            case.session = await self._host.session(exclusive=True)
+        await self._need_own_session()
         if case.feed is not None:
             case.readable = Readable(case.work.bare, case.feed.definition)
         else:
             case.readable = await self._make_readable()
         return case.readable.text
+
+    async def _need_own_session(self) -> None:
+        """Have a launching session that no other job uses: reading a result blocks it."""
+        case = self._case
+        if case.session is None or case.session.lost:
+            case.session = await self._host.session(exclusive=True)
 
     async def _make_readable(self) -> Readable:
         """Return the text to launch, with a result that can be read to its end."""
@@ -403,13 +411,13 @@ class Launches:
         if error is not None and not isinstance(error, MayBeLaunched):
             case.memory = case.memory.refused()
             return False
-        result = call.result() if error is None else None
-        if isinstance(result, Begun) and result.worker is None:
+        worker = _worker_of(call) if error is None else None
+        if error is None and worker is None:
             case.memory = case.memory.refused()  # there is something to look at first
             return False
         case.attempts.append(case.attempt if case.work.carries_receipt else len(case.attempts) + 1)
-        if result is not None:
-            case.worker = result.worker if isinstance(result, Begun) else result
+        if worker is not None:
+            case.worker = worker
             case.memory = case.memory.running()
         else:
             case.memory = case.memory.call_lost()
@@ -439,7 +447,12 @@ def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:
     """Forget the worker of a call that has ended: nobody waits for it."""
     if call.cancelled() or call.exception() is not None:
         return
-    result = call.result()
-    worker = result.worker if isinstance(result, Begun) else result
+    worker = _worker_of(call)
     if worker is not None:
         worker.release()
+
+
+def _worker_of(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> Worker | None:
+    """Return the worker of a call that has ended well; None of an opening that found something to look at first."""
+    result = call.result()
+    return result.worker if isinstance(result, Begun) else result
