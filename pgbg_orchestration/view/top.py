@@ -144,7 +144,8 @@ class Top(App[None]):
     #question Button { margin-right: 2; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("slash", "find", "find"),
+        # Before the table has it: else what is typed behind it at one go would be taken for keys, and a q would leave.
+        Binding("slash", "find", "find", priority=True),
         Binding("f", "next_state", "state"),
         Binding("s", "next_order", "sort"),
         Binding("r", "reverse", "reverse"),
@@ -256,11 +257,18 @@ class Top(App[None]):
 
     # Keys ---------------------------------------------------------------------------------------------------------
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Tell whether an action is there now: a slash is a letter where one types, and nothing in a question."""
+        if action == "find":
+            return len(self.screen_stack) == 1 and not isinstance(self.focused, Input)
+        return super().check_action(action, parameters)
+
     def action_find(self) -> None:
         """Open the line in which a pattern is typed."""
         field = self._below("#pattern", Input)
         field.add_class("open")
-        field.focus()
+        # At once, and not by focus() after the next message.
+        self.screen.set_focus(field)
 
     @on(Input.Changed)
     def _changed(self, event: Input.Changed) -> None:
