@@ -18,10 +18,9 @@ from pgbg_orchestration.embedded.databases import Contents, Databases
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
 from tests.kit.order import longest_first
 from tests.kit.proxy import Proxy
-from tests.matrix import LONG, at_a_push
+from tests.matrix import LONG, asked_for, at_a_push
 from tests.servers.debian import ServerUnavailableError
 from tests.servers.kinds import KINDS, Server
-from tests.servers.older import MAJORS
 
 # No test asserts a time: an example that took 0.3 s on a busy machine is no failure.
 settings.register_profile("untimed", deadline=None)
@@ -126,6 +125,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "servers(*kinds): run on these kinds of server only")
     config.addinivalue_line("markers", "majors: run on an older major version of PostgreSQL too")
     config.addinivalue_line("markers", "since(extension, postgres): about what came with these versions")
+    config.addinivalue_line("markers", "until(postgres): about what this version is the last to have")
     unknown = set(_named(config)) - KINDS.keys()
     if unknown:
         raise pytest.UsageError(f"--servers: unknown {', '.join(sorted(unknown))}; known: {', '.join(KINDS)}")
@@ -185,9 +185,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for a server on the kinds that it is meant for: at a push on a few (tests/matrix.py)."""
     if "server_kind" not in metafunc.fixturenames:
         return
-    wanted = {*MAJORS} if metafunc.definition.get_closest_marker("majors") else set()
+    marker = metafunc.definition.get_closest_marker("servers")
+    wanted = asked_for(
+        metafunc.definition.path.parent.name,
+        marker.args if marker else (),
+        majors=metafunc.definition.get_closest_marker("majors") is not None,
+    )
     kinds = _named(metafunc.config) or [kind for kind in KINDS if KINDS[kind].everywhere or kind in wanted]
-    if marker := metafunc.definition.get_closest_marker("servers"):
+    if marker:
         unknown = set(marker.args) - KINDS.keys()
         if unknown:
             raise pytest.UsageError(f"{metafunc.definition.nodeid}: unknown servers {sorted(unknown)}")
@@ -242,6 +247,19 @@ def _since(request: pytest.FixtureRequest) -> None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
+
+
+@pytest.fixture(autouse=True)
+def _until(request: pytest.FixtureRequest) -> None:
+    """Skip a test marked ``until`` on a server that no longer has what the test is about."""
+    marker = request.node.get_closest_marker("until")
+    if marker is None:
+        return
+    server: Server = request.getfixturevalue("server")
+    with server.connect() as connection:
+        postgres = connection.info.server_version // 10000
+    if postgres > marker.kwargs["postgres"]:
+        pytest.skip(f"the server is newer: PostgreSQL {postgres}, {marker.kwargs['postgres']} is the last")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ The servers that a test is meant for follow from its marks. Of these a push need
   processes and servers break, what SQL may do, what users give and see. Where surfaces differ, in the calls of the
   extension and what it tells of a worker, the other tests are;
 * of the older majors, for a test marked ``majors``, the one that continuous integration installs;
-* no PostgreSQL that comes (``standin_pg19``): what it is made from may be out of reach.
+* no PostgreSQL that comes (``standin_pg19``, ``real19``): what it is made from may be out of reach.
 
 No test is left out at a push for its servers: what it is meant for, it runs on at least once.
 """
@@ -30,8 +30,29 @@ STANDIN = ("standin19", "standin20")
 """Kinds with the stand-in, on the same PostgreSQL as ``embedded``; one is enough at a push."""
 MAJOR = ("standin15", "standin14", "standin16", "standin17")
 """Kinds with an older PostgreSQL; one is enough at a push, the first that can be had."""
-COMING = ("standin_pg19",)
+COMING = ("standin_pg19", "real19")
 """Kinds with a PostgreSQL that is not out yet: the long form's only."""
+
+
+def asked_for(folder: str, named: Collection[str], *, majors: bool, long: bool = LONG) -> set[str]:
+    """Tell which kinds a test runs on that not every test does.
+
+    Parameters
+    ----------
+    folder
+        The folder of ``tests`` that the test is in.
+    named
+        What its mark ``servers`` names.
+    majors
+        True for a test marked ``majors``.
+    long
+        True in the long form, in which the contract suite and the core's run on the PostgreSQL that comes.
+    """
+    wanted = {*MAJOR} if majors else set()
+    wanted |= {*COMING} & {*named}
+    if long and folder in {"contract", "core"}:
+        wanted |= {*COMING}
+    return wanted
 
 
 def at_a_push(

@@ -10,7 +10,7 @@ from pgbg_orchestration.statements.split import split
 from tests.conftest import Database
 from tests.core.kit import only_long
 
-pytestmark = [pytest.mark.servers("standin_pg19"), only_long]
+pytestmark = [pytest.mark.servers("standin_pg19", "real19"), only_long]
 
 MADE = """
 create table t (i int primary key); insert into t values (1); cluster t using t_pkey;

@@ -14,7 +14,7 @@ from pgbg_orchestration.embedded.status import StopMode
 from tests.servers import installed
 from tests.servers.debian import DebianTree
 from tests.servers.embedded import EmbeddedUnderTest
-from tests.servers.experimental import ExperimentalTree, Nineteen
+from tests.servers.experimental import ExperimentalTree, ExtensionTree, Nineteen, RealNineteen
 from tests.servers.older import MAJORS, OlderUnderTest
 from tests.servers.real import RealServer
 
@@ -85,7 +85,7 @@ class Kind:
     make: MakeServer
     why_not: Callable[[], str | None]
     everywhere: bool = True
-    """False: only tests marked ``majors`` run on it, unless ``--servers`` names it."""
+    """False: only tests that ask for it run on it (tests/matrix.py says how), unless ``--servers`` names it."""
     like: str | None = None
     """The kind that it stands for: tests that are meant for that one run on it too."""
 
@@ -110,6 +110,10 @@ def _why_no_experimental() -> str | None:
     return ExperimentalTree().why_not()
 
 
+def _why_no_extension() -> str | None:
+    return ExtensionTree().why_not()
+
+
 def _why_no_embedded() -> str | None:
     try:
         find_binaries()
@@ -126,4 +130,5 @@ KINDS: Mapping[str, Kind] = {
     "installed": Kind(installed.InstalledUnderTest, installed.why_not, everywhere=False, like="embedded"),
     **{name: Kind(partial(OlderUnderTest, name), major.why_not, everywhere=False) for name, major in MAJORS.items()},
     "standin_pg19": Kind(Nineteen, _why_no_experimental, everywhere=False),
+    "real19": Kind(RealNineteen, _why_no_extension, everywhere=False, like="real"),
 }

@@ -129,6 +129,26 @@ class RealServer:
             # takes for a running server. All its processes are gone, so the file may go.
             (self._cluster / "data" / "postmaster.pid").unlink(missing_ok=True)
 
+    def take_over(self, old: RealServer) -> None:
+        """Fill this new cluster with another's data by ``pg_upgrade``; both are stopped, and ours is started.
+
+        Parameters
+        ----------
+        old
+            a cluster of an older major version that is in the same tree.
+        """
+        self.start().stop()  # which makes the data directory and its settings
+        old.stop()
+        here, programs = self._inside(""), self.tree.binaries
+        upgrade = (
+            f"cd {here} && {programs}/pg_upgrade -U postgres --no-sync -s {here}"
+            f" -b {old.tree.binaries} -B {programs} -d {old._inside('data')} -D {self._inside('data')}"
+        )
+        result = run_in_tree(self.tree, "sh", "-c", upgrade)
+        if result.returncode != 0:
+            raise RuntimeError(f"pg_upgrade failed: {result.stdout}")
+        self.start()
+
     def remove(self) -> None:
         """Stop the server and delete its data."""
         self.stop("immediate")

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from tests.matrix import COMING, MAJOR, REAL, STANDIN, at_a_push
+from tests.matrix import COMING, MAJOR, REAL, STANDIN, asked_for, at_a_push
 from tests.servers.kinds import KINDS
 
 EVERYWHERE = ["real", "embedded", "standin20", "standin19"]
@@ -73,8 +73,18 @@ def test_no_test_vanishes_for_its_servers() -> None:
 
 
 def test_a_postgresql_that_is_not_out_yet() -> None:
-    assert "standin_pg19" not in at_a_push([*EVERYWHERE, *MAJOR, *COMING], HERE)
+    assert not {*COMING} & {*at_a_push([*EVERYWHERE, *MAJOR, *COMING], HERE)}
     assert at_a_push([*COMING], HERE) == [*COMING]
+
+
+def test_who_asks_for_what_not_every_test_runs_on() -> None:
+    assert asked_for("core", (), majors=False, long=False) == set()
+    assert asked_for("core", (), majors=True, long=False) == {*MAJOR}
+    assert asked_for("core", (), majors=False, long=True) == {*COMING}
+    assert asked_for("contract", (), majors=True, long=True) == {*MAJOR, *COMING}
+    assert asked_for("airflow", (), majors=False, long=True) == set()
+    # A test of the PostgreSQL that comes names it; without this it ran nowhere, and nobody was told.
+    assert asked_for("core", ["real19"], majors=False, long=False) == {"real19"}
 
 
 def test_every_kind_is_in_one_group() -> None:
