@@ -2,7 +2,8 @@
 
 Airflow tells nobody of a task that is marked in the seconds after its triggerer was killed: it deletes the trigger
 (``Trigger.clean_unused``) before another triggerer may have it. So the triggers of a process look now and then for what
-was left at work over their connection, whoever launched it; and so does a triggerer from its start on (``starting``).
+was left at work over their connection, whoever launched it; and so does a triggerer from its start on
+(``triggerer_listener``).
 
 What decides is the database's own word that the session is gone which registered the launch, and Airflow's word for the
 state of the task: no clock of this machine. A triggerer that is stalled keeps its sessions, and one that was replaced

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 COMMITTED = ("committed",)
 ENDED_BADLY = ("cancelled", "failed", "lost", "unknown")
+"""The states of :data:`pgbg_orchestration.ledger.history.ENDED_BADLY`, said again because a DAG file imports no core.
+``tests/unit/test_entries.py`` holds that they are the same."""
 NAMED = 10  # jobs or workers that a line of the log names
 
 

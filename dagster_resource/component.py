@@ -44,7 +44,7 @@ def about(description: str) -> Resolver:
 
 
 def told_text(description: str) -> Resolver:
-    """Do what :func:`told` does, for a text that may be digits: a template makes a number of those."""
+    """Do what :func:`about` does, for a text that may be digits: a template makes a number of those."""
 
     def as_text(context: ResolutionContext, value: Any) -> str | None:
         resolved = context.resolve_value(value)

@@ -27,6 +27,7 @@ GOES_ON = (
     "run the same id again, and it is attached to or its outcome is read."
 )
 DONE = "The job is committed, and never runs again; its rows are not to be had any more."
+LOOK_INTO_LOG = "The server's log has the reason. Running it again is safe."
 NOT_KNOWN = "Whether the job is committed is not known from here."
 
 

@@ -320,7 +320,7 @@ async def arun(conninfo: str, job: Job, *, schema: str = "pgbg", **options: Unpa
     options:
         As :class:`pgbg_orchestration.options.Options` takes them: ``on_cancel``, ``on_superseded``,
         ``retry_cancelled``, ``accept_changed_sql``, ``slot_timeout``, ``poll_interval``, ``deadline``, ``observer``,
-        ``of_try``, ``notices``, ``when_orphaned``.
+        ``of_try``, ``notices``, ``when_orphaned``, ``supervisor``.
 
     Returns
     -------

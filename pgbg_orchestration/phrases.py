@@ -19,6 +19,18 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
 
 
+def roughly(seconds: float) -> str:
+    """Return a duration as a person says it: ``8 s``, ``3 min``, ``2 h 5 min``.
+
+    For an estimate, and for a wait that goes on: :func:`duration` would pretend to know it to the tenth of a second.
+    """
+    whole = max(round(seconds), 0)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def count(row_count: int | None, command_tag: str | None) -> str | None:
     """Return a count of rows in words; None where none is known, or the command counts none and says 0."""
     words = (command_tag or "").split()

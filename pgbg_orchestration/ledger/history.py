@@ -224,7 +224,7 @@ def error_of(entry: JobEntry) -> PgbgError | None:
         case "lost":
             return errors.WorkerLost(
                 f"its worker is gone without a commit, and nobody was there to hear why{name}",
-                todo="The server's log has the reason. Running it again is safe.",
+                todo=errors.LOOK_INTO_LOG,
                 **ended,
             )
         case "unknown":

@@ -118,7 +118,11 @@ class Extension:
     async def launch(
         self, conn: AsyncConnection[Any], text: str, *, label: str, queue_size: int | None = None, submit: bool = False
     ) -> Handle:
-        """Launch ``text`` in a worker and return its handle; with ``submit`` its result can never be read."""
+        """Launch ``text`` in a worker and return its handle; with ``submit`` its result can never be read.
+
+        For those who call the extension themselves (docs/python.md). A job's worker is launched by
+        :func:`.opening.launch` or :func:`.opening.run`, which tell whether it may have been launched when they fail.
+        """
         # FROM, since "select (launch(...)).*" calls the function once for each column: two workers.
         query = sql.SQL("select pid, cookie from {}(%s, %s, %s)").format(self.name("submit" if submit else "launch"))
         cursor = await conn.cursor(row_factory=tuple_row).execute(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -318,30 +319,24 @@ async def _report(case: Case, ledger: Ledger, sighting: Sighting) -> None:
     """Note in the history that a failure was told which its supervisor wrote down: the next call may launch again."""
     if not case.attempts:
         case.tell(EventKind.FOUND_FAILED, "its last launch failed when nobody was there to be told")
-    try:
-        async with asyncio.timeout(case.patience()):
-            await ledger.reported(case.work.key, sighting.attempt or case.attempt)
-    except (psycopg.Error, PgbgError, TimeoutError) as failure:
-        logger.warning("the history of job %s could not be written: %s", case.work.label, failure)
+    attempt = sighting.attempt or case.attempt
+    await _write(ledger.reported(case.work.key, attempt), label=case.work.label, patience=case.patience())
 
 
 async def count(host: Host, job: Job, outcome: Outcome) -> None:
     """Add to the history how many rows a job gave that were streamed; a fault here is only told."""
     facts = await host.facts()
     key = Key(job.owner or facts.login, outcome.job_id, job.series)
-    try:
-        async with asyncio.timeout(pace.CALL):
-            await host.ledger.record(
-                key,
-                outcome.attempt or 1,
-                "committed",
-                worker_pid=outcome.worker_pid,
-                started_at=outcome.started_at,
-                row_count=outcome.row_count,
-                command_tag=outcome.command_tag,
-            )
-    except (psycopg.Error, PgbgError, TimeoutError) as failure:
-        logger.warning("the history of job %s could not be written: %s", job.label, failure)
+    writing = host.ledger.record(
+        key,
+        outcome.attempt or 1,
+        "committed",
+        worker_pid=outcome.worker_pid,
+        started_at=outcome.started_at,
+        row_count=outcome.row_count,
+        command_tag=outcome.command_tag,
+    )
+    await _write(writing, label=job.label, patience=pace.CALL)
 
 
 async def record(
@@ -354,18 +349,24 @@ async def record(
     worker, info = case.worker, case.memory.launch.info
     # A supervisor is not the worker: it wrote down itself who that was.
     own_pid = worker.handle.pid if worker and not case.work.has_supervisor else None
-    try:
-        async with asyncio.timeout(case.patience()):
-            await ledger.record(
-                case.work.key,
-                case.attempt,
-                name,
-                worker_pid=outcome.worker_pid if outcome else own_pid,
-                started_at=outcome.started_at if outcome else info.started_at if info else None,
-                row_count=outcome.row_count if outcome else None,
-                command_tag=outcome.command_tag if outcome else None,
-                error=error,
-            )
-    except (psycopg.Error, PgbgError, TimeoutError) as failure:
-        logger.warning("the history of job %s could not be written: %s", case.work.label, failure)
+    writing = ledger.record(
+        case.work.key,
+        case.attempt,
+        name,
+        worker_pid=outcome.worker_pid if outcome else own_pid,
+        started_at=outcome.started_at if outcome else info.started_at if info else None,
+        row_count=outcome.row_count if outcome else None,
+        command_tag=outcome.command_tag if outcome else None,
+        error=error,
+    )
+    await _write(writing, label=case.work.label, patience=case.patience())
     faults.point("after_record")
+
+
+async def _write(writing: Awaitable[object], *, label: str | None, patience: float) -> None:
+    """Write into the history, for so many seconds at most; a fault is only told, since nothing is decided by it."""
+    try:
+        async with asyncio.timeout(patience):
+            await writing
+    except (psycopg.Error, PgbgError, TimeoutError) as failure:
+        logger.warning("the history of job %s could not be written: %s", label, failure)

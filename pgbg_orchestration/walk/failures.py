@@ -183,7 +183,7 @@ def lost(work: Work, *, output_dropped: bool) -> PgbgError:
     return errors.WorkerLost(
         "its worker ended without an error and without a commit: killed, cancelled while it started, or ended by a "
         "FATAL error such as transaction_timeout",
-        todo="The server's log has the reason. Running it again is safe.",
+        todo=errors.LOOK_INTO_LOG,
         **_ended(work),
     )
 

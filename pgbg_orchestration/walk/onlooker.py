@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from pgbg_orchestration import pace
+from pgbg_orchestration import pace, phrases
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.outcome import EventKind
@@ -216,12 +216,12 @@ def _command(watched: Subject, seen: Activity, now: float) -> Remark:
         left = watched.seconds_left(about, command.done, command.total, now)
         if left is not None:
             data["seconds_left"] = round(left)
-            text += f", about {duration(left)} left of this phase"
+            text += f", about {phrases.roughly(left)} left of this phase"
     return Remark(EventKind.PROGRESS, about, text, command.percent, data)
 
 
 def _blocked(seen: Activity, *, redact: bool) -> Remark:
-    waited = "" if seen.waited is None else f" for {duration(seen.waited)}"
+    waited = "" if seen.waited is None else f" for {phrases.roughly(seen.waited)}"
     names = [_blocker(blocker, redact=redact) for blocker in seen.blockers[:NAMED]]
     more = len(seen.blockers) - NAMED
     if more > 0:
@@ -236,19 +236,10 @@ def _blocker(blocker: Blocker, *, redact: bool) -> str:
         return "a prepared transaction (pg_prepared_xacts names it)"
     parts = [f"user {blocker.user_name}" if blocker.user_name else "", blocker.application or "", blocker.state or ""]
     if blocker.seconds is not None:
-        parts.append(f"in its transaction for {duration(blocker.seconds)}")
+        parts.append(f"in its transaction for {phrases.roughly(blocker.seconds)}")
     if blocker.query == HIDDEN:
         parts.append("its query is not visible to this login")
     named = f"pid {blocker.pid} ({', '.join(part for part in parts if part)})"
     if blocker.query and blocker.query != HIDDEN and not redact:
         named += f": {blocker.query}"
     return named
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as a person says it: ``8 s``, ``3 min``, ``2 h 5 min``."""
-    whole = max(round(seconds), 0)
-    if whole < 120:
-        return f"{whole} s"
-    minutes = round(whole / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pgbg_orchestration.outcome import EventKind
+from pgbg_orchestration.phrases import roughly
 from pgbg_orchestration.postgres.activity import Command, command_of
-from pgbg_orchestration.walk.onlooker import Remark, Subject, duration
+from pgbg_orchestration.walk.onlooker import Remark, Subject
 
 
 @pytest.mark.parametrize(
@@ -104,4 +105,4 @@ def test_a_log_can_bear_what_changes_all_the_time() -> None:
     ("seconds", "said"), [(0.2, "0 s"), (119, "119 s"), (180, "3 min"), (7500, "2 h 5 min"), (-1, "0 s")]
 )
 def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+    assert roughly(seconds) == said
