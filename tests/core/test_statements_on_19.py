@@ -5,10 +5,11 @@ from __future__ import annotations
 import psycopg
 import pytest
 
+from pgbg_orchestration import Job, arun, errors
 from pgbg_orchestration.statements.refuse import outside_transaction
 from pgbg_orchestration.statements.split import split
 from tests.conftest import Database
-from tests.core.kit import only_long
+from tests.core.kit import APP, Watched, only_long, within
 
 pytestmark = [pytest.mark.servers("standin_pg19", "real19"), only_long]
 
@@ -81,6 +82,29 @@ def test_wait_for_lsn(database: Database) -> None:
     [statement] = split("wait for lsn '0/0'")
     assert ends(database, "wait for lsn '0/0'") == "55000"
     assert outside_transaction(statement)
+
+
+@pytest.mark.parametrize("kind", ["supervised", "session"])
+async def test_a_wait_that_ends_and_one_that_times_out(db: Watched, kind: str) -> None:
+    """Its own timeout has the code of a cancel, and is told as what it is."""
+    there = Job("wait for lsn '0/1' with (mode 'primary_flush')", id="there", kind=kind)
+    assert (await within(arun(db.conninfo, there))).command_tag == "WAIT"
+    far = Job("wait for lsn 'FFFF/0' with (mode 'primary_flush', timeout '100ms')", id="far", kind=kind)
+    with pytest.raises(errors.WorkerError) as caught:
+        await within(arun(db.conninfo, far))
+    assert not isinstance(caught.value, errors.JobCancelled)
+    assert caught.value.sqlstate == "57014"
+    assert "timed out while waiting" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["supervised", "session"])
+@pytest.mark.parametrize("text", ["repack", "repack using index", "repack (concurrently) t", "repack (analyze) t"])
+async def test_what_runs_alone_runs_as_a_job(db: Watched, text: str, kind: str) -> None:
+    db.sql("create table t (i int primary key); insert into t values (1); cluster t using t_pkey")
+    db.sql(f"alter table t owner to {APP}")
+    assert (await within(arun(db.conninfo, Job(text, id="j", kind=kind)))).command_tag == "REPACK"
+    with pytest.raises(errors.InvalidJob, match="cannot run in a transaction"):
+        await within(arun(db.conninfo, Job(text, id="no", kind="receipt")))
 
 
 def test_strings_have_no_escapes(database: Database) -> None:

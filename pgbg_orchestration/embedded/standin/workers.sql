@@ -70,7 +70,7 @@ BEGIN
                 || substr(sql, (final ->> 'start')::integer);
             statements := jsonb_insert(statements, '{-1}', '{"kind": "_DESCRIBE"}');
         END IF;
-    ELSIF final ->> 'kind' IN ('SHOW', 'EXPLAIN') THEN
+    ELSIF final ->> 'kind' IN ('SHOW', 'EXPLAIN', 'WAIT') THEN  -- WAIT FOR LSN, of 19
         shape := '["text"]';
     END IF;
 
@@ -154,7 +154,7 @@ BEGIN
         -- Rows of one column, whose type nobody told.
         RETURN jsonb_build_object('rows', coalesce(rows, '[]'), 'shape', '["text"]'::jsonb, 'row_count', number,
             'command_tag', kind, 'status', concat_ws(' ', kind, CASE kind WHEN 'INSERT' THEN '0' END, number));
-    ELSIF kind IN ('EXPLAIN', 'SHOW') THEN
+    ELSIF kind IN ('EXPLAIN', 'SHOW', 'WAIT') THEN
         RETURN jsonb_build_object('rows', coalesce(rows, '[]'), 'shape', '["text"]'::jsonb, 'row_count', 0,
             'command_tag', kind, 'status', kind);
     END IF;
