@@ -220,6 +220,27 @@ async def test_cancelling(db: Watched) -> None:
         assert type(running.exception()).__name__ == "JobCancelled"
 
 
+async def refuse_to_cancel(_: Request, __: JobEntry) -> None:
+    raise HTTPException(403, "not yours")
+
+
+@pytest.mark.parametrize(("guard", "offered"), [(allow, True), (refuse_to_cancel, False), (None, False)])
+async def test_a_button_is_offered_to_whoever_may_cancel(db: Watched, guard: Any, offered: bool) -> None:
+    async with Launcher(db.conninfo) as launcher:
+        running = asyncio.create_task(launcher.run(Job("select pg_sleep(120)", id="j")))
+        await db.at_work("j")
+
+        def look() -> bool:
+            with TestClient(app_for(db, may_cancel=guard)) as client:
+                told: bool = client.get("/api/job", params={"id": "j"}).json()["can_cancel"]
+                return told
+
+        assert await asyncio.to_thread(look) is offered
+        assert db.workers(), "to ask cancels nothing"
+        running.cancel()
+        await asyncio.wait({running})
+
+
 async def test_the_timeline_as_one_file(db: Watched) -> None:
     async with Launcher(db.conninfo) as launcher:
         await within(launcher.run(Job(effect("j"), id="j", label="</script><script>alert(1)</script>")))

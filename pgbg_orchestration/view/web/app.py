@@ -179,7 +179,9 @@ def build_app(
         shows_rows = may_see_rows is not None and await may_see_rows(request, entry)
         rows = await source.first_rows(entry) if shows_rows else None
         seen_job = await seen_now(source, entry)
-        return JSONResponse(data.of_job(seen_job, known_links, shows_sql=shows_sql, first_rows=rows))
+        answer = data.of_job(seen_job, known_links, shows_sql=shows_sql, first_rows=rows)
+        answer["can_cancel"] = answer["can_cancel"] and await _allows(may_cancel, request, entry)
+        return JSONResponse(answer)
 
     async def cancel(request: Request) -> Response:
         source = await seen(request)
@@ -214,6 +216,17 @@ def build_app(
             psycopg.Error: _troubled,
         },
     )
+
+
+async def _allows(guard: CancelGuard | None, request: Request, job: JobEntry) -> bool:
+    """Tell whether whoever asks may cancel a job: the page has no button that would be refused."""
+    if guard is None:
+        return False
+    try:
+        await guard(request, job)
+    except HTTPException:
+        return False
+    return True
 
 
 def _hours(request: Request) -> float:
