@@ -26,7 +26,7 @@ TICK = 0.5
 
 
 @dataclass(slots=True)
-class Given:
+class Parcel:
     """Something that the work hands to the waiting thread, and what is done once that has taken it."""
 
     value: Any
@@ -37,7 +37,7 @@ class Given:
 class Talk:
     """What the event loop's thread and the waiting thread say to one another."""
 
-    notes: queue.SimpleQueue[tuple[int, str] | Given | None] = field(default_factory=queue.SimpleQueue)
+    notes: queue.SimpleQueue[tuple[int, str] | Parcel | None] = field(default_factory=queue.SimpleQueue)
     """Lines for the log, each with a level of :mod:`logging`, and what is given; None wakes the waiting thread."""
     cancel_workers: bool = True
     """Set before the work is cancelled: whether its workers are to end too, or to go on."""
@@ -49,7 +49,7 @@ class Talk:
     async def give(self, value: Any) -> None:
         """Hand something to the thread that iterates, and wait until it has come for it (:meth:`Driver.iterate`)."""
         loop, taken = asyncio.get_running_loop(), asyncio.Event()
-        self.notes.put(Given(value, lambda: loop.call_soon_threadsafe(taken.set)))
+        self.notes.put(Parcel(value, lambda: loop.call_soon_threadsafe(taken.set)))
         await taken.wait()
 
 
@@ -149,7 +149,7 @@ class Driver(Generic[T]):
                     note = self.talk.notes.get(timeout=TICK)
                 except queue.Empty:
                     note = None
-                if isinstance(note, Given):
+                if isinstance(note, Parcel):
                     with self._lock:
                         if self._loop is not None:
                             note.taken()
@@ -234,7 +234,7 @@ class Driver(Generic[T]):
         try:
             note = self.talk.notes.get(timeout=patience) if patience else self.talk.notes.get_nowait()
             while note is not None:
-                if log is not None and not isinstance(note, Given):
+                if log is not None and not isinstance(note, Parcel):
                     log(*note)
                 note = self.talk.notes.get_nowait()
         except queue.Empty:

@@ -38,7 +38,7 @@ DEADLINE_MARGIN = 30.0  # from a job's deadline to the moment when its worker en
 CONFIRM = 10.0  # for a synchronous standby to confirm a cancel that a person asked for
 GRACE = 2.0  # for the launching side of another process to write down how a job ended
 STARTING = 3.0  # for a worker to show itself whose supervisor ended just after the launch: then it is attached to
-SIGN = 0.3  # for half of a sign to become whole: a lock alone, a cancel without its mark
+SIGN = 0.3  # for what is unfinished to become whole: a lock alone, a cancel without its mark
 
 
 def poll(age: float, poll_interval: float | None = None) -> float:

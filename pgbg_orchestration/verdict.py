@@ -70,8 +70,9 @@ class Evidence:
     ----------
     carries_receipt:
         Whether the job's SQL can carry a receipt (its kind says).
-    marked:
-        A worker of this job is at work that holds no lock: its supervisor is gone.
+    found_by_name:
+        A worker of this job is at work that holds no lock, because its supervisor is gone. It was found by its
+        ``application_name``.
     superseded:
         A newer generation of the series is registered, or the receipt was cancelled for that reason.
     registered:
@@ -101,7 +102,7 @@ class Evidence:
     carries_receipt: bool = True
     receipt: Receipt = Receipt.NONE
     holder: Holder = Holder.NOBODY
-    marked: bool = False
+    found_by_name: bool = False
     superseded: bool = False
     registered: bool = False
     report: Report = Report.NONE
@@ -201,7 +202,8 @@ def _judge(evidence: Evidence) -> Step:
         return Step.FAILED if evidence.recorded_failure else Step.LOST
     if evidence.report is Report.FAILED and evidence.sqlstate == ALREADY_COMMITTED:
         return Step.FAILED  # the job's own SQL raised it: there is no receipt behind it
-    # Refused for a mark that was lifted since, or by the job's own SQL, which raises the same again and again.
+    # Where a mark was the reason that has been lifted since, another launch goes well. Where the job's own SQL raises
+    # such a code, every launch ends like this one.
     turned_away = evidence.report is Report.FAILED and evidence.sqlstate in (TURNED_AWAY, REFUSED)
     if turned_away and evidence.holder is Holder.NOBODY and not evidence.rejections_left:
         return Step.FAILED
@@ -237,39 +239,40 @@ def _judge_launch(evidence: Evidence) -> Step:
 
 def _judge_unsupervised(evidence: Evidence) -> Step:
     """Judge a supervised job whose receipt is claimed, and whose supervisor holds no lock any more."""
-    if evidence.marked:
+    if evidence.found_by_name:
         return Step.WAIT if evidence.intent is Intent.NONE else Step.SIGNAL
     return _judge_verified(evidence) or Step.SETTLE
 
 
 def _judge_verified(evidence: Evidence) -> Step | None:
-    """Say what is left of a job whose end only verify_sql can tell; None when it told."""
+    """Return the next step for a job whose end only verify_sql can tell; None once verify_sql has told it."""
     if not evidence.can_verify:
         return Step.UNKNOWN
     if evidence.verified is None:
         return Step.VERIFY
-    # "Not done" is of this moment; another worker is not launched beside one that may begin after it.
+    # "Not done" was true when verify_sql answered. An earlier worker that may still begin could do the work after that,
+    # and another one beside it would do it twice.
     return Step.UNKNOWN if not evidence.verified and evidence.may_begin else None
 
 
 def _judge_without_receipt(evidence: Evidence) -> Step:
     """A job of kind session: its handle is all there is, and after that verify_sql."""
-    wanted = evidence.intent is Intent.NONE
+    end_wanted = evidence.intent is not Intent.NONE
     match evidence.report:
         case Report.RUNNING:
-            return Step.WAIT if wanted else Step.SIGNAL
+            return Step.SIGNAL if end_wanted else Step.WAIT
         case Report.FAILED:
-            return Step.CANCELLED if evidence.sqlstate == CANCELED and not wanted else Step.FAILED
+            return Step.CANCELLED if evidence.sqlstate == CANCELED and end_wanted else Step.FAILED
         case Report.ENDED:
             return Step.READ_RESULT
         case Report.NONE:
-            return Step.LAUNCH if wanted else Step.CANCELLED
+            return Step.CANCELLED if end_wanted else Step.LAUNCH
         case Report.GONE:
             pass
     if undecided := _judge_verified(evidence):
         return undecided
     if evidence.verified:
         return Step.COMMITTED
-    if not wanted:
+    if end_wanted:
         return Step.CANCELLED
     return Step.LAUNCH if evidence.launches_left else Step.LOST

@@ -58,13 +58,13 @@ class Proof(NamedTuple):
 class Worker:
     """A worker that this process launched: its handle, and the future of how it ended.
 
-    ``ended`` gets the last ``ResultInfo``, or None when the handle is lost.
+    ``end`` gets the last ``ResultInfo``, or None when the handle is lost.
     """
 
     session: HandleSession
     handle: Handle
     launched_at: float  # seconds of the event loop's clock
-    ended: asyncio.Future[ResultInfo | None]
+    end: asyncio.Future[ResultInfo | None]
     poll_interval: float | None = None  # the longest time between two polls; None for the usual one
     claim: Claim | None = None  # the launch that its receipt would prove, where it writes one
     proof: Proof | None = None  # that receipt, read after its commit was heard of; it is in the history then
@@ -73,7 +73,7 @@ class Worker:
     @property
     def gone(self) -> bool:
         """Whether the handle is lost."""
-        return self.ended.done() and self.ended.result() is None
+        return self.end.done() and self.end.result() is None
 
     async def error(self) -> ErrorFields | None:
         """Return the worker's error; None without one, or with the session lost."""
@@ -143,8 +143,8 @@ class HandleSession:
         loop = asyncio.get_running_loop()
         self._answered = loop.time()
         known = self.workers.pop(handle, None)
-        if known is not None and not known.ended.done():
-            known.ended.set_result(None)  # a pid and cookie given twice: trust neither
+        if known is not None and not known.end.done():
+            known.end.set_result(None)  # a pid and cookie given twice: trust neither
         worker = Worker(self, handle, loop.time(), loop.create_future(), poll_interval, claim)
         self.workers[handle] = worker
         return worker
@@ -155,7 +155,7 @@ class HandleSession:
         This session does nothing else meanwhile. Whatever goes wrong, or is not known then, its polls find out.
         """
         async with self._turn:
-            if self.lost or worker.ended.done() or self.workers.get(worker.handle) is not worker:
+            if self.lost or worker.end.done() or self.workers.get(worker.handle) is not worker:
                 return
             info = None
             try:
@@ -164,8 +164,8 @@ class HandleSession:
             except (psycopg.Error, OSError, TimeoutError) as error:
                 self._give_up_if_lost(error)
             self._answered = asyncio.get_running_loop().time()
-        if info is not None and info.completed and not worker.ended.done():
-            worker.ended.set_result(info)
+        if info is not None and info.completed and not worker.end.done():
+            worker.end.set_result(info)
 
     def _start_polling(self) -> None:
         self._wake.set()
@@ -182,7 +182,7 @@ class HandleSession:
 
     async def _poll_in_turn(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self.lost and (waiting := [w for w in self.workers.values() if not w.ended.done()]):
+        while not self.lost and (waiting := [w for w in self.workers.values() if not w.end.done()]):
             # One query polls all: the one that is due first sets the pace, but for what polling may cost.
             pause = min(pace.poll_handle(loop.time() - worker.launched_at, worker.poll_interval) for worker in waiting)
             pause = max(pause, min(-self._may_poll / pace.POLLING, pace.LOOK_SOONEST))
@@ -196,7 +196,7 @@ class HandleSession:
     async def poll(self) -> None:
         """Look once which workers have ended, and tell those who wait for them."""
         async with self._turn:
-            waiting = {handle: worker for handle, worker in self.workers.items() if not worker.ended.done()}
+            waiting = {handle: worker for handle, worker in self.workers.items() if not worker.end.done()}
             if not waiting or self.lost:
                 return
             self._polls, began = self._polls + 1, asyncio.get_running_loop().time()
@@ -221,11 +221,11 @@ class HandleSession:
             self._polled = self._answered
             # What would have been done at a notification, had it come before.
             well = [waiting[handle] for handle, info in found.items() if info and info.completed and not info.has_error]
-            await self._record_and_forget([w for w in well if w.claim is not None and not w.ended.done()])
+            await self._record_and_forget([w for w in well if w.claim is not None and not w.end.done()])
         for handle, info in found.items():
             worker = waiting[handle]
-            if not worker.ended.done() and (info is None or info.completed):
-                worker.ended.set_result(info)
+            if not worker.end.done() and (info is None or info.completed):
+                worker.end.set_result(info)
 
     async def _look_for_blocked(self, waiting: Mapping[Handle, Worker]) -> None:
         """Now and then, have whoever follows a worker look at it that waits for its output to be read."""
@@ -247,7 +247,7 @@ class HandleSession:
 
     def hear(self, worker: Worker) -> None:
         """Take a hint that a worker's launch may have committed: its receipt is read, and nothing else believed."""
-        if worker.ended.done() or self.lost:
+        if worker.end.done() or self.lost:
             return
         if worker.claim is None or self._recording is None:
             worker.nudged.set()
@@ -262,7 +262,7 @@ class HandleSession:
         while self._heard and not self.lost:
             async with self._turn:
                 heard, self._heard = self._heard, {}
-                await self._record_and_forget([worker for worker in heard.values() if not worker.ended.done()])
+                await self._record_and_forget([worker for worker in heard.values() if not worker.end.done()])
 
     async def _record_and_forget(self, workers: Sequence[Worker]) -> None:
         """Tell how launches ended that committed, when their ends are in the history, and forget their handles."""
@@ -270,8 +270,8 @@ class HandleSession:
             return
         ended = await self._record(workers)
         for worker, info in ended:
-            if not worker.ended.done():
-                worker.ended.set_result(info)
+            if not worker.end.done():
+                worker.end.set_result(info)
         if ended and not self.lost:
             await self._forget([worker for worker, _ in ended])
 
@@ -392,8 +392,8 @@ class HandleSession:
             finally:
                 if heard is not None:
                     self._conn.remove_notice_handler(heard)
-                if not worker.ended.done():
-                    worker.ended.set_result(None)
+                if not worker.end.done():
+                    worker.end.set_result(None)
 
     async def hear_failed(self, worker: Worker, heard: Hearing) -> psycopg.Error | None:
         """Tell what a worker that failed had raised, as far as the server kept it: WARNINGs, where nothing else is set.
@@ -424,12 +424,12 @@ class HandleSession:
             async with self._turn:
                 await self._detach(lambda: self.extension.detach(self._conn, worker.handle))
             faults.point("after_detach")
-        if not worker.ended.done():
-            worker.ended.set_result(None)
+        if not worker.end.done():
+            worker.end.set_result(None)
 
     def release(self, worker: Worker) -> None:
         """Detach a worker as soon as this session has time, without a wait for that."""
-        if worker.handle not in self.workers and worker.ended.done():
+        if worker.handle not in self.workers and worker.end.done():
             return  # forgotten already
         releasing = asyncio.create_task(self.detach(worker))
         self._releasing.add(releasing)
@@ -454,7 +454,7 @@ class HandleSession:
 
         async def cancel() -> int:
             # Inside the session's turn, so that no launch comes in between.
-            pids = [worker.handle.pid for worker in self.workers.values() if not worker.ended.done()]
+            pids = [worker.handle.pid for worker in self.workers.values() if not worker.end.done()]
             return await self.extension.cancel_all(self._conn) if pids and await at_work(pids) else 0
 
         return await self._ask(cancel) or 0 if not self.lost else 0
@@ -473,13 +473,13 @@ class HandleSession:
         self.lost = True
         workers, self.workers = self.workers, {}
         for worker in workers.values():
-            if worker.ended.done():
+            if worker.end.done():
                 continue
             if error is None:
-                worker.ended.set_result(None)
+                worker.end.set_result(None)
             else:
-                worker.ended.set_exception(error)
-                worker.ended.exception()  # its waiter may be gone
+                worker.end.set_exception(error)
+                worker.end.exception()  # its waiter may be gone
         self._wake.set()
 
     def _give_up_if_lost(self, error: BaseException) -> bool:

@@ -66,7 +66,7 @@ class Begun(NamedTuple):
     worker: Worker | None
 
 
-class Refused(Exception):
+class StatementFailed(Exception):
     """A statement failed; ``called`` says whether it was the launch call itself, or came after it."""
 
     def __init__(self, error: psycopg.Error, *, called: bool) -> None:
@@ -212,7 +212,7 @@ async def run(conn: AsyncConnection[Any], script: bytes, opening: Opening) -> Ha
 
     Raises
     ------
-    Refused
+    StatementFailed
         A statement failed; the connection is in no transaction any more.
     psycopg.OperationalError
         The connection was lost on the way.
@@ -229,7 +229,7 @@ async def begin(conn: AsyncConnection[Any], settings: Mapping[str, str]) -> None
 
     Raises
     ------
-    Refused
+    StatementFailed
         The server refuses a setting; the connection is in no transaction any more.
     psycopg.OperationalError
         The connection was lost.
@@ -244,18 +244,18 @@ async def launch(conn: AsyncConnection[Any], script: bytes) -> Handle:
     await _accept(conn, results, called=True)
     handle = _handle(results[0])
     if handle is None:
-        raise Refused(psycopg.errors.InternalError_("the launch call gave no handle"), called=True)
+        raise StatementFailed(psycopg.errors.InternalError_("the launch call gave no handle"), called=True)
     return handle
 
 
 async def _accept(conn: AsyncConnection[Any], results: Sequence[pq.abc.PGresult], *, called: bool) -> None:
-    """Raise :class:`Refused` where the last statement failed, once its transaction is ended."""
+    """Raise :class:`StatementFailed` where the last statement failed, once its transaction is ended."""
     if results[-1].status != pq.ExecStatus.FATAL_ERROR:
         return
     error = psycopg.errors.error_from_result(results[-1])
     if conn.pgconn.transaction_status == pq.TransactionStatus.INERROR:
         await _send(conn, b"rollback")
-    raise Refused(error, called=called)
+    raise StatementFailed(error, called=called)
 
 
 def _handle(launched: pq.abc.PGresult) -> Handle | None:

@@ -97,7 +97,7 @@ class LaunchingSession(HandleSession):
                         raise ConnectionLost("the launching session is lost")
                     sent = True
                     handle = await opening.run(self._conn, script, text)
-            except opening.Refused as refused:
+            except opening.StatementFailed as refused:
                 error = refused.error
                 lost = self._give_up_if_lost(error)
                 if text.registration is None and isinstance(error, psycopg.errors.LockNotAvailable):
@@ -190,7 +190,7 @@ class LaunchingSession(HandleSession):
                     called = True
                     handle = await opening.launch(self._conn, script)
                     faults.point("after_launch")
-            except opening.Refused as refused:
+            except opening.StatementFailed as refused:
                 lost = self._give_up_if_lost(refused.error)
                 raise self._launch_error(refused.error, called=refused.called, lost=lost) from refused.error
             except (psycopg.Error, OSError, TimeoutError) as error:

@@ -51,7 +51,7 @@ class Case:
     slot_deadline, waited_for_slot, paired:
         Until when to wait for a worker slot, fixed at the first wait; whether the launch waits for one, or did when it
         was broken off; whether this job counts as one that needs two.
-    session, readable, last_marked:
+    session, readable, last_seen:
         Where the result is read (a kind without a receipt, or notices that are asked for): the session of its own, how
         that is done, when the worker was last seen (on the event loop's clock).
     feed:
@@ -89,7 +89,7 @@ class Case:
     feed: Feed | None = None
     session: LaunchingSession | None = None
     readable: Readable | None = None
-    last_marked: float = 0.0
+    last_seen: float = 0.0
     worker_pid: int | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     way_out: float | None = None
@@ -107,7 +107,7 @@ class Case:
     @property
     def is_at_work(self) -> bool:
         """Whether a worker of the job may be at work, as far as this call knows."""
-        running = self.worker is not None and not self.worker.ended.done()
+        running = self.worker is not None and not self.worker.end.done()
         return running or self.memory.attached_since is not None
 
     # Time -----------------------------------------------------------------------------------------------------------

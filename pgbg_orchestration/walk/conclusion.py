@@ -75,7 +75,7 @@ async def conclude(case: Case, ledger: Ledger, step: Step, sighting: Sighting | 
                 await record(case, ledger, HISTORY[step], error=placed)
             fields = placed
         if step is Step.FAILED and sighting is not None and sighting.is_untold:
-            await _report(case, ledger, sighting)
+            await _note_told_failure(case, ledger, sighting)
         left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
         raise _error(case, step, sighting, fields, left)
     finally:
@@ -111,11 +111,11 @@ async def _placed(case: Case, ledger: Ledger, fields: ErrorFields, *, own: bool)
     return fields if hidden else location.inside(fields, case.failure)
 
 
-async def _shown(case: Case, ledger: Ledger, number: int) -> location.Shown | None:
+async def _shown(case: Case, ledger: Ledger, number: int) -> location.DisplayText | None:
     """Return a statement as it may be shown: with placeholders for its parameters."""
     work = case.work
     if work.job.parameters is None:
-        return location.Shown((work.statements[number].text,), (), ())
+        return location.DisplayText((work.statements[number].text,), (), ())
     try:
         shown = await ledger.run(lambda conn: location.shown(work.job, work.statements, conn))
     except (psycopg.Error, PgbgError) as failure:
@@ -156,9 +156,9 @@ async def _see_end(worker: Worker) -> None:
     """Poll a worker whose commit is visible until its report is there, a moment later, whatever its usual pace."""
     with suppress(TimeoutError):
         async with asyncio.timeout(pace.GRACE):
-            while not worker.ended.done():
+            while not worker.end.done():
                 await asyncio.shield(worker.session.poll())
-                await asyncio.wait({worker.ended}, timeout=pace.HANDLE_SOONEST)
+                await asyncio.wait({worker.end}, timeout=pace.HANDLE_SOONEST)
 
 
 async def _with_receipt(case: Case, ledger: Ledger, sighting: Sighting, *, launched: bool) -> Outcome:
@@ -181,7 +181,7 @@ async def _with_receipt(case: Case, ledger: Ledger, sighting: Sighting, *, launc
             finished_at=info.finished_at or sighting.looked_at,  # 1.9 and 1.10 do not tell: when its end was seen
         )
     if launched and case.memory.launch.result is not None and sighting.receipt_attempt == case.attempt:
-        row_count, tag = _of_its_own(case.work.statements[-1], *case.memory.launch.result)
+        row_count, tag = _report_form(case.work.statements[-1], *case.memory.launch.result)
         return replace(outcome, row_count=row_count, command_tag=tag, finished_at=sighting.looked_at)
     # Whoever launched it writes the counts down after the commit.
     elsewhere = not launched or case.work.is_watched
@@ -191,8 +191,8 @@ async def _with_receipt(case: Case, ledger: Ledger, sighting: Sighting, *, launc
     return replace(outcome, row_count=sighting.row_count, command_tag=sighting.command_tag, finished_at=finished)
 
 
-def _of_its_own(last: Statement, row_count: int | None, tag: str | None) -> tuple[int | None, str | None]:
-    """Return count and tag as a launch's report has them, of what a client is told: of a refresh it is no count."""
+def _report_form(last: Statement, row_count: int | None, tag: str | None) -> tuple[int | None, str | None]:
+    """Turn count and tag as a client is told them into the form of a worker's report; a refresh has no count."""
     match last.keywords:
         case ("REFRESH", *_):
             return None, tag
@@ -244,7 +244,7 @@ async def _with_rows(case: Case, ledger: Ledger, outcome: Outcome) -> Outcome:
 
 def _without_receipt(case: Case) -> Outcome:
     launch, worker = case.memory.launch, case.worker
-    row_count, tag = _of_its_own(case.work.statements[-1], *(launch.result or (None, None)))
+    row_count, tag = _report_form(case.work.statements[-1], *(launch.result or (None, None)))
     info = launch.info
     if info is not None and not (case.readable and case.readable.padded):
         row_count, tag = info.row_count, info.command_tag or None
@@ -315,7 +315,7 @@ def _ran_for(case: Case) -> float | None:
     return asyncio.get_running_loop().time() - worker.launched_at
 
 
-async def _report(case: Case, ledger: Ledger, sighting: Sighting) -> None:
+async def _note_told_failure(case: Case, ledger: Ledger, sighting: Sighting) -> None:
     """Note in the history that a failure was told which its supervisor wrote down: the next call may launch again."""
     if not case.attempts:
         case.tell(EventKind.FOUND_FAILED, "its last launch failed when nobody was there to be told")

@@ -1,7 +1,7 @@
 """The evidence: what a look at a job means to a call that remembers what came before. No I/O.
 
 Whoever looks does so in this order, which makes it mean something: the handle's report, the lock, the receipt. What may
-be half of a sign is a *doubt*: it is believed only after it has stood for a while.
+be unfinished is a *doubt*: it is believed only after it has stood for a while.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .memory import SUPERVISION, Memory, Stage, Stray, Terms
 
 
 class Sign(Enum):
-    """What may be half of a sign.
+    """An observation that may be unfinished, so that it is looked at again before it is believed.
 
     - CLAIM: a claimed receipt with nobody at work. A supervisor that starts between the look at its lock and the one
       at its claim looks the same, so it takes two looks at the same claim. The worker of a supervisor that is gone
@@ -46,7 +46,7 @@ class Doubt(NamedTuple):
 
 
 def doubt_the_look(sighting: Sighting, starting: float = pace.STARTING) -> Doubt | None:
-    """Return what may be half of a sign in a look by itself, whoever looks.
+    """Return what may be unfinished in a look by itself, whoever looks.
 
     Parameters
     ----------
@@ -61,14 +61,14 @@ def doubt_the_look(sighting: Sighting, starting: float = pace.STARTING) -> Doubt
 
 
 def doubt(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> Doubt | None:
-    """Return what may be half of a sign in a look, to a call for the job; None when it can be weighed.
+    """Return what may be unfinished in a look, to a call for the job; None when the look can be weighed.
 
     What others may write down is not waited for by a call that ends the job itself.
     """
     # Once verify_sql was asked, a worker had its time to show itself.
-    half = doubt_the_look(sighting, pace.STARTING if memory.verification is None else pace.SIGN)
-    if half is not None or sighting.receipt is not Receipt.NONE or memory.at(now, terms).intent is not Intent.NONE:
-        return half
+    doubtful = doubt_the_look(sighting, pace.STARTING if memory.verification is None else pace.SIGN)
+    if doubtful is not None or sighting.receipt is not Receipt.NONE or memory.at(now, terms).intent is not Intent.NONE:
+        return doubtful
     holder = sighting.holder(_generation(sighting, terms, memory))
     if memory.attached_since is not None and holder is not Holder.THIS_JOB and sighting.outcome is None:
         return Doubt(Sign.END, None, pace.GRACE)
@@ -95,15 +95,16 @@ def weigh(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> tuple
     """
     memory = memory.at(now, terms)
     if not memory.looked:
-        # A call that has registered its job before it looked had a new one, whether that was launched or not: whatever
-        # mark is there came after it.
+        # If this call registered the job before it looked, the job was new. Any cancel that it sees now came later, and
+        # is not an old one.
         is_new = memory.registration is not None or memory.launch.stage is not Stage.NONE
         old_mark = None if is_new else sighting.decided_at
         memory = memory._replace(looked=True, old_mark=old_mark)
     launch = memory.launch
     holder = sighting.holder(_generation(sighting, terms, memory))
     recorded = _is_recorded(sighting, terms, memory)
-    # Its own worker's lock explains no refusal: a supervisor takes it before it finds that it has to leave.
+    # Somebody else holds the lock, and that explains why our workers were turned away: the count begins anew. Not while
+    # a worker of ours runs, because the lock may be its own: a supervisor holds it for a moment before it leaves.
     if holder is not Holder.NOBODY and launch.report is not Report.RUNNING and memory.tries.rejected:
         memory = memory._replace(tries=memory.tries._replace(rejected=0))
     somebody_elses = launch.report in (Report.NONE, Report.GONE) or launch.sqlstate == TURNED_AWAY
@@ -118,11 +119,11 @@ def weigh(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> tuple
         memory,
         receipt=sighting.receipt,
         holder=holder,
-        marked=sighting.marked_pid is not None,
+        found_by_name=sighting.marked_pid is not None,
         may_begin=sighting.may_begin,
         superseded=is_superseded(sighting, terms, memory),
         recorded_failure=recorded,
-        output_blocked=sighting.wait_event in OUTPUT_WAITS and not terms.is_watched,  # which reads it
+        output_blocked=sighting.wait_event in OUTPUT_WAITS and not terms.is_watched,  # its supervisor reads it
         lift=_lifts(sighting, terms, memory),
     )
     return evidence, memory
@@ -138,19 +139,19 @@ def weigh_proof(terms: Terms, memory: Memory, now: float) -> tuple[Evidence, Mem
 
 
 def weigh_marker(
-    marked: bool, wait_event: str | None, terms: Terms, memory: Memory, now: float
+    found_by_name: bool, wait_event: str | None, terms: Terms, memory: Memory, now: float
 ) -> tuple[Evidence, Memory]:
     """Return what a look for the worker of a job without a receipt means, and what is remembered of it.
 
     Parameters
     ----------
-    marked:
+    found_by_name:
         Whether a worker is at work that bears the job's marker.
     wait_event:
         What that worker waits for.
     """
     memory = memory.at(now, terms)
-    if marked:
+    if found_by_name:
         # Its worker is at work: what verify_sql said before is out of date.
         memory = memory._replace(launch=memory.launch._replace(at_work=True), verification=None)
     launch = memory.launch
@@ -158,15 +159,15 @@ def weigh_marker(
         terms,
         memory,
         receipt=Receipt.COMMITTED if launch.result else Receipt.NONE,
-        holder=Holder.THIS_JOB if marked and launch.report is not Report.NONE else Holder.NOBODY,
+        holder=Holder.THIS_JOB if found_by_name and launch.report is not Report.NONE else Holder.NOBODY,
         may_begin=launch.may_begin,
         output_blocked=wait_event in OUTPUT_WAITS,
     )
     return evidence, memory
 
 
-def to_name(sighting: Sighting) -> int | None:
-    """Return the attempt whose worker its claimed receipt is to name: its supervisor was gone before it could."""
+def claim_without_pid(sighting: Sighting) -> int | None:
+    """Return the attempt of a claim that lacks its worker's pid, because its supervisor was gone too early."""
     if sighting.may_begin and sighting.marked_pid is not None and not sighting.holds_this_job:
         return sighting.receipt_attempt
     return None
@@ -188,7 +189,7 @@ def _evidence(
     holder: Holder,
     may_begin: bool,
     output_blocked: bool,
-    marked: bool = False,
+    found_by_name: bool = False,
     superseded: bool = False,
     recorded_failure: bool = False,
     lift: bool = False,
@@ -198,7 +199,7 @@ def _evidence(
         carries_receipt=terms.carries_receipt,
         receipt=receipt,
         holder=holder,
-        marked=marked,
+        found_by_name=found_by_name,
         superseded=superseded,
         registered=memory.registration is not None,
         report=launch.report,
@@ -228,7 +229,7 @@ def _lifts(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
     """Say whether this call takes the job's cancel back: one from before it, where its caller wants that."""
     if sighting.is_provisional:
         return True
-    # The very one that it saw first: by comparing times, a clock that is set back would make a new one an old one.
+    # Equal, and not earlier: after a clock was set back, a new cancel would look older than it is.
     before = memory.old_mark is not None and sighting.decided_at == memory.old_mark
     # What this very try made final, before it was taken up elsewhere, stays so.
     own = terms.of_try is not None and sighting.of_try == terms.of_try
@@ -261,7 +262,7 @@ def _is_recorded(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
 
 
 def _is_outdated(sighting: Sighting, memory: Memory) -> bool:
-    """Say whether verify_sql answered before the worker ended that is, or was, at work."""
+    """Say whether the answer of verify_sql is out of date: a worker ran when it was given, or has run since."""
     if memory.verification is None or sighting.receipt is not Receipt.LAUNCHING:
         return False
     claim = (sighting.receipt_attempt, sighting.may_begin)

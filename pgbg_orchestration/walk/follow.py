@@ -36,7 +36,7 @@ def begin_reading(case: Case, worker: Worker, readable: Readable) -> None:
         case.reading = loop.create_task(_stream(case, case.feed, worker, heard))
     else:
         case.reading = loop.create_task(worker.session.drain(worker, readable, heard))
-    case.last_marked = loop.time()
+    case.last_seen = loop.time()
 
 
 async def stop_reading(case: Case) -> None:
@@ -52,9 +52,9 @@ async def read_report(case: Case) -> None:
         _take_over(case, case.reading)
     if case.reading is not None or case.memory.launch.report is not Report.RUNNING:
         return
-    if case.worker is None or not case.worker.ended.done():
+    if case.worker is None or not case.worker.end.done():
         return
-    info = case.worker.ended.result()
+    info = case.worker.end.result()
     faults.point("after_end")
     error = await case.worker.error() if info is not None and info.has_error else None
     case.memory = case.memory.ended(info, error, case.terms)
@@ -92,7 +92,7 @@ async def _stream(case: Case, feed: Feed, worker: Worker, heard: Hearing | None)
 
 
 async def hear_failed(case: Case) -> None:
-    """Hear what a failed worker had raised, and where it failed. It costs the handle: record the end before."""
+    """Read what a failed worker had raised, and where it failed. This forgets the handle: write the history first."""
     error = case.memory.launch.error
     if case.worker is None or error is None or error.sqlstate in BEFORE_ITS_SQL:
         return

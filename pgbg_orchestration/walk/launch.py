@@ -69,7 +69,7 @@ class Launches:
         defaults = (await self._host.facts()).defaults
         text: str | Launched
         if work.has_supervisor:
-            found = await self._supervisor_of_any()
+            found = await self._supervisor_for_opening()
             if found is None:
                 return
             text, arguments, settings = found, None, work.launch_settings(None, defaults, None)
@@ -110,7 +110,7 @@ class Launches:
             self._check_reuse(case.opening.registration["verdict"])
         await self._wait_at_first()
 
-    async def _supervisor_of_any(self) -> Launched | None:
+    async def _supervisor_for_opening(self) -> Launched | None:
         """Return the supervisor's text, whichever launch it will be; None where the job has to go the long way."""
         case, work = self._case, self._case.work
         if work.is_watched or work.job.drop_invalid_index:
@@ -118,7 +118,8 @@ class Launches:
         try:
             readable = await self._make_readable()
         except InvalidJob:
-            return None  # it may have committed earlier, and what it needs be gone since
+            # The job may be committed already, and have dropped its own tables: the turns find out.
+            return None
         if not case.paired:
             if self._host.pairs.locked():
                 return None
@@ -139,10 +140,11 @@ class Launches:
         if worker is not None:
             faults.point("while_running")
             if case.session is not None and case.reading is None:
-                # Nobody else has to wait meanwhile for what is asked of its session; broken off, it would be cancelled.
+                # The session is this job's alone, so that blocking it is fine. Shielded, because a query that is
+                # cancelled costs the session.
                 await asyncio.shield(asyncio.create_task(worker.session.wait_for(worker)))
             # A look at once would show a worker that has not begun: most jobs have ended by the first look like this.
-            await first_of(worker.ended, worker.nudged, case.bounded(pace.LOOK_SOONEST))
+            await first_of(worker.end, worker.nudged, case.bounded(pace.LOOK_SOONEST))
 
     def _new_launch(self) -> NewLaunch:
         work, options = self._case.work, self._case.options
@@ -191,7 +193,7 @@ class Launches:
         if registration is not None and not await self._mark_older(registration):
             return False
         text = await self._compose(registration)
-        await self._put_last_launch_away()
+        await self._make_room_for_launch()
         await self._wait_for_slot_and_call(text)
         await self.take_over_call()
         await self._wait_at_first()
@@ -281,8 +283,8 @@ class Launches:
 
     # The call -------------------------------------------------------------------------------------------------------
 
-    async def _put_last_launch_away(self) -> None:
-        """Make room for another launch, a little later where the last one was turned away or found no second slot."""
+    async def _make_room_for_launch(self) -> None:
+        """Put the last launch away for another one; wait a little if it was turned away or found no second slot."""
         case = self._case
         before = case.memory
         case.memory = before.put_away()
@@ -312,7 +314,7 @@ class Launches:
                 await self._host.slots.launch(lambda: self._call(text), self._on_slots_used_up)
         except TimeoutError:
             case.waited_for_slot = True  # also in a call that nobody has answered yet
-            case.memory = case.memory.wanting(Intent.DEADLINE)
+            case.memory = case.memory.wanting_end(Intent.DEADLINE)
         except MayBeLaunched as error:
             case.launch_error = error.error
         except LaunchRefused as error:
@@ -378,7 +380,7 @@ class Launches:
         case = self._case
         if not await self._take_answer() or case.worker is None:
             return
-        case.worker.ended.add_done_callback(lambda _: self._host.slots.freed())
+        case.worker.end.add_done_callback(lambda _: self._host.slots.freed())
         # A supervisor's pid is nothing for people: cancelling it is not what they would want.
         pid = None if case.work.has_supervisor else case.worker.handle.pid
         case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
@@ -404,7 +406,8 @@ class Launches:
             case.call_forgotten = True
             case.memory = case.memory.refused()
             return False
-        # An opening comes before the first look, and every other call after it: that one registered itself.
+        # Before the first look only an opening can have been called. It registered the job itself, so take its
+        # registration over.
         if case.opening is not None and case.opening.registration is not None and not case.memory.looked:
             case.memory = case.memory.registered(Registration.read(case.opening.registration))
         error = call.exception()

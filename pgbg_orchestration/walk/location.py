@@ -194,7 +194,7 @@ def _pointer(text: str, at: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class DisplayText:
     """A statement with its placeholders in place of the values, and where they stand."""
 
     pieces: tuple[str, ...]
@@ -226,7 +226,9 @@ class Shown:
         return shown
 
 
-async def shown(job: Job, parts: Sequence[statements.Statement], conn: AsyncConnection[Any]) -> list[Shown] | None:
+async def shown(
+    job: Job, parts: Sequence[statements.Statement], conn: AsyncConnection[Any]
+) -> list[DisplayText] | None:
     """Return the statements of a job with parameters, its placeholders in them; None where the two cannot be matched.
 
     Parameters
@@ -246,13 +248,15 @@ async def shown(job: Job, parts: Sequence[statements.Statement], conn: AsyncConn
     placeholders = [f"%({name})s" if named else "%s" for name in values]
     cursor = AsyncClientCursor(conn)
     literals.register(cursor)
-    found: list[Shown] = []
+    found: list[DisplayText] = []
     try:
         for text in texts:
             for part in job.split(cursor.mogrify(text, given)):
                 cuts = re.split(f"({word}[0-9]+x)", part.text)
                 at = [words.index(cut) for cut in cuts[1::2]]
-                found.append(Shown(tuple(cuts[::2]), tuple(placeholders[n] for n in at), tuple(of[n] for n in at)))
+                found.append(
+                    DisplayText(tuple(cuts[::2]), tuple(placeholders[n] for n in at), tuple(of[n] for n in at))
+                )
     except (psycopg.Error, InvalidJob, LookupError, TypeError, ValueError):
         return None
     matches = len(found) == len(parts) and all(one.bound == part.text for one, part in zip(found, parts, strict=True))

@@ -139,11 +139,11 @@ class Launch(NamedTuple):
 
 
 class Stray(Enum):
-    """Whether a worker of this call's, whose handle was lost or let go, may begin at any time."""
+    """Whether this call has a stray: a worker that it launched, and whose handle it has lost or let go."""
 
     NONE = auto()
-    LOOSE = auto()
-    STOPPED = auto()  # this call marked the job, so it cannot
+    LOOSE = auto()  # it may begin at any time
+    STOPPED = auto()  # this call marked the job, so that the worker is refused when it begins
 
 
 class Tries(NamedTuple):
@@ -165,7 +165,7 @@ class Tries(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What verify_sql said, and of which claim: its attempt, and whether its worker might begin."""
+    """The answer of verify_sql, and which claim it was about: its attempt, and whether its worker might begin."""
 
     done: bool
     claim: tuple[int | None, bool] | None = None
@@ -237,9 +237,9 @@ class Memory(NamedTuple):
         """Take in the time: past the deadline, this call wants the job to end."""
         if self.intent is not Intent.NONE or terms.deadline is None or now < terms.deadline:
             return self
-        return self.wanting(Intent.DEADLINE)
+        return self.wanting_end(Intent.DEADLINE)
 
-    def wanting(self, intent: Intent) -> Memory:
+    def wanting_end(self, intent: Intent) -> Memory:
         """Want the job to end."""
         return self._replace(intent=intent)
 

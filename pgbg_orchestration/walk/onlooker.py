@@ -176,7 +176,7 @@ class Onlooker:
         by_session: dict[HandleSession, dict[Worker, int]] = defaultdict(dict)
         for one in watched:
             worker = one.case.worker
-            if worker is not None and not worker.ended.done() and not worker.session.is_busy:
+            if worker is not None and not worker.end.done() and not worker.session.is_busy:
                 by_session[worker.session][worker] = id(one.case)
         progress_of: dict[int, Progress] = {}
         for session, workers in by_session.items():

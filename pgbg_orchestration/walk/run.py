@@ -136,9 +136,9 @@ class Run:
                 raise asyncio.CancelledError
 
     def _hear(self) -> None:
-        """Take a hint that something is to be read of the job: at what, the next look tells."""
+        """Wake the loop after a hint; the next look finds what has changed."""
         worker = self._case.worker
-        if worker is None or worker.ended.done():
+        if worker is None or worker.end.done():
             self._case.nudged.set()
         else:
             worker.session.hear(worker)
@@ -162,7 +162,7 @@ class Run:
                 if cause is None:
                     await self._leave()
                     return
-                case.memory, case.cause = case.memory.wanting(Intent.ASKED), cause
+                case.memory, case.cause = case.memory.wanting_end(Intent.ASKED), cause
                 outcome = await self._decided(self._loop.create_task(self._follow()))
             else:
                 outcome = following.result()  # it was as quick as the cancel
@@ -249,7 +249,7 @@ class Run:
         return not called and case.memory.attached_since is None
 
     async def _look(self) -> Evidence:
-        """Look at the job, and again as long as what is seen may be half of a sign."""
+        """Look at the job, and again as long as what is seen may be unfinished."""
         case = self._case
         await read_report(case)
         if case.memory.launch.report is Report.GONE:
@@ -266,23 +266,23 @@ class Run:
             self._check_digest(sighting)
             self._sighting = sighting
             if sighting.holds_this_job:
-                case.last_marked = now()
+                case.last_seen = now()
             case.worker_pid = sighting.marked_pid
             if case.worker_pid is None and sighting.holds_this_job and case.work.kind is not Kind.SUPERVISED:
                 case.worker_pid = sighting.holder_pid
             weighed, case.memory = evidence.weigh(sighting, case.terms, case.memory, now())
             return weighed
-        launch, wanted = case.memory.launch, case.memory.intent is Intent.NONE
-        if launch.result is not None or (launch.report is Report.ENDED and wanted and case.reading is None):
+        launch, end_wanted = case.memory.launch, case.memory.intent is not Intent.NONE
+        if launch.result is not None or (launch.report is Report.ENDED and not end_wanted and case.reading is None):
             # Its result is read, or is to be read now, which waits for the worker's end: there is nothing to look for.
             weighed, case.memory = evidence.weigh_marker(False, None, case.terms, case.memory, now())
             return weighed
-        marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
-        case.worker_pid = marked.pid if marked else None
-        if marked is not None:
-            case.last_marked = now()
-        wait_event = marked.wait_event if marked else None
-        weighed, case.memory = evidence.weigh_marker(marked is not None, wait_event, case.terms, case.memory, now())
+        found = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
+        case.worker_pid = found.pid if found else None
+        if found is not None:
+            case.last_seen = now()
+        wait_event = found.wait_event if found else None
+        weighed, case.memory = evidence.weigh_marker(found is not None, wait_event, case.terms, case.memory, now())
         return weighed
 
     def _check_digest(self, sighting: Sighting) -> None:
@@ -340,12 +340,12 @@ class Run:
         if case.reading is not None:
             await self._read_result()
             return
-        if worker is not None and not worker.ended.done():
+        if worker is not None and not worker.end.done():
             age = self._loop.time() - worker.launched_at
             if sighting is not None and sighting.marked_pid is not None:
                 case.tell_once(EventKind.AT_WORK, "its worker is at work", pid=sighting.marked_pid)
             pause = pace.look_behind(age, case.options.poll_interval)
-            await first_of(worker.ended, worker.nudged, case.bounded(pause))
+            await first_of(worker.end, worker.nudged, case.bounded(pause))
             return
         if sighting is not None and case.memory.attached_since is not None:
             message = "attached to the worker that already runs this job"
@@ -424,8 +424,9 @@ class Run:
         case = self._case
         if case.reading is None:
             begin_reading(case, _there(case.worker), _there(case.readable))
-        elif self._loop.time() - case.last_marked > pace.CALL:
-            await stop_reading(case)  # the worker is gone, and its result would be here: the connection is not
+        elif self._loop.time() - case.last_seen > pace.CALL:
+            # No sign of the worker for so long, and still no result: the connection must be dead.
+            await stop_reading(case)
             return
         # One that is to be cancelled is signalled again.
         patience = pace.LOOK_LATEST if case.memory.intent is Intent.NONE else pace.LOOK_SOONEST
@@ -491,7 +492,7 @@ async def _cancel(
         sighting = await look(ledger, key, evidence.doubt_the_look)
         if sighting.receipt is Receipt.COMMITTED:
             return "committed"
-        # A mark that somebody may take back becomes the one of whoever asks for good.
+        # A cancel that may be taken back, as a provisional one, is overwritten by this final one.
         if sighting.receipt is Receipt.CANCELLED and not (
             sighting.is_provisional or (cause is Cause.ASKED and sighting.cause in OF_A_TRY)
         ):
@@ -512,16 +513,19 @@ async def _cancel(
 
 
 async def look(ledger: Ledger, key: Key, doubt: Callable[[Sighting], Doubt | None]) -> Sighting:
-    """Look at a job, and again as long as ``doubt`` says that what is seen may be half of a sign."""
+    """Look at a job, and again as long as ``doubt`` says that what is seen may be unfinished."""
     loop = asyncio.get_running_loop()
     doubted: dict[tuple[Sign, int | None], float] = {}  # and since when
     while True:
         sighting = await ledger.look(key)
-        half = doubt(sighting)
-        if half is None or loop.time() >= doubted.setdefault((half.sign, half.claim), loop.time()) + half.seconds:
+        doubtful = doubt(sighting)
+        if (
+            doubtful is None
+            or loop.time() >= doubted.setdefault((doubtful.sign, doubtful.claim), loop.time()) + doubtful.seconds
+        ):
             break
         await asyncio.sleep(pace.RETRY_SOONEST)
-    if (attempt := evidence.to_name(sighting)) is not None and sighting.marked_pid is not None:
+    if (attempt := evidence.claim_without_pid(sighting)) is not None and sighting.marked_pid is not None:
         await ledger.follow(key, attempt, sighting.marked_pid)
     return sighting
 

@@ -249,7 +249,7 @@ class Scenario:
             lost = launcher._replace(memory=memory.handle_lost(), worker=NOBODY)
             yield Move(f"{name} loses its session", True, _with(paid, number, lost))
         if memory.intent is Intent.NONE and (paid := _pay(state, "ask")):
-            wanting = (memory.refused() if memory.launch.stage is Stage.CALLING else memory).wanting(Intent.ASKED)
+            wanting = (memory.refused() if memory.launch.stage is Stage.CALLING else memory).wanting_end(Intent.ASKED)
             for after in self._half_launched(paid, number, launcher):
                 asked = launcher._replace(memory=wanting, phase=Phase.LOOK, looks=0, step=None)
                 yield Move(f"{name} is asked to end", True, _with(after, number, asked))

@@ -26,7 +26,7 @@ from pgbg_orchestration.verdict import (
     Step,
     judge,
 )
-from pgbg_orchestration.walk.evidence import Sign, doubt, to_name, weigh
+from pgbg_orchestration.walk.evidence import Sign, claim_without_pid, doubt, weigh
 from pgbg_orchestration.walk.memory import Memory, Terms, Verification
 from tests.chaos import looks
 from tests.chaos.states import NOBODY, Move, Phase
@@ -269,7 +269,7 @@ class Supervision:
         if paid := _pay(state, "crash"):
             yield Move(f"caller {number} is killed", True, _caller(paid, number, Caller(Phase.DEAD)))
         if caller.memory.intent is Intent.NONE and (paid := _pay(state, "ask")):
-            wanting = caller.memory.wanting(Intent.ASKED)
+            wanting = caller.memory.wanting_end(Intent.ASKED)
             asked = caller._replace(memory=wanting, phase=Phase.LOOK, looks=0, doubted=0, step=None)
             yield Move(f"caller {number} is asked to end", True, _caller(paid, number, asked))
 
@@ -307,7 +307,7 @@ class Supervision:
         claim = unsure.claim if unsure is not None and unsure.sign is Sign.CLAIM else None
         if claim not in (None, caller.doubted) and "one look at a claim" not in self.broken:
             return Move(move, False, _caller(state, number, caller._replace(looks=1, doubted=claim or 0)))
-        if receipt is not None and to_name(seen) is not None:
+        if receipt is not None and claim_without_pid(seen) is not None:
             state = state._replace(receipt=receipt._replace(named=True))
         return self._judge(state, number, caller, seen, move)
 

@@ -71,7 +71,7 @@ def _claim_is_relaunched(seen: Evidence) -> Step:
 
 
 def _marker_is_overlooked(seen: Evidence) -> Step:
-    return judge(replace(seen, marked=False))
+    return judge(replace(seen, found_by_name=False))
 
 
 def _ended_is_success(seen: Evidence) -> Step:

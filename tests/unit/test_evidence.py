@@ -17,7 +17,7 @@ from pgbg_orchestration.ledger.sighting import Sighting
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres.pg_background import ResultInfo
 from pgbg_orchestration.verdict import CANCELED, REFUSED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
-from pgbg_orchestration.walk.evidence import Doubt, Sign, doubt, doubt_the_look, to_name, weigh, weigh_marker
+from pgbg_orchestration.walk.evidence import Doubt, Sign, claim_without_pid, doubt, doubt_the_look, weigh, weigh_marker
 from pgbg_orchestration.walk.memory import FOLLOWS, REPORTS, Launch, Memory, Stage, Stray, Terms, Tries, Verification
 from tests.chaos.looks import NOW, registration, sighting
 
@@ -117,7 +117,7 @@ MEANINGS: list[tuple[str, Sighting, Terms, Memory, dict[str, Any]]] = [
     ("a stray that is stopped", FREE, TERMS, Memory(stray=Stray.STOPPED), {"stray": True, "gave_up": True}),
     ("verified", CLAIMED, SUPERVISED, Memory(verification=Verification(True, (1, False))), {"verified": True}),
     ("of another claim", CLAIMED, SUPERVISED, Memory(verification=Verification(True, (2, False))), {"verified": None}),
-    ("before its worker showed", MARKED, SUPERVISED, Memory(verification=Verification(False, (1, False))), {"verified": None, "marked": True}),
+    ("before its worker showed", MARKED, SUPERVISED, Memory(verification=Verification(False, (1, False))), {"verified": None, "found_by_name": True}),
 ]  # fmt: skip
 
 
@@ -157,10 +157,10 @@ def test_a_marker() -> None:
 
 def test_whom_a_claimed_receipt_is_to_name() -> None:
     begun = sighting(status="launching", attempt=7, marked=True, may_begin=True)
-    assert to_name(begun) == 7
-    assert to_name(replace(begun, may_begin=False)) is None
-    assert to_name(replace(begun, marked_pid=None)) is None
-    assert to_name(replace(begun, holds_this_job=True)) is None
+    assert claim_without_pid(begun) == 7
+    assert claim_without_pid(replace(begun, may_begin=False)) is None
+    assert claim_without_pid(replace(begun, marked_pid=None)) is None
+    assert claim_without_pid(replace(begun, holds_this_job=True)) is None
 
 
 # The launch ---------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ ALWAYS: dict[str, Callable[[Sighting, Terms, Memory, Evidence, Memory], bool]] =
         a.attached_since is None or e.holder is Holder.THIS_JOB or s.receipt is not Receipt.NONE or e.recorded_failure
     ),
     "what verify_sql said is of a claim that has nobody at work": lambda s, t, m, e, a: (
-        e.verified is None or s.receipt is not Receipt.LAUNCHING or not (s.holds_this_job or e.marked)
+        e.verified is None or s.receipt is not Receipt.LAUNCHING or not (s.holds_this_job or e.found_by_name)
     ),
     "a look that is weighed again means the same": lambda s, t, m, e, a: weigh(s, t, a, 0.0)[1] == a,
 }

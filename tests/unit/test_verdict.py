@@ -89,8 +89,8 @@ RULES: list[tuple[str, Evidence, Step]] = [
     ("a stray at work is waited for", failed(OWN_ERROR, stray=True, holder=Holder.THIS_JOB), Step.WAIT),
     # A supervised job: its receipt is claimed before the work, and says how it ended after it.
     ("claimed: its supervisor is at work", Evidence(receipt=Receipt.LAUNCHING, holder=Holder.THIS_JOB), Step.WAIT),
-    ("claimed: only the worker is left", Evidence(receipt=Receipt.LAUNCHING, marked=True), Step.WAIT),
-    ("claimed: only the worker is left, and is not wanted", Evidence(receipt=Receipt.LAUNCHING, marked=True, intent=Intent.ASKED), Step.SIGNAL),
+    ("claimed: only the worker is left", Evidence(receipt=Receipt.LAUNCHING, found_by_name=True), Step.WAIT),
+    ("claimed: only the worker is left, and is not wanted", Evidence(receipt=Receipt.LAUNCHING, found_by_name=True, intent=Intent.ASKED), Step.SIGNAL),
     ("claimed: nobody is left, nobody knows", Evidence(receipt=Receipt.LAUNCHING), Step.UNKNOWN),
     ("claimed: nobody is left, verify_sql", Evidence(receipt=Receipt.LAUNCHING, can_verify=True), Step.VERIFY),
     ("claimed: verify_sql said so", Evidence(receipt=Receipt.LAUNCHING, can_verify=True, verified=False), Step.SETTLE),
@@ -180,7 +180,7 @@ def _all(
         "carries_receipt": carries,
         "receipt": receipts,
         "holder": holders,
-        "marked": marks,
+        "found_by_name": marks,
         "superseded": ledger,
         "registered": ledger,
         "reported": REPORTS,
@@ -262,7 +262,7 @@ PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
     ),
     "a wanted end is no failure": lambda e, s: s is not Step.FAILED or not _asks(e) or not e.carries_receipt,
     "a job with a receipt is unknown only while it is claimed": lambda e, s: (
-        s is not Step.UNKNOWN or not e.carries_receipt or (e.receipt is Receipt.LAUNCHING and not e.marked)
+        s is not Step.UNKNOWN or not e.carries_receipt or (e.receipt is Receipt.LAUNCHING and not e.found_by_name)
     ),
     "unknown is said only where nothing verifies, or what does cannot be relied on": lambda e, s: (
         s is not Step.UNKNOWN or not e.can_verify or (e.verified is False and e.may_begin)
@@ -318,7 +318,7 @@ def test_every_field_is_enumerated() -> None:
     """A new field of the evidence belongs into ``every_evidence``."""
     assert {field.name for field in fields(Evidence)} == {
         "carries_receipt", "receipt", "holder", "superseded", "registered", "report", "sqlstate", "recorded_failure",
-        "output_blocked", "intent", "launches_left", "rejections_left", "lift", "can_verify", "verified", "marked",
+        "output_blocked", "intent", "launches_left", "rejections_left", "lift", "can_verify", "verified", "found_by_name",
         "stray", "gave_up", "may_begin",
     }  # fmt: skip
 
