@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import psycopg
 import pytest
 
@@ -10,6 +12,7 @@ from pgbg_orchestration.statements.refuse import outside_transaction
 from pgbg_orchestration.statements.split import split
 from tests.conftest import Database
 from tests.core.kit import APP, Watched, only_long, within
+from tests.servers.kinds import Server
 
 pytestmark = [pytest.mark.servers("standin_pg19", "real19"), only_long]
 
@@ -105,6 +108,17 @@ async def test_what_runs_alone_runs_as_a_job(db: Watched, text: str, kind: str) 
     assert (await within(arun(db.conninfo, Job(text, id="j", kind=kind)))).command_tag == "REPACK"
     with pytest.raises(errors.InvalidJob, match="cannot run in a transaction"):
         await within(arun(db.conninfo, Job(text, id="no", kind="receipt")))
+
+
+def test_a_concurrent_repack_takes_a_worker_slot(own_server: Callable[..., Server]) -> None:
+    """A worker of its own decodes what others write meanwhile; one slot is the logical replication launcher's."""
+    with own_server(1).connect() as session:
+        session.execute("create table t (i int primary key)")
+        with pytest.raises(psycopg.errors.ConfigurationLimitExceeded):
+            session.execute("repack (concurrently) t")
+    with own_server(2).connect() as session:
+        session.execute("create table t (i int primary key)")
+        assert session.execute("repack (concurrently) t").statusmessage == "REPACK"
 
 
 def test_strings_have_no_escapes(database: Database) -> None:
