@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import psycopg
@@ -10,8 +11,8 @@ import pytest
 from pgbg_orchestration import Job, arun, errors
 from pgbg_orchestration.statements.refuse import outside_transaction
 from pgbg_orchestration.statements.split import split
-from tests.conftest import Database
-from tests.core.kit import APP, Watched, only_long, within
+from tests.conftest import Database, FreshDatabases
+from tests.core.kit import APP, Watched, eventually, only_long, within
 from tests.servers.kinds import Server
 
 pytestmark = [pytest.mark.servers("standin_pg19", "real19"), only_long]
@@ -119,6 +120,25 @@ def test_a_concurrent_repack_takes_a_worker_slot(own_server: Callable[..., Serve
     with own_server(2).connect() as session:
         session.execute("create table t (i int primary key)")
         assert session.execute("repack (concurrently) t").statusmessage == "REPACK"
+
+
+async def test_a_concurrent_repack_waits_for_a_receipt_in_another_database(
+    db: Watched, fresh_database: FreshDatabases, server: Server
+) -> None:
+    """A receipt's transaction has an id from its start, and the new slot of REPACK waits for all in the cluster."""
+    other = fresh_database(server, "empty")
+    with db.database.connect() as holder, other.connect() as repacking, other.connect() as looking:
+        holder.execute("select pg_advisory_lock(4711)")
+        job = asyncio.create_task(arun(db.conninfo, Job("select pg_advisory_xact_lock(4711)", id="holds")))
+        waiting = "select from pg_locks where locktype = 'advisory' and objid = 4711 and not granted"
+        await eventually(lambda: looking.execute(waiting).fetchall(), "the job at work")
+        repacking.execute("create table t (i int primary key)")
+        repack = asyncio.create_task(asyncio.to_thread(repacking.execute, "repack (concurrently) t"))
+        held = "select from pg_stat_activity where backend_type like 'REPACK %' and wait_event = 'transactionid'"
+        await eventually(lambda: looking.execute(held).fetchall(), "REPACK waits for the job")
+        holder.execute("select pg_advisory_unlock(4711)")
+        await within(job)
+        assert (await within(repack)).statusmessage == "REPACK"
 
 
 def test_strings_have_no_escapes(database: Database) -> None:
