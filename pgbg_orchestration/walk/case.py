@@ -51,9 +51,9 @@ class Case:
     slot_deadline, waited_for_slot, paired:
         Until when to wait for a worker slot, fixed at the first wait; whether the launch waits for one, or did when it
         was broken off; whether this job counts as one that needs two.
-    session, readable, last_seen:
+    session, readable, last_seen, last_heard:
         Where the result is read (a kind without a receipt, or notices that are asked for): the session of its own, how
-        that is done, when the worker was last seen (on the event loop's clock).
+        that is done, when the worker was last seen, and when it last raised something (on the event loop's clock).
     feed:
         Where its rows come out that are streamed.
     worker_pid:
@@ -90,6 +90,7 @@ class Case:
     session: LaunchingSession | None = None
     readable: Readable | None = None
     last_seen: float = 0.0
+    last_heard: float = 0.0
     worker_pid: int | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     way_out: float | None = None

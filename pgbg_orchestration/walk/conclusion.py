@@ -27,7 +27,7 @@ from pgbg_orchestration.verdict import OURS, Intent, Report, Step
 
 from . import failures, location
 from .case import Case
-from .follow import hear_failed, read_report
+from .follow import hear_failed, hear_out, read_report
 from .host import Host
 from .memory import Stage
 
@@ -130,7 +130,7 @@ async def _committed(case: Case, ledger: Ledger, sighting: Sighting | None) -> O
     counts = not case.work.has_supervisor  # a supervisor has written them down already
     if case.reading is not None and not case.reading.done():
         # The first of its rows is about to come, or the rest of what it raised.
-        await asyncio.wait({case.reading}, timeout=case.patience())
+        await hear_out(case)
         await read_report(case)
     if last and counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
         await _see_end(case.worker)

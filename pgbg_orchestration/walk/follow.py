@@ -39,6 +39,17 @@ def begin_reading(case: Case, worker: Worker, readable: Readable) -> None:
     case.last_seen = loop.time()
 
 
+async def hear_out(case: Case) -> None:
+    """Wait for the end of a reading: as long as it takes where something keeps coming, else as long as a call may."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while case.reading is not None and not case.reading.done():
+        left = case.patience() - (loop.time() - max(case.last_heard, began))
+        if left <= 0:
+            break
+        await asyncio.wait({case.reading}, timeout=left)
+
+
 async def stop_reading(case: Case) -> None:
     """Break the reading of the result off; the worker goes on without its handle."""
     if case.reading is not None:
@@ -107,6 +118,7 @@ async def hear_failed(case: Case) -> None:
 
 def _hear(case: Case, diag: psycopg.errors.Diagnostic) -> None:
     """Tell something that the job's SQL raised."""
+    case.last_heard = asyncio.get_running_loop().time()
     if (number := location.number_of(diag)) is not None:
         case.statement = number
         if case.reading is not None:

@@ -424,7 +424,7 @@ class Run:
         case = self._case
         if case.reading is None:
             begin_reading(case, _there(case.worker), _there(case.readable))
-        elif self._loop.time() - case.last_seen > pace.CALL:
+        elif self._loop.time() - max(case.last_seen, case.last_heard) > pace.CALL:
             # No sign of the worker for so long, and still no result: the connection must be dead.
             await stop_reading(case)
             return

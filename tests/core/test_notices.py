@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import pytest
 
-from pgbg_orchestration import Event, Job, Launcher, arun, errors
+from pgbg_orchestration import Event, Job, Launcher, Outcome, arun, errors, pace
 from pgbg_orchestration.outcome import EventKind
-from tests.core.kit import Recorder, Watched, cancelled, effect, eventually, within
+from tests.core.kit import Recorder, Watched, cancelled, effect, ended, eventually, within
 
 pytestmark = pytest.mark.servers("real", "embedded")
 
@@ -57,6 +58,28 @@ async def test_twenty_thousand_come_in_order(db: Watched) -> None:
     assert (outcome.proof, outcome.command_tag) == ("receipt", "DO")
     assert db.effects("j") == 1
     assert "output_blocked" not in seen.kinds()
+
+
+@pytest.mark.parametrize("end", ["", "raise division_by_zero;"])
+async def test_whoever_hears_them_slowly_hears_all(db: Watched, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """The job's end is known long before its last notice is told, as in a triggerer that has much to write down."""
+    monkeypatch.setattr(pace, "CALL", 2.0)
+    seen = Recorder()
+
+    def slow(event: Event) -> None:
+        seen(event)
+        if event.kind is EventKind.NOTICE:
+            time.sleep(0.003)
+
+    sql = f"do $$ begin for i in 1 .. 3000 loop raise notice '%', i; end loop; {end} end $$"
+    told = await ended(asyncio.create_task(arun(db.conninfo, Job(sql, id="j"), observer=slow, notices=True)))
+
+    assert [int(event.data["text"]) for event in notices(seen)] == [*range(1, 3001)]
+    if end:
+        assert isinstance(told, errors.WorkerError)
+        assert told.sqlstate == "22012"
+    else:
+        assert isinstance(told, Outcome)
 
 
 async def test_they_come_while_the_job_is_at_work(db: Watched) -> None:
