@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from pgbg_orchestration.embedded.databases import Databases
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError
@@ -25,6 +26,8 @@ from airflow_provider import compat
 from demo.airflow_processes import AirflowProcesses
 
 HERE = Path(__file__).parent
+MODEST = "pgbg_modest"
+"""A login with ``pgbackground_role`` and a schema of its own, and nothing else: the connection ``modest``."""
 HASTE = {
     # For tests that kill an executor's process: otherwise its task counts as lost after five minutes.
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "40",
@@ -151,11 +154,16 @@ def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempP
     with psycopg.connect(conninfo, autocommit=True) as admin:
         admin.execute("create table effect (run text, at timestamptz default clock_timestamp(), pid int)")
         admin.execute("create sequence tries")
+        if not admin.execute("select from pg_roles where rolname = %s", (MODEST,)).fetchone():
+            admin.execute(sql.SQL("create role {} login").format(sql.Identifier(MODEST)))
+        # What docs/airflow.md and the doctor ask for, and what the tests' own SQL touches.
+        admin.execute(sql.SQL("grant pgbackground_role to {}").format(sql.Identifier(MODEST)))
+        admin.execute(sql.SQL("create schema {} authorization {}").format(*[sql.Identifier(MODEST)] * 2))
         processes = AirflowProcesses(
             home,
             dags,
             airflow_server.conninfo(metadata),
-            connections={"postgres_default": conninfo},
+            connections={"postgres_default": conninfo, "modest": airflow_server.conninfo(jobs, MODEST)},
             triggerers=2,
             settings=HASTE if LONG else None,
         )

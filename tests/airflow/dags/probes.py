@@ -23,6 +23,8 @@ PROBES: dict[str, dict[str, Any]] = {
     },
     "deferred_leaves": {"deferrable": True, "cancel_on_kill": False},
     "here": {"deferrable": False},
+    "deferred_heard": {"deferrable": True, "enable_log_db_messages": True, "postgres_conn_id": "modest"},
+    "here_heard": {"deferrable": False, "enable_log_db_messages": True, "postgres_conn_id": "modest"},
     "here_retried": {"deferrable": False, "retries": 3, "retry_delay": timedelta(seconds=1)},
     "here_timeout": {"deferrable": False, "timeout": 5},
     "here_times_out": {"deferrable": False, "execution_timeout": timedelta(seconds=5)},
