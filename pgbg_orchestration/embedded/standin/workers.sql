@@ -213,7 +213,7 @@ BEGIN
             worker := @extschema@._pgbg_failed(worker, outcome -> 'error', activity IS NULL);
             next := total;
         ELSIF worker -> 'kinds' ->> next = '_DESCRIBE' THEN
-            worker := worker || jsonb_build_object('shape', (outcome ->> 'shape')::jsonb);
+            worker := worker || jsonb_build_object('shape', nullif(outcome ->> 'shape', '')::jsonb);  -- none where it died there
             next := next + 1;
         ELSE
             IF next < total - 1 THEN
