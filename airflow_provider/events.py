@@ -119,5 +119,5 @@ def plain(payload: Any) -> Any:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
-def watch(_event: Event) -> None:
+def follow(_event: Event) -> None:
     """Take events of a job's way: the core looks at progress for those who watch, and itself writes each to the log."""

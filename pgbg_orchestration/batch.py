@@ -67,7 +67,7 @@ Preparation = Callable[[], Awaitable[Call]]
 """Tells what is to be run of a member; asked when its turn has come, or when it is cancelled before that."""
 
 
-class Report:
+class BatchObserver:
     """What a batch tells of itself on its way; whoever wants to know overrides what it needs."""
 
     def failed(self, name: str, error: PgbgError) -> None:
@@ -105,7 +105,7 @@ class Batch:
         Why, for people: it stands in the receipts of those that are cancelled.
     of_try:
         Names the try of the batch, where another process may go on with it: what this very try stopped stays so.
-    report:
+    observer:
         Told what happens on the way.
 
     Raises
@@ -123,7 +123,7 @@ class Batch:
         fail_fast: bool = False,
         reason: str = STOPPED,
         of_try: str | None = None,
-        report: Report | None = None,
+        observer: BatchObserver | None = None,
     ) -> None:
         if at_once is not None and at_once < 1:
             raise InvalidJob(f"at_once must be at least 1, not {at_once}")
@@ -134,7 +134,7 @@ class Batch:
         self._reason = reason
         # Never None: a job that looks for the first time would take the mark of its own batch for one from before.
         self._of_try = of_try or uuid4().hex
-        self._report = report or Report()
+        self._observer = observer or BatchObserver()
         self._ends: dict[str, End] = {}
         self._at_work: dict[str, Job] = {}
         self._calls: dict[str, asyncio.Future[Outcome]] = {}
@@ -162,7 +162,7 @@ class Batch:
                 self._ends[name] = await self._end_of(name)
         except PgbgError as error:
             self._ends[name] = error
-            self._report.failed(name, error)
+            self._observer.failed(name, error)
         self._at_work.pop(name, None)
         if self._fail_fast and not self._cancels and isinstance(self._ends[name], PgbgError):
             self._stop_rest()
@@ -212,7 +212,7 @@ class Batch:
 
     def _stop_rest(self) -> None:
         rest = [name for name in self._members if name not in self._ends]
-        self._report.stopping(rest)
+        self._observer.stopping(rest)
         self._cancels = {name: asyncio.create_task(self._stop(name)) for name in rest}
 
     async def _stop(self, name: str) -> CancelEnd:
@@ -228,7 +228,7 @@ class Batch:
         (end,) = await cancel_all(
             self._runner, [Target.of(job)], cause=Cause.FAILED_BESIDE, reason=self._reason, of_try=self._of_try
         )
-        self._report.stopped(job, end)
+        self._observer.stopped(job, end)
         return end
 
 

@@ -60,7 +60,7 @@ def _instruments() -> _Instruments | None:
 _hosts: WeakSet[Any] = WeakSet()
 
 
-def watch(host: Any) -> None:
+def observe(host: Any) -> None:
     """Count the sessions, workers and waiting jobs of a host, as long as it is there."""
     _hosts.add(host)
 

@@ -280,7 +280,7 @@ class JobTrigger(ServerTrigger):
             "slot_timeout": self.slot_timeout,
             "poll_interval": self.poll_interval,
             "deadline": self.deadline,
-            "observer": events.watch,
+            "observer": events.follow,
             "notices": self.enable_log_db_messages,
             "when_orphaned": "cancel" if self.cancel_on_kill else "leave",
         }

@@ -12,7 +12,7 @@ from .base import JobTrigger, note_cancel
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Job, Launcher
-    from pgbg_orchestration.batch import CancelEnd, Report
+    from pgbg_orchestration.batch import BatchObserver, CancelEnd
     from pgbg_orchestration.errors import PgbgError
 
 
@@ -86,18 +86,18 @@ class PgBackgroundBatchTrigger(JobTrigger):
             fail_fast=self.fail_fast,
             reason=f"{STOPPED} (try {self.try_number})",
             of_try=None if self.in_task else str(self.try_number),
-            report=self._report(),
+            observer=self._observer(),
         )
         ends = await batch.run()
         return {"jobs": {name: events.of_end(ends[name], job) for name, job in self.jobs.items()}}
 
-    def _report(self) -> Report:
+    def _observer(self) -> BatchObserver:
         """Return what writes to the task's log how the batch gets on."""
-        from pgbg_orchestration.batch import Report
+        from pgbg_orchestration.batch import BatchObserver
 
         log = self.log
 
-        class TaskLog(Report):
+        class TaskLog(BatchObserver):
             def failed(self, name: str, error: PgbgError) -> None:
                 log.error("%s", error)
 

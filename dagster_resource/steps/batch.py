@@ -91,7 +91,7 @@ class Member:
         return Call(job, wanted)
 
 
-class _StepLog(batch.Report):
+class _StepLog(batch.BatchObserver):
     def __init__(self, talk: Talk) -> None:
         self._talk = talk
 
@@ -157,7 +157,7 @@ class Batch:
                 at_once=self.max_running,
                 fail_fast=self.fail_fast,
                 reason=FAILED_BESIDE,
-                report=_StepLog(talk),
+                observer=_StepLog(talk),
             )
             try:
                 self.ends = await jobs.run()

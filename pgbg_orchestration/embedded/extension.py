@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pgbg_orchestration.embedded.cache import cache_directory
-from pgbg_orchestration.embedded.claims import file_lock
+from pgbg_orchestration.embedded.directories import file_lock
 
 FETCHER = "pgbg_debian_extension"
 _MANIFEST = "manifest.json"

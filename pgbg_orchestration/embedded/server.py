@@ -24,7 +24,7 @@ from psycopg import sql
 
 from pgbg_orchestration.embedded.binaries import Binaries, can_read, find_binaries, reachable_copy, unprivileged_user
 from pgbg_orchestration.embedded.cache import cache_directory
-from pgbg_orchestration.embedded.claims import Claim, claim_directory, file_lock
+from pgbg_orchestration.embedded.directories import OwnedDirectory, file_lock, own_directory
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError, real_extension
 from pgbg_orchestration.embedded.status import (
     PORT,
@@ -103,7 +103,7 @@ class EmbeddedServer:
         self._surface: Surface = surface
         self._extension: str | None = None
         self._extension_settings: dict[str, str] = {}
-        self._claim: Claim | None = None
+        self._owned: OwnedDirectory | None = None
         self._user = unprivileged_user()
         self._binaries: Binaries | None = None
         self._started_here = False
@@ -199,10 +199,10 @@ class EmbeddedServer:
         if self._data_dir is None:
             return
         self._stop(mode)
-        if self._claim is not None:
+        if self._owned is not None:
             _delete(self._data_dir)
-            self._claim.release()
-            self._claim = self._data_dir = None
+            self._owned.release()
+            self._owned = self._data_dir = None
             _temporary.discard(self)
 
     def restart(self, mode: StopMode = "fast") -> None:
@@ -255,10 +255,10 @@ class EmbeddedServer:
             raise EmbeddedServerError(f"{parent} belongs to somebody else: set TMPDIR to a directory of your own")
         if self._user:
             parent.chmod(0o711)  # the server's user passes through; its own directory in there stays closed
-        self._claim = claim_directory(parent, self._remove_abandoned)
-        self._give(self._claim.path)
+        self._owned = own_directory(parent, self._remove_abandoned)
+        self._give(self._owned.path)
         _temporary.add(self)
-        return self._claim.path
+        return self._owned.path
 
     def _temporary_parent(self) -> Path:
         """Return the directory in which temporary data directories are made."""

@@ -37,7 +37,7 @@ DETACHES = 4  # tries, before a session that cannot forget its handles is given 
 ASKED_ALL = 20  # polls, after which each handle is asked for by itself
 
 
-class Claim(NamedTuple):
+class ReceiptKey(NamedTuple):
     """One launch of a job, as its receipt names it; ``is_padded``: a statement of ours stands behind its last one."""
 
     owner: str
@@ -66,7 +66,7 @@ class Worker:
     launched_at: float  # seconds of the event loop's clock
     end: asyncio.Future[ResultInfo | None]
     poll_interval: float | None = None  # the longest time between two polls; None for the usual one
-    claim: Claim | None = None  # the launch that its receipt would prove, where it writes one
+    receipt_key: ReceiptKey | None = None  # the launch that its receipt would prove, where it writes one
     proof: Proof | None = None  # that receipt, read after its commit was heard of; it is in the history then
     nudged: asyncio.Event = field(default_factory=asyncio.Event)  # somebody should look at it before its time
 
@@ -98,8 +98,8 @@ class HandleSession:
     extension:
         pg_background as installed there.
     recording:
-        The query that reads the receipts of launches, writes their ends into the history, and tells both; of claims
-        and of handles (a list for each column). None: nothing is heard of.
+        The query that reads the receipts of launches, writes their ends into the history, and tells both; of receipts'
+        keys and of handles (a list for each column). None: nothing is heard of.
     """
 
     def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: sql.Composed | None = None) -> None:
@@ -139,13 +139,13 @@ class HandleSession:
 
     # Following ----------------------------------------------------------------------------------------------------
 
-    def _track(self, handle: Handle, poll_interval: float | None, claim: Claim | None) -> Worker:
+    def _track(self, handle: Handle, poll_interval: float | None, receipt_key: ReceiptKey | None) -> Worker:
         loop = asyncio.get_running_loop()
         self._answered = loop.time()
         known = self.workers.pop(handle, None)
         if known is not None and not known.end.done():
             known.end.set_result(None)  # a pid and cookie given twice: trust neither
-        worker = Worker(self, handle, loop.time(), loop.create_future(), poll_interval, claim)
+        worker = Worker(self, handle, loop.time(), loop.create_future(), poll_interval, receipt_key)
         self.workers[handle] = worker
         return worker
 
@@ -221,7 +221,7 @@ class HandleSession:
             self._polled = self._answered
             # What would have been done at a notification, had it come before.
             well = [waiting[handle] for handle, info in found.items() if info and info.completed and not info.has_error]
-            await self._record_and_forget([w for w in well if w.claim is not None and not w.end.done()])
+            await self._record_and_forget([w for w in well if w.receipt_key is not None and not w.end.done()])
         for handle, info in found.items():
             worker = waiting[handle]
             if not worker.end.done() and (info is None or info.completed):
@@ -249,7 +249,7 @@ class HandleSession:
         """Take a hint that a worker's launch may have committed: its receipt is read, and nothing else believed."""
         if worker.end.done() or self.lost:
             return
-        if worker.claim is None or self._recording is None:
+        if worker.receipt_key is None or self._recording is None:
             worker.nudged.set()
             return
         self._heard[worker.handle] = worker
@@ -277,8 +277,8 @@ class HandleSession:
 
     async def _record(self, workers: Sequence[Worker]) -> list[tuple[Worker, ResultInfo]]:
         assert self._recording is not None
-        claims = [worker.claim for worker in workers if worker.claim is not None]
-        columns = [[*column] for column in zip(*claims, strict=True)]
+        keys = [worker.receipt_key for worker in workers if worker.receipt_key is not None]
+        columns = [[*column] for column in zip(*keys, strict=True)]
         columns += [[*column] for column in zip(*(worker.handle for worker in workers), strict=True)]
         faults.point("before_record")
         try:
@@ -303,7 +303,7 @@ class HandleSession:
     async def _forget(self, workers: Sequence[Worker]) -> None:
         """Forget handles whose ends are in the history; the server has forgotten those whose results were read."""
         known = [worker for worker in workers if self.workers.pop(worker.handle, None) is not None]
-        handles = [worker.handle for worker in known if worker.claim is None or not worker.claim.is_padded]
+        handles = [worker.handle for worker in known if worker.receipt_key is None or not worker.receipt_key.is_padded]
         if handles:
             await self._detach(lambda: self.extension.detach_many(self._conn, handles))
         faults.point("after_detach")

@@ -32,26 +32,26 @@ class Listener:
 
     def __init__(self, conninfo: connection.Conninfo) -> None:
         self._conninfo = conninfo
-        self._watched: dict[str, list[Callable[[], None]]] = {}
+        self._calls: dict[str, list[Callable[[], None]]] = {}
         self._listening: asyncio.Task[None] | None = None
 
-    def watch(self, marker: str, call: Callable[[], None]) -> None:
+    def call_at_hints(self, marker: str, call: Callable[[], None]) -> None:
         """Call ``call`` at each hint about the job of this marker, until :meth:`leave`."""
-        self._watched.setdefault(marker, []).append(call)
+        self._calls.setdefault(marker, []).append(call)
         if self._listening is None or self._listening.done():
             self._listening = asyncio.create_task(self._listen())
 
     def leave(self, marker: str, call: Callable[[], None]) -> None:
         """Call it no more."""
-        calls = self._watched.get(marker, [])
+        calls = self._calls.get(marker, [])
         if call in calls:
             calls.remove(call)
         if not calls:
-            self._watched.pop(marker, None)
+            self._calls.pop(marker, None)
 
     async def close(self) -> None:
         """Stop listening."""
-        self._watched.clear()
+        self._calls.clear()
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait({self._listening})
@@ -65,7 +65,7 @@ class Listener:
                     await connection.configure(conn, connection.BOOKKEEPING)
                     await conn.execute(f"listen {CHANNEL}".encode())
                     tries = 0
-                    for marker in [*self._watched]:
+                    for marker in [*self._calls]:
                         self._tell(marker)  # it may have been said while nobody listened
                     async for notification in conn.notifies():
                         self._tell(notification.payload)
@@ -78,5 +78,5 @@ class Listener:
             await asyncio.sleep(max(pace.backoff(tries), pace.LOOK_SOONEST))
 
     def _tell(self, marker: str) -> None:
-        for call in [*self._watched.get(marker, ())]:
+        for call in [*self._calls.get(marker, ())]:
             call()

@@ -386,7 +386,7 @@ class Extension:
         return int(await cursor.fetchone() or 0)
 
     def supervision(
-        self, columns: sql.Composable | None, *, padded: bool, reported_of: int | None = None
+        self, columns: sql.Composable | None, *, padded: bool, numbers_up_to: int | None = None
     ) -> Sequence[str]:
         """Return the statements that a supervisor inside the server needs, with $1 and $2 for a handle.
 
@@ -396,17 +396,17 @@ class Extension:
         end, for $3 milliseconds at most. Before 2.0 there is no such wait among them: its name is gone in 2.0, and a
         supervisor that is at work during the update calls by the names that it was given.
 
-        ``reported_of``: how many statements the worker has that reports which one is at work ("statement 2 of 3").
+        ``numbers_up_to``: how many statements the worker has that reports which one is at work ("statement 2 of 3").
         That is the last line of the context then, of an error in a statement: of one that came at the commit, the
         worker's own line is not there.
         """
         context: sql.Composable = sql.SQL("context")
-        if reported_of is not None:
+        if numbers_up_to is not None:
             context = sql.SQL(
                 "case when pg_catalog.textregexeq(context, '(^|\n)background worker, pid [0-9]+$')"
                 " then pg_catalog.concat_ws(E'\n', context, (select pg_catalog.substring(p.progress_msg, {})"
                 " from {}($1, $2) as p)) else context end"
-            ).format(sql.Literal(f"^statement [0-9]+ of {reported_of}$"), self.name("get_progress"))
+            ).format(sql.Literal(f"^statement [0-9]+ of {numbers_up_to}$"), self.name("get_progress"))
         texts: dict[str, LiteralString] = {
             "launch": "select pid, cookie from {f}($1, $2, $3)",
             "result_info": "select row_count, command_tag, completed, has_error from {f}($1, $2)",

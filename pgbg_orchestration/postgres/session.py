@@ -16,7 +16,7 @@ from pgbg_orchestration.threads import off_loop
 
 from . import connection, describe, opening
 from .connection import ConnectionLost, ExtensionMoved
-from .handles import TOKEN, Claim, HandleSession, Worker
+from .handles import TOKEN, HandleSession, ReceiptKey, Worker
 from .opening import Begun, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
 from .pg_background import MAX_TRACKED, NO_SLOT, Extension, Handle
 
@@ -112,8 +112,8 @@ class LaunchingSession(HandleSession):
             worker = None
             if handle is not None:
                 faults.point("after_launch")
-                claim = Claim(text.owner, text.job_id, text.registration["attempt"], text.is_padded)
-                worker = self._launched(handle, poll_interval, claim if text.is_counted else None)
+                receipt_key = ReceiptKey(text.owner, text.job_id, text.registration["attempt"], text.is_padded)
+                worker = self._launched(handle, poll_interval, receipt_key if text.is_counted else None)
         if worker is not None:
             self._start_polling()
         return Begun(text.registration, worker)
@@ -144,7 +144,7 @@ class LaunchingSession(HandleSession):
         settings: Mapping[str, str],
         role: str | None = None,
         poll_interval: float | None = None,
-        claim: Claim | None = None,
+        receipt_key: ReceiptKey | None = None,
     ) -> asyncio.Task[Worker]:
         """Begin to launch a worker, with settings that hold for it and not for this session.
 
@@ -164,7 +164,7 @@ class LaunchingSession(HandleSession):
         MayBeLaunched
             The connection or the call was lost on its way.
         """
-        return asyncio.create_task(self._launch(text, label, queue_size, settings, role, poll_interval, claim))
+        return asyncio.create_task(self._launch(text, label, queue_size, settings, role, poll_interval, receipt_key))
 
     async def _launch(
         self,
@@ -174,7 +174,7 @@ class LaunchingSession(HandleSession):
         settings: Mapping[str, str],
         role: str | None,
         poll_interval: float | None,
-        claim: Claim | None,
+        receipt_key: ReceiptKey | None,
     ) -> Worker:
         values = {**settings, **({"role": role} if role else {})}
         function = self.extension.name("launch")
@@ -196,13 +196,13 @@ class LaunchingSession(HandleSession):
             except (psycopg.Error, OSError, TimeoutError) as error:
                 self._give_up()
                 raise self._launch_error(error, called=called, lost=True) from error
-            worker = self._launched(handle, poll_interval, claim)
+            worker = self._launched(handle, poll_interval, receipt_key)
         self._start_polling()
         return worker
 
-    def _launched(self, handle: Handle, poll_interval: float | None, claim: Claim | None) -> Worker:
+    def _launched(self, handle: Handle, poll_interval: float | None, receipt_key: ReceiptKey | None) -> Worker:
         self.launches += 1
-        return self._track(handle, poll_interval, claim)
+        return self._track(handle, poll_interval, receipt_key)
 
     # Before a launch ----------------------------------------------------------------------------------------------
 

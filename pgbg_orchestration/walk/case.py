@@ -163,7 +163,7 @@ def case_of(work: Work, options: Options, deadline: float | None) -> Case:
             takes_back=frozenset(cause for cause in (None, *Cause) if options.takes_back(cause)),
             of_try=options.of_try,
             deadline=deadline,
-            is_watched=work.is_watched,
+            adds_supervisor=work.adds_supervisor,
         ),
     )
 

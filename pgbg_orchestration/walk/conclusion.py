@@ -99,7 +99,7 @@ async def _placed(case: Case, ledger: Ledger, fields: ErrorFields, *, own: bool)
         if case.failure.at_commit and len(work.statements) > 1:
             return replace(fields, statement=AT_COMMIT)
     elif len(work.statements) > 1:
-        fields, told = location.without_report(fields, len(work.statements))
+        fields, told = location.without_number(fields, len(work.statements))
         number = told - 1 if told is not None else None
     if number is None:
         return fields
@@ -184,7 +184,7 @@ async def _with_receipt(case: Case, ledger: Ledger, sighting: Sighting, *, launc
         row_count, tag = _report_form(case.work.statements[-1], *case.memory.launch.result)
         return replace(outcome, row_count=row_count, command_tag=tag, finished_at=sighting.looked_at)
     # Whoever launched it writes the counts down after the commit.
-    elsewhere = not launched or case.work.is_watched
+    elsewhere = not launched or case.work.adds_supervisor
     if elsewhere and sighting.attempt is not None and case.memory.intent is Intent.NONE:
         sighting = await _await_counts(case, ledger, sighting)
     finished = sighting.ended_at or sighting.looked_at

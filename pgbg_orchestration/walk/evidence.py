@@ -123,7 +123,7 @@ def weigh(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> tuple
         may_begin=sighting.may_begin,
         superseded=is_superseded(sighting, terms, memory),
         recorded_failure=recorded,
-        output_blocked=sighting.wait_event in OUTPUT_WAITS and not terms.is_watched,  # its supervisor reads it
+        output_blocked=sighting.wait_event in OUTPUT_WAITS and not terms.adds_supervisor,  # its supervisor reads it
         lift=_lifts(sighting, terms, memory),
     )
     return evidence, memory
@@ -253,7 +253,7 @@ def _is_recorded(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
         return True
     info = memory.launch.info
     own = memory.launch.registration
-    if terms.is_watched and own is not None and sighting.outcome == "failed" and sighting.attempt == own.attempt:
+    if terms.adds_supervisor and own is not None and sighting.outcome == "failed" and sighting.attempt == own.attempt:
         return True  # its supervisor wrote it down
     if terms.kind is Kind.SUPERVISED and info is not None and info.command_tag == SUPERVISION:
         return True  # its supervisor came to its end: without a receipt, it wrote down how its worker failed

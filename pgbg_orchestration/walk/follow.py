@@ -108,9 +108,9 @@ async def hear_failed(case: Case) -> None:
     if case.worker is None or error is None or error.sqlstate in BEFORE_ITS_SQL:
         return
     work = case.work
-    if work.is_reported_by_statement and not work.is_marked_by_statement and not work.has_supervisor:
+    if work.reports_numbers and not work.raises_numbers and not work.has_supervisor:
         told = (await case.worker.session.look_at_progress([case.worker])).get(case.worker)
-        case.statement = location.number_reported(told.message, len(work.statements)) if told else None
+        case.statement = location.number_in_progress(told.message, len(work.statements)) if told else None
     raised = await case.worker.session.hear_failed(case.worker, partial(_hear, case))
     if raised is not None:
         _note_failure(case, error, raised)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from typing import Any
 
 import psycopg
@@ -52,7 +53,7 @@ class Host:
         self._opening = asyncio.Lock()
         self.onlooker = Onlooker(self.ledger)
         self._listener = Listener(conninfo)
-        telemetry.watch(self)
+        telemetry.observe(self)
 
     @property
     def session_count(self) -> int:
@@ -160,11 +161,15 @@ class Host:
         except PgbgError as error:
             error.data_state = NOT_BY_THIS_CALL  # the job was not looked at: an earlier call may have launched it
             raise
-        may_mark = facts.runs_blocks
-        report = facts.extension.name("report_progress").as_string(None) if may_mark and facts.reports else None
+        may_number = facts.runs_blocks
+        progress = facts.extension.name("report_progress").as_string(None) if may_number and facts.reports else None
+
+        def bound(conn: AsyncConnection[Any] | None) -> Awaitable[Work]:
+            return bind(job, conn, facts.login, may_number=may_number, progress_function=progress)
+
         if job.parameters is None and job.role is None and job.owner is None and job.fetch is None:
-            return await bind(job, None, facts.login, may_mark=may_mark, report=report)  # nothing to ask the server for
-        return await self.ledger.run(lambda conn: bind(job, conn, facts.login, may_mark=may_mark, report=report))
+            return await bound(None)  # nothing to ask the server for
+        return await self.ledger.run(bound)
 
     async def require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
         """Return what is known of the server, and refuse one on which a job cannot run.

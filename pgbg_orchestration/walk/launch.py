@@ -17,7 +17,7 @@ from pgbg_orchestration.outcome import EventKind
 from pgbg_orchestration.postgres import describe
 from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
 from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.handles import Claim, Worker
+from pgbg_orchestration.postgres.handles import ReceiptKey, Worker
 from pgbg_orchestration.postgres.opening import Begun, Launched, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.statements import index_builds
@@ -113,7 +113,7 @@ class Launches:
     async def _supervisor_for_opening(self) -> Launched | None:
         """Return the supervisor's text, whichever launch it will be; None where the job has to go the long way."""
         case, work = self._case, self._case.work
-        if work.is_watched or work.job.drop_invalid_index:
+        if work.adds_supervisor or work.job.drop_invalid_index:
             return None
         try:
             readable = await self._make_readable()
@@ -132,7 +132,7 @@ class Launches:
     async def _supervision_of(self, readable: Readable) -> tuple[Sequence[str], Mapping[str, str]]:
         """Return what a supervisor calls to launch and follow its worker, and what that worker is to have set."""
         work, facts = self._case.work, await self._host.facts()
-        calls = facts.extension.supervision(readable.columns, padded=readable.padded, reported_of=work.reported_of)
+        calls = facts.extension.supervision(readable.columns, padded=readable.padded, numbers_up_to=work.numbers_up_to)
         return calls, {**facts.defaults, **work.settings(self._case.seconds_left(), facts.defaults)}
 
     async def _wait_at_first(self) -> None:
@@ -219,7 +219,7 @@ class Launches:
         if work.has_supervisor:
             if work.job.drop_invalid_index:
                 await self._drop_invalid_index()
-            readable = _with_tags(work, self._host.schema) if work.is_watched else await self._make_readable()
+            readable = _with_tags(work, self._host.schema) if work.adds_supervisor else await self._make_readable()
             calls, settings = await self._supervision_of(readable)
             return work.supervisor(self._host.schema, registration, readable.text, calls, settings)
         text = await off_loop(work.size, lambda: work.text(self._host.schema))
@@ -346,7 +346,7 @@ class Launches:
                 settings=settings,
                 role=work.job.role if work.kind is Kind.SESSION else None,
                 poll_interval=case.options.poll_interval,
-                claim=Claim(work.key.owner, work.key.job_id, case.attempt, work.is_padded)
+                receipt_key=ReceiptKey(work.key.owner, work.key.job_id, case.attempt, work.is_padded)
                 if work.kind is Kind.RECEIPT and work.is_counted and not work.has_supervisor
                 else None,
             )

@@ -32,47 +32,47 @@ BYTES = 160  # that a mark takes in the queue
 SHOWN = 60  # characters of a line, around the place that is pointed at
 
 
-_REPORT = re.compile(r"statement ([0-9]+) of ([0-9]+)")
+_PROGRESS = re.compile(r"statement ([0-9]+) of ([0-9]+)")
 
 
-def marked(bodies: Sequence[str], *, told: bool = True, report: str | None = None) -> str:
+def numbered(bodies: Sequence[str], *, raised: bool = True, progress_function: str | None = None) -> str:
     """Return statements as one text, each behind the mark that tells its number.
 
     A mark is a utility statement, and makes the rows of those before it visible, as ``statements.SEPARATOR`` does.
 
     Parameters
     ----------
-    told:
+    raised:
         Whether it raises it.
-    report:
+    progress_function:
         The extension's function that it reports it with; where the role at work may not call that, it does not.
     """
     of = len(bodies)
 
     def mark(number: int) -> str:
-        raised = f"raise info '{number}' using errcode='{MARK}';" if told else ""
+        info = f"raise info '{number}' using errcode='{MARK}';" if raised else ""
         percent = 100 * (number - 1) // of
-        call = f"perform {report}({percent},'{reported(number, of)}');" if report else ""
-        return f"do $$begin {raised}{f'begin {call}exception when others then null;end;' if call else ''}end$$"
+        call = f"perform {progress_function}({percent},'{progress_text(number, of)}');" if progress_function else ""
+        return f"do $$begin {info}{f'begin {call}exception when others then null;end;' if call else ''}end$$"
 
     return "\n;".join(f"{mark(number)}\n;{body}" for number, body in enumerate(bodies, 1))
 
 
-def reported(number: int, of: int) -> str:
+def progress_text(number: int, of: int) -> str:
     """Return what a worker reports as its progress when it comes to a statement."""
     return f"statement {number} of {of}"
 
 
-def number_reported(message: str | None, of: int) -> int | None:
+def number_in_progress(message: str | None, of: int) -> int | None:
     """Return the number that such a report tells; None for what the job's own SQL reports."""
-    found = _REPORT.fullmatch(message or "")
+    found = _PROGRESS.fullmatch(message or "")
     return int(found[1]) if found and int(found[2]) == of and 1 <= int(found[1]) <= of else None
 
 
-def without_report(error: ErrorFields, of: int) -> tuple[ErrorFields, int | None]:
+def without_number(error: ErrorFields, of: int) -> tuple[ErrorFields, int | None]:
     """Return an error as a supervisor told it, without the line that tells the statement, and that number."""
     lines = (error.context or "").splitlines()
-    number = number_reported(lines[-1], of) if lines else None
+    number = number_in_progress(lines[-1], of) if lines else None
     return (error, None) if number is None else (replace(error, context="\n".join(lines[:-1]) or None), number)
 
 

@@ -182,7 +182,7 @@ class Terms(NamedTuple):
         The caller's try of the work: what this very try made final stays so.
     deadline:
         On the event loop's clock.
-    is_watched:
+    adds_supervisor:
         The worker writes its own receipt, and a supervisor launches it, which writes the history.
     """
 
@@ -193,7 +193,7 @@ class Terms(NamedTuple):
     takes_back: frozenset[Cause | None] = frozenset()
     of_try: str | None = None
     deadline: float | None = None
-    is_watched: bool = False
+    adds_supervisor: bool = False
     relaunches: int = RELAUNCHES
     rejections: int = REJECTIONS
 
@@ -285,11 +285,11 @@ class Memory(NamedTuple):
         """Take in the handle's report. A supervisor without a second slot launched nothing, and uses up no attempt."""
         launch = self.launch.ended(info, error)
         # SQL of the user's can raise this code too, and does so in a worker of its own.
-        supervised = terms.is_watched or terms.kind is Kind.SUPERVISED
+        supervised = terms.adds_supervisor or terms.kind is Kind.SUPERVISED
         if supervised and launch.sqlstate == NO_SLOT_FOR_WORKER:
             tries = self.tries._replace(slotless=self.tries.slotless + 1)
             return self._replace(tries=tries, launch=Launch(), registration=launch.registration)
-        if terms.is_watched and launch.stage is not Stage.LOST and not _came_to_its_end(launch):
+        if terms.adds_supervisor and launch.stage is not Stage.LOST and not _came_to_its_end(launch):
             launch = launch.lost()  # the worker below it may be at work, or begin
         return self._loose(launch)
 

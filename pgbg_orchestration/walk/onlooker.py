@@ -1,4 +1,4 @@
-"""How far the jobs of one process are, told to those who watch them: one query a tick for all of them.
+"""How far the jobs of one process are, told to those who follow them: one query a tick for all of them.
 
 What is told of a job is the first of these that there is: what its own SQL reports
 (``pg_background_report_progress``), the command that the server shows the progress of, and whom it waits for. A line is
@@ -52,7 +52,7 @@ class Remark:
 
 @dataclass(slots=True)
 class Subject:
-    """A job that is watched, and what was told of it last."""
+    """A job that somebody follows, and what was told of it last."""
 
     case: Case
     since: float
@@ -86,7 +86,7 @@ class Subject:
 
 
 class Onlooker:
-    """Looks at the workers of all watched jobs, for as long as there are any.
+    """Looks at the workers of all jobs that somebody follows, for as long as there are any.
 
     Parameters
     ----------
@@ -96,25 +96,25 @@ class Onlooker:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._watched: dict[int, Subject] = {}
+        self._subjects: dict[int, Subject] = {}
         self._views: Sequence[str] | None = None
         self._looking: asyncio.Task[None] | None = None
 
-    def watch(self, case: Case) -> None:
+    def add(self, case: Case) -> None:
         """Begin to tell of a job, where somebody listens."""
         if case.options.observer is None:
             return
-        self._watched[id(case)] = Subject(case, asyncio.get_running_loop().time())
+        self._subjects[id(case)] = Subject(case, asyncio.get_running_loop().time())
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look_while_watched())
 
     def leave(self, case: Case) -> None:
         """Tell no more of a job."""
-        self._watched.pop(id(case), None)
+        self._subjects.pop(id(case), None)
 
     async def close(self) -> None:
         """Stop looking."""
-        self._watched.clear()
+        self._subjects.clear()
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.wait({self._looking})
@@ -122,12 +122,12 @@ class Onlooker:
     async def _look_while_watched(self) -> None:
         loop = asyncio.get_running_loop()
         failed = 0
-        while self._watched:
+        while self._subjects:
             now = loop.time()
-            pause = min(pace.look(now - w.since, w.case.options.poll_interval) for w in self._watched.values())
+            pause = min(pace.look(now - w.since, w.case.options.poll_interval) for w in self._subjects.values())
             await asyncio.sleep(pause)
             try:
-                await self._look([w for w in self._watched.values() if w.case.is_at_work])
+                await self._look([w for w in self._subjects.values() if w.case.is_at_work])
                 failed = 0
             except (psycopg.Error, OSError, PgbgError) as error:
                 # Nobody's outcome depends on it, and the server may be back, or its privileges, by the next look.
@@ -136,25 +136,25 @@ class Onlooker:
                     logger.warning("how far jobs are cannot be told now (%s)", error)
                 await asyncio.sleep(pace.backoff(failed))
 
-    async def _look(self, watched: list[Subject]) -> None:
-        if not watched:
+    async def _look(self, subjects: list[Subject]) -> None:
+        if not subjects:
             return
-        reported, seen = await asyncio.gather(self._reported(watched), self._activities(watched))
+        reported, seen = await asyncio.gather(self._reported(subjects), self._activities(subjects))
         now = asyncio.get_running_loop().time()
-        for one in watched:
-            if id(one.case) not in self._watched:
+        for one in subjects:
+            if id(one.case) not in self._subjects:
                 continue  # it has ended meanwhile
             line = _line(one, reported.get(id(one.case)), seen.get(id(one.case)), now)
             if line is not None and one.is_news(line, now):
                 one.last, one.last_at = line, now
                 one.case.tell(line.kind, line.message, percent=line.percent, **line.data)
 
-    async def _activities(self, watched: list[Subject]) -> dict[int, Activity]:
+    async def _activities(self, subjects: list[Subject]) -> dict[int, Activity]:
         """Return what the workers are at, by the ``id`` of their cases."""
         # Two calls may be attached to one worker.
         by_pid: dict[int, list[int]] = defaultdict(list)
         by_name: dict[str, list[int]] = defaultdict(list)
-        for one in watched:
+        for one in subjects:
             if one.case.worker_pid is not None:
                 by_pid[one.case.worker_pid].append(id(one.case))
             elif one.case.work.is_marked:
@@ -171,10 +171,10 @@ class Onlooker:
             for case in by_pid.get(one.pid) or by_name.get((one.name or "")[: markers.LENGTH]) or ()
         }
 
-    async def _reported(self, watched: list[Subject]) -> dict[int, Progress]:
+    async def _reported(self, subjects: list[Subject]) -> dict[int, Progress]:
         """Return what the workers reported of their progress, by the ``id`` of their cases."""
         by_session: dict[HandleSession, dict[Worker, int]] = defaultdict(dict)
-        for one in watched:
+        for one in subjects:
             worker = one.case.worker
             if worker is not None and not worker.end.done() and not worker.session.is_busy:
                 by_session[worker.session][worker] = id(one.case)
@@ -185,27 +185,27 @@ class Onlooker:
         return progress_of
 
 
-def _line(watched: Subject, reported: Progress | None, seen: Activity | None, now: float) -> Remark | None:
-    redact = watched.case.work.job.redact_details
+def _line(subject: Subject, reported: Progress | None, seen: Activity | None, now: float) -> Remark | None:
+    redact = subject.case.work.job.redact_details
     if seen is not None and seen.blockers:
         return _blocked(seen, redact=redact)
-    of = len(watched.case.work.statements)
-    number = location.number_reported(reported.message, of) if reported is not None and of > 1 else None
+    of = len(subject.case.work.statements)
+    number = location.number_in_progress(reported.message, of) if reported is not None and of > 1 else None
     if reported is not None and number is None:
         text = f"{reported.percent} % {reported.message or ''}".strip()
         return Remark(EventKind.PROGRESS, f"reported {reported.message}", text, reported.percent)
     if seen is not None and seen.command is not None:
-        return _command(watched, seen, now)
+        return _command(subject, seen, now)
     if seen is not None and seen.wait_event in WAITS:
         text = f"waits for {WAITS[seen.wait_event]} ({seen.wait_event})"
         return Remark(EventKind.BLOCKED, text, text, data={"pid": seen.pid})
-    if number is None or watched.case.reading is not None:  # whoever reads its output is told there
+    if number is None or subject.case.reading is not None:  # whoever reads its output is told there
         return None
-    text = location.reported(number, of)
+    text = location.progress_text(number, of)
     return Remark(EventKind.PROGRESS, text, text, data={"statement": number, "of": of})
 
 
-def _command(watched: Subject, seen: Activity, now: float) -> Remark:
+def _command(subject: Subject, seen: Activity, now: float) -> Remark:
     command = seen.command
     assert command is not None
     about = ", ".join(part for part in (command.name, command.phase) if part)
@@ -213,7 +213,7 @@ def _command(watched: Subject, seen: Activity, now: float) -> Remark:
     data: dict[str, Any] = {"command": command.name, "phase": command.phase, "seconds_left": None}
     if command.percent is not None and command.done is not None and command.total is not None:
         text = f"{about}: {command.percent} %"
-        left = watched.seconds_left(about, command.done, command.total, now)
+        left = subject.seconds_left(about, command.done, command.total, now)
         if left is not None:
             data["seconds_left"] = round(left)
             text += f", about {phrases.roughly(left)} left of this phase"

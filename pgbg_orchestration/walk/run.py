@@ -59,7 +59,7 @@ async def run_job(host: Host, job: Job, options: Options, feed: Feed | None = No
                 check(job)
             work = await host.bind(job)
             if options.supervisor and work.kind is Kind.RECEIPT:
-                work = replace(work, is_watched=True)
+                work = replace(work, adds_supervisor=True)
             case = case_of(work, options, deadline)
             if feed is not None:
                 case.feed = feed
@@ -119,10 +119,10 @@ class Run:
     async def outcome(self) -> Outcome:
         """Follow the job; when the caller goes away, cancel it or leave it at work, as the caller chose."""
         following = self._loop.create_task(self._follow())
-        self._host.onlooker.watch(self._case)
+        self._host.onlooker.add(self._case)
         listener = self._host.listener if self._case.work.carries_receipt else None
         if listener is not None:
-            listener.watch(self._case.work.marker, self._hear)
+            listener.call_at_hints(self._case.work.marker, self._hear)
         try:
             return await asyncio.shield(following)
         except asyncio.CancelledError:

@@ -69,9 +69,9 @@ class Work:
     gives_rows: bool  # its last statement may give rows
     kept: tuple[kept_rows.RowPlan, ...] = ()  # statements whose rows are kept
     is_streamed: bool = False  # its rows are read as they come
-    may_mark: bool = False  # every role may run what tells the statement that is at work
-    report: str | None = None  # the extension's function that keeps what a worker reports of its progress
-    is_watched: bool = False  # it writes its own receipt, and a supervisor was asked for all the same
+    may_number: bool = False  # every role may run what tells the statement that is at work
+    progress_function: str | None = None  # the extension's function that keeps what a worker reports of its progress
+    adds_supervisor: bool = False  # it writes its own receipt, and a supervisor was asked for all the same
 
     @property
     def carries_receipt(self) -> bool:
@@ -81,7 +81,7 @@ class Work:
     @property
     def has_supervisor(self) -> bool:
         """Whether a second worker launches the one that runs the SQL, and alone has its handle."""
-        return self.is_watched or self.kind is Kind.SUPERVISED
+        return self.adds_supervisor or self.kind is Kind.SUPERVISED
 
     @property
     def is_marked(self) -> bool:
@@ -140,20 +140,20 @@ class Work:
         return markers.worker_name(self.key.owner, self.key.job_id, self.label)
 
     @property
-    def is_marked_by_statement(self) -> bool:
+    def raises_numbers(self) -> bool:
         """Whether its worker tells which of its statements is at work."""
         number = len(self.statements)
         room = (self.job.queue_size or DEFAULT_QUEUE_BYTES) // 2
-        if not self.may_mark or self.has_supervisor:
+        if not self.may_number or self.has_supervisor:
             return False  # a supervisor cannot tell what it hears
         return 1 < number <= location.MOST and number * location.BYTES <= room
 
     @property
-    def is_reported_by_statement(self) -> bool:
+    def reports_numbers(self) -> bool:
         """Whether its worker reports the statement at work as its progress: not where the SQL reports its own."""
-        if self.report is None or "$$" in self.report or len(self.statements) < 2:
+        if self.progress_function is None or "$$" in self.progress_function or len(self.statements) < 2:
             return False
-        own = self.report.rpartition(".")[2].strip('"')
+        own = self.progress_function.rpartition(".")[2].strip('"')
         return not any(own in part.text for part in self.statements)
 
     def bodies(self, schema: str) -> list[str]:
@@ -171,9 +171,9 @@ class Work:
         return self._joined(self.bodies(schema))
 
     @property
-    def reported_of(self) -> int | None:
+    def numbers_up_to(self) -> int | None:
         """Of how many statements its worker reports which one is at work; None where it does not."""
-        return len(self.statements) if self.is_reported_by_statement else None
+        return len(self.statements) if self.reports_numbers else None
 
     @property
     def bare(self) -> str:
@@ -181,10 +181,10 @@ class Work:
         return self._joined([part.text for part in self.statements])
 
     def _joined(self, bodies: Sequence[str]) -> str:
-        report = self.report if self.is_reported_by_statement else None
-        if report is None and not self.is_marked_by_statement:
+        progress_function = self.progress_function if self.reports_numbers else None
+        if progress_function is None and not self.raises_numbers:
             return statements.SEPARATOR.join(bodies)
-        return location.marked(bodies, told=self.is_marked_by_statement, report=report)
+        return location.numbered(bodies, raised=self.raises_numbers, progress_function=progress_function)
 
     def telling(self, fields: ErrorFields) -> ErrorFields:
         """Return what may be told of a server's error."""
@@ -215,7 +215,7 @@ class Work:
         settings:
             The settings of the worker below it.
         """
-        if not self.is_watched:
+        if not self.adds_supervisor:
             head, middle, tail = self.supervisor_of_any(schema, text, calls, settings)
             return f"{head}{registration.generation}{middle}{registration.attempt}{tail}"
         settings = {**settings, WORK: self._arguments(registration)}
@@ -346,8 +346,8 @@ async def bind(
     conn: AsyncConnection[Any] | None,
     login: str,
     *,
-    may_mark: bool = False,
-    report: str | None = None,
+    may_number: bool = False,
+    progress_function: str | None = None,
 ) -> Work:
     """Bind a job's parameters with psycopg's own quoting, and check its role.
 
@@ -358,9 +358,9 @@ async def bind(
         with neither parameters, role, owner nor rows to keep.
     login:
         The ``session_user`` there.
-    may_mark:
+    may_number:
         Every role may run there what tells the statement that is at work.
-    report:
+    progress_function:
         The extension's function for that, where it keeps what it is told.
 
     Raises
@@ -370,7 +370,9 @@ async def bind(
     NoPrivilege
         The login is no member of the role or of the owner.
     """
-    work = await off_loop(_size(job), lambda: _bound(job, conn, login, may_mark=may_mark, report=report))
+    work = await off_loop(
+        _size(job), lambda: _bound(job, conn, login, may_number=may_number, progress_function=progress_function)
+    )
     if conn is not None and job.role is not None:
         await _check_role(job, conn)
     if conn is not None and job.owner is not None:
@@ -386,7 +388,9 @@ def _size(job: Job) -> int:
     return sum(map(len, texts)) + sum(len(value) for value in values if isinstance(value, Sized))
 
 
-def _bound(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark: bool, report: str | None) -> Work:
+def _bound(
+    job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_number: bool, progress_function: str | None
+) -> Work:
     """Return the job's work, its parameters in; the connection is asked for its encoding only."""
     texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
     if job.parameters is not None:
@@ -416,8 +420,8 @@ def _bound(job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_mark:
         sql_digest=hashlib.sha256(";".join(part.text for part in parts).encode()).digest(),
         applied=statements.applied(parts),
         gives_rows=_gives_rows(parts[-1]),
-        may_mark=may_mark,
-        report=report,
+        may_number=may_number,
+        progress_function=progress_function,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from pgbg_debian_extension import debian
-from pgbg_orchestration.embedded.claims import file_lock
+from pgbg_orchestration.embedded.directories import file_lock
 
 DIRECTORY_VARIABLE = "PGBG_SERVERS_DIR"
 PACKAGES = ("postgresql-18", "postgresql-18-pg-background")

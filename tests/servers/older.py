@@ -21,7 +21,7 @@ from typing import Literal
 
 from pgbg_orchestration.embedded.binaries import Binaries
 from pgbg_orchestration.embedded.cache import cache_directory
-from pgbg_orchestration.embedded.claims import file_lock
+from pgbg_orchestration.embedded.directories import file_lock
 from tests.servers.debian import ServerUnavailableError
 from tests.servers.embedded import EmbeddedUnderTest
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from pgbg_orchestration.embedded.claims import Claim, claim_directory
+from pgbg_orchestration.embedded.directories import OwnedDirectory, own_directory
 from pgbg_orchestration.embedded.status import StopMode, is_postgres
 from tests.kit.processes import kill_tree
 from tests.servers.debian import DebianTree
@@ -79,13 +79,13 @@ class RealServer:
             **(settings or {}),
         }
         self.port: int | None = None
-        self._claim: Claim | None = None
+        self._owned: OwnedDirectory | None = None
 
     def start(self) -> Self:
         """Start the server, making its data directory first if need be; nothing happens when it runs already."""
         if self.is_running():
             return self
-        if self._claim is None:
+        if self._owned is None:
             self._create()
         output = ""
         for attempt in range(1, START_ATTEMPTS + 1):
@@ -152,10 +152,10 @@ class RealServer:
     def remove(self) -> None:
         """Stop the server and delete its data."""
         self.stop("immediate")
-        if self._claim is not None:
-            _delete(self._claim.path)
-            self._claim.release()
-            self._claim = None
+        if self._owned is not None:
+            _delete(self._owned.path)
+            self._owned.release()
+            self._owned = None
         _alive.discard(self)
 
     def conninfo(self, dbname: str = "postgres", user: str = "postgres", **parameters: str) -> str:
@@ -175,7 +175,7 @@ class RealServer:
 
     def pid(self) -> int | None:
         """The postmaster's process id, or None when it is not running."""
-        if self._claim is None:
+        if self._owned is None:
             return None
         try:
             first = (self._cluster / "data" / "postmaster.pid").read_text().split("\n", 1)[0]
@@ -205,8 +205,8 @@ class RealServer:
         clusters = memory / "pgbg-real" if memory else root / "srv" / "pgbg"
         clusters.mkdir(exist_ok=True)
         clusters.chmod(0o711)
-        self._claim = claim_directory(clusters, self._remove_abandoned)
-        os.chown(self._claim.path, *self.tree.user_ids())
+        self._owned = own_directory(clusters, self._remove_abandoned)
+        os.chown(self._owned.path, *self.tree.user_ids())
         _alive.add(self)
         result = self._run(
             "initdb", "--no-sync", "-D", self._inside("data"), "-U", "postgres", "-A", "trust",
@@ -229,8 +229,8 @@ class RealServer:
 
     @property
     def _cluster(self) -> Path:
-        assert self._claim is not None, "the server was never started"
-        return self._claim.path
+        assert self._owned is not None, "the server was never started"
+        return self._owned.path
 
     def _inside(self, name: str) -> str:
         """A path of this cluster as the tree's programs see it."""

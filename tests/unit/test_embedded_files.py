@@ -19,7 +19,7 @@ from pgbg_debian_extension import debian, elf
 from pgbg_debian_extension.debian import Package, PackageUnavailableError
 from pgbg_orchestration.embedded.binaries import NoPostgresError, find_binaries
 from pgbg_orchestration.embedded.cache import cache_directory
-from pgbg_orchestration.embedded.claims import claim_directory
+from pgbg_orchestration.embedded.directories import own_directory
 from pgbg_orchestration.embedded.extension import RealExtensionUnavailableError, real_extension, verified
 
 MIRROR = "http://mirror.invalid/debian"
@@ -243,30 +243,30 @@ def test_relaxing_leaves_what_fits_and_refuses_what_cannot() -> None:
         elf.relax_glibc(b"MZ" + library, glibc)
 
 
-CLAIMER = """
+OWNER = """
 import sys, time
 from pathlib import Path
-from pgbg_orchestration.embedded.claims import claim_directory
-claim = claim_directory(Path(sys.argv[1]), lambda path: None)
-(claim.path / "data").write_text("kept")
-print(claim.path, flush=True)
+from pgbg_orchestration.embedded.directories import own_directory
+owned = own_directory(Path(sys.argv[1]), lambda path: None)
+(owned.path / "data").write_text("kept")
+print(owned.path, flush=True)
 time.sleep(600)
 """
 
 
 def test_a_directory_is_found_again_when_its_process_was_killed(tmp_path: Path) -> None:
-    other = subprocess.Popen([sys.executable, "-c", CLAIMER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     removed: list[Path] = []
     with other:
         assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
-        mine = claim_directory(tmp_path, removed.append)
+        mine = own_directory(tmp_path, removed.append)
         assert removed == [], "its owner lives"
         os.kill(other.pid, signal.SIGKILL)
-    again = claim_directory(tmp_path, removed.append)
+    again = own_directory(tmp_path, removed.append)
     assert removed == [theirs]
     assert len({theirs, mine.path, again.path}) == 3
-    for claim in (mine, again):
-        claim.path.rmdir()
-        claim.release()
-    assert list(tmp_path.glob("*.claim")) == []
+    for owned in (mine, again):
+        owned.path.rmdir()
+        owned.release()
+    assert list(tmp_path.glob("*.owned")) == []

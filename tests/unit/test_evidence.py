@@ -25,7 +25,7 @@ OWN_ERROR = "23505"
 TERMS = Terms(generation=1)
 AGAIN = Terms(generation=1, takes_back=frozenset({Cause.ASKED}))
 SUPERVISED = Terms(kind=Kind.SUPERVISED, generation=1)
-WATCHED = Terms(generation=1, is_watched=True)
+SUPERVISED_BESIDE = Terms(generation=1, adds_supervisor=True)
 FREE = sighting()
 HELD = sighting(holder=1)
 CLAIMED = sighting(status="launching", attempt=1)
@@ -104,10 +104,10 @@ MEANINGS: list[tuple[str, Sighting, Terms, Memory, dict[str, Any]]] = [
     ("of other SQL", sighting(failed=True, reported=False), TERMS._replace(sql_digest=b"other"), Memory(), {"recorded_failure": False}),
     ("a supervisor that came to its end", FREE, SUPERVISED, Memory(launch=Launch(Stage.ENDED, info=ResultInfo(True, False, 0, "CALL"))), {"recorded_failure": True, "report": Report.ENDED}),
     ("a CALL of the job's own", FREE, TERMS, Memory(launch=Launch(Stage.ENDED, info=ResultInfo(True, False, 0, "CALL"))), {"recorded_failure": False}),
-    ("what a supervisor wrote down of its own launch", sighting(attempt=1, failed=True), WATCHED, Memory(launch=ENDED), {"recorded_failure": True}),
-    ("of another launch", sighting(attempt=2, failed=True), WATCHED, Memory(launch=ENDED), {"recorded_failure": False}),
-    ("nothing", FREE, WATCHED, Memory(launch=ENDED), {"recorded_failure": False}),
-    ("blocked output, which a supervisor reads", replace(HELD, wait_event="MessageQueuePutMessage"), WATCHED, Memory(launch=Launch(Stage.RUNNING)), {"output_blocked": False}),
+    ("what a supervisor wrote down of its own launch", sighting(attempt=1, failed=True), SUPERVISED_BESIDE, Memory(launch=ENDED), {"recorded_failure": True}),
+    ("of another launch", sighting(attempt=2, failed=True), SUPERVISED_BESIDE, Memory(launch=ENDED), {"recorded_failure": False}),
+    ("nothing", FREE, SUPERVISED_BESIDE, Memory(launch=ENDED), {"recorded_failure": False}),
+    ("blocked output, which a supervisor reads", replace(HELD, wait_event="MessageQueuePutMessage"), SUPERVISED_BESIDE, Memory(launch=Launch(Stage.RUNNING)), {"output_blocked": False}),
     ("blocked output", replace(HELD, wait_event="MessageQueuePutMessage"), TERMS, Memory(launch=Launch(Stage.RUNNING)), {"output_blocked": True}),
     ("another's blocked output", replace(HELD, wait_event="MessageQueuePutMessage"), TERMS, Memory(), {"output_blocked": False}),
     ("launches are counted", FREE, TERMS, Memory(tries=Tries(lost=2, rejected=4)), {"launches_left": 1, "rejections_left": 6}),
@@ -204,16 +204,16 @@ def test_a_supervisor_without_a_second_slot_launched_nothing() -> None:
 
 
 def test_a_supervisor_of_a_receipt_that_broke_may_leave_its_worker() -> None:
-    assert ended(ResultInfo(True, False, 0, "CALL"), terms=WATCHED).launch.stage is Stage.ENDED
-    turned_away = ended(ResultInfo(True, True), ErrorFields(TURNED_AWAY), WATCHED)
+    assert ended(ResultInfo(True, False, 0, "CALL"), terms=SUPERVISED_BESIDE).launch.stage is Stage.ENDED
+    turned_away = ended(ResultInfo(True, True), ErrorFields(TURNED_AWAY), SUPERVISED_BESIDE)
     assert turned_away.launch.sqlstate == TURNED_AWAY
     for broken in (
-        ended(ResultInfo(True, False), terms=WATCHED),
-        ended(ResultInfo(True, True), ErrorFields(CANCELED), WATCHED),
-        ended(ResultInfo(True, True), ErrorFields(OWN_ERROR), WATCHED),
+        ended(ResultInfo(True, False), terms=SUPERVISED_BESIDE),
+        ended(ResultInfo(True, True), ErrorFields(CANCELED), SUPERVISED_BESIDE),
+        ended(ResultInfo(True, True), ErrorFields(OWN_ERROR), SUPERVISED_BESIDE),
     ):
         assert (broken.launch.stage, broken.stray, broken.launch.error) == (Stage.LOST, Stray.LOOSE, None)
-    assert ended(ResultInfo(True, True), ErrorFields("PB004"), WATCHED).launch == Launch()
+    assert ended(ResultInfo(True, True), ErrorFields("PB004"), SUPERVISED_BESIDE).launch == Launch()
 
 
 def test_launches_are_counted_by_how_they_ended() -> None:

@@ -20,8 +20,8 @@ def file_lock(path: Path) -> Iterator[None]:
         yield
 
 
-class Claim:
-    """One directory that is ours while we live. Its sibling ``<name>.claim`` is locked, which tells others so.
+class OwnedDirectory:
+    """One directory that is ours while we live. Its sibling ``<name>.owned`` is locked, which tells others so.
 
     The lock and not a process id is the sign, because ids are used again.
     """
@@ -31,12 +31,12 @@ class Claim:
         self._stream = stream
 
     def release(self) -> None:
-        """Give the claim up, once the directory is removed."""
-        self.path.with_name(f"{self.path.name}.claim").unlink(missing_ok=True)
+        """Give it up, once the directory is removed."""
+        self.path.with_name(f"{self.path.name}.owned").unlink(missing_ok=True)
         self._stream.close()
 
 
-def claim_directory(parent: Path, remove_abandoned: Callable[[Path], None]) -> Claim:
+def own_directory(parent: Path, remove_abandoned: Callable[[Path], None]) -> OwnedDirectory:
     """Make a new directory of this process's own, after removing those whose owner is gone.
 
     Parameters
@@ -48,7 +48,7 @@ def claim_directory(parent: Path, remove_abandoned: Callable[[Path], None]) -> C
         ``parent`` held, so for one directory at a time on the whole machine.
     """
     with file_lock(parent / ".lock"):
-        for other in parent.glob("*.claim"):
+        for other in parent.glob("*.owned"):
             with other.open("w") as stream:
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,8 +57,8 @@ def claim_directory(parent: Path, remove_abandoned: Callable[[Path], None]) -> C
                 remove_abandoned(other.with_suffix(""))
                 other.unlink(missing_ok=True)
         name = f"{os.getpid()}-{os.urandom(4).hex()}"
-        stream = (parent / f"{name}.claim").open("w")
+        stream = (parent / f"{name}.owned").open("w")
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path = parent / name
         path.mkdir(mode=0o700)
-        return Claim(path, stream)
+        return OwnedDirectory(path, stream)
