@@ -230,36 +230,25 @@ def server(server_kind: str, running: Running, pytestconfig: pytest.Config) -> S
 
 
 @pytest.fixture(autouse=True)
-def _since(request: pytest.FixtureRequest) -> None:
-    """Skip a test marked ``since`` on a server that is older than what the test is about."""
-    marker = request.node.get_closest_marker("since")
-    if marker is None:
+def _versions(request: pytest.FixtureRequest) -> None:
+    """Skip a test on a server older than its mark ``since`` says, or newer than its mark ``until``."""
+    since, until = (request.node.get_closest_marker(name) for name in ("since", "until"))
+    if since is None and until is None:
         return
     server: Server = request.getfixturevalue("server")
     with server.connect() as connection:
         postgres = connection.info.server_version // 10000
-    if postgres < marker.kwargs.get("postgres", 0):
-        pytest.skip(f"{OLDER}PostgreSQL {postgres}, {marker.kwargs['postgres']} is needed")
+    if since is not None and postgres < since.kwargs.get("postgres", 0):
+        pytest.skip(f"{OLDER}PostgreSQL {postgres}, {since.kwargs['postgres']} is needed")
     extension = server.extension.split()[-1]
-    if _numbers(extension) < _numbers(marker.kwargs.get("extension", "0")):
-        pytest.skip(f"{OLDER}pg_background {extension}, {marker.kwargs['extension']} is needed")
+    if since is not None and _numbers(extension) < _numbers(since.kwargs.get("extension", "0")):
+        pytest.skip(f"{OLDER}pg_background {extension}, {since.kwargs['extension']} is needed")
+    if until is not None and postgres > until.kwargs["postgres"]:
+        pytest.skip(f"the server is newer: PostgreSQL {postgres}, {until.kwargs['postgres']} is the last")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
-
-
-@pytest.fixture(autouse=True)
-def _until(request: pytest.FixtureRequest) -> None:
-    """Skip a test marked ``until`` on a server that no longer has what the test is about."""
-    marker = request.node.get_closest_marker("until")
-    if marker is None:
-        return
-    server: Server = request.getfixturevalue("server")
-    with server.connect() as connection:
-        postgres = connection.info.server_version // 10000
-    if postgres > marker.kwargs["postgres"]:
-        pytest.skip(f"the server is newer: PostgreSQL {postgres}, {marker.kwargs['postgres']} is the last")
 
 
 @pytest.fixture

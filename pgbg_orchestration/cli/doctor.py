@@ -13,7 +13,7 @@ from pgbg_orchestration.doctor.examination import Finding, Status, examine, wors
 
 from .codes import ExitCode
 from .options import Dsn, Json, Schema
-from .screen import Stop, out, plain, print_json, print_todo, reporting
+from .screen import Stop, ending, out, plain, print_json, print_todo
 
 NAME_WIDTH = 20
 _SIGNS = {
@@ -34,7 +34,7 @@ def doctor(dsn: Dsn = None, schema: Schema = "pgbg", json: Json = False) -> None
 
     Ends with 0 when all is well, 13 when something fails, 14 when there are warnings only.
     """
-    with reporting(json):
+    with ending(json):
         findings = asyncio.run(examine(dsn or "", schema=schema))
         if json:
             print_json({"status": worst(findings), "findings": findings})

@@ -18,7 +18,7 @@ from pgbg_orchestration.phrases import duration
 
 from .jobs import ready_launcher
 from .options import Dsn, Json, Schema, seconds_option
-from .screen import ago, err, out, plain, print_json, reporting
+from .screen import ago, ending, err, out, plain, print_json
 
 STEADY = 0.1
 """The share by which two medians may differ and still count as the same."""
@@ -47,7 +47,7 @@ def history(
 
     Times are those of jobs that committed, from the beginning of their work to its end.
     """
-    with reporting(json):
+    with ending(json):
         start = None if since is None else datetime.now(UTC) - timedelta(seconds=since)
         filters = {"by": by.value, "label": label, "series": series, "since": start}
         found = asyncio.run(_ask(dsn or "", schema, {**filters, "limit": limit + 1}))

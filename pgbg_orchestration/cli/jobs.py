@@ -19,10 +19,11 @@ from pgbg_orchestration.launcher import Launcher
 from pgbg_orchestration.ledger import readiness
 from pgbg_orchestration.ledger.history import STATES, JobEntry
 from pgbg_orchestration.phrases import duration
+from pgbg_orchestration.view.states import SIGNS, STYLES
 
 from .codes import ExitCode
 from .options import Dsn, Json, Owner, Schema, seconds_option
-from .screen import Stop, ago, err, out, plain, print_json, reporting
+from .screen import Stop, ago, ending, err, out, plain, print_json
 
 if TYPE_CHECKING:
     from pgbg_orchestration.view.seen import JobSeen
@@ -30,25 +31,6 @@ if TYPE_CHECKING:
 ROOMY = 110  # columns of a terminal that shows the columns which matter less
 RETRY_HORIZON = 7 * 86400.0  # seconds; see docs/cli.md
 NOT_ENDED = ("running", "waiting")
-
-_STYLES = {
-    "running": "bold blue",
-    "waiting": "cyan",
-    "committed": "green",
-    "cancelled": "yellow",
-    "failed": "bold red",
-    "lost": "bold red",
-    "unknown": "bold magenta",
-}
-_SIGNS = {
-    "running": "▶",
-    "waiting": "…",
-    "committed": "✓",
-    "cancelled": "⊘",
-    "failed": "✗",
-    "lost": "✗",
-    "unknown": "?",
-}
 
 
 @contextlib.asynccontextmanager
@@ -90,7 +72,7 @@ def jobs(
     json: Json = False,
 ) -> None:
     """List the jobs of all sessions with their true state, newest first."""
-    with reporting(json):
+    with ending(json):
         filters: Any = {"states": states(state), "label": label, "series": series, "limit": limit + 1}
         if id_ is not None:
             _tell_of_one(asyncio.run(_look_at(dsn or "", schema, id_, filters)), id_, json=json)
@@ -161,7 +143,7 @@ def print_table(entries: Sequence[JobEntry], *, ids: bool) -> None:
 
 
 def _state(entry: JobEntry) -> Text:
-    return Text(f"{_SIGNS.get(entry.state, ' ')} {entry.state}", _STYLES.get(entry.state, ""))
+    return Text(f"{SIGNS[entry.state]} {entry.state}", STYLES[entry.state])
 
 
 def _took(entry: JobEntry) -> str:
@@ -192,7 +174,7 @@ def _show_one(seen: JobSeen) -> None:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in seen.facts():
-        grid.add_row(name, Text(plain(value), _STYLES.get(seen.line.state, "") if name == "state" else ""))
+        grid.add_row(name, Text(plain(value), STYLES[seen.line.state] if name == "state" else ""))
     for one in seen.tries():
         ended = f", ended {one.ended_at}" if one.ended_at else ""
         by = f"{one.launched_by}{f', worker {one.pid}' if one.pid else ''}"
@@ -223,7 +205,7 @@ def cancel(
 
     Says how it was decided: cancelled, or too late and committed (exit code 11).
     """
-    with reporting(json):
+    with ending(json):
         if (job_id is None) == (label is None):
             raise Stop(ExitCode.REFUSED, "which job: say its id, or its --label", todo="pgbg jobs --ids")
         decided, entry = asyncio.run(_cancel(dsn or "", schema, job_id, label, owner, reason))
@@ -278,7 +260,7 @@ def prune(
     A retry that comes after its job's receipt is gone runs the job again. So nothing younger than the retry horizon
     can be pruned: lower --retry-horizon when you know that no retry comes as late as that.
     """
-    with reporting(json):
+    with ending(json):
         if older_than < retry_horizon:
             raise Stop(
                 ExitCode.REFUSED,

@@ -21,7 +21,7 @@ from pgbg_orchestration.rows import Column, NoRows, Rows
 from .codes import ExitCode
 from .jobs import ready_launcher
 from .options import Dsn, Json, Owner, Schema
-from .screen import Stop, plain, print_json, reporting
+from .screen import Stop, ending, plain, print_json
 
 # int2, int4, int8, oid, float4, float8, money, numeric: what psql aligns to the right.
 _NUMBERS = frozenset({21, 23, 20, 26, 700, 701, 790, 1700})
@@ -61,7 +61,7 @@ def result(
 
     A job keeps rows when it is asked to: pgbg run --rows, or fetch= in Python.
     """
-    with reporting(json):
+    with ending(json):
         try:
             found = asyncio.run(_read(dsn or "", schema, job_id, owner))
         except NoRows as error:

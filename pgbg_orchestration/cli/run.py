@@ -30,7 +30,7 @@ from .interrupts import until_interrupted
 from .options import Dsn, Json, Owner, Schema, pairs, seconds_option
 from .progress import Display
 from .rows import FormatOption, OutputOption
-from .screen import Stop, err, out, plain, print_json, reporting
+from .screen import Stop, ending, err, out, plain, print_json
 
 _COMMENT = re.compile(r"--[^=\s]*\s")
 _GUARD = " "
@@ -195,7 +195,7 @@ def run(
     until that is decided, and says how: cancelled (exit code 4), or too late and committed (0). With --leave the
     worker goes on (130); the same command with the same --id attaches to it.
     """
-    with reporting(json, of_job=True):
+    with ending(json, of_job=True):
         text = _read_sql(sql, file)
         job = Job(
             text,

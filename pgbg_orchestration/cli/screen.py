@@ -63,7 +63,7 @@ class Stop(Exception):
 
 
 @contextmanager
-def reporting(json: bool, *, of_job: bool = False) -> Iterator[None]:
+def ending(json: bool, *, of_job: bool = False) -> Iterator[None]:
     """Print what ends a command, for people or for machines, and end with its exit code.
 
     Parameters

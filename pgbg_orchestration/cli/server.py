@@ -23,7 +23,7 @@ from pgbg_orchestration.embedded.status import status as status_of
 
 from .codes import ExitCode
 from .options import Json
-from .screen import Stop, out, plain, print_json, reporting
+from .screen import Stop, ending, out, plain, print_json
 
 app = typer.Typer(
     help="An embedded PostgreSQL server of your own, to try the package with. Never for data that you must keep.",
@@ -45,7 +45,7 @@ Database = Annotated[str, typer.Option("--dbname", "-d", metavar="NAME", help="D
 
 @contextmanager
 def _serving(json: bool) -> Iterator[None]:
-    with reporting(json):
+    with ending(json):
         try:
             yield
         except (EmbeddedServerError, NoPostgresError, RealExtensionUnavailableError, StandinUnavailableError) as error:

@@ -12,7 +12,7 @@ from pgbg_orchestration.ledger import install as schema_of
 
 from .codes import ExitCode
 from .options import Dsn, Json, Schema
-from .screen import Stop, err, out, plain, print_json, reporting
+from .screen import Stop, ending, err, out, plain, print_json
 
 _Owner = Annotated[
     str, typer.Option("--owner", metavar="ROLE", help="NOLOGIN role that owns the schema; created when missing.")
@@ -38,7 +38,7 @@ def install(
 
     Does nothing when it is up to date. --print asks no server and is for your DBA.
     """
-    with reporting(json):
+    with ending(json):
         if print_:
             _print_script(schema_of.plan(from_version, schema=schema, owner=owner), schema, create_extension, json)
             return
@@ -91,7 +91,7 @@ def uninstall(
 
     A job that is retried afterwards runs again, even one that had committed.
     """
-    with reporting(json):
+    with ending(json):
         if not yes and not _confirmed(dsn or "", schema):
             raise Stop(ExitCode.REFUSED, "nothing was dropped")
         schema_of.uninstall(dsn or "", schema=schema, owner=owner)

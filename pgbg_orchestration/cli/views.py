@@ -15,7 +15,7 @@ import typer
 from .codes import ExitCode
 from .jobs import ready_launcher
 from .options import Dsn, Schema, seconds_option
-from .screen import Stop, err, reporting
+from .screen import Stop, ending, err
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -32,7 +32,7 @@ def top(
     every: Annotated[float, seconds_option("--every", show_default="2s", help="From one look to the next.")] = 2.0,
 ) -> None:
     """Watch every job and every worker of the database, live."""
-    with reporting(False):
+    with ending(False):
         with _extra("top", "textual"):
             from pgbg_orchestration.view.top import Top
         if not sys.stdout.isatty():
@@ -66,7 +66,7 @@ def web(
 
     Whoever reaches it sees what this login sees: it listens on this machine only, unless --host says otherwise.
     """
-    with reporting(False):
+    with ending(False):
         with _extra("web", "starlette", "uvicorn", "plotly"):
             import uvicorn
 
@@ -102,7 +102,7 @@ def timeline(
     label: Annotated[str | None, typer.Option("--label", metavar="PATTERN", help="Label; * and ? stand in.")] = None,
 ) -> None:
     """Print the page as one HTML file that needs no network: pgbg timeline > file.html."""
-    with reporting(False):
+    with ending(False):
         with _extra("web", "starlette", "plotly"):
             from pgbg_orchestration.view.timeline import file_of
         if sys.stdout.isatty():

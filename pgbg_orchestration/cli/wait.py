@@ -20,7 +20,7 @@ from pgbg_orchestration.ledger.ledger import Ledger
 from .codes import ExitCode
 from .jobs import print_table, ready_launcher, states
 from .options import Dsn, Json, Owner, Schema, seconds_option
-from .screen import Stop, err, plain, print_json, reporting
+from .screen import Stop, ending, err, plain, print_json
 
 COMMITTED = "committed"
 NONE = "none"
@@ -102,7 +102,7 @@ def wait(
     Of each series the newest job counts. Ends with 0 when all are there, and else with what became of the worst: 6 not
     known, 3 failed or lost, 4 cancelled; 15 when the --timeout passed, 12 when there is no such job.
     """
-    with reporting(json):
+    with ending(json):
         if job_id is None and label is None and series is None:
             raise Stop(ExitCode.REFUSED, "which jobs: say an id, a --label or a --series", todo="pgbg jobs --ids")
         wanted = Wanted(

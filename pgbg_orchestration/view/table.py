@@ -15,24 +15,14 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from .lines import Line
-from .words import SIGNS, progress, took
+from .states import SIGNS, STYLES
+from .words import progress, took
 
 COLUMNS = (
     "STATE", "LABEL", "TIME", "PROGRESS", "WAITS FOR", "ROWS", "TRY", "WANTED BY", "LAUNCHED BY", "WORKER", "WHAT",
 )  # fmt: skip
 NUMBERS = frozenset({"TIME", "ROWS", "TRY", "WORKER"})
 WIDEST = 80  # of a column; a job's details have all of it
-STYLES = {
-    "running": "bold dodger_blue1",
-    "waiting": "cyan",
-    "committed": "green",
-    "cancelled": "yellow",
-    "failed": "bold red",
-    "lost": "bold red",
-    "unknown": "bold magenta",
-    "by hand": "bold white",
-    "not visible": "dim",
-}
 
 
 def texts_of(line: Line) -> tuple[str, ...]:

@@ -9,20 +9,7 @@ from pgbg_orchestration.ledger.history import Attempt, Durations, JobDetail, Job
 from pgbg_orchestration.phrases import duration
 
 from .lines import Line, orchestrator_of
-
-SIGNS = {
-    "running": "▶",
-    "waiting": "…",
-    "committed": "✓",
-    "cancelled": "⊘",
-    "failed": "✗",
-    "lost": "✗",
-    "unknown": "?",
-    "by hand": "☞",
-    "not visible": "◌",
-}
-"""A sign for each state, so that colour is never all that tells them apart."""
-
+from .states import SIGNS
 
 BLOCKERS_QUERY = "blocker's query"
 """The one fact that is somebody's SQL, with its values."""

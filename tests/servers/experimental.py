@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 
@@ -161,15 +160,7 @@ class RealNineteen(RealServer):
     """A cluster of PostgreSQL 19 with pg_background 2.0.3."""
 
     name = "real19"
-
-    def __init__(
-        self,
-        max_worker_processes: int = 64,
-        settings: Mapping[str, str | int] | None = None,
-        *,
-        tree: DebianTree | None = None,
-    ) -> None:
-        super().__init__(max_worker_processes, settings, tree=tree or ExtensionTree())
+    usual_tree = ExtensionTree
 
 
 class Nineteen(RealServer):
@@ -178,15 +169,7 @@ class Nineteen(RealServer):
     name = "standin_pg19"
     extension = "stand-in 2.0"
     is_standin = True
-
-    def __init__(
-        self,
-        max_worker_processes: int = 64,
-        settings: Mapping[str, str | int] | None = None,
-        *,
-        tree: DebianTree | None = None,
-    ) -> None:
-        super().__init__(max_worker_processes, settings, tree=tree or ExperimentalTree())
+    usual_tree = ExperimentalTree
 
     def create_extension(self, dbname: str) -> None:
         """Put the stand-in into a database."""

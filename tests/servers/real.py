@@ -62,6 +62,7 @@ class RealServer:
     surface = "2.0"
     extension = EXTENSION
     is_standin = False
+    usual_tree: type[DebianTree] = DebianTree
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class RealServer:
         *,
         tree: DebianTree | None = None,
     ) -> None:
-        self.tree = tree or DebianTree()
+        self.tree = tree or self.usual_tree()
         self.settings: dict[str, str | int] = {
             "max_worker_processes": max_worker_processes,
             "max_connections": 200,
