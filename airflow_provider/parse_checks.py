@@ -24,12 +24,24 @@ ELSEWHERE: Mapping[str, str] = {
         "a job is one transaction, and a single VACUUM, CREATE INDEX CONCURRENTLY or CALL runs outside of one by "
         "itself; statements that commit one by one are tasks or the jobs of a PgBackgroundBatchOperator"
     ),
-    "hook_params": "server settings are settings={…}, another database is database, the connection has libpq options",
+    "hook_params": (
+        "server settings are settings={…}, what the SQL raises is logged with enable_log_db_messages=True, another "
+        "database is database, the connection has libpq options"
+    ),
     "requires_result_fetch": "a handler is always called, and without one the SQL runs to its end all the same",
     "retry_on_failure": "retries=0, or retry_policy=SqlStateRetryPolicy({…}) for some errors only",
     "runtime_parameters": "here they are settings",
 }
 """Parameters of ``SQLExecuteQueryOperator`` and of the ``PostgresOperator`` before it, and what is in their place."""
+
+OF_THE_HOOK: Mapping[str, str] = {
+    "enable_log_db_messages": "here it is enable_log_db_messages, a parameter of the operator",
+    "options": 'here they are settings, {"work_mem": "1GB"} for "-c work_mem=1GB"; the connection may have options too',
+    "database": "here it is database",
+    "schema": "here it is database",
+    "cursor": "a handler gets tuples here, and the columns' names in cursor.description",
+}
+"""What users hand to ``PostgresHook`` by ``hook_params``, and what is in its place."""
 
 
 def check(kind: type, given: Mapping[str, Any]) -> None:
@@ -53,7 +65,8 @@ def check(kind: type, given: Mapping[str, Any]) -> None:
     who = f"{kind.__name__} {given.get('task_id', '')!r}"
     for name in given:
         if name in ELSEWHERE:
-            raise TypeError(f"{who} has no {name!r}, which is SQLExecuteQueryOperator's: {ELSEWHERE[name]}")
+            place = _place_of_hook_params(given[name]) if name == "hook_params" else ELSEWHERE[name]
+            raise TypeError(f"{who} has no {name!r}, which is SQLExecuteQueryOperator's: {place}")
     if given.get("split_statements", True) is False:
         raise TypeError(
             f"{who} has no split_statements=False: a text is split as psql splits it, and all of its statements run in "
@@ -65,6 +78,13 @@ def check(kind: type, given: Mapping[str, Any]) -> None:
             if isinstance(strange, _Text):
                 how = "Write whole characters."
             raise ValueError(f"{who}: {name} holds {strange}, which Airflow cannot carry in a DAG. {how}")
+
+
+def _place_of_hook_params(given: object) -> str:
+    """Return what there is in the place of those parameters of the hook that are given, of all where none is known."""
+    each = given if isinstance(given, list | tuple) else [given]  # `expand` has one for each task
+    known = [name for name in OF_THE_HOOK if any(isinstance(one, Mapping) and name in one for one in each)]
+    return "; ".join(f"{name}: {OF_THE_HOOK[name]}" for name in known) or ELSEWHERE["hook_params"]
 
 
 class _Text(str):

@@ -53,6 +53,29 @@ class TestAnotherOperatorsParameters:
         with DAG("d", schedule=None), pytest.raises(TypeError, match=f"'t' has no '{name}'"):
             WAYS[way](**{name: "x"})
 
+    @pytest.mark.parametrize(
+        ("given", "told"),
+        [
+            ({"enable_log_db_messages": True}, ["here it is enable_log_db_messages, a parameter of the operator"]),
+            ({"options": "-c work_mem=1GB", "log_sql": False}, ["options: here they are settings"]),
+            ({"options": "", "enable_log_db_messages": True}, ["settings", "enable_log_db_messages, a parameter"]),
+            ({"log_sql": False}, ["settings={…}", "enable_log_db_messages=True", "database"]),
+            ("{{ params.hook }}", ["settings={…}", "enable_log_db_messages=True", "database"]),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("way", WAYS)
+    def test_each_of_the_hooks_parameters_has_its_place(self, way: str, given: Any, told: list[str]) -> None:
+        with DAG("d", schedule=None), pytest.raises(TypeError, match="'t' has no 'hook_params'") as caught:
+            WAYS[way](hook_params=given)
+
+        assert [text for text in told if text not in str(caught.value)] == []
+
+    def test_the_parameters_that_take_the_hooks_place_are_there(self) -> None:
+        ours = signature(PgBackgroundOperator.__init__).parameters
+
+        assert {"enable_log_db_messages", "settings", "database"} <= set(ours)
+
     def test_a_text_is_always_split(self) -> None:
         assert PgBackgroundOperator(task_id="t", sql="select 1", split_statements=True).split_statements
         with pytest.raises(TypeError, match="'t' has no split_statements=False: a text is split"):
