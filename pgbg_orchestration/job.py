@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,8 @@ class Job:
         ``read committed``, ``repeatable read`` or ``serializable``. Default: what the login's sessions have.
     kind:
         ``receipt``, ``session`` or ``supervised``. Default: ``receipt``, or for a statement that cannot run in
-        a transaction block the kind that can carry it.
+        a transaction block the kind that can carry it. So is a single CALL, whose procedure may commit, unless its
+        notices are asked for.
     timeout:
         Seconds, from the call until the outcome, waiting for a slot included. Then the worker is cancelled.
     queue_size:
@@ -115,6 +116,7 @@ class Job:
     drop_invalid_index: bool = False
     redact_details: bool = False
     fetch: Fetch | Mapping[str, Any] | bool | None = None
+    _kind_was_left: bool = field(init=False, default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("id", "label", "role", "verify_sql", "series", "owner"):
@@ -143,6 +145,7 @@ class Job:
         self._fill("settings", MappingProxyType(_settings(self.settings)))
         self._fill("parameters", _parameters(self.parameters))
         self._fill("sql", _sql(self.sql))
+        self._fill("_kind_was_left", self.kind is None)
         self._fill("kind", self._choose_kind())
         try:
             self._fill("fetch", Fetch.of(self.fetch))
@@ -183,6 +186,19 @@ class Job:
             )
         return kind
 
+    def to_be_heard(self) -> Job:
+        """Return the job as it runs when its notices are asked for.
+
+        A single CALL is supervised, since its procedure may commit, and a supervisor alone has its worker's output.
+        Most procedures do not commit. So one whose kind was left to this package carries a receipt then; a procedure
+        that does commit fails with 2D000 before its first commit, which no handler in it can catch: PostgreSQL allows
+        no COMMIT within a block that has one.
+        """
+        parts = self.split() if self._kind_was_left and self.kind is Kind.SUPERVISED else ()
+        if [part.keywords[:1] for part in parts] != [("CALL",)]:
+            return self
+        return replace(self, kind=Kind.RECEIPT)
+
     def split(self, bound: str | None = None) -> tuple[statements.Statement, ...]:
         """Return the job's statements, of the SQL as given or of its bound text.
 
@@ -205,7 +221,7 @@ SQL_OPTIONS: Mapping[str, Any] = MappingProxyType(
         f.name: f.default
         for f in fields(Job)
         # Which work it is, what it runs and how long it may take has other names and forms in each surface.
-        if f.name not in ("sql", "parameters", "id", "label", "series", "generation", "owner", "timeout")
+        if f.init and f.name not in ("sql", "parameters", "id", "label", "series", "generation", "owner", "timeout")
     }
 )
 """The fields of a job that say how its SQL is run, with their defaults. An orchestrator's operators, triggers and

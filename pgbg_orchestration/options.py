@@ -70,7 +70,8 @@ class Options:
     notices:
         Tell what the SQL raises, from NOTICE up, as it is raised: each as an event and a line of the log. RAISE DEBUG
         too, where the job's settings have ``client_min_messages = debug1``. It costs a connection of the job's own for
-        as long as its worker is at work. Not for supervised jobs, nor with ``redact_details``.
+        as long as its worker is at work. Not for supervised jobs, nor with ``redact_details``. A single CALL that has
+        no kind of its own carries a receipt then, as one transaction: its procedure may not commit (2D000).
     when_orphaned:
         Written down with a launch that this call makes, for those who look for orphans: jobs whose launcher is dead and
         whose caller has ended otherwise, such as a killed triggerer's whose task was marked meanwhile. They ``cancel``

@@ -77,7 +77,8 @@ class PgBackgroundOperator(BaseOperator):
     enable_log_db_messages:
         Write what the SQL raises (RAISE NOTICE, WARNING, …) to the task's log, as it is raised; with the setting
         ``client_min_messages`` of ``debug1`` RAISE DEBUG too. It costs a connection for as long as the job is at work.
-        Not for supervised jobs, nor with ``redact_details``. As ``PostgresHook`` names it.
+        A ``CALL`` is one transaction then. Not for other supervised jobs, nor with ``redact_details``. As
+        ``PostgresHook`` names it.
     on_superseded:
         What a cleared task does with a worker of the run before: ``cancel`` it, or ``wait`` for it.
     slot_timeout:

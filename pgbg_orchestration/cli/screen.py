@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -44,12 +45,12 @@ _AS_OPTIONS = {
     "retry_cancelled=True, or a new generation": "--retry-cancelled, or a new --generation",
     "accept_changed_sql=True": "--accept-changed-sql",
     "settings={'default_transaction_read_only': 'off'}": "--set default_transaction_read_only=off",
-    "kind='session'": "--kind session",
     "verify_sql": "--verify-sql",
     "queue_size=": "--queue-size ",
     "isolation=": "--isolation ",
     "role=": "--role ",
 }
+_KIND = re.compile(r"kind='(\w+)'")
 
 
 class Stop(Exception):
@@ -93,6 +94,7 @@ def _fields_of(error: PgbgError, of_job: bool) -> dict[str, Any]:
     todo = error.todo
     for python, option in _AS_OPTIONS.items():
         todo = todo.replace(python, option) if todo else todo
+    todo = _KIND.sub(r"--kind \1", todo) if todo else todo
     return {
         **error.to_dict(),
         "data_state": error.data_state if of_job else None,

@@ -70,7 +70,10 @@ def failed(
     if fields.sqlstate == CANCELED:
         todo = what_ended(ran_for, limits)
     elif fields.sqlstate in ("2D000", "25001"):
-        todo = "SQL that commits by itself or cannot run in a transaction block runs alone, as kind='supervised'."
+        todo = (
+            "SQL that commits by itself or cannot run in a transaction block runs alone, as kind='supervised', or, "
+            "where its notices are to be heard, as kind='session'."
+        )
     elif invalid_indexes:
         drops = " ".join(f"DROP INDEX CONCURRENTLY {name};" for name in invalid_indexes)
         todo = (

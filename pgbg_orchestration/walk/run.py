@@ -53,7 +53,9 @@ async def run_job(host: Host, job: Job, options: Options, feed: Feed | None = No
     deadline = deadline_of(job.timeout, options.deadline)
     try:
         try:
-            _check_notices(job, options)
+            if options.notices:
+                job = job.to_be_heard()
+                _check_notices(job)
             _check_supervisor(job, options, feed)
             if feed is not None:
                 check(job)
@@ -74,12 +76,10 @@ async def run_job(host: Host, job: Job, options: Options, feed: Feed | None = No
         raise
 
 
-def _check_notices(job: Job, options: Options) -> None:
-    if not options.notices:
-        return
+def _check_notices(job: Job) -> None:
     if job.redact_details:
         raise InvalidJob(
-            "notices and redact_details exclude each other: what SQL raises may hold data",
+            "no notices are told of a job whose details are redacted: what SQL raises may hold data",
             job_id=job.id,
             label=job.label,
         )
@@ -88,7 +88,7 @@ def _check_notices(job: Job, options: Options) -> None:
             "the notices of a supervised job cannot be heard: its supervisor alone has its worker's output",
             job_id=job.id,
             label=job.label,
-            todo="A procedure that does not commit can run with kind='receipt', one that does with kind='session'.",
+            todo="Leave them out, or choose kind='session', whose outcome goes with the session.",
         )
 
 

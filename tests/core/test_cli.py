@@ -88,6 +88,29 @@ class TestRun:
         assert heard.stderr.count("WARNING: take care") == 1
         assert "a step" not in unheard.stderr
 
+    @pytest.mark.servers("real", "embedded")
+    def test_a_procedure_is_heard_as_psql_would(self, db: Watched, pgbg: Pgbg) -> None:
+        db.sql("create procedure tells() language plpgsql as $$ begin raise notice 'a step'; end $$")
+
+        ended = pgbg("run", "call tells()", "--notices")
+
+        assert ended.exit_code == 0, ended.output
+        assert "NOTICE: a step" in ended.stderr
+
+    @pytest.mark.servers("real", "embedded")
+    def test_advice_is_in_the_words_of_the_command_line(self, db: Watched, pgbg: Pgbg) -> None:
+        db.sql("create procedure commits() language plpgsql as $$ begin commit; end $$")
+
+        refused = pgbg("run", "vacuum effects", "--notices")
+        failed = pgbg("run", "call commits()", "--notices")
+
+        assert refused.exit_code == ExitCode.REFUSED
+        assert "choose --kind session, whose outcome" in refused.stderr
+        assert failed.exit_code == ExitCode.FAILED
+        assert "SQLSTATE 2D000" in failed.stderr
+        assert "as --kind supervised, or, where its notices are to be heard, as --kind session" in failed.stderr
+        assert "kind='" not in refused.stderr + failed.stderr
+
     def test_parameters_settings_and_role(self, db: Watched, pgbg: Pgbg) -> None:
         db.role("pgbg_other", "nologin", ())
         db.sql("grant insert on effects to pgbg_other")

@@ -158,6 +158,64 @@ async def test_what_cannot_be_heard_is_refused_before_anything_is_launched(
     assert db.states() == {}
 
 
+class TestACall:
+    """Its procedure may commit, so it is supervised, and what that raises nobody but its supervisor hears."""
+
+    @pytest.fixture
+    def tells(self, db: Watched) -> None:
+        db.sql(
+            "create procedure tells(commits boolean) language plpgsql as $$ begin insert into effects values ('first');"
+            " raise notice 'one'; if commits then commit; end if; insert into effects values ('second');"
+            " raise notice 'two'; end $$"
+        )
+
+    @pytest.mark.usefixtures("tells")
+    async def test_it_carries_a_receipt_where_it_is_to_be_heard(self, db: Watched) -> None:
+        seen = Recorder()
+        outcome = await within(
+            arun(db.conninfo, Job("call tells(false)", id="j", label="a call"), observer=seen, notices=True)
+        )
+
+        assert [event.data["text"] for event in notices(seen)] == ["one", "two"]
+        assert (outcome.proof, outcome.command_tag, db.effects()) == ("receipt", "CALL", 2)
+        assert db.value("select kind from pgbg.jobs") == "receipt"
+
+    @pytest.mark.usefixtures("tells")
+    async def test_one_that_commits_does_nothing_and_says_how_it_is_heard(self, db: Watched) -> None:
+        with pytest.raises(errors.WorkerError) as caught:
+            await within(arun(db.conninfo, Job("call tells(true)", id="j"), notices=True))
+        assert (caught.value.sqlstate, db.effects()) == ("2D000", 0)
+        assert "where its notices are to be heard, as kind='session'" in str(caught.value.todo)
+
+        seen = Recorder()
+        await within(arun(db.conninfo, Job("call tells(true)", kind="session"), observer=seen, notices=True))
+        assert [event.data["text"] for event in notices(seen)] == ["one", "two"]
+        assert db.effects() == 2
+
+    @pytest.mark.usefixtures("tells")
+    async def test_one_whose_kind_is_asked_for_keeps_it(self, db: Watched) -> None:
+        with pytest.raises(errors.InvalidJob, match="notices of a supervised job") as caught:
+            await within(arun(db.conninfo, Job("call tells(true)", kind="supervised"), notices=True))
+        assert "kind='session'" in str(caught.value.todo)
+        assert (db.effects(), db.states()) == (0, {})
+
+    @pytest.mark.usefixtures("tells")
+    async def test_one_that_is_committed_is_not_run_again_to_be_heard(self, db: Watched) -> None:
+        first = await within(arun(db.conninfo, Job("call tells(true)", id="j")))
+        again = await within(arun(db.conninfo, Job("call tells(true)", id="j"), notices=True))
+        assert (first.launched, again.launched, db.effects()) == (True, False, 2)
+
+    async def test_one_that_is_supervised_and_at_work_is_attached_to(self, db: Watched) -> None:
+        db.sql(
+            "create procedure works() language plpgsql as $$ begin insert into effects values ('j'); commit;"
+            " perform pg_sleep(2); insert into effects values ('j'); end $$"
+        )
+        first = asyncio.create_task(arun(db.conninfo, Job("call works()", id="j")))
+        await eventually(db.effects, "the first commit of the procedure")
+        again = await within(arun(db.conninfo, Job("call works()", id="j"), notices=True))
+        assert ((await within(first)).launched, again.launched, db.effects()) == (True, False, 2)
+
+
 @pytest.mark.parametrize("redact_details", [False, True])
 async def test_the_warnings_of_a_failed_job_are_told_without_the_wish(db: Watched, redact_details: bool) -> None:
     seen = Recorder()

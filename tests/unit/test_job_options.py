@@ -17,7 +17,7 @@ from pgbg_orchestration.cli.run import run
 from pgbg_orchestration.job import SQL_OPTIONS
 from pgbg_orchestration.rows import Fetch
 
-FIELDS = [field.name for field in fields(Job)]
+FIELDS = [field.name for field in fields(Job) if field.init]
 OTHERWISE = {"sql", "parameters", "id", "label", "series", "generation", "owner", "timeout"}
 """Fields that each surface has under its own name, in its own form, or makes itself."""
 
