@@ -158,8 +158,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
             Rules about retries, instead of the resource's.
         notices:
             Write what the SQL raises (``RAISE NOTICE``, ``WARNING``, …) to the step's log, as it is raised. It costs a
-            connection of the job's own while its worker is at work; not for supervised jobs, but for a ``CALL``, which
-            is one transaction then.
+            connection of the job's own while its worker is at work; of supervised jobs only for a ``CALL``.
         options:
             Further options of the job: ``parameters``, ``label``, ``timeout`` (seconds), ``role``, ``settings``, …
 

@@ -24,14 +24,15 @@ class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
     Parameters
     ----------
     python_callable:
-        Returns SQL (one text or a list of statements), or a tuple of SQL and parameters.
+        Returns SQL (one text, the name of a ``.sql`` file, or a list of them), or a tuple of SQL and parameters. The
+        SQL is rendered by Jinja, as that of ``@task.sql`` is; the parameters are not.
     op_args, op_kwargs:
         What it is called with.
     kwargs:
         As :class:`PgBackgroundOperator` takes them, without ``sql``.
     """
 
-    # Not `sql`: what the function returns may hold braces, and Jinja is for what a DAG file says.
+    # Not `sql`, which the function returns: it is rendered then, and its parameters, which are data, never.
     template_fields: Sequence[str] = (
         *DecoratedOperator.template_fields,
         *(name for name in PgBackgroundOperator.template_fields if name != "sql"),
@@ -77,7 +78,7 @@ class PgBackgroundDecoratedOperator(DecoratedOperator, PgBackgroundOperator):
                 "a function of @task.pg_background returns SQL, a list of statements, or a tuple of one of them and "
                 f"its parameters, not a {type(returned).__name__}"
             )
-        self.sql = returned
+        self.sql = self.render_template(returned, context)
         self._is_called = True
         # Not DecoratedOperator's, which takes the outcome for the function's own value.
         return PgBackgroundOperator.execute(self, context)

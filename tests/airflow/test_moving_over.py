@@ -5,15 +5,18 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import json
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 from unittest.mock import MagicMock
 
 import pytest
 from airflow.providers.common.sql.hooks.handlers import fetch_all_handler, fetch_one_handler
 from airflow.providers.common.sql.operators.sql import SQLExecuteQueryOperator
+from airflow.sdk import DAG, task
 from psycopg.conninfo import conninfo_to_dict
 
 from airflow_provider.operators import PgBackgroundOperator
+from pgbg_orchestration import errors
 from tests.conftest import Database
 
 pytestmark = [pytest.mark.airflow, pytest.mark.servers("real", "embedded")]
@@ -191,3 +194,177 @@ def test_each_documented_example_gives_what_it_gave(shop: Database, name: str) -
         assert (theirs, ours["row_count"]) == (None, 1)
     else:
         assert ours == theirs
+
+
+def run(operator: Any, **known: Any) -> Any:
+    """Run a task as a worker does: its templates rendered, by what a run of its DAG knows."""
+    operator.prepare_template()
+    told = {**context(), "ds": "2013-04-01", "params": {}, **known}
+    operator.render_template_fields(told)
+    return operator.execute(told)
+
+
+class TestTheDecorator:
+    """``@task.sql`` and ``@task.pg_background``, which run what a function returns."""
+
+    @staticmethod
+    def both(returned: Any, **given: Any) -> list[Any]:
+        def query(who: str = "nobody") -> Any:  # it is in the context of what is rendered
+            return returned
+
+        results = []
+        for decorator, ours in (
+            (task.sql, {"conn_id": "books"}),
+            (task.pg_background, {"postgres_conn_id": "books", "handler": fetch_all_handler}),
+        ):
+            with DAG("books", schedule=None):
+                operator = decorator(**ours, **given)(query)(who="ann").operator
+            results.append(run(operator))
+        return results
+
+    def test_the_documented_example(self, shop: Database) -> None:
+        with shop.connect() as admin:
+            admin.execute("insert into effect values ('a')")
+        theirs, ours = self.both("SELECT 1; SELECT * FROM effect LIMIT 1;", split_statements=True, return_last=False)
+
+        assert theirs == ours == [[(1,)], [("a",)]]
+
+    @pytest.mark.parametrize("returned", ["select '{{ ds }} {{ who }}'", ["select '{{ ds }} {{ who }}'"]], ids=type)
+    def test_what_its_function_returns_is_rendered(self, shop: Database, returned: Any) -> None:
+        theirs, ours = self.both(returned)
+
+        assert theirs == ours
+        assert "2013-04-01 ann" in str(ours)
+
+    def test_braces_of_the_sqls_own(self, shop: Database) -> None:
+        theirs, ours = self.both("select '{% raw %}{{1,2},{3,4}}{% endraw %}'::int[]")
+
+        assert theirs == ours == [([[1, 2], [3, 4]],)]
+
+    @pytest.mark.parametrize("deferrable", [False, True])
+    def test_parameters_that_it_returns_are_data(self, shop: Database, deferrable: bool) -> None:
+        """``@task.sql`` cannot return any. A value from elsewhere must not become a template."""
+
+        @task.pg_background(postgres_conn_id="books", handler=fetch_all_handler)
+        def query() -> Any:
+            return "select %(a)s || '{{ ds }}'", {"a": "{{ conn.books.password }} "}
+
+        with DAG("books", schedule=None):
+            operator = query().operator  # type: ignore[attr-defined]
+        assert run(operator) == [("{{ conn.books.password }} 2013-04-01",)]
+
+    def test_a_file_that_it_names(self, shop: Database, tmp_path: Path) -> None:
+        (tmp_path / "day.sql").write_text("select '{{ ds }}'")
+
+        @task.pg_background(postgres_conn_id="books", handler=fetch_all_handler)
+        def query() -> str:
+            return "day.sql"
+
+        with DAG("books", schedule=None, template_searchpath=str(tmp_path)):
+            operator = query().operator  # type: ignore[attr-defined]
+        assert run(operator) == [("2013-04-01",)]
+
+
+class TestThePostgresGuide:
+    """The how-to guide of the postgres provider: its DAG, its files and what it says of ``hook_params``."""
+
+    CREATE = """-- create pet table
+        CREATE TABLE IF NOT EXISTS pet (
+            pet_id SERIAL PRIMARY KEY,
+            name VARCHAR NOT NULL,
+            pet_type VARCHAR NOT NULL,
+            birth_date DATE NOT NULL,
+            OWNER VARCHAR NOT NULL);
+    """
+    POPULATE = "".join(
+        f"\n    INSERT INTO pet (name, pet_type, birth_date, OWNER)\n    VALUES ( {values});"
+        for values in (
+            "'Max', 'Dog', '2018-07-05', 'Jane'", "'Susie', 'Cat', '2019-05-01', 'Phil'",
+            "'Lester', 'Hamster', '2020-06-23', 'Lily'", "'Quincy', 'Parrot', '2013-08-11', 'Anne'",
+        )
+    )  # fmt: skip
+    BETWEEN = "SELECT * FROM pet WHERE birth_date BETWEEN SYMMETRIC"
+    DAYS: ClassVar[dict[str, Any]] = {"begin_date": "2020-01-01", "end_date": "2020-12-31"}
+
+    @staticmethod
+    def theirs(sql: str, **given: Any) -> Any:
+        return SQLExecuteQueryOperator(task_id=f"t{next(_runs)}", conn_id="books", sql=sql, **given)
+
+    @staticmethod
+    def ours(sql: str, **given: Any) -> Any:
+        return PgBackgroundOperator(
+            task_id=f"t{next(_runs)}", postgres_conn_id="books", sql=sql, handler=fetch_all_handler, **given
+        )
+
+    @pytest.mark.parametrize("name", ["theirs", "ours"])
+    @pytest.mark.parametrize("in_files", [False, True])
+    def test_its_dag(self, shop: Database, tmp_path: Path, name: str, in_files: bool) -> None:
+        make = getattr(self, name)
+        create, populate, between = self.CREATE, self.POPULATE, f"{self.BETWEEN} %(begin_date)s AND %(end_date)s"
+        if in_files:
+            (tmp_path / "sql").mkdir()
+            for file, text in (("create", create), ("populate", populate), ("between", between)):
+                (tmp_path / "sql" / f"{file}.sql").write_text(text)
+            create, populate, between = "sql/create.sql", "sql/populate.sql", "sql/between.sql"
+        limit: dict[str, Any] = {
+            "theirs": {"hook_params": {"options": "-c statement_timeout=3000ms"}},
+            "ours": {"settings": {"statement_timeout": "3000ms"}},
+        }
+        with DAG("postgres_operator_dag", schedule=None, template_searchpath=str(tmp_path)):
+            tasks = [make(create), make(populate), make("SELECT * FROM pet;")]
+            tasks += [make(between, parameters=self.DAYS, **limit[name])]
+        *_, pets, born = [run(operator) for operator in tasks]
+
+        assert [pet[1:3] for pet in pets] == [
+            ("Max", "Dog"),
+            ("Susie", "Cat"),
+            ("Lester", "Hamster"),
+            ("Quincy", "Parrot"),
+        ]
+        assert born == [(3, "Lester", "Hamster", dt.date(2020, 6, 23), "Lily")]
+
+    @pytest.mark.parametrize("name", ["theirs", "ours"])
+    @pytest.mark.parametrize("quote", ["", "'"], ids=["as written", "quoted"])
+    def test_its_file_with_params(self, shop: Database, tmp_path: Path, name: str, quote: str) -> None:
+        """As the guide writes it, the file is a comparison of a date with 2020 - 1 - 1: an error, there as here."""
+        with shop.connect() as admin:
+            admin.execute((self.CREATE + self.POPULATE).encode())
+        days = [f"{quote}{{{{ params.{day} }}}}{quote}" for day in self.DAYS]
+        (tmp_path / "birth_date.sql").write_text(f"{self.BETWEEN} {days[0]} AND {days[1]};")
+        with DAG("postgres_operator_dag", schedule=None, template_searchpath=str(tmp_path)):
+            operator = getattr(self, name)("birth_date.sql", params=self.DAYS)
+        if quote:
+            assert [pet[1] for pet in run(operator, params=self.DAYS)] == ["Lester"]
+            return
+        with pytest.raises(Exception, match="operator does not exist: date >= integer") as caught:
+            run(operator, params=self.DAYS)
+        assert getattr(caught.value, "sqlstate", getattr(caught.value, "pgcode", None)) == "42883"
+
+    def test_a_procedure_that_is_heard(
+        self, shop: Database, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        with shop.connect() as admin:
+            admin.execute("create procedure proc() language plpgsql as $$ begin raise notice 'a step'; end $$")
+        theirs = run(self.theirs("call proc();", hook_params={"enable_log_db_messages": True}))
+        there = capsys.readouterr().out
+        ours = PgBackgroundOperator(
+            task_id="t", postgres_conn_id="books", sql="call proc();", enable_log_db_messages=True
+        )
+        here = run(ours)
+
+        assert "a step" in there
+        assert "NOTICE: a step" in caplog.text
+        assert (theirs, here["command_tag"], here["proof"]) == (None, "CALL", "receipt")
+
+
+def test_default_arguments_of_the_documented_dag(shop: Database) -> None:
+    """They hold the whole connection there; here ``schema`` is where the receipts are, and says so."""
+    given = {"conn_id": "books", "postgres_conn_id": "books", "conn_type": "Postgres", "schema": "postgres", "port": 1}
+    with DAG("example_sql_execute_query", schedule=None, default_args=given):
+        theirs = SQLExecuteQueryOperator(task_id="theirs", sql="SELECT 1")
+        ours: Any = PgBackgroundOperator(task_id="ours", sql="SELECT 1")
+
+    assert run(theirs) == [(1,)]
+    with pytest.raises(errors.SchemaMissing, match="'postgres'"):
+        run(ours)
