@@ -1,8 +1,9 @@
-"""A fair queue for worker slots: the jobs of one process launch one after the other, first come first served."""
+"""Fairness between the jobs of one process over worker slots: first come, first served."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -54,3 +55,53 @@ class SlotQueue:
                         tries += 1
         finally:
             self.waiting -= 1
+
+
+class SlotTurns:
+    """Turns for jobs that need several slots at once, so that none holds its first ones while others hold the rest.
+
+    Parameters
+    ----------
+    slots:
+        How many the server has. A job that needs more than all of them has its turn when it is alone.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = self._free = max(slots, 1)
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    def take_at_once(self, number: int) -> int:
+        """Take that many slots and return how many they are; 0 when it is not this job's turn."""
+        number = min(number, self._slots)
+        if self._waiting or self._free < number:
+            return 0
+        self._free -= number
+        return number
+
+    async def take(self, number: int) -> int:
+        """Take that many slots in turn and return how many they are; they have to be given back."""
+        if taken := self.take_at_once(number):
+            return taken
+        number = min(number, self._slots)
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((number, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._free += number  # it was this job's turn in the same moment
+            self._next()  # whoever comes after it may need fewer
+            raise
+        return number
+
+    def give_back(self, number: int) -> None:
+        """Give back what was taken."""
+        self._free += number
+        self._next()
+
+    def _next(self) -> None:
+        while self._waiting and (self._waiting[0][1].cancelled() or self._waiting[0][0] <= self._free):
+            number, turn = self._waiting.popleft()
+            if not turn.cancelled():
+                self._free -= number
+                turn.set_result(None)

@@ -2,7 +2,7 @@
 
 from .assignments import applied
 from .lexer import UnterminatedSql
-from .refuse import EmptySql, RefusedStatement, best_alone, check, outside_transaction
+from .refuse import EmptySql, RefusedStatement, best_alone, check, outside_transaction, takes_slot
 from .split import SEPARATOR, Statement, join, split
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "join",
     "outside_transaction",
     "split",
+    "takes_slot",
 ]

@@ -161,6 +161,15 @@ def best_alone(statement: Statement) -> bool:
     )
 
 
+def takes_slot(statement: Statement) -> bool:
+    """Say whether the server starts a worker of its own for a statement, and fails it with 53400 where it has no slot.
+
+    Source: REPACK (CONCURRENTLY) of PostgreSQL 19 (tests/core/test_statements_on_19.py). Workers of a parallel plan are
+    no such: without a slot it has fewer.
+    """
+    return statement.keywords[:1] == ("REPACK",) and "CONCURRENTLY" in _switched_on(statement)
+
+
 def _refusal(statement: Statement, *, one_transaction: bool) -> str | None:
     """Return why no worker can run the statement, or None."""
     keywords = statement.keywords

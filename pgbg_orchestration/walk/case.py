@@ -48,9 +48,9 @@ class Case:
         A launch call was given up before its answer: what it launched is refused, or is told by the receipt.
     launch_error:
         Why the last launch call failed on its way.
-    slot_deadline, waited_for_slot, paired:
+    slot_deadline, waited_for_slot, slots:
         Until when to wait for a worker slot, fixed at the first wait; whether the launch waits for one, or did when it
-        was broken off; whether this job counts as one that needs two.
+        was broken off; how many this job has its turn for, where it needs several.
     session, readable, last_seen, last_heard:
         Where the result is read (a kind without a receipt, or notices that are asked for): the session of its own, how
         that is done, when the worker was last seen, and when it last raised something (on the event loop's clock).
@@ -85,7 +85,7 @@ class Case:
     launch_error: BaseException | None = None
     slot_deadline: float | None = None
     waited_for_slot: bool = False
-    paired: bool = False
+    slots: int = 0
     feed: Feed | None = None
     session: LaunchingSession | None = None
     readable: Readable | None = None

@@ -20,7 +20,7 @@ from pgbg_orchestration.postgres import connection, describe
 from pgbg_orchestration.postgres.listener import Listener
 from pgbg_orchestration.postgres.pg_background import Extension
 from pgbg_orchestration.postgres.session import LaunchingSession
-from pgbg_orchestration.postgres.slots import SlotQueue
+from pgbg_orchestration.postgres.slots import SlotQueue, SlotTurns
 from pgbg_orchestration.statements import index_builds
 
 from .onlooker import Onlooker
@@ -48,7 +48,7 @@ class Host:
         self.slots = SlotQueue()
         self.ledger = Ledger(conninfo, schema, logger.warning)
         self._facts: ServerFacts | None = None
-        self._pairs: asyncio.Semaphore | None = None
+        self._turns: SlotTurns | None = None
         self._sessions: list[LaunchingSession] = []
         self._opening = asyncio.Lock()
         self.onlooker = Onlooker(self.ledger)
@@ -106,11 +106,11 @@ class Host:
         return self._facts.max_worker_processes if self._facts else None
 
     @property
-    def pairs(self) -> asyncio.Semaphore:
-        """Turns for jobs that need two worker slots, as many as the server can have at work at once."""
-        if self._pairs is None:
-            self._pairs = asyncio.Semaphore(max((self.max_worker_processes or 2) // 2, 1))
-        return self._pairs
+    def turns(self) -> SlotTurns:
+        """Turns for jobs that need several worker slots at once."""
+        if self._turns is None:
+            self._turns = SlotTurns(self.max_worker_processes or 2)
+        return self._turns
 
     def forget_facts(self) -> None:
         """Ask the server anew before the next launch: what was true of it before may not be now."""

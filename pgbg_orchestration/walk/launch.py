@@ -120,11 +120,9 @@ class Launches:
         except InvalidJob:
             # The job may be committed already, and have dropped its own tables: the turns find out.
             return None
-        if not case.paired:
-            if self._host.pairs.locked():
-                return None
-            await self._host.pairs.acquire()
-            case.paired = True
+        case.slots = case.slots or self._host.turns.take_at_once(work.slots)
+        if not case.slots:
+            return None
         calls, settings = await self._supervision_of(readable)
         head, middle, tail = work.supervisor_of_any(self._host.schema, readable.text, calls, settings)
         return telemetry.comment() + head, middle, tail
@@ -308,9 +306,8 @@ class Launches:
         try:
             async with asyncio.timeout_at(case.slot_deadline):
                 case.waited_for_slot = True
-                if work.has_supervisor and not case.paired:
-                    await self._host.pairs.acquire()
-                    case.paired = True
+                if work.slots > 1 and not case.slots:
+                    case.slots = await self._host.turns.take(work.slots)
                 await self._host.slots.launch(lambda: self._call(text), self._on_slots_used_up)
         except TimeoutError:
             case.waited_for_slot = True  # also in a call that nobody has answered yet

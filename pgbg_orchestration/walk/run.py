@@ -146,8 +146,8 @@ class Run:
     async def _close(self) -> None:
         self._host.onlooker.leave(self._case)
         await stop_reading(self._case)
-        if self._case.paired:
-            self._host.pairs.release()
+        if self._case.slots:
+            self._host.turns.give_back(self._case.slots)
         if self._case.session is not None:
             await self._host.give_back(self._case.session)
 

@@ -84,6 +84,11 @@ class Work:
         return self.adds_supervisor or self.kind is Kind.SUPERVISED
 
     @property
+    def slots(self) -> int:
+        """How many worker slots it takes at once: its worker's, a supervisor's, and one that a statement needs."""
+        return 1 + self.has_supervisor + any(map(statements.takes_slot, self.statements))
+
+    @property
     def is_marked(self) -> bool:
         """Whether its worker bears the marker: it holds no lock."""
         return self.kind is not Kind.RECEIPT

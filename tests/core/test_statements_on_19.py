@@ -8,7 +8,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from pgbg_orchestration import Job, arun, errors
+from pgbg_orchestration import Job, Launcher, arun, errors
 from pgbg_orchestration.statements.refuse import outside_transaction
 from pgbg_orchestration.statements.split import split
 from tests.conftest import Database, FreshDatabases
@@ -120,6 +120,25 @@ def test_a_concurrent_repack_takes_a_worker_slot(own_server: Callable[..., Serve
     with own_server(2).connect() as session:
         session.execute("create table t (i int primary key)")
         assert session.execute("repack (concurrently) t").statusmessage == "REPACK"
+
+
+async def test_concurrent_repacks_on_a_server_with_four_slots(own_db: Callable[..., Watched]) -> None:
+    """Supervisor, worker and decoding worker: one job at a time, with the replication launcher's slot.
+
+    The stand-in's workers take none of the server's slots, so only the real extension can fail here.
+    """
+    db = own_db(max_worker_processes=4)
+    db.sql("".join(f"create table t{n} (i int primary key); alter table t{n} owner to {APP};" for n in range(4)))
+    jobs = [Job(f"repack (concurrently) t{n}", kind="supervised") for n in range(4)]
+    async with Launcher(db.conninfo) as launcher:
+        with db.database.connect() as holder, holder.transaction():
+            holder.execute("lock table t0, t1, t2, t3")
+            running = asyncio.gather(*map(launcher.run, jobs))
+            waiting = "select count(*) from pg_locks where locktype = 'relation' and not granted"
+            await eventually(lambda: db.value(waiting) > 0, "a REPACK that waits for its table")
+            await asyncio.sleep(0.5)  # time for another supervisor to take the slot that the first REPACK needs next
+        outcomes = await within(running)
+    assert [outcome.attempt for outcome in outcomes] == [1, 1, 1, 1]
 
 
 async def test_a_concurrent_repack_waits_for_a_receipt_in_another_database(
