@@ -14,7 +14,9 @@ from . import doctor, history, jobs, rows, run, server, setup, views, wait
 from .codes import AFTERWARDS, MEANINGS, ExitCode
 from .screen import out
 
-_EXIT_CODES = "\n".join(
+# Before 0.27 typer made one paragraph of lines, and lines of paragraphs.
+_NEXT = "\n" if [int(part) for part in version("typer").split(".")[:2]] >= [0, 27] else "\n\n"
+_EXIT_CODES = _NEXT.join(
     [
         "[bold]Exit codes[/bold]",
         *(f"[cyan]{code:>3}[/cyan]  {text.replace('`', '')}" for code, text in MEANINGS.items()),
