@@ -9,16 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import TYPE_CHECKING
 
 import psycopg
 
 from pgbg_orchestration import Job, Launcher
 
+from .bench import OURS, Bench, cpu_of, percentile, until
 from .rows import Point, Row
-
-if TYPE_CHECKING:
-    from .measures import Bench
 
 ENDS = 20  # jobs that end, one after the other, while the others wait
 SIMULATION = """
@@ -70,8 +67,6 @@ async def waiting(bench: Bench) -> list[Row]:
 
 
 async def _waiting(bench: Bench, conn: psycopg.AsyncConnection, number: int) -> list[Row]:
-    from .measures import OURS, cpu_of, percentile
-
     ends = min(ENDS, number)
     names = [f"{number}/{n}/{os.urandom(4).hex()}" for n in range(number)]
     told: dict[str, float] = {}
@@ -117,13 +112,3 @@ async def _waiting(bench: Bench, conn: psycopg.AsyncConnection, number: int) -> 
         row("CPU of our sessions", f"{theirs / seconds:.1%} of a core", theirs / seconds * 100, "% of a core"),
         row("commit to outcome, p95", f"{percentile(late, 95) * 1000:.0f} ms", percentile(late, 95) * 1000, "ms"),
     ]
-
-
-async def until(conn: psycopg.AsyncConnection, query: str, number: int) -> None:
-    """Wait until a query of a count gives so many."""
-    for _ in range(100_000):
-        row = await (await conn.execute(query.encode())).fetchone()
-        if row is not None and row[0] >= number:
-            return
-        await asyncio.sleep(0.05)
-    raise TimeoutError("the workers do not start")

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 
+from .bench import Bench
 from .rows import Row
 
+MOST_ROUNDS = 7
 PEERS = {
     "from pgbg_orchestration import Launcher": "import psycopg",
     "from airflow_provider.operators import PgBackgroundOperator": (
@@ -19,17 +21,10 @@ PEERS = {
 """By what a user writes, what is written for the peer. Airflow's start is most of what either of its lines takes."""
 
 
-def imports(rounds: int, modules: int) -> list[Row]:
-    """Return how long a fresh interpreter takes for each module, in turn with its peer; less an interpreter's start.
-
-    Parameters
-    ----------
-    rounds:
-        How many interpreters to start for each.
-    modules:
-        How many of the modules to import.
-    """
-    peers = dict([*PEERS.items()][:modules])
+def imports(bench: Bench) -> list[Row]:
+    """Return how long a fresh interpreter takes for each module, in turn with its peer; less an interpreter's start."""
+    rounds = min(bench.size.rounds, MOST_ROUNDS)
+    peers = dict([*PEERS.items()][: bench.size.modules])
     names = ["import sys", *peers, *peers.values()]
     taken: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):

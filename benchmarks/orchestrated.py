@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from .bench import Bench
 from .rows import Row
-
-if TYPE_CHECKING:
-    from .measures import Bench
 
 DAGS = Path(__file__).with_name("dags")
 EVERY = 0.2  # seconds between samples

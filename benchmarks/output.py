@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from pgbg_orchestration import Job, Launcher
 
+from .bench import Bench
 from .rows import Row
-
-if TYPE_CHECKING:
-    from .measures import Bench
 
 ROW = "select n, md5(n::text), repeat('x', 60) from generate_series(1, {}) as n"
 COLUMNS = "n int, hash text, filler text"
+
+
+async def rows_and_notices(bench: Bench) -> list[Row]:
+    """Return what rows and notices cost."""
+    return [*await rows(bench), *await notices(bench)]
 
 
 async def rows(bench: Bench) -> list[Row]:

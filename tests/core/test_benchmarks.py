@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.__main__ import ONLY, as_markdown
-from benchmarks.measures import SMOKE, Bench
+from benchmarks.__main__ import GROUPS, as_markdown
+from benchmarks.bench import SMOKE, Bench
 from pgbg_orchestration.launcher import Launcher
 from tests.core.kit import Watched, only_long, within
 
 
 @pytest.mark.servers("real", "embedded")
-@pytest.mark.parametrize("group", [pytest.param(name, marks=only_long) if name == "airflow" else name for name in ONLY])
+@pytest.mark.parametrize(
+    "group", [pytest.param(name, marks=only_long) if name == "airflow" else name for name in GROUPS]
+)
 async def test_smoke(db: Watched, group: str) -> None:
     async with Launcher(db.admin_conninfo) as launcher:
         extension = (await launcher.facts()).extension
-    rows = await within(getattr(Bench(db.admin_conninfo, extension, SMOKE), group)(), 600)
+    rows = await within(GROUPS[group](Bench(db.admin_conninfo, extension, SMOKE)), 600)
     assert rows
     assert as_markdown(rows, "a machine").count("\n| ") == len(rows)
