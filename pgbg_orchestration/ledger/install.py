@@ -1,7 +1,10 @@
 """The package's own schema: installing, upgrading and removing it.
 
-Each version of the schema is one file, ``sql/schema_NNNN.sql``; the installed versions stand in ``<schema>.meta``
-with the checksum of what was run.
+What a version changes of the tables is one file, ``sql/tables_NNNN.sql``, run once. Functions stand in
+``sql/functions/``, each once and as it is now, and are made anew by every installation and upgrade. ``<schema>.meta``
+has the installed versions, with the checksum of what was run.
+
+Processes that began before an upgrade go on: a function keeps its name and arguments, or another one takes its place.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from pgbg_orchestration.errors import (
     SchemaVersionMismatch,
 )
 
-VERSION = 5
+VERSION = 6
+FUNCTIONS = ("common", "worker", "launching", "history", "looking", "supervision", "privileges")
+"""The files of functions, in the order in which they can be run: one that is in SQL needs those that it calls."""
 DEFAULT_SCHEMA = "pgbg"
 DEFAULT_OWNER = "pgbg_owner"
 NAME_BYTES = 63  # what the server cuts a longer name to (NAMEDATALEN)
@@ -193,11 +198,14 @@ def plan(from_version: int, *, schema: str = DEFAULT_SCHEMA, owner: str = DEFAUL
     filled = {f"@{name}@": value.as_string(None) for name, value in names.items()}
     head = _OWNER + (_CREATE if from_version == 0 else _BECOME)
     parts = [sql.SQL(head).format(**names).as_string(None)]
-    for version in range(from_version + 1, VERSION + 1):
-        text = _read(version)
-        checksum = hashlib.sha256(text.encode()).hexdigest()
-        text = _TOKEN.sub(lambda token: filled[token[0]], text)  # at one go: a name may look like a token
-        parts += [text, sql.SQL(_RECORD).format(**names, version=version, checksum=checksum).as_string(None)]
+    functions = "".join(_read("functions", f"{name}.sql") for name in FUNCTIONS)
+    tables = {version: _tables(version) for version in range(from_version + 1, VERSION + 1)}
+    text = "".join([*tables.values(), functions])
+    parts.append(_TOKEN.sub(lambda token: filled[token[0]], text))  # at one go: a name may look like a token
+    for version, changed in tables.items():
+        run = changed + functions if version == VERSION else changed
+        checksum = hashlib.sha256(run.encode()).hexdigest()
+        parts.append(sql.SQL(_RECORD).format(**names, version=version, checksum=checksum).as_string(None))
     return Script(from_version, VERSION, "".join([*parts, _DONE]))
 
 
@@ -233,5 +241,11 @@ def installed_version(conn: psycopg.Connection[Any], schema: str) -> int:
     return int(row[0]) if row else 0
 
 
-def _read(version: int) -> str:
-    return resources.files(__package__).joinpath("sql", f"schema_{version:04}.sql").read_text(encoding="utf-8")
+def _tables(version: int) -> str:
+    """Return what a version changes of the tables; nothing, where it is about functions only."""
+    name = f"tables_{version:04}.sql"
+    return _read(name) if resources.files(__package__).joinpath("sql", name).is_file() else ""
+
+
+def _read(*path: str) -> str:
+    return resources.files(__package__).joinpath("sql", *path).read_text(encoding="utf-8")

@@ -33,6 +33,17 @@ class Key:
         series = None if self.series is None else hashlib.sha256(self.series.encode()).digest()
         return hashlib.sha256(self.job_id.encode()).digest(), series
 
+    @property
+    def locks(self) -> tuple[int, int]:
+        """Keys of the advisory locks of its series, which has to be known, and of the job; the schema's own, too."""
+        job, series = self.digests
+        assert series is not None
+        return self._lock("series", series), self._lock("job", job)
+
+    def _lock(self, what: str, digest: bytes) -> int:
+        hashed = hashlib.sha256(f"pgbg:{what}:{self.owner}:".encode() + digest).digest()
+        return int.from_bytes(hashed[:8], "big", signed=True)
+
 
 SUPERVISES = "pgbg supervises: "
 """What the application_name of a supervisor begins with."""

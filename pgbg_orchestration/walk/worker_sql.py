@@ -298,7 +298,13 @@ class Work:
         """Return those arguments before, between and after the generation and the attempt of its launch."""
         key = [json.dumps(part, ensure_ascii=False) for part in (self.key.owner, self.key.job_id, self.key.series)]
         label = json.dumps(self.label, ensure_ascii=False)
-        return f"[{', '.join(key)}, ", f", {label}, ", f', "{self.sql_digest.hex()}"]'
+        # What the schema could work out for itself, and what would take it a good part of the time of a short job.
+        job, series = self.key.digests
+        assert series is not None
+        digests = ", ".join(f'"{digest.hex()}"' for digest in (self.sql_digest, job, series))
+        locks = ", ".join(map(str, self.key.locks))
+        tail = f', {digests}, {locks}, "{markers.marker(self.key.owner, self.key.job_id)}"]'
+        return f"[{', '.join(key)}, ", f", {label}, ", tail
 
     def meaning(self) -> dict[str, str]:
         """Return the settings that the meaning of the statements' text may depend on, the role included."""

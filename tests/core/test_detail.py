@@ -12,6 +12,7 @@ from pgbg_orchestration.ledger import install
 from pgbg_orchestration.ledger.history import JobDetail
 from pgbg_orchestration.walk.worker_sql import MOST_OF_A_STATEMENT
 from tests.conftest import Database
+from tests.core import earlier_schemas
 from tests.core.kit import APP, Watched, effect, within
 
 pytestmark = pytest.mark.any_surface
@@ -147,22 +148,18 @@ async def test_nobody_else_sees_any_of_it(db: Watched, enemy: psycopg.Connection
             enemy.execute(query)
 
 
-async def test_an_upgrade_keeps_what_version_1_wrote(
-    extension_database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_upgrade_keeps_what_version_1_wrote(extension_database: Database) -> None:
     """Receipts count on, whoever registers in the way of version 1 still can, and the new parts are empty."""
     text = "select 1"
     digest = hashlib.sha256(text.encode()).hexdigest()
     old = f"select pgbg.register(null, %s, %s, null, %s, 'receipt', '\\x{digest}', false, 'an older version')"
     conninfo = extension_database.conninfo
-    monkeypatch.setattr(install, "VERSION", 1)
-    assert install.install(conninfo).to_version == 1
+    earlier_schemas.install(conninfo, 1)
     with psycopg.connect(conninfo, autocommit=True) as conn:
         for job in ("done", "failed"):
             conn.execute(old, (job, job, job))
         conn.execute("select pgbg.begin_work(null, 'done', 'done', 1, 'done', 1, %s)", (bytes.fromhex(digest),))
         conn.execute("select pgbg.record(null, 'failed', 1, 'failed', 7, null, null, null, array['22012', 'why'])")
-    monkeypatch.undo()
     assert [install.install(conninfo).to_version for _ in range(2)] == [install.VERSION] * 2
 
     assert not (await within(arun(conninfo, Job(text, id="done")))).launched

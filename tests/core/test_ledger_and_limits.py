@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,7 +17,9 @@ from psycopg import sql
 from pgbg_orchestration import Job, Launcher, Outcome, arun, errors
 from pgbg_orchestration.doctor.examination import Status, examine
 from pgbg_orchestration.ledger import install
+from pgbg_orchestration.ledger.sighting import Key
 from pgbg_orchestration.postgres import connection
+from pgbg_orchestration.postgres.markers import marker
 from pgbg_orchestration.postgres.pg_background import Extension
 from pgbg_orchestration.postgres.session import LaunchingSession
 from tests.conftest import Database
@@ -26,6 +29,7 @@ from tests.kit.proxy import TO_SERVER, Proxy
 pytestmark = pytest.mark.any_surface
 
 REAL = pytest.mark.servers("real", "embedded")
+FUNCTIONS = Path(install.__file__).parent / "sql" / "functions"
 
 # Forgetting -----------------------------------------------------------------------------------------------------------
 
@@ -147,9 +151,33 @@ def test_a_name_that_looks_like_a_token(extension_database: Database) -> None:
 
 
 def test_no_token_stands_in_a_comment() -> None:
-    for script in Path(install.__file__).parent.glob("sql/schema_*.sql"):
+    scripts = [*Path(install.__file__).parent.glob("sql/tables_*.sql"), *FUNCTIONS.glob("*.sql")]
+    assert len(scripts) > len(install.FUNCTIONS)
+    for script in scripts:
         comments = [line.partition("--")[2] for line in script.read_text(encoding="utf-8").splitlines()]
         assert not [comment for comment in comments if "@schema@" in comment or "@owner@" in comment]
+
+
+def test_each_function_is_defined_once_and_in_a_file_that_is_run() -> None:
+    assert {script.stem for script in FUNCTIONS.iterdir()} == set(install.FUNCTIONS)
+    text = "".join(script.read_text(encoding="utf-8") for script in FUNCTIONS.iterdir())
+    defined = re.findall(r"^create or replace (?:function|procedure|view) @schema@\.(\w+)", text, re.MULTILINE)
+    assert len(defined) == len(set(defined)) == len(re.findall(r"^create\b", text, re.MULTILINE))
+
+
+async def test_keys_are_the_same_on_either_side(db: Watched) -> None:
+    """A worker is given what the schema would work out itself."""
+    for owner, job_id, series in [
+        (APP, "j", "s"), ("Ünïcode 'role'", "ü\t\n%s", ""), ("", "", "日本"), ("a:b", "c:d", "x" * 5000)
+    ]:  # fmt: skip
+        key = Key(owner, job_id, series)
+        found = db.sql(
+            "select d.job, d.series, pgbg.lock_key('series', k.owner, d.series), pgbg.lock_key('job', k.owner, d.job),"
+            " pgbg.marker(k.owner, k.job) from (values (%s, %s, %s)) as k (owner, job, series)"
+            " cross join lateral (select pgbg.digest(k.job), pgbg.digest(k.series)) as d (job, series)",
+            owner, job_id, series,
+        )  # fmt: skip
+        assert found == [(*key.digests, *key.locks, marker(owner, job_id))]
 
 
 # Tasks that fail ------------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ This is the list. What the search through the model notices besides stands in ``
 
 | broken | how | noticed by |
 |---|---|---|
-| no lock | ``begin_work`` takes none | jobs of one series overlap |
+| no lock | ``try_begin`` and ``begin_work`` take none | jobs of one series overlap |
 | no receipt check | ``begin_work`` commits beside a receipt | a worker that starts late commits a second time |
-| no generation check | ``begin_work`` does not look | an older worker starts late, after its mark was pruned |
+| no generation check | both of them do not look | an older worker starts late, after its mark was pruned |
 | older generations are not marked | before a launch | an older worker with an older snapshot starts after a newer one |
 | lock and receipt in one snapshot | the looks are STABLE | a job that commits during a look shows neither |
 | success on "completed and not has_error" | in the verdict | a worker that ends by a FATAL error is told as a success |
@@ -63,6 +63,7 @@ BOTH = pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
 async def test_no_lock(db: Watched, broken: bool) -> None:
     if broken:
         rewrite(db, "begin_work", "not pg_try_advisory_xact_lock(", "0 = (")
+        rewrite(db, "try_begin", "pg_try_advisory_xact_lock(", "0 <> (")
     db.sql(f"create table spans (began timestamptz, ended timestamptz); grant insert on spans to {APP}")
     seconds = 5 if broken else 0.5  # so that a busy machine begins the second one while the first is at work
     sql = (
@@ -136,6 +137,7 @@ async def launch_late(db: Watched, launch_call: tuple[str, str]) -> None:
 async def test_no_generation_check(db: Watched, broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if broken:
         rewrite(db, "begin_work", "s.newest > p_generation", "false")
+        rewrite(db, "try_begin", "<= try_begin.p_generation", "is not null")
     texts = launched(monkeypatch)
     older = Job(f"{effect('older')}; select 1 / (select count(*)::int from effects where job = 'newer')",
                 series="s", generation=1)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 from typing import Any
@@ -14,7 +15,9 @@ from pgbg_orchestration import Job, Launcher, errors
 from pgbg_orchestration.ledger import install
 from pgbg_orchestration.ledger.history import Orphan
 from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.walk.worker_sql import Work
 from tests.conftest import Database
+from tests.core import earlier_schemas
 from tests.core.kit import APP, Watched, effect, ended, eventually, launching_process, slow, within
 
 
@@ -108,73 +111,84 @@ async def test_what_cannot_be_said(db: Watched) -> None:
 # The upgrade that brought this ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def version_1(extension_database: Database, monkeypatch: pytest.MonkeyPatch) -> Database:
-    """A database with version 1 of the schema."""
-    with monkeypatch.context() as patched:
-        patched.setattr(install, "VERSION", 1)
-        assert install.install(extension_database.conninfo).to_version == 1
-    return extension_database
-
-
 def _shape(database: Database) -> list[list[tuple[object, ...]]]:
     """What a schema is made of: its tables' columns and its functions, and who may use them."""
     queries = (
-        """select attrelid::regclass::text, attname, format_type(atttypid, atttypmod)
+        """select attrelid::regclass::text, attname, format_type(atttypid, atttypmod), attnotnull
            from pg_attribute a join pg_class c on c.oid = a.attrelid
            where c.relnamespace = 'pgbg'::regnamespace and attnum > 0 order by 1, 2""",
-        """select oid::regprocedure::text, proacl::text, md5(prosrc)
+        """select c.oid::regclass::text, c.relkind, c.relacl::text, obj_description(c.oid, 'pg_class')
+           from pg_class c where c.relnamespace = 'pgbg'::regnamespace order by 1""",
+        """select conrelid::regclass::text, conname, pg_get_constraintdef(oid)
+           from pg_constraint where connamespace = 'pgbg'::regnamespace order by 1, 2""",
+        """select oid::regprocedure::text, proacl::text, md5(pg_get_functiondef(oid))
            from pg_proc where pronamespace = 'pgbg'::regnamespace order by 1""",
-        "select version, checksum from pgbg.meta order by 1",
+        "select version from pgbg.meta order by 1",
+        "select checksum from pgbg.meta order by version desc limit 1",
     )
     with database.connect() as conn:
         return [conn.execute(query.encode()).fetchall() for query in queries]
 
 
-def test_an_upgraded_schema_is_a_new_one(version_1: Database, database: Database) -> None:
-    script = install.install(version_1.conninfo)
-    assert (script.from_version, script.to_version) == (1, install.VERSION)
-    assert install.install(version_1.conninfo).text == ""
-    assert _shape(version_1) == _shape(database)
+@pytest.mark.parametrize("version", range(1, earlier_schemas.NEWEST + 1))
+def test_an_upgraded_schema_is_a_new_one(extension_database: Database, database: Database, version: int) -> None:
+    earlier_schemas.install(extension_database.conninfo, version)
+    script = install.install(extension_database.conninfo)
+    assert (script.from_version, script.to_version) == (version, install.VERSION)
+    assert install.install(extension_database.conninfo).text == ""
+    for upgraded, new in zip(_shape(extension_database), _shape(database), strict=True):
+        assert upgraded == new
 
 
-class _Before(Ledger):
-    """What a process of version 1 registers with."""
+class _Before:
+    """What processes of earlier versions do otherwise."""
 
-    def registering(self, key: Any, quote: Any, **named: Any) -> str:
+    def registering_of_1(self, key: Any, quote: Any, **named: Any) -> str:
         given = (
             key.owner, key.job_id, key.series, named["generation"], named["label"], str(named["kind"]),
             named["sql_digest"], named["accept_changed_sql"], "host/1", True,
         )  # fmt: skip
         return f"pgbg.register({', '.join(map(quote, given))})"
 
+    def arguments(self: Work) -> tuple[str, str, str]:  # type: ignore[misc]
+        """Those of a worker up to version 5."""
+        key = json.dumps([self.key.owner, self.key.job_id, self.key.series])
+        return f"{key[:-1]}, ", f", {json.dumps(self.label)}, ", f', "{self.sql_digest.hex()}"]'
 
-async def test_a_process_of_before_goes_on(version_1: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.parametrize("version", [1, earlier_schemas.NEWEST])
+async def test_a_process_of_before_goes_on(
+    extension_database: Database, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
     """It has a job at work while the schema is upgraded, and launches another afterwards."""
-    with version_1.connect() as admin:
+    of_before = extension_database
+    earlier_schemas.install(of_before.conninfo, version)
+    with of_before.connect() as admin:
         admin.execute("create table done (what text)")
     sql = "insert into done values ('{}')"
     upgrade = "import sys; from pgbg_orchestration.ledger import install; install.install(sys.argv[1])"
 
     with monkeypatch.context() as before:
-        before.setattr(install, "VERSION", 1)
-        before.setattr(Ledger, "registering", _Before.registering)
-        async with Launcher(version_1.conninfo) as launcher:
-            with version_1.connect() as holder, holder.transaction():
+        before.setattr(install, "VERSION", version)
+        before.setattr(Work, "arguments", _Before.arguments)
+        if version == 1:
+            before.setattr(Ledger, "registering", _Before.registering_of_1)
+        async with Launcher(of_before.conninfo) as launcher:
+            with of_before.connect() as holder, holder.transaction():
                 holder.execute("lock table done in share mode")
                 running = asyncio.create_task(launcher.run(Job(sql.format("first"), id="first")))
-                await eventually(version_1.workers, "it is at work")
-                process = await asyncio.create_subprocess_exec(sys.executable, "-c", upgrade, version_1.conninfo)
+                await eventually(of_before.workers, "it is at work")
+                process = await asyncio.create_subprocess_exec(sys.executable, "-c", upgrade, of_before.conninfo)
                 assert await within(process.wait()) == 0
                 assert not running.done()
             assert (await within(running)).proof == "receipt"
             assert (await within(launcher.run(Job(sql.format("second"), id="second")))).launched
-    async with Launcher(version_1.conninfo) as launcher:
+    async with Launcher(of_before.conninfo) as launcher:
         third = await within(launcher.run(Job(sql.format("third"), id="third"), when_orphaned="leave"))
         assert third.launched
         assert not (await within(launcher.run(Job(sql.format("first"), id="first")))).launched
 
-    with version_1.connect() as admin:
+    with of_before.connect() as admin:
         assert admin.execute("select count(*) from done").fetchone() == (3,)
         assert admin.execute("select job_id, when_orphaned from pgbg.job order by 1").fetchall() == [
             ("first", None),
