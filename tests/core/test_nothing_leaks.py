@@ -235,6 +235,7 @@ HARMLESS = {
     "lock_key",
     "marker",
     "marked",
+    "is_borne",
     "is_mine",
     "is_member",
     "require_read_committed",
@@ -282,7 +283,8 @@ async def test_no_function_takes_another_owner(db: Watched, enemy: psycopg.Conne
                 enemy.execute(call.encode())
         tried.add(name)
     assert tried >= {"begin_job", "begin_work", "try_begin", "begin_supervision",
-                     "end_supervision", "register", "register_launch", "orphans", "look", "mark_cancelled",
+                     "end_supervision", "try_lock", "try_claim", "register", "register_launch", "orphans", "look",
+                     "mark_cancelled",
                      "mark_older", "lift_cancel", "record", "prune", "list_jobs", "supervise", "owner_for",
                      "keep_chunk", "keep_set", "keep_table", "job_detail", "first_rows"}  # fmt: skip
     assert db.sql(f"{everything}, array(select j::text from pgbg.job j)") == before

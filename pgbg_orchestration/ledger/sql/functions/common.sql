@@ -43,38 +43,57 @@ as $$
         false)
 $$;
 
-create or replace function @schema@.owner_for(p_owner text) returns text
+create or replace function @schema@.refuse_owner(p_owner text) returns text
     language plpgsql stable
     set search_path = pg_catalog, pg_temp
 as $$
-declare
-    v_owner text := coalesce(p_owner, session_user);
 begin
-    if v_owner = session_user or pg_has_role(session_user, v_owner, 'MEMBER') then
-        return v_owner;
-    end if;
     raise exception using errcode = 'insufficient_privilege',
-        message = format('%I is not a member of the role %I that owns the job', session_user, v_owner),
-        hint = format('GRANT %I TO %I;', v_owner, session_user);
+        message = format('%I is not a member of the role %I that owns the job', session_user, p_owner),
+        hint = format('GRANT %I TO %I;', p_owner, session_user);
 end $$;
+
+-- The owner that is meant, when the login may act for it; raises otherwise. Without a SET clause the planner puts it in
+-- place.
+create or replace function @schema@.owner_for(p_owner text) returns text
+    language sql stable
+begin atomic
+    select case
+        when p_owner is null or p_owner = session_user then session_user::text
+        when pg_has_role(session_user, p_owner, 'MEMBER') then p_owner
+        else @schema@.refuse_owner(p_owner) end;
+end;
 
 -- A backend of this database that works for an owner and bears the marker of a job, or else the process that a claimed
 -- receipt names, as long as it runs something as the login that claimed it: SQL can set its own application_name and
 -- take the marker off, and the pid of a worker that ended may be another's by now. Anybody can take the name, and the
 -- same job may be at work in another database too. p_except: its supervisor, which bears the marker while it launches.
+--
+-- By the functions below the views: the views' joins cost a new process 2 ms. As a text that is parsed when it is called:
+-- a body that is parsed already keeps the columns of a server's function by their places, which a pg_upgrade may change.
 create or replace function @schema@.marked(
     p_owner text, p_job_id text, p_pid int default null, p_login text default null, p_except int default null
 ) returns int
     language sql stable
     set search_path = pg_catalog, pg_temp
 as $$
-    select a.pid from pg_stat_activity a, @schema@.marker(p_owner, p_job_id) as m (marker)
-    where a.datname = current_database() and a.pid is distinct from p_except and (
-        starts_with(a.application_name, m.marker) and @schema@.is_member(a.usesysid, p_owner)
-        or a.pid = p_pid and a.usename = p_login and exists (
-            -- "state" is not for every role to see; who runs a statement holds this lock, and all may see that.
-            select from pg_locks l where l.pid = a.pid and l.locktype = 'virtualxid'))
+    select a.pid from pg_stat_get_activity(null) a, @schema@.marker(p_owner, p_job_id) as m (marker)
+    where case when starts_with(a.application_name, m.marker) or a.pid = p_pid then
+        a.datid = (select d.oid from pg_database d where d.datname = current_database())
+        and a.pid is distinct from p_except and (
+            starts_with(a.application_name, m.marker) and @schema@.is_member(a.usesysid, p_owner)
+            or a.pid = p_pid and a.usesysid = to_regrole(quote_ident(p_login)) and exists (
+                -- "state" is not for every role to see; who runs a statement holds this lock, and all may see that.
+                select from pg_lock_status() l where l.pid = a.pid and l.locktype = 'virtualxid')) end
     order by starts_with(a.application_name, m.marker) desc limit 1
+$$;
+
+-- Whether any backend bears that marker, whoever it is and wherever it works: a part of what marked asks, and soon said.
+create or replace function @schema@.is_borne(p_marker text) returns boolean
+    language sql volatile
+    set search_path = pg_catalog, pg_temp
+as $$
+    select exists (select from pg_stat_get_activity(null) a where starts_with(a.application_name, p_marker))
 $$;
 
 -- A text that every client can be sent. In a database of the encoding SQL_ASCII an error's text may hold any bytes, and

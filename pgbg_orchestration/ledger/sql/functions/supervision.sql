@@ -1,5 +1,42 @@
 -- Supervision: a worker that launches another one and tells how it ended.
 
+-- Takes the locks of a series and of a job for as long as the session lives; says whether nobody else has them.
+create or replace function @schema@.try_lock(p_owner text, p_job_id text, p_series text) returns boolean
+    language sql volatile
+begin atomic
+    select pg_try_advisory_lock(
+            @schema@.lock_key('series', @schema@.owner_for(p_owner), @schema@.digest(p_series)))
+        and pg_try_advisory_lock(@schema@.lock_key('job', @schema@.owner_for(p_owner), @schema@.digest(p_job_id)));
+end;
+
+-- What begin_supervision does behind its locks, in the one statement that costs a new process the least, as try_begin
+-- does. Says whether it did: null, where anything is against it; begin_supervision then says what, with a code. The locks
+-- come in a statement before it, so that it sees what the supervisor before has written.
+create or replace function @schema@.try_claim(
+    p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea
+) returns boolean
+    language sql volatile security definer
+    set search_path = pg_catalog, pg_temp
+begin atomic
+    insert into @schema@.receipt
+        (owner, job_digest, status, job_id, label, attempt, sql_digest, started_at, supervisor_pid, server_started)
+    select
+        @schema@.owner_for(p_owner), @schema@.digest(p_job_id), 'launching', p_job_id, p_label, p_attempt, p_sql_digest,
+        clock_timestamp(), pg_backend_pid(), pg_postmaster_start_time()
+    where case when current_setting('transaction_isolation') <> 'read committed' then false
+        else not @schema@.is_borne(@schema@.marker(@schema@.owner_for(p_owner), p_job_id))
+            and not exists (
+                select from @schema@.job j
+                where j.owner = @schema@.owner_for(p_owner) and j.job_digest = @schema@.digest(p_job_id)
+                  and j.outcome = 'failed' and j.reported_at is null)
+            and (select s.newest from @schema@.series s
+                 where s.owner = @schema@.owner_for(p_owner) and s.series_digest = @schema@.digest(p_series))
+                <= p_generation
+        end
+    on conflict do nothing
+    returning true;
+end;
+
 -- In the supervisor, before the launch: takes the locks for as long as its session lives, and claims the receipt.
 -- Committed before the launch, so that a supervisor that dies leaves a trace, and nothing is launched twice.
 create or replace function @schema@.begin_supervision(
@@ -15,9 +52,7 @@ declare
     v_status text;
 begin
     perform @schema@.require_read_committed();
-    if not pg_try_advisory_lock(@schema@.lock_key('series', v_owner, v_series))
-        or not pg_try_advisory_lock(@schema@.lock_key('job', v_owner, v_job))
-    then
+    if not @schema@.try_lock(v_owner, p_job_id, p_series) then
         raise exception using errcode = 'PB002', message = 'another worker holds the series of this job';
     end if;
     -- The worker of an earlier supervisor outlives it, and its lock.
@@ -137,6 +172,7 @@ declare
     v_done    boolean := false;
     v_failed  boolean := false;
     v_read    boolean := false;
+    v_claimed boolean;
     v_ready   boolean := false;
     v_named   boolean := false;
     v_cancel  boolean := false;
@@ -149,8 +185,15 @@ declare
     v_withheld constant text := '(withheld: redact_details)';
 begin
     perform @schema@.await_no_standby();
-    perform @schema@.begin_supervision(
-        p_owner, p_job_id, p_series, p_generation, p_label, p_attempt, p_sql_digest);
+    v_claimed := @schema@.try_lock(p_owner, p_job_id, p_series);
+    if v_claimed then
+        v_claimed := @schema@.try_claim(
+            p_owner, p_job_id, p_series, p_generation, p_label, p_attempt, p_sql_digest);
+    end if;
+    if v_claimed is not true then
+        perform @schema@.begin_supervision(
+            p_owner, p_job_id, p_series, p_generation, p_label, p_attempt, p_sql_digest);
+    end if;
     commit;
     v_marker := @schema@.marker(coalesce(p_owner, session_user::text), p_job_id);
     -- Whatever fails in this block before the launch is taken back with it, and nothing has been launched.
@@ -211,9 +254,9 @@ begin
             v_polls := v_polls + 1;
             -- It bears the marker before its first statement, which may take it off.
             v_seen := not v_done and not v_named and exists (
-                select from pg_catalog.pg_stat_activity a
-                where a.pid = v_pid and a.datname = pg_catalog.current_database()
-                  and (pg_catalog.starts_with(a.application_name, v_marker) or a.state = 'active'));
+                select from pg_catalog.pg_stat_get_activity(v_pid) a
+                where (pg_catalog.starts_with(a.application_name, v_marker) or a.state = 'active')
+                  and a.datid = (select o.datid from pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) o));
             if v_seen then
                 perform @schema@.await_no_standby();
                 perform @schema@.follow(p_owner, p_job_id, p_attempt, v_pid);
