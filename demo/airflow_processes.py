@@ -22,6 +22,7 @@ from psycopg.conninfo import conninfo_to_dict
 COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
 START_SECONDS = 300.0  # 15 on a machine that has nothing else to do; 125 were seen at a load of 17
 STOP_SECONDS = 20.0
+LOOK_SECONDS = 0.4  # each look is a call of the web server, which takes its time of the processor that Airflow works on
 FINISHED = ("success", "failed")
 
 # A laptop's Airflow: little memory, quick to notice what happened.
@@ -66,6 +67,8 @@ class AirflowProcesses:
         Further ``AIRFLOW__SECTION__KEY`` variables.
     triggerers:
         How many triggerers to start; with two, the second takes over when the first is killed.
+    login:
+        Name and password of an administrator, where ``settings`` say that not everybody is one.
     migrate:
         Bring the metadata database to this Airflow's version; False when it is known to be there, which saves seconds.
     """
@@ -79,9 +82,11 @@ class AirflowProcesses:
         connections: Mapping[str, str] | None = None,
         settings: Mapping[str, str] | None = None,
         triggerers: int = 1,
+        login: tuple[str, str] | None = None,
         migrate: bool = True,
     ) -> None:
         self.home = home
+        self._login = login
         self._migrate = migrate
         self.api_port = _free_port()
         self.components = [*COMPONENTS, *(f"triggerer-{n}" for n in range(2, triggerers + 1))]
@@ -249,8 +254,7 @@ class AirflowProcesses:
             Airflow refused; the message has its answer.
         """
         if self._http is None:
-            with httpx.Client(base_url=self.url, timeout=30) as client:
-                token = client.get("/auth/token").raise_for_status().json()["access_token"]
+            token = self.token(*self._login) if self._login else self._token_of_everybody()
             self._http = httpx.Client(
                 base_url=f"{self.url}/api/v2", timeout=60, headers={"Authorization": f"Bearer {token}"}
             )
@@ -258,6 +262,20 @@ class AirflowProcesses:
         if answer.is_error:
             raise RuntimeError(f"{method} {path}: {answer.status_code} {answer.text}")
         return answer.json() if answer.content else None
+
+    def token(self, name: str, password: str) -> str:
+        """Log in and return the token that goes with what is asked of the web server.
+
+        Raises
+        ------
+        httpx.HTTPStatusError
+            Airflow refused.
+        """
+        answer = httpx.post(f"{self.url}/auth/token", json={"username": name, "password": password}, timeout=60)
+        return str(answer.raise_for_status().json()["access_token"])
+
+    def _token_of_everybody(self) -> str:
+        return str(httpx.get(f"{self.url}/auth/token", timeout=60).raise_for_status().json()["access_token"])
 
     def wait_for_dag(self, dag_id: str, seconds: float = 90.0) -> None:
         """Wait until a DAG has been parsed."""
@@ -369,7 +387,7 @@ class AirflowProcesses:
                     raise RuntimeError(f"{component} ended with {process.returncode}:\n{self.log(component)[-4000:]}")
             if time.monotonic() > until:
                 raise RuntimeError(f"{what} after {seconds:.0f} s {found() if found else ''}".rstrip())
-            time.sleep(0.2)
+            time.sleep(LOOK_SECONDS)
 
 
 def _text_of(line: Mapping[str, Any]) -> str:

@@ -72,7 +72,7 @@ def at_a_push(
         For each kind why it cannot be had here, or None when it can.
     embedded_differs
         True for a test that is about the embedded server itself.
-    faults
+    any_surface
         True for a test of what is the same whichever surface the extension offers.
 
     Returns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,16 @@ from demo.airflow_processes import AirflowProcesses
 HERE = Path(__file__).parent
 MODEST = "pgbg_modest"
 """A login with ``pgbackground_role`` and a schema of its own, and nothing else: the connection ``modest``."""
+USERS = {"ann": "admin", "otto": "op", "vera": "viewer"}
+"""Who may do what: Ann administers this Airflow, Otto operates it, Vera may look at DAGs. A password is the name."""
+SETTINGS = {
+    # Its files do not change: parsed every half a minute, they take a tenth of a core.
+    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "3600",
+    "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "False",
+    "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(f"{name}:{role}" for name, role in USERS.items()),
+    "AIRFLOW__PG_BACKGROUND__WEB_CONN_IDS": "warehouse",
+    "AIRFLOW__PG_BACKGROUND__WEB_ALLOW_CANCEL": "true",
+}
 HASTE = {
     # For tests that kill an executor's process: otherwise its task counts as lost after five minutes.
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "40",
@@ -44,10 +55,11 @@ EXAMPLE_DAGS = sorted(
 
 @dataclass
 class Lab:
-    """A running Airflow, and the database in which its tasks run their jobs."""
+    """A running Airflow, the database in which its tasks run their jobs, and that of the connection ``warehouse``."""
 
     processes: AirflowProcesses
     conninfo: str
+    warehouse: str
     admin: psycopg.Connection[Any]
 
     def rows(self, query: str, *arguments: object) -> list[tuple[Any, ...]]:
@@ -140,8 +152,10 @@ def airflow_server(running: Running) -> Server:
 def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """The running Airflow. A test that stops a component starts it again."""
     databases: Databases = running.databases(airflow_server)
-    jobs, metadata = databases.create("schema"), databases.create("empty")
+    jobs, warehouse, metadata = databases.create("schema"), databases.create("schema"), databases.create("empty")
     home = tmp_path_factory.mktemp("airflow")
+    passwords = home / "passwords.json"
+    passwords.write_text(json.dumps({name: name for name in USERS}))
     dags = home / "dags"
     dags.mkdir()
     for source in (HERE / "dags").iterdir():
@@ -163,14 +177,23 @@ def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempP
             home,
             dags,
             airflow_server.conninfo(metadata),
-            connections={"postgres_default": conninfo, "modest": airflow_server.conninfo(jobs, MODEST)},
+            connections={
+                "postgres_default": conninfo,
+                "modest": airflow_server.conninfo(jobs, MODEST),
+                "warehouse": airflow_server.conninfo(warehouse),
+            },
             triggerers=2,
-            settings=HASTE if LONG else None,
+            settings={
+                **SETTINGS,
+                "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords),
+                **(HASTE if LONG else {}),
+            },
+            login=("ann", "ann"),
         )
         try:
             with processes:
-                yield Lab(processes, conninfo, admin)
+                yield Lab(processes, conninfo, airflow_server.conninfo(warehouse), admin)
         finally:
             admin.close()
-            for name in (jobs, metadata):
+            for name in (jobs, warehouse, metadata):
                 databases.drop(name)

@@ -28,8 +28,12 @@ def _long(run_id: str, seconds: int = 300) -> str:
     ("name", "end"),
     [
         ("mark-failed", lambda lab, run: lab.processes.mark("deferred", run, "job", "failed")),
-        ("mark-success", lambda lab, run: lab.processes.mark("deferred", run, "job", "success")),
-        ("mark-run-failed", lambda lab, run: lab.processes.mark_run("deferred", run, "failed")),
+        pytest.param(
+            "mark-success", lambda lab, run: lab.processes.mark("deferred", run, "job", "success"), marks=only_long
+        ),
+        pytest.param(
+            "mark-run-failed", lambda lab, run: lab.processes.mark_run("deferred", run, "failed"), marks=only_long
+        ),
     ],
 )
 def test_what_a_user_ends_is_cancelled(lab: Lab, name: str, end: Callable[[Lab, str], None]) -> None:
@@ -53,6 +57,7 @@ def test_cancel_on_kill_can_be_refused(lab: Lab) -> None:
     assert lab.effects(run) == 1
 
 
+@only_long
 def test_a_deleted_dag_takes_its_workers_along(lab: Lab) -> None:
     run = lab.start("to_delete", "deleted", _long("deleted"))
     lab.wait_for_worker(run)
@@ -63,7 +68,7 @@ def test_a_deleted_dag_takes_its_workers_along(lab: Lab) -> None:
     assert lab.effects(run) == 0
 
 
-@pytest.mark.parametrize("dag_id", ["deferred", "deferred_waits"])
+@pytest.mark.parametrize("dag_id", ["deferred", pytest.param("deferred_waits", marks=only_long)])
 def test_a_clear_while_running_never_has_two_workers(lab: Lab, dag_id: str) -> None:
     run = lab.start(dag_id, f"cleared-{dag_id}", _long(f"cleared-{dag_id}", 12))
     first = lab.wait_for_worker(run)
@@ -84,13 +89,14 @@ def test_a_clear_while_running_never_has_two_workers(lab: Lab, dag_id: str) -> N
     assert lab.states(run)[-1] == "committed"
 
 
+@only_long
 def test_a_triggerer_that_was_stalled_cancels_nothing(lab: Lab) -> None:
-    run = lab.start("deferred", "stalled", _long("stalled", count(45, 60)))
+    run = lab.start("deferred", "stalled", _long("stalled", 60))
     worker = lab.wait_for_worker(run)
     busy = lab.triggerer_of(run)
 
     lab.processes.signal(busy, signal.SIGSTOP)
-    time.sleep(count(25, 40))  # longer than the health check's threshold, so that the other triggerer takes over
+    time.sleep(40)  # longer than the health check's threshold, so that the other triggerer takes over
     lab.processes.signal(busy, signal.SIGCONT)
 
     assert lab.processes.wait_for_run("deferred", run) == "success"
@@ -111,6 +117,7 @@ def test_a_killed_triggerer_is_replaced(lab: Lab) -> None:
     assert [pid for (pid,) in lab.rows("select pid from effect where run = %s", run)] == [worker]
 
 
+@only_long
 def test_marked_while_no_triggerer_is_there(lab: Lab) -> None:
     run = lab.start("deferred", "nobody-there", _long("nobody-there"))
     lab.wait_for_worker(run)
@@ -142,6 +149,7 @@ def test_marked_while_it_waits_in_its_own_process(lab: Lab) -> None:
     assert lab.effects(run) == 0
 
 
+@only_long
 def test_a_run_that_times_out_takes_its_worker_along(lab: Lab) -> None:
     run = lab.start("run_times_out", "run-late", _long("run-late"))
     lab.wait_for_worker(run)
@@ -174,10 +182,10 @@ async def _cancel(lab: Lab, run: str) -> None:
         assert await launcher.cancel(job_id, series=series) == "cancelled"
 
 
-def test_a_task_process_killed_in_every_try_but_the_last(lab: Lab) -> None:
-    run = lab.start("here_retried", "unlucky", _long("unlucky", 60))
+def test_a_task_process_killed_in_its_first_tries(lab: Lab) -> None:
+    run = lab.start("here_retried", "unlucky", _long("unlucky", count(20, 60)))
     worker = lab.wait_for_worker(run)
-    for number in range(1, 4):
+    for number in range(1, count(1, 3) + 1):  # in the long form in every try but the last
         seen: dict[str, Any] = {}
 
         def at_work(number: int = number, seen: dict[str, Any] = seen) -> bool:

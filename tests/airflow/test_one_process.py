@@ -15,6 +15,7 @@ import pytest
 
 from pgbg_orchestration.embedded.databases import Databases
 from tests.conftest import Running
+from tests.core.kit import only_long
 from tests.servers.kinds import Server
 
 pytest.importorskip("airflow")
@@ -109,7 +110,7 @@ def test_dag_test(desk: Desk) -> None:
     assert effects[2:] == ["here", "started"]
 
 
-@pytest.mark.parametrize("task_id", ["deferred", "here"])
+@pytest.mark.parametrize("task_id", ["deferred", pytest.param("here", marks=only_long)])
 def test_airflow_tasks_test(desk: Desk, task_id: str) -> None:
     told = _run(desk, "-m", "airflow", "tasks", "test", "books", task_id, "2013-04-01")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.core.kit import count, only_long
+
 from .conftest import Lab
 
 pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow]
@@ -13,7 +15,10 @@ def _long(run_id: str, seconds: int = 300) -> str:
     return f"insert into effect (run, pid) values ('{run_id}', pg_backend_pid()); select pg_sleep({seconds})"
 
 
-@pytest.mark.parametrize("beside", [True, False], ids=["another waits", "nobody waits"])
+@pytest.mark.parametrize(
+    "beside",
+    [pytest.param(True, id="another waits"), pytest.param(False, id="nobody waits", marks=only_long)],
+)
 def test_marked_right_after_its_triggerer_was_killed(lab: Lab, beside: bool) -> None:
     """The triggerer that is left drops its trigger, and finds its worker, whether another task waits in it or not."""
     name = f"orphan-{beside}"
@@ -22,7 +27,7 @@ def test_marked_right_after_its_triggerer_was_killed(lab: Lab, beside: bool) -> 
     busy = lab.triggerer_of(run)
     healthy = None
     if beside:
-        healthy = lab.start("deferred_retried", "orphan-not", _long("orphan-not", 60))
+        healthy = lab.start("deferred_retried", "orphan-not", _long("orphan-not", count(30, 60)))
         lab.wait_for_worker(healthy)
 
     lab.processes.kill(busy)

@@ -38,6 +38,7 @@ from airflow_provider.triggers import PgBackgroundBatchTrigger, PgBackgroundStar
 from pgbg_orchestration import errors
 from pgbg_orchestration.postgres.literals import literals_of
 from pgbg_orchestration.walk import worker_sql
+from tests.core.kit import count
 
 pytestmark = [
     pytest.mark.airflow,
@@ -245,7 +246,9 @@ LISTS = [
 
 @pytest.mark.parametrize("mode", MODES)
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=count(20, 60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(value=st.one_of(*SCALARS.values(), *LISTS))
 def test_the_same_literal_reaches_the_server(mode: str, connection: psycopg.Connection[Any], value: Any) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,14 +19,13 @@ from starlette.testclient import TestClient
 
 from airflow_provider import plugin
 from airflow_provider.link import BackgroundJobLink
-from demo.airflow_processes import AirflowProcesses
 from pgbg_orchestration import Job, errors, run
 from pgbg_orchestration.ledger.board import Board
 from pgbg_orchestration.ledger.history import JobDetail, JobEntry
 from pgbg_orchestration.view.web.app import ASKED
-from tests.conftest import Running
-from tests.servers.kinds import Server
 from tests.view.test_lines import board, job
+
+from .conftest import Lab
 
 pytestmark = pytest.mark.airflow
 
@@ -187,77 +183,25 @@ def test_the_link_of_a_task_instance(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == "/pg_background/warehouse/#find=airflow%3Aflights%2Fr%2F1%2Fload%2F-1"
 
 
-@dataclass
-class Web:
-    """Airflow's web server with real users, and the database whose jobs its page shows."""
-
-    url: str
-    conninfo: str
-
-    def client(self, user: str | None) -> httpx.Client:
-        """A browser of somebody who has logged in, or of a stranger."""
-        headers = {}
-        if user is not None:
-            answer = httpx.post(f"{self.url}/auth/token", json={"username": user, "password": user}, timeout=60)
-            headers["authorization"] = f"Bearer {answer.raise_for_status().json()['access_token']}"
-        return httpx.Client(base_url=f"{self.url}/pg_background/warehouse", headers=headers, timeout=60)
-
-
-@pytest.fixture
-def web(airflow_server: Server, running: Running, tmp_path: Path) -> Iterator[Web]:
-    """Ann administers this Airflow, Otto operates it, Vera may look at DAGs."""
-    databases = running.databases(airflow_server)
-    jobs, metadata = databases.create("schema"), databases.create("empty")
-    passwords = tmp_path / "passwords.json"
-    passwords.write_text(json.dumps({name: name for name in ("ann", "otto", "vera")}))
-    processes = AirflowProcesses(
-        tmp_path,
-        tmp_path / "dags",
-        airflow_server.conninfo(metadata),
-        connections={"warehouse": airflow_server.conninfo(jobs)},
-        settings={
-            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "False",
-            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "ann:admin,otto:op,vera:viewer",
-            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords),
-            "AIRFLOW__PG_BACKGROUND__WEB_CONN_IDS": "warehouse",
-            "AIRFLOW__PG_BACKGROUND__WEB_ALLOW_CANCEL": "true",
-        },
-    )
-    (tmp_path / "processes").mkdir()
-    try:
-        processes.command("db", "migrate")
-        processes.start_component("api-server")
-        until = time.monotonic() + 120
-        while not _answers(processes.url):
-            assert time.monotonic() < until, processes.log("api-server")
-            time.sleep(0.2)
-        yield Web(processes.url, airflow_server.conninfo(jobs))
-    finally:
-        processes.stop()
-        for name in (jobs, metadata):
-            databases.drop(name)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/api/v2/version", timeout=10).status_code == 200
-    except httpx.TransportError:
-        return False
+def browser(lab: Lab, user: str | None) -> httpx.Client:
+    """A browser of somebody who has logged in, or of a stranger."""
+    headers = {} if user is None else {"authorization": f"Bearer {lab.processes.token(user, user)}"}
+    return httpx.Client(base_url=f"{lab.processes.url}/pg_background/warehouse", headers=headers, timeout=60)
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_the_page_is_behind_airflows_login(web: Web) -> None:
+def test_the_page_is_behind_airflows_login(lab: Lab) -> None:
     job = Job("select pg_sleep(600)", id="j", label="on the page", series="airflow:flights/r/load/-1", generation=1)
     paths = ("/", "/static/pgbg.js", "/api/board", "/api/timeline", "/api/job?owner=postgres&id=j")
     wanted = {"owner": "postgres", "job_id": "j"}
     with (
         ThreadPoolExecutor() as pool,
-        web.client(None) as stranger,
-        web.client("vera") as vera,
-        web.client("otto") as otto,
+        browser(lab, None) as stranger,
+        browser(lab, "vera") as vera,
+        browser(lab, "otto") as otto,
     ):
-        running = pool.submit(run, web.conninfo, job)
+        running = pool.submit(run, lab.warehouse, job)
         until = time.monotonic() + 60
         while not (lines := otto.get("/api/board").raise_for_status().json()["lines"]):
             assert time.monotonic() < until
@@ -274,7 +218,7 @@ def test_the_page_is_behind_airflows_login(web: Web) -> None:
         assert otto.post("/api/cancel", json=wanted, headers={ASKED: "cancel"}).json() == {"decided": "cancelled"}
         with pytest.raises(errors.JobCancelled):
             running.result(60)
-    with web.client("ann") as ann:
-        plugins = ann.get(f"{web.url}/api/v2/plugins").raise_for_status().json()["plugins"]
+    with browser(lab, "ann") as ann:
+        plugins = ann.get(f"{lab.processes.url}/api/v2/plugins").raise_for_status().json()["plugins"]
     [ours] = [one for one in plugins if one["name"] == "pg_background"]
     assert [view["href"] for view in ours["external_views"]] == ["/pg_background/warehouse/"]

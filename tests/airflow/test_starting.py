@@ -175,6 +175,7 @@ class TestInARealAirflow:
         assert lab.states(run)[-1] == "committed"
         assert lab.effects(run) == 1
 
+    @only_long
     def test_an_error_is_the_tasks(self, lab: Lab) -> None:
         run = lab.start("started_ends", "started-divided", "select 1/0")
 

@@ -74,7 +74,8 @@ class Scenario:
         The verdict, or one that is broken on purpose.
     """
 
-    name: str
+    # Two of one kind are one, whatever they are called: what was searched is not searched again.
+    name: str = field(compare=False)
     jobs: tuple[int, ...]
     cancels: tuple[int, ...] = ()
     lifting: tuple[int, ...] = ()
@@ -115,6 +116,16 @@ class Scenario:
     def terms(self, number: int) -> Terms:
         """What the launcher of that number was asked for."""
         return _terms(self.jobs[number] + 1, number in self.lifting, self.relaunches, self.rejections)
+
+    def twin(self, state: State) -> State | None:
+        """The state with two launchers in each other's place, where nothing but its number tells one from the other."""
+        if len(self.jobs) != 2 or self.jobs[0] != self.jobs[1] or self.lifting:
+            return None
+        first, second = state.launchers
+        return state._replace(
+            launchers=(second, first),
+            workers=tuple(None if worker is None else worker._replace(by=1 - worker.by) for worker in state.workers),
+        )
 
     def is_done(self, state: State) -> bool:
         """Whether everybody has an outcome, or is dead, and no worker is left."""

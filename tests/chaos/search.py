@@ -23,18 +23,25 @@ class Step(Protocol):
 
 
 class Model(Hashable, Protocol):
-    """A scenario of a model's: where it starts, what can happen next, and when everybody is done."""
+    """A scenario of a model's: where it starts, what can happen next, and when everybody is done.
+
+    A state and its twin are the same but for who is called by which number: one of them is searched.
+    """
 
     @property
     def name(self) -> str: ...
     def start(self) -> Any: ...
     def moves(self, state: Any, /) -> Iterable[Step]: ...
+    def twin(self, state: Any, /) -> Any | None: ...
     def is_done(self, state: Any, /) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the search found: how many states there are, and the shortest way to a wrong one."""
+    """What the search found: how many states there are, twins counted once, and the shortest way to a wrong one.
+
+    Where the way passes from a state to its twin, the numbers in what follows are exchanged.
+    """
 
     states: int
     wrong: str | None = None
@@ -81,6 +88,8 @@ def _search(scenario: Model, limit: int) -> Found:
             if move.wrong is not None:
                 return Found(len(states), move.wrong, (*_way(came, at), move.what))
             after = numbers.get(move.after)
+            if after is None and (twin := scenario.twin(move.after)) is not None:
+                after = numbers.get(twin)
             if after is None:
                 after = numbers[move.after] = len(states)
                 states.append(move.after)

@@ -28,6 +28,8 @@ class At(IntEnum):
     FAILED = 9
     SILENT = 10  # ended without a word, nothing done
 
+    __hash__ = int.__hash__  # asked for a million times, where an enum's own is slow
+
 
 ENDED = (At.COMMITTED, At.FAILED, At.SILENT)
 AT_WORK = (At.INSERTED, At.WORKED)
@@ -55,6 +57,8 @@ class Phase(IntEnum):
     LAUNCH = 2  # the launch call is on its way
     DEAD = 3
     DONE = 4
+
+    __hash__ = int.__hash__
 
 
 class Launcher(NamedTuple):

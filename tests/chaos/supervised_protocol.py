@@ -48,6 +48,8 @@ class Sup(IntEnum):
     REFUSED = 6  # by lock, marker or receipt
     KILLED = 7
 
+    __hash__ = int.__hash__  # asked for a million times, where an enum's own is slow
+
 
 class Work(IntEnum):
     """How far a worker is. From SHOWN to FAILING it bears the marker."""
@@ -59,6 +61,8 @@ class Work(IntEnum):
     COMMITTED = 4
     FAILED = 5
     NEVER = 6  # it never began
+
+    __hash__ = int.__hash__
 
 
 class Supervisor(NamedTuple):
@@ -131,7 +135,8 @@ class Supervision:
         Faults of the protocol that are built in on purpose, by name.
     """
 
-    name: str
+    # Two of one kind are one, whatever they are called: what was searched is not searched again.
+    name: str = field(compare=False)
     callers: int = 2
     verify: bool = False
     crash: int = 0
@@ -146,6 +151,13 @@ class Supervision:
         """The state before anything happened."""
         faults = tuple(int(getattr(self, name)) for name in FAULTS)
         return State((), (), (Caller(),) * self.callers, None, 0, False, False, False, False, faults)
+
+    def twin(self, state: State) -> State | None:
+        """The state with the two callers in each other's place: nothing but its number tells one from the other."""
+        if self.callers != 2:
+            return None
+        first, second = state.callers
+        return state._replace(callers=(second, first))
 
     def is_done(self, state: State) -> bool:
         """Whether everybody has an outcome, or is dead, and nothing is left that works."""

@@ -5,13 +5,16 @@ No server takes part. The search drives the very ``judge`` that the walk of a jo
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
 from pgbg_orchestration.verdict import TURNED_AWAY, Evidence, Intent, Receipt, Report, Step, judge
 from tests.chaos.protocol import Judge, Scenario
 from tests.chaos.search import search
+from tests.chaos.supervised_protocol import Supervision
 
 SAME = (0, 0)
 """Two launchers of one job."""
@@ -67,6 +70,53 @@ LARGE = [
 def test_nothing_is_wrong_in_large(scenario: Scenario) -> None:
     """A hundred thousand states and more each."""
     test_nothing_is_wrong(scenario)
+
+
+TWINS: list[Scenario | Supervision] = [
+    Scenario("all that may go wrong", SAME, (0,), crash=1, lose_session=1, lose_launch=1, kill_worker=1, sql_error=1),
+    Supervision("all that may go wrong", crash=1, kill_supervisor=1, restart=1, sql_error=1, ask=1),
+]
+
+
+@pytest.mark.parametrize("scenario", TWINS, ids=["of launchers", "of callers"])
+def test_twins_do_the_same(scenario: Scenario | Supervision) -> None:
+    """The search takes a state for its twin: what can happen to the one is what can happen to the other."""
+
+    def moves(state: Any) -> Counter[tuple[bool, bool, frozenset[Any]]]:
+        return Counter(
+            (move.fault, move.wrong is None, frozenset((move.after, scenario.twin(move.after))))
+            for move in scenario.moves(state)
+        )
+
+    states = [scenario.start()]
+    seen: set[Any] = set(states)
+    differ = 0
+    for state in states:
+        twin = scenario.twin(state)
+        differ += twin != state
+        assert moves(twin) == moves(state)
+        later = {move.after for move in scenario.moves(state)} - seen
+        states.extend(later if len(states) < 3_000 else ())
+        seen |= later
+    assert differ > 1_000
+
+
+def test_one_of_twins_is_searched() -> None:
+    whole = replace(SOUND[2], jobs=(0, 0))
+    assert search(whole).states < 0.6 * search(_Untwinned(whole)).states
+
+
+@dataclass(frozen=True)
+class _Untwinned:
+    """A scenario whose states are taken for what they are."""
+
+    scenario: Scenario
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scenario, name)
+
+    def twin(self, _state: Any) -> None:
+        """Nobody's."""
 
 
 # Broken on purpose --------------------------------------------------------------------------------------------------

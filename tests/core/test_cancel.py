@@ -37,7 +37,7 @@ def crashes(db: Watched) -> int:
 async def test_cancelled_at_random_moments(db: Watched) -> None:
     """None is a success without its effect, none runs on, none crashes the server."""
     chance = seeded("cancels")
-    jobs = count(80, 200)
+    jobs = count(40, 200)
     crashes_before = crashes(db)
 
     async def one(launcher: Launcher, number: int) -> tuple[str, Outcome | BaseException]:
@@ -200,7 +200,7 @@ async def test_cancel_from_another_process_while_it_starts(db: Watched) -> None:
     """Between launch and lock: the job leaves no effect, or the cancel is told "committed"."""
     chance = seeded("cancel while it starts")
     async with launching_process(db.conninfo) as child:
-        for number in range(count(20, 100)):
+        for number in range(count(12, 100)):
             name = f"j{number}"
             answer = child.run({"sql": effect(name), "id": name})
             async with Launcher(db.conninfo) as launcher:
@@ -241,7 +241,7 @@ async def test_cancel_of_a_launch_on_its_way(db: Watched) -> None:
     chance = seeded("launches cancelled on their way")
     async with Launcher(db.conninfo) as launcher:
         await within(launcher.run(Job("select 1", id="warm")))
-        for number in range(count(40, 300)):
+        for number in range(count(20, 300)):
             name = f"j{number}"
             task = asyncio.create_task(launcher.run(Job(slow(name, 30), id=name)))
             for _ in range(chance.randrange(0, 6)):

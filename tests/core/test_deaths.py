@@ -27,11 +27,12 @@ from tests.core.kit import (
     within,
 )
 
+pytestmark = pytest.mark.any_surface
+
 CANCEL_POINTS = tuple(point for point in POINTS if point.endswith(("_cancel", "_mark")))
 RUN_POINTS = tuple(point for point in POINTS if point not in CANCEL_POINTS)
 
 
-@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin19")
 @pytest.mark.parametrize(
     ("known", "point"),
@@ -73,7 +74,6 @@ async def test_launching_process_killed_after_a_failing_launch(db: Watched, poin
     assert db.states() == {"j": "failed"}
 
 
-@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin19")
 @pytest.mark.parametrize("point", CANCEL_POINTS)
 async def test_cancelling_process_killed(db: Watched, point: str) -> None:
@@ -120,7 +120,6 @@ async def test_launching_sessions_terminated(db: Watched) -> None:
     assert "session_lost" in seen.kinds()
 
 
-@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin20")
 async def test_sessions_terminated_at_random(db: Watched) -> None:
     """Jobs side by side while somebody terminates our sessions again and again."""
@@ -155,7 +154,6 @@ async def test_sessions_terminated_at_random(db: Watched) -> None:
     assert db.effects_by_job() == {f"j{n}": 1 for n in range(jobs)}
 
 
-@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin20")
 @pytest.mark.parametrize("moment", ["at work", "random"])
 async def test_server_stopped_immediate_and_started(own_db: Callable[..., Watched], moment: str) -> None:
@@ -184,7 +182,6 @@ async def test_server_stopped_immediate_and_started(own_db: Callable[..., Watche
         assert db.states()[name] == "committed"
 
 
-@pytest.mark.any_surface
 @pytest.mark.servers("real", "embedded", "standin20")
 async def test_server_stopped_after_the_commit(own_db: Callable[..., Watched]) -> None:
     db = own_db()
@@ -245,7 +242,7 @@ async def test_deadline_without_anybody_left_to_keep_it(
 
 async def test_jobs_watched_by_another_process(db: Watched) -> None:
     """Committed jobs are never called lost, whenever somebody looks."""
-    jobs = count(150, 500)
+    jobs = count(80, 500)
     wrong: list[tuple[str, str]] = []
     looks = 0
     done = asyncio.Event()

@@ -19,6 +19,8 @@ from pgbg_orchestration.cli import app
 from pgbg_orchestration.ledger.install import install, uninstall
 from tests.core.kit import APP, Recorder, Watched, count, effect, ended, eventually, within
 
+pytestmark = pytest.mark.any_surface
+
 HOSTILE = [
     "'; drop table effects; --",
     "'); drop table effects; --",

@@ -168,7 +168,7 @@ async def test_one_slot_is_not_enough_for_a_supervised_job(small: Watched) -> No
 @pytest.mark.servers("real", "embedded")
 async def test_500_jobs_waiting_in_one_process(own_db: Callable[..., Watched]) -> None:
     """They wait over a few connections, whoever made them: arun shares one launcher."""
-    jobs = count(120, 500)
+    jobs = count(80, 500)
     db = own_db(max_worker_processes=jobs + 20, settings={"max_connections": 60})
     tasks = [
         asyncio.create_task(arun(db.conninfo, Job(f"{effect(f'j{n}')}; select pg_sleep(300)", id=f"j{n}")))

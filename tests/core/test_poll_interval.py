@@ -9,6 +9,8 @@ import pytest
 from pgbg_orchestration import Job, Launcher, pace
 from tests.core.kit import Watched, slow, within
 
+pytestmark = pytest.mark.any_surface
+
 
 @pytest.fixture(autouse=True)
 def _endless_pauses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from tests.core.kit import APP, Recorder, Watched, count, ended, eventually, lau
 from tests.core.test_supervised import PROCEDURE, call
 from tests.servers.kinds import Server
 
+pytestmark = pytest.mark.any_surface
+
 WORKS = {
     "vacuum": "vacuum (analyze) own",
     "index": "create unique index concurrently ux on own (n)",
@@ -101,7 +103,6 @@ def assert_told(db: Watched, work: str, end: object) -> None:
     assert db.states() == {"j": "failed" if work in FAILURES else "committed"}
 
 
-@pytest.mark.any_surface
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("point", ["after_launch", "while_running"])
 async def test_launching_process_killed(prepared: Watched, work: str, point: str) -> None:
@@ -143,7 +144,6 @@ async def test_failure_that_nobody_was_there_for_is_told_to_the_next_call(prepar
     assert prepared.effects() == 10
 
 
-@pytest.mark.any_surface
 @pytest.mark.parametrize("work", WORKS)
 async def test_launching_process_killed_before_the_launch(prepared: Watched, work: str) -> None:
     job = {"sql": WORKS[work], "id": "j"}
@@ -192,7 +192,6 @@ async def test_cancelled(prepared: Watched, work: str, who: str) -> None:
         await within(arun(prepared.conninfo, Job(WORKS[work], id="j")))
 
 
-@pytest.mark.any_surface
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("verified", [False, True])
 async def test_server_restarted(own_db: Callable[..., Watched], work: str, verified: bool) -> None:

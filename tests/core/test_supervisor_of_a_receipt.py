@@ -14,6 +14,8 @@ from pgbg_orchestration import Job, Launcher, arun, errors
 from pgbg_orchestration.outcome import EventKind
 from tests.core.kit import APP, Recorder, Watched, cancelled, effect, eventually, launching_process, within
 
+pytestmark = pytest.mark.any_surface
+
 GATE = "select pg_advisory_xact_lock_shared(4242)"
 
 

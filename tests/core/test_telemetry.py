@@ -20,7 +20,7 @@ from pytest_mock import MockerFixture
 from pgbg_orchestration import Job, arun, errors, telemetry
 from tests.core.kit import Watched, effect, slow, within
 
-pytestmark = pytest.mark.servers("real", "standin20")
+pytestmark = [pytest.mark.servers("real", "standin20"), pytest.mark.any_surface]
 
 
 class Told:

@@ -22,12 +22,14 @@ from tests.core.kit import (
     within,
 )
 
+pytestmark = pytest.mark.any_surface
+
 
 @pytest.mark.servers("real", "embedded", "standin19")
 async def test_the_same_job_at_the_same_time(db: Watched) -> None:
     chance = seeded("races")
     async with launching_process(db.conninfo) as one, launching_process(db.conninfo) as two:
-        for number in range(count(40, 100)):
+        for number in range(count(20, 100)):
             job = {"sql": slow(f"j{number}", chance.choice([0, 0.01, 0.1])), "id": f"j{number}"}
             answers = [one.run(job)]
             await asyncio.sleep(chance.choice([0, chance.uniform(0, 0.02)]))

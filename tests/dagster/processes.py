@@ -20,6 +20,7 @@ from dagster import DagsterEventType, DagsterInstance
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300.0  # seconds; a machine that has nothing else to do needs a tenth of it
+LOOK_SECONDS = 0.4  # each look is a query of the webserver, which takes its time of the processor that the runs need
 ENDED = ("SUCCESS", "FAILURE", "CANCELED")
 LOCATION = "tests"
 
@@ -64,7 +65,7 @@ def until(condition: Callable[[], object], what: Callable[[], str], *, within: f
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(what())
-        time.sleep(0.2)
+        time.sleep(LOOK_SECONDS)
 
 
 class Dagster:

@@ -30,6 +30,7 @@ from dagster_resource import (
     pg_background_asset_check,
 )
 from tests.conftest import Database
+from tests.matrix import LONG
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "dagster.md"
 
@@ -130,7 +131,8 @@ def test_a_project_of_dgs_made_by_the_page(tmp_path: Path, database: Database) -
     (resources,) = [text for text in snippets("python") if "def resources()" in text]
     (folder / "resources.py").write_text(resources)
     dg("scaffold", "defs", "dagster_resource.PgBackgroundSqlComponent", "totals")
-    dg("check", "defs")
+    if LONG:  # what is scaffolded is sound before it is filled in, too
+        dg("check", "defs")
     (text,) = snippets("yaml")
     (folder / "totals" / "defs.yaml").write_text(text)
     dg("check", "defs")

@@ -17,6 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from pgbg_orchestration.embedded.server import EmbeddedServer
 from pgbg_orchestration.ledger.install import install
+from tests.core.kit import only_long
 
 from . import snippets
 
@@ -139,6 +140,7 @@ def test_airflow_of_the_readme(airflow: Reader, airflow_home: Path) -> None:
     assert airflow.jobs() == [("delays.facts", "committed"), ("delays.index", "committed")]
 
 
+@only_long
 @pytest.mark.dagster
 def test_dagster_of_the_readme(dagster: Reader, tmp_path: Path) -> None:
     prepare_as_the_readme_says(dagster)
@@ -149,6 +151,7 @@ def test_dagster_of_the_readme(dagster: Reader, tmp_path: Path) -> None:
     assert dagster.jobs() == [("facts", "committed")]
 
 
+@only_long
 @pytest.mark.airflow
 def test_a_first_task(airflow: Reader, airflow_home: Path) -> None:
     page = ROOT / "docs" / "airflow.md"

@@ -16,7 +16,7 @@ from tests.matrix import LONG
 from tests.unit.statements_corpus import CORPUS
 
 # A derandomized run where the CI variable is set is Hypothesis' own default.
-MANY = settings(max_examples=2000 if LONG else 500, deadline=None)
+MANY = settings(max_examples=2000 if LONG else 200, deadline=None)
 
 
 def texts(sql: str) -> list[str]:
@@ -350,7 +350,7 @@ soup = st.lists(
 ).map("".join)
 
 
-@settings(MANY, max_examples=4000 if LONG else 1000)
+@settings(MANY, max_examples=4000 if LONG else 300)
 @given(soup)
 @example("1e';'")
 @example("e'a'\n'b\\'")
@@ -422,7 +422,7 @@ def test_join_puts_a_utility_statement_between() -> None:
     assert statements.join(statements.split("select 1;")) == "select 1"
 
 
-@settings(MANY, max_examples=1000 if LONG else 300)
+@settings(MANY, max_examples=1000 if LONG else 100)
 @given(scripts)
 def test_join_keeps_every_statement(sql: str) -> None:
     parts = texts(sql)

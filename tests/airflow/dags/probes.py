@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,11 @@ for name, options in PROBES.items():
         PgBackgroundOperator(task_id="job", sql="{{ params.sql }}", label="{{ run_id }}", **options)
     globals()[f"dag_{name}"] = dag
 
+MANY = 24 if os.environ.get("PGBG_LONG") == "1" else 6
+
 with DAG(dag_id="many", schedule=None, params={"sql": ["select 1"]}) as dag_many:
     PgBackgroundOperator.partial(task_id="job", deferrable=True, retries=3, retry_delay=timedelta(seconds=1)).expand(
-        sql=[f"insert into effect (run) values ('many-{number}')" for number in range(24)]
+        sql=[f"insert into effect (run) values ('many-{number}')" for number in range(MANY)]
     )
 
 with DAG(
