@@ -300,7 +300,7 @@ class AirflowProcesses:
         """Return the state of a run."""
         return str(self.call("GET", f"/dags/{dag_id}/dagRuns/{quote(run_id, safe='')}")["state"])
 
-    def wait_for_run(self, dag_id: str, run_id: str, seconds: float = 120.0) -> str:
+    def wait_for_run(self, dag_id: str, run_id: str, seconds: float = 240.0) -> str:
         """Wait until a run has finished and return its state."""
         self._wait_until(
             lambda: self.run_state(dag_id, run_id) in FINISHED,

@@ -148,7 +148,7 @@ def airflow_server(running: Running) -> Server:
     pytest.skip("; ".join(reasons))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # at rest it takes a fifth of a core, so it ends before the tests of another folder
 def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """The running Airflow. A test that stops a component starts it again."""
     databases: Databases = running.databases(airflow_server)

@@ -17,7 +17,7 @@ from tests.core.kit import count, only_long
 
 from .conftest import Lab
 
-pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def _long(run_id: str, seconds: int = 300) -> str:

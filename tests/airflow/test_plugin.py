@@ -191,6 +191,7 @@ def browser(lab: Lab, user: str | None) -> httpx.Client:
 
 @pytest.mark.processes
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_page_is_behind_airflows_login(lab: Lab) -> None:
     job = Job("select pg_sleep(600)", id="j", label="on the page", series="airflow:flights/r/load/-1", generation=1)
     paths = ("/", "/static/pgbg.js", "/api/board", "/api/timeline", "/api/job?owner=postgres&id=j")

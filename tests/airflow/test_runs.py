@@ -10,7 +10,7 @@ from tests.matrix import LONG
 
 from .conftest import EXAMPLE_DAGS, Lab
 
-pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
 
 LIKE_OTHERS = ("airflow_audit_log", "airflow_flights_etl")
 """Examples whose operators the others and the demo use in the same way: in the long form only."""

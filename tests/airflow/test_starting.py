@@ -138,6 +138,7 @@ def _insert(run_id: str) -> str:
 
 @pytest.mark.processes
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 class TestInARealAirflow:
     def test_it_succeeds_and_the_worker_is_told_the_outcome(self, lab: Lab) -> None:
         run = lab.start("started", "started", _insert("started"))

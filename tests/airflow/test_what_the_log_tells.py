@@ -11,7 +11,7 @@ from tests.core.kit import only_long
 
 from .conftest import MODEST, Lab
 
-pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, only_long]
+pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900), only_long]
 
 NOTICES = 20_000
 SQL = f"""

@@ -28,7 +28,7 @@ PROBES: dict[str, dict[str, Any]] = {
     "here_heard": {"deferrable": False, "enable_log_db_messages": True, "postgres_conn_id": "modest"},
     "here_retried": {"deferrable": False, "retries": 3, "retry_delay": timedelta(seconds=1)},
     "here_timeout": {"deferrable": False, "timeout": 5},
-    "here_times_out": {"deferrable": False, "execution_timeout": timedelta(seconds=5)},
+    "here_times_out": {"deferrable": False, "execution_timeout": timedelta(seconds=10)},
     "no_extension": {"deferrable": True, "retries": 3, "retry_delay": timedelta(seconds=1), "database": "template1"},
     "to_delete": {"deferrable": True},
     "started": {"start_from_trigger": True},
