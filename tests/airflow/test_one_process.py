@@ -110,7 +110,8 @@ def test_dag_test(desk: Desk) -> None:
     assert effects[2:] == ["here", "started"]
 
 
-@pytest.mark.parametrize("task_id", ["deferred", pytest.param("here", marks=only_long)])
+@only_long
+@pytest.mark.parametrize("task_id", ["deferred", "here"])
 def test_airflow_tasks_test(desk: Desk, task_id: str) -> None:
     told = _run(desk, "-m", "airflow", "tasks", "test", "books", task_id, "2013-04-01")
 
