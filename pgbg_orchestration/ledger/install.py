@@ -5,6 +5,8 @@ What a version changes of the tables is one file, ``sql/tables_NNNN.sql``, run o
 has the installed versions, with the checksum of what was run.
 
 Processes that began before an upgrade go on: a function keeps its name and arguments, or another one takes its place.
+A body of BEGIN ATOMIC holds on to what it names: a file of tables that drops such a column drops the function first. It
+keeps the columns of a server's own function by their places, so none of those stands in one.
 """
 
 from __future__ import annotations
