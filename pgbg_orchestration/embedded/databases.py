@@ -15,6 +15,8 @@ Contents = Literal["empty", "extension", "schema"]
 """What a new database holds: nothing, pg_background, or pg_background and the package's schema."""
 
 DROP_ATTEMPTS = 3
+STRATEGIES_SINCE = 150_000
+"""The version of PostgreSQL that lets one choose how a database is copied."""
 
 
 class DatabaseServer(Protocol):
@@ -55,9 +57,11 @@ class Databases:
         """
         chosen = name or f"pgbg_{os.urandom(6).hex()}"
         template = self._template(contents)
-        self._execute(
-            sql.SQL("create database {} template {}").format(sql.Identifier(chosen), sql.Identifier(template))
-        )
+        with psycopg.connect(self._server.conninfo(), autocommit=True) as connection:
+            # Not block by block through the log, the default since 15, which takes half as much again of a processor.
+            copied = sql.SQL(" strategy file_copy" if connection.info.server_version >= STRATEGIES_SINCE else "")
+            statement = sql.SQL("create database {} template {}").format(*map(sql.Identifier, (chosen, template)))
+            connection.execute(statement + copied)
         return chosen
 
     def drop(self, name: str) -> None:
