@@ -1,7 +1,8 @@
 """The ``pgbg`` schema as those who run jobs see it: every look and every write that is no worker's own.
 
 Looks that are wanted while one is under way are gathered into one query. Writes go through a connection of their own,
-so that one that waits (a cancel for a worker's commit) keeps no look waiting.
+so that one that waits (a cancel for a worker's commit) keeps no look waiting; so does what lists many jobs, for the
+views, for sensors and for sweeps.
 """
 
 from __future__ import annotations
@@ -367,7 +368,7 @@ class Ledger:
         async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
             return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
 
-        return [Orphan(**row) for row in await self._reader.ask(ask)]
+        return [Orphan(**row) for row in await self._lister.ask(ask)]
 
     async def detail(self, owner: str, job_id: str) -> JobDetail | None:
         """Return what the history keeps of a job beside its line; None where the login may not see the job.
@@ -378,7 +379,7 @@ class Ledger:
             The login may see jobs, and may not call the function that tells this.
         """
         query = self._query("job_detail")
-        row = await self._reader.ask(lambda conn: _one(conn, query, (owner, job_id)))
+        row = await self._lister.ask(lambda conn: _one(conn, query, (owner, job_id)))
         return JobDetail.of(row) if row else None
 
     async def first_rows(self, owner: str, job_id: str, limit: int) -> list[FirstRows]:
@@ -394,7 +395,7 @@ class Ledger:
         async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
             return await (await conn.cursor(row_factory=dict_row).execute(query, (owner, job_id, limit))).fetchall()
 
-        return [FirstRows.of(row) for row in await self._reader.ask(ask)]
+        return [FirstRows.of(row) for row in await self._lister.ask(ask)]
 
     async def durations(
         self,
@@ -426,7 +427,7 @@ class Ledger:
         async def ask(conn: AsyncConnection[Any]) -> list[dict[str, Any]]:
             return await (await conn.cursor(row_factory=dict_row).execute(query, arguments)).fetchall()
 
-        return await self._reader.ask(ask)
+        return await self._lister.ask(ask)
 
     async def prune(self, older_than: timedelta) -> tuple[int, int]:
         """Forget what ended longer ago; returns how many receipts and how many jobs of the history went.
@@ -474,8 +475,8 @@ class Ledger:
         return tuple(kept)
 
     async def run(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
-        """Run a piece of work that may be repeated on the writing connection."""
-        return await self._writer.ask(work)
+        """Run a piece of work that writes nothing and may be repeated, where looks are taken."""
+        return await self._reader.ask(work)
 
 
 def _like(pattern: str | None) -> str | None:

@@ -24,8 +24,9 @@ from . import install, queries
 
 CONNECTIONS_NEEDED = 3
 """Connections of a process that runs jobs: to look, to write, and to launch."""
-CONNECTIONS_COMFORTABLE = 7
-"""The most that a process holds besides jobs of kind session: three that launch, one that listens, one for a moment."""
+CONNECTIONS_COMFORTABLE = 8
+"""The most that a process holds besides jobs of kind session: three that launch, one each that looks, writes, lists and
+listens, and one for a moment."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,13 +273,30 @@ async def test_too_few_connections(db: Watched, limited: str, of: str) -> None:
         found = {finding.name: finding for finding in await examine(conninfo)}["connections"]
         assert found.status is Status.FAILS
         db.sql(
-            (found.todo or "").replace("7;", "3" if of == "role" else "5")
+            (found.todo or "").replace("8;", "3" if of == "role" else "5")
         )  # the administrator is in the database too
         outcomes = await within(one_process_with_few(conninfo, db))
         assert all(isinstance(outcome, Outcome) for outcome in outcomes)
     finally:
         db.sql(f"alter {altered} connection limit -1")
     assert {f.name: f for f in await examine(conninfo)}["connections"].status is Status.OK
+
+
+@pytest.mark.parametrize("listing", ["jobs", "orphans", "durations", "detail", "first_rows"])
+async def test_what_lists_many_jobs_keeps_no_look_waiting(db: Watched, listing: str) -> None:
+    """It has a line of its own; each session's last query tells what went over which."""
+    async with Launcher(db.conninfo) as launcher:
+        ledger = launcher.ledger
+        of_job = {"detail": (APP, "j"), "first_rows": (APP, "j", 1)}.get(listing, ())
+        await within(getattr(ledger, listing)(*of_job))
+        await within(ledger.look(Key(APP, "j")))
+        last = "select application_name from pg_stat_activity where application_name like 'pgbg: %%' and usename = %s"
+        assert {name for (name,) in db.sql(last, APP)} == {"pgbg: listing", "pgbg: looking"}
+        await within(ledger.run(lambda conn: conn.execute("select 'what writes nothing'")))
+        asked = (
+            "select application_name from pg_stat_activity where query like 'select ''what writes%%' and usename = %s"
+        )
+        assert db.sql(asked, APP) == [("pgbg: looking",)]
 
 
 async def one_process_with_few(conninfo: str, db: Watched) -> list[object]:
