@@ -22,6 +22,11 @@ IN_PROCESS = ["-m", "not processes and not chaos", "--dist", "loadfile"]
 WITH_PROCESSES = ["--dist", "loadgroup"]
 
 
+def find_uv() -> str | None:
+    """Return the uv on the PATH, or the one that ``make venv`` put beside this Python; None where there is neither."""
+    return shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+
+
 def main(name: str, arguments: Sequence[str]) -> int:
     """Make the environment when it is not there, run its tests and return pytest's exit code."""
     kind, _, which = name.partition("-")
@@ -60,7 +65,7 @@ def main(name: str, arguments: Sequence[str]) -> int:
 
 
 def _make(home: Path, python: str, installs: Sequence[Sequence[str]]) -> None:
-    uv = shutil.which("uv")
+    uv = find_uv()
     if uv is None:
         sys.exit("needs uv")
     made = home / ".made"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from airflow_provider.compat import OLDEST
+from scripts.environments import find_uv
 from tests.core.kit import only_long
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ class TestBesideEverybodysVersions:
 @pytest.fixture
 def resolve() -> Callable[..., dict[str, str]]:
     """Resolve extras as uv does, and return what it chooses."""
-    if (uv := shutil.which("uv")) is None:
+    if (uv := find_uv()) is None:
         pytest.fail("needs uv")
 
     def resolved(extras: str, *arguments: str) -> dict[str, str]:
