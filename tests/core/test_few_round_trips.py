@@ -71,18 +71,6 @@ async def test_one_that_committed_is_told_though_its_table_is_gone(db: Watched) 
         await within(arun(db.conninfo, Job("insert into gone values (1)", id="other", kind=Kind.SUPERVISED)))
 
 
-async def test_a_worker_begins_in_one_statement(db: Watched) -> None:
-    """Where nothing is against it, begin_work is not called; it is for all other cases."""
-    definition = db.value("select pg_get_functiondef('pgbg.begin_work'::regproc)")
-    db.sql(definition.replace("\nbegin\n", "\nbegin raise 'called';\n"))
-    outcome = await within(arun(db.conninfo, Job(effect("j"), id="j", series="s")))
-    assert (outcome.proof, outcome.row_count) == ("receipt", 1)
-    assert (await within(arun(db.conninfo, Job(effect("j"), id="j again", series="s")))).launched
-    with pytest.raises(errors.WorkerError, match="called"):
-        await within(arun(db.conninfo, Job(effect("k"), id="k", isolation="repeatable read")))
-    assert db.effects_by_job() == {"j": 2}
-
-
 async def test_a_client_of_the_version_before(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows no wait, and goes on while the new schema is there: its supervisors sleep between their looks."""
     supervision = Extension.supervision
