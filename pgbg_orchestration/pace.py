@@ -3,7 +3,8 @@
 Each pause is a share of the time that a job has run already, between two bounds, so a short job is seen to end within
 milliseconds. Commits are heard of. Failures, and what nobody heard of, the handle tells (``HANDLE_…``: one cheap query
 a session, every quarter of a second at the latest); a job that another process launched is looked at by its lock and
-receipt (``SHARE``, ``SOONEST``, ``LATEST``); what is rare or for people less often (``LOOK_…``, ``BLOCKED``). A
+receipt (``SHARE``, ``SOONEST``, ``LATEST``); what is rare or for people less often (``LOOK_…``, ``BLOCKED``). Looks at
+jobs at work are made together, some of them before their time (``TOGETHER``: :mod:`.walk.rounds`). A
 caller's ``poll_interval`` takes the place of the longest pause, and leaves the rest as it is. All times are in seconds.
 """
 
@@ -23,6 +24,7 @@ POLLING_AT_ONCE = 0.05  # seconds of polling that a session may do before that c
 LOOK_SOONEST = 1.0  # for what the handle does not tell: blocked output, a stalled session
 LOOK_LATEST = 15.0
 LOOK_BEHIND = 60.0
+TOGETHER = 0.25  # of a pause before a look at a job at work is due, from when on another's look takes it along
 BLOCKED = 2.0  # output that nobody reads, of all workers of a session
 RETRY_SOONEST = 0.05
 RETRY_LATEST = 5.0

@@ -14,12 +14,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import psycopg
 from psycopg import AsyncConnection, sql
-from psycopg.rows import dict_row
+from psycopg.rows import dict_row, tuple_row
 
 from pgbg_orchestration import pace
 from pgbg_orchestration.errors import RowsGone, ServerUnreachable
@@ -31,7 +31,7 @@ from pgbg_orchestration.rows import ByColumn, Column, Rows
 
 from . import queries
 from .history import Durations, FirstRows, JobDetail, JobEntry, Orphan
-from .sighting import SUPERVISES, Key, Registration, Sighting
+from .sighting import SUPERVISES, AtWork, Key, Registration, Sighting
 from .standing_connection import StandingConnection
 
 T = TypeVar("T")
@@ -187,6 +187,24 @@ class Ledger:
             if row["number"] not in rows or row["holds_this_job"]:
                 rows[row["number"]] = row
         return [Sighting.of(rows[number]) for number in range(1, len(keys) + 1)]
+
+    async def changed(self, jobs: Sequence[AtWork]) -> list[int]:
+        """Look at jobs that were at work; returns the places, from 0, of those that show anything else by now.
+
+        Raises
+        ------
+        NoPrivilege
+            The login is no member of an owner any more.
+        ServerUnreachable
+            The server did not answer for a long time.
+        """
+        query = self._query("changed")
+        columns = [[*column] for column in zip(*map(attrgetter(*AtWork.__slots__), jobs), strict=True)]
+
+        async def ask(conn: AsyncConnection[Any]) -> list[tuple[int]]:
+            return await (await conn.cursor(row_factory=tuple_row).execute(query, columns)).fetchall()
+
+        return [number for (number,) in await self._reader.ask(ask)]
 
     # Writing ------------------------------------------------------------------------------------------------------
 

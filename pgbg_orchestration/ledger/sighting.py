@@ -45,6 +45,18 @@ class Key:
         return int.from_bytes(hashed[:8], "big", signed=True)
 
 
+@dataclass(frozen=True, slots=True)
+class AtWork:
+    """A job that a look showed at work: enough to tell whether another look shows the same."""
+
+    owner: str
+    job_digest: bytes
+    series_digest: bytes | None
+    holder_pid: int
+    marked_pid: int | None
+    status: str | None
+
+
 SUPERVISES = "pgbg supervises: "
 """What the application_name of a supervisor begins with."""
 
@@ -110,6 +122,14 @@ class Sighting:
     def worker_pid(self) -> int | None:
         """The process whose cancel ends the SQL, as far as it is seen: never a supervisor."""
         return self.marked_pid if self.receipt is Receipt.LAUNCHING else self.holder_pid
+
+    def at_work(self, key: Key) -> AtWork | None:
+        """Return what to hold the next look against, where this one shows a worker of the job, and no end."""
+        if not self.holds_this_job or not self.holder_is_owner or self.holder_pid is None:
+            return None
+        if self.receipt not in (Receipt.NONE, Receipt.LAUNCHING):
+            return None
+        return AtWork(key.owner, *key.digests, self.holder_pid, self.marked_pid, self.status)
 
     @property
     def is_unsupervised(self) -> bool:

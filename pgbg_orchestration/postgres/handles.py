@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -54,6 +54,30 @@ class Proof(NamedTuple):
     seen_at: datetime
 
 
+class Nudge:
+    """That somebody should look before the time: an event for one that waits, without a task for each wait."""
+
+    __slots__ = ("_given", "call")
+
+    def __init__(self) -> None:
+        self._given = False
+        self.call: Callable[[], None] | None = None  # wakes who waits
+
+    def set(self) -> None:
+        """Give it."""
+        self._given = True
+        if self.call is not None:
+            self.call()
+
+    def clear(self) -> None:
+        """Take it back: it was looked."""
+        self._given = False
+
+    def is_set(self) -> bool:
+        """Say whether it was given since."""
+        return self._given
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     """A worker that this process launched: its handle, and the future of how it ended.
@@ -68,7 +92,7 @@ class Worker:
     poll_interval: float | None = None  # the longest time between two polls; None for the usual one
     receipt_key: ReceiptKey | None = None  # the launch that its receipt would prove, where it writes one
     proof: Proof | None = None  # that receipt, read after its commit was heard of; it is in the history then
-    nudged: asyncio.Event = field(default_factory=asyncio.Event)  # somebody should look at it before its time
+    nudged: Nudge = field(default_factory=Nudge)  # somebody should look at it before its time
 
     @property
     def gone(self) -> bool:
@@ -109,6 +133,8 @@ class HandleSession:
         self._heard: dict[Handle, Worker] = {}
         self._recorder: asyncio.Task[None] | None = None
         self._polls, self._looked = 0, 0.0
+        self._due = 0.0  # when it polls next
+        self._shortest: float | None = None  # of the intervals that its callers gave
         self._may_poll = pace.POLLING_AT_ONCE  # for so many seconds, as things stood when it last polled
         self.workers: dict[Handle, Worker] = {}
         self.lost = False
@@ -146,6 +172,8 @@ class HandleSession:
         if known is not None and not known.end.done():
             known.end.set_result(None)  # a pid and cookie given twice: trust neither
         worker = Worker(self, handle, loop.time(), loop.create_future(), poll_interval, receipt_key)
+        if poll_interval is not None:
+            self._shortest = min(poll_interval, self._shortest or poll_interval, pace.HANDLE_LATEST)
         self.workers[handle] = worker
         return worker
 
@@ -167,10 +195,11 @@ class HandleSession:
         if info is not None and info.completed and not worker.end.done():
             worker.end.set_result(info)
 
-    def _start_polling(self) -> None:
-        self._wake.set()
+    def _start_polling(self, worker: Worker) -> None:
         if self._poller is None or self._poller.done():
             self._poller = asyncio.create_task(self._poll_while_workers_run())
+        elif worker.launched_at + pace.poll_handle(0, worker.poll_interval) < self._due:
+            self._wake.set()
 
     async def _poll_while_workers_run(self) -> None:
         try:
@@ -182,22 +211,37 @@ class HandleSession:
 
     async def _poll_in_turn(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self.lost and (waiting := [w for w in self.workers.values() if not w.end.done()]):
+        while not self.lost and (pause := self._pause(loop.time())) is not None:
             # One query polls all: the one that is due first sets the pace, but for what polling may cost.
-            pause = min(pace.poll_handle(loop.time() - worker.launched_at, worker.poll_interval) for worker in waiting)
             pause = max(pause, min(-self._may_poll / pace.POLLING, pace.LOOK_SOONEST))
             self._wake.clear()
+            self._due = loop.time() + pause
             try:
                 async with asyncio.timeout(pause):
                     await self._wake.wait()  # a new worker sets the pace anew
             except TimeoutError:
                 await self.poll()
 
+    def _pause(self, now: float) -> float | None:
+        """Return how long to wait before the next poll; None where no worker is waited for.
+
+        The youngest sets the pace, and one with a shorter interval: further back than to where none could be due
+        sooner, nobody is looked at.
+        """
+        pause = None
+        for worker in reversed(self.workers.values()):
+            age = now - worker.launched_at
+            if pause is not None and pause <= pace.poll_handle(age, self._shortest):
+                break
+            if not worker.end.done():
+                own = pace.poll_handle(age, worker.poll_interval)
+                pause = own if pause is None else min(pause, own)
+        return pause
+
     async def poll(self) -> None:
         """Look once which workers have ended, and tell those who wait for them."""
         async with self._turn:
-            waiting = {handle: worker for handle, worker in self.workers.items() if not worker.end.done()}
-            if not waiting or self.lost:
+            if self.lost or all(worker.end.done() for worker in self.workers.values()):
                 return
             self._polls, began = self._polls + 1, asyncio.get_running_loop().time()
             try:
@@ -205,10 +249,10 @@ class HandleSession:
                     token, tracked, ended = await self.extension.ended(self._conn, TOKEN)
                     self._check_token(token)
                     if tracked < len(self.workers) or self._polls % ASKED_ALL == 0:
-                        ended = [*waiting]  # one is missing; and now and then each is asked for by itself
-                    await self._look_for_blocked(waiting)
-                    asked = [handle for handle in ended if handle in waiting]
-                    found = await self.extension.result_infos(self._conn, asked) if asked else {}
+                        ended = [*self.workers]  # one is missing; and now and then each is asked for by itself
+                    await self._look_for_blocked()
+                    asked = [handle for handle in ended if self._waits_for(handle)]
+                    found = await self.extension.ends(self._conn, asked) if asked else {}
             except PoolerInTransactionMode as error:
                 self._give_up(error)
                 return
@@ -219,22 +263,29 @@ class HandleSession:
             self._answered = asyncio.get_running_loop().time()
             self._may_poll = pace.polling_left(self._may_poll, began - self._polled, self._answered - began)
             self._polled = self._answered
+            told = [(self.workers[handle], info) for handle, info in found.items() if handle in self.workers]
             # What would have been done at a notification, had it come before.
-            well = [waiting[handle] for handle, info in found.items() if info and info.completed and not info.has_error]
+            well = [worker for worker, info in told if info is not None and not info.has_error]
             await self._record_and_forget([w for w in well if w.receipt_key is not None and not w.end.done()])
-        for handle, info in found.items():
-            worker = waiting[handle]
-            if not worker.end.done() and (info is None or info.completed):
+        for worker, info in told:
+            if not worker.end.done():
                 worker.end.set_result(info)
 
-    async def _look_for_blocked(self, waiting: Mapping[Handle, Worker]) -> None:
+    def _waits_for(self, handle: Handle) -> bool:
+        worker = self.workers.get(handle)
+        return worker is not None and not worker.end.done()
+
+    async def _look_for_blocked(self) -> None:
         """Now and then, have whoever follows a worker look at it that waits for its output to be read."""
         if (now := asyncio.get_running_loop().time()) < self._looked + pace.BLOCKED:
             return
         self._looked = now
         pids = await activity.waiting_for(self._conn, OUTPUT_WAITS)
-        for worker in (worker for handle, worker in waiting.items() if handle.pid in pids):
-            worker.nudged.set()  # a hint: the pid of a handle can be another's
+        if not pids:
+            return
+        for worker in self.workers.values():
+            if worker.handle.pid in pids and not worker.end.done():
+                worker.nudged.set()  # a hint: the pid of a handle can be another's
 
     def _check_token(self, token: str | None) -> None:
         if token != self._token:

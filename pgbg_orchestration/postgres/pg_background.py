@@ -137,18 +137,28 @@ class Extension:
         self, conn: AsyncConnection[Any], handles: Iterable[Handle]
     ) -> dict[Handle, ResultInfo | None]:
         """Return what the session knows of its handles, in one query; None where a handle is not known any more."""
-        wanted = list(handles)
-        query = (
-            sql.SQL("select h.pid, h.cookie, ")
-            + sql.SQL(self._info_columns)
-            + self.query(
-                " from unnest(%s::int4[], %s::int8[]) as h (pid, cookie) cross join lateral {f}(h.pid, h.cookie) as r",
-                f="result_info",
+        return await self._infos(conn, list(handles), ended=False)
+
+    async def ends(self, conn: AsyncConnection[Any], handles: Iterable[Handle]) -> dict[Handle, ResultInfo | None]:
+        """Return what :meth:`result_infos` does, of those alone that are completed, or not known any more."""
+        return await self._infos(conn, list(handles), ended=True)
+
+    async def _infos(
+        self, conn: AsyncConnection[Any], wanted: Sequence[Handle], *, ended: bool
+    ) -> dict[Handle, ResultInfo | None]:
+        text = "ends" if ended else "infos"
+        if text not in self._queries:
+            self._queries[text] = sql.SQL(
+                "select h.pid, h.cookie, {columns} from unnest(%s::int4[], %s::int8[]) as h (pid, cookie)"
+                " cross join lateral {f}(h.pid, h.cookie) as r{where}"
+            ).format(
+                columns=sql.SQL(self._info_columns),
+                f=self.name("result_info"),
+                where=sql.SQL(" where r.completed" if ended else ""),
             )
-        )
         try:
             cursor = await conn.cursor(row_factory=dict_row).execute(
-                query, ([h.pid for h in wanted], [h.cookie for h in wanted])
+                self._queries[text], ([h.pid for h in wanted], [h.cookie for h in wanted])
             )
             rows = await cursor.fetchall()
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState, errors.InsufficientPrivilege):
@@ -157,7 +167,7 @@ class Extension:
                 return {wanted[0]: None}
             found: dict[Handle, ResultInfo | None] = {}
             for handle in wanted:
-                found.update(await self.result_infos(conn, [handle]))
+                found.update(await self._infos(conn, [handle], ended=ended))
             return found
         return {Handle(row.pop("pid"), row.pop("cookie")): _result_info(row) for row in rows}
 

@@ -115,7 +115,7 @@ class LaunchingSession(HandleSession):
                 receipt_key = ReceiptKey(text.owner, text.job_id, text.registration["attempt"], text.is_padded)
                 worker = self._launched(handle, poll_interval, receipt_key if text.is_counted else None)
         if worker is not None:
-            self._start_polling()
+            self._start_polling(worker)
         return Begun(text.registration, worker)
 
     def _launch_error(self, error: BaseException, *, called: bool, lost: bool) -> Exception:
@@ -197,7 +197,7 @@ class LaunchingSession(HandleSession):
                 self._give_up()
                 raise self._launch_error(error, called=called, lost=True) from error
             worker = self._launched(handle, poll_interval, receipt_key)
-        self._start_polling()
+        self._start_polling(worker)
         return worker
 
     def _launched(self, handle: Handle, poll_interval: float | None, receipt_key: ReceiptKey | None) -> Worker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,7 +14,7 @@ from pgbg_orchestration import pace
 from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import Cause, Event, EventKind
 from pgbg_orchestration.postgres.describe import Readable
-from pgbg_orchestration.postgres.handles import Worker
+from pgbg_orchestration.postgres.handles import Nudge, Worker
 from pgbg_orchestration.postgres.opening import Begun, Opening
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.verdict import Intent
@@ -94,7 +95,7 @@ class Case:
     worker_pid: int | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     way_out: float | None = None
-    nudged: asyncio.Event = field(default_factory=asyncio.Event)
+    nudged: Nudge = field(default_factory=Nudge)
     events: set[EventKind] = field(default_factory=set)
     has_other_sql: bool = False
 
@@ -192,12 +193,28 @@ async def broken_off(task: asyncio.Task[Any], *, at: float | None = None) -> Non
         task.exception()  # it may be that nobody else asks
 
 
-async def first_of(ended: asyncio.Future[Any] | None, nudged: asyncio.Event, pause: float) -> None:
+async def first_of(ended: asyncio.Future[Any] | None, nudged: Nudge, pause: float) -> None:
     """Wait for an end, a hint, or so many seconds, whichever is first."""
-    hint = asyncio.ensure_future(nudged.wait())
+    if nudged.is_set() or (ended is not None and ended.done()):
+        nudged.clear()
+        return
+    loop = asyncio.get_running_loop()
+    woken = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    timer = loop.call_later(pause, wake) if math.isfinite(pause) else None
+    nudged.call = wake
+    if ended is not None:
+        ended.add_done_callback(wake)
     try:
-        either = {hint} if ended is None else {hint, ended}
-        await asyncio.wait(either, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+        await woken
     finally:
-        hint.cancel()
+        nudged.call = None
+        if timer is not None:
+            timer.cancel()
+        if ended is not None:
+            ended.remove_done_callback(wake)
     nudged.clear()

@@ -24,6 +24,7 @@ from pgbg_orchestration.postgres.slots import SlotQueue, SlotTurns
 from pgbg_orchestration.statements import index_builds
 
 from .onlooker import Onlooker
+from .rounds import Rounds
 from .worker_sql import Work, bind
 
 logger = logging.getLogger("pgbg_orchestration")
@@ -52,6 +53,7 @@ class Host:
         self._sessions: list[LaunchingSession] = []
         self._opening = asyncio.Lock()
         self.onlooker = Onlooker(self.ledger)
+        self.rounds = Rounds(self.ledger)
         self._listener = Listener(conninfo)
         telemetry.observe(self)
 
@@ -68,6 +70,7 @@ class Host:
     async def close(self) -> None:
         """Close all connections. Workers go on."""
         await self.onlooker.close()
+        await self.rounds.close()
         await self._listener.close()
         sessions, self._sessions = self._sessions, []
         for session in sessions:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psycopg
 
@@ -26,6 +27,7 @@ from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import OF_A_TRY, Cause, EventKind, Outcome
 from pgbg_orchestration.postgres import markers
 from pgbg_orchestration.postgres.connection import ConnectionLost
+from pgbg_orchestration.postgres.handles import Nudge
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OUTCOMES, Evidence, Holder, Intent, Receipt, Report, Step, judge
 
@@ -341,16 +343,43 @@ class Run:
             await self._read_result()
             return
         if worker is not None and not worker.end.done():
-            age = self._loop.time() - worker.launched_at
             if sighting is not None and sighting.marked_pid is not None:
                 case.tell_once(EventKind.AT_WORK, "its worker is at work", pid=sighting.marked_pid)
-            pause = pace.look_behind(age, case.options.poll_interval)
-            await first_of(worker.end, worker.nudged, case.bounded(pause))
+            interval = case.options.poll_interval
+            await self._wait_for_news(
+                sighting,
+                lambda: pace.look_behind(self._loop.time() - worker.launched_at, interval),
+                worker.nudged,
+                worker.end,
+            )
             return
         if sighting is not None and case.memory.attached_since is not None:
             message = "attached to the worker that already runs this job"
             case.tell_once(EventKind.ATTACHED, message, pid=sighting.worker_pid)
-        await self._sleep()
+        await self._wait_for_news(sighting, self._pause, case.nudged)
+
+    async def _wait_for_news(
+        self,
+        sighting: Sighting | None,
+        pause: Callable[[], float],
+        nudged: Nudge,
+        ended: asyncio.Future[Any] | None = None,
+    ) -> None:
+        """Wait until it is time for the next look; where it could show the same again, the rounds make it.
+
+        Parameters
+        ----------
+        pause:
+            Returns how long to wait before a look.
+        """
+        case = self._case
+        seconds = pause()
+        same = None if sighting is None or seconds < pace.LOOK_SOONEST else sighting.at_work(case.work.key)
+        if same is None:
+            await first_of(ended, nudged, case.bounded(seconds))
+            return
+        with self._host.rounds.waiting(same, pause, nudged.set):
+            await first_of(ended, nudged, case.bounded(math.inf))
 
     async def _wait_for_series(self, sighting: Sighting) -> None:
         if sighting.holder(self._case.memory.generation) is Holder.STRANGER and self._waited() > pace.STRANGER:
@@ -454,9 +483,11 @@ class Run:
         """Return for how many seconds the step that is being taken has been taken again and again."""
         return self._loop.time() - self._step[1]
 
+    def _pause(self) -> float:
+        return pace.poll(self._waited(), self._case.options.poll_interval)
+
     async def _sleep(self) -> None:
-        pause = pace.poll(self._waited(), self._case.options.poll_interval)
-        await first_of(None, self._case.nudged, self._case.bounded(pause))
+        await first_of(None, self._case.nudged, self._case.bounded(self._pause()))
 
 
 async def cancel_job(

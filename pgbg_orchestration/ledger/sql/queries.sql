@@ -11,6 +11,16 @@ from {schema}.look(%s::text[], %s::bytea[], %s::bytea[]) as l
 left join pg_catalog.pg_stat_activity as a on a.pid = l.holder_pid
 order by l.number
 
+-- name: changed
+-- Of jobs that a look showed at work, the places of those that show anything else by now: another worker or none, somebody
+-- else's lock, a receipt. What only tells more of the same worker is no change.
+select distinct l.number - 1
+from {schema}.look(%s::text[], %s::bytea[], %s::bytea[]) as l
+join unnest(%s::int4[], %s::int4[], %s::text[]) with ordinality as k (holder_pid, marked_pid, status, number)
+    on k.number = l.number
+where not coalesce(l.holds_this_job and l.holder_is_owner and l.holder_pid = k.holder_pid, false)
+   or l.marked_pid is distinct from k.marked_pid or l.status is distinct from k.status
+
 -- name: register
 select r.* from {schema}.register_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, false, %s) as r,
     {await_no_standby} as how
