@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import StrEnum
-from types import MappingProxyType
+from functools import cache
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidJob, shorten
@@ -167,8 +168,7 @@ class Job:
 
     def _choose_kind(self) -> Kind:
         """Refuse SQL that no kind can run, and return the kind that this SQL gets."""
-        from . import statements
-
+        statements = _statements()
         parts = self.split()
         try:
             wanted = None if self.kind is None else Kind(self.kind)
@@ -207,13 +207,21 @@ class Job:
         InvalidJob
             A string, comment or quoted identifier does not end.
         """
-        from . import statements  # its patterns cost 30 ms, which whoever only names a Job does not pay
-
-        texts = [bound] if bound is not None else [self.sql] if isinstance(self.sql, str) else self.sql
         try:
-            return tuple(part for text in texts for part in statements.split(text))
+            if bound is not None:
+                found: tuple[statements.Statement, ...] = _statements().split(bound)
+                return found
+            texts = [self.sql] if isinstance(self.sql, str) else self.sql
+            return tuple(part for text in texts for part in _statements().split_again(text))
         except ValueError as error:
             raise InvalidJob(str(error), job_id=self.id, label=self.label) from error
+
+
+@cache
+def _statements() -> ModuleType:
+    from . import statements  # its patterns cost 30 ms, which whoever only names a Job does not pay
+
+    return statements
 
 
 SQL_OPTIONS: Mapping[str, Any] = MappingProxyType(
@@ -257,7 +265,7 @@ def _check_bounds(timeout: object, queue_size: object) -> None:
 
 def _default_id(series: str | None, generation: int | None) -> str:
     if series is None:
-        return uuid.uuid4().hex
+        return secrets.token_hex(16)
     if generation is None:
         raise InvalidJob("a series needs a generation, or an id for this run of it")
     return f"{series}#{generation}"

@@ -65,6 +65,8 @@ def shorten_label(text: str, limit: int = VISIBLE) -> str:
     limit:
         Characters of the shown form at most.
     """
+    if len(text) <= limit and text.isascii() and text.isprintable():
+        return text  # as it is shown
     text = re.sub(r"[\x00-\x1f\x7f]", " ", text)
     if len(shown(text)) <= limit:
         return text

@@ -24,6 +24,7 @@ from .options import Options
 from .outcome import Event, EventKind, Outcome
 
 NAME = "pgbg_orchestration"
+_OF_THE_API = ("opentelemetry.trace", "opentelemetry.metrics")
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,14 @@ class Observation:
         self._instruments.phases.record((end - start) / 1e9, {"phase": name, "label_prefix": self._prefix})
 
 
+def _is_set_up(instruments: _Instruments) -> bool:
+    """Say whether anybody is told: what the API itself has, until an SDK is set up, tells nobody."""
+    from opentelemetry import metrics, trace
+
+    told = (instruments.tracer, instruments.jobs, trace.get_tracer_provider(), metrics.get_meter_provider())
+    return not all(type(one).__module__.startswith(_OF_THE_API) for one in told)
+
+
 @contextmanager
 def observing(job: Job, options: Options) -> Iterator[tuple[Options, Callable[[Outcome], None]]]:
     """Observe one call for a job; gives the options to run it with, and a function to tell its outcome to.
@@ -218,7 +227,7 @@ def observing(job: Job, options: Options) -> Iterator[tuple[Options, Callable[[O
         Those of the call.
     """
     instruments = _instruments()
-    if instruments is None:
+    if instruments is None or not _is_set_up(instruments):
         yield options, _to_nobody
         return
     attributes = {"db.system": "postgresql", "pgbg.job_id": job.id, "pgbg.label": job.label, "pgbg.series": job.series}

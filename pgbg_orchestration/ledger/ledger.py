@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
+from functools import cache
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
@@ -26,7 +27,7 @@ from pgbg_orchestration.errors import RowsGone, ServerUnreachable
 from pgbg_orchestration.options import WhenOrphaned
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
-from pgbg_orchestration.postgres.opening import Quote
+from pgbg_orchestration.postgres.connection import Quote
 from pgbg_orchestration.rows import ByColumn, Column, Rows
 
 from . import queries
@@ -128,7 +129,7 @@ class Ledger:
         await self._writer.close()
         await self._lister.close()
 
-    def _query(self, name: str) -> sql.Composed:
+    def _query(self, name: str) -> bytes:
         return queries.query(name, self.schema)
 
     # Looking ------------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ class Ledger:
         return f"{self._name('register_launch')}({', '.join(map(quote, given))})"
 
     def _name(self, function: str) -> str:
-        return sql.Identifier(self.schema, function).as_string(None)
+        return _named(self.schema, function)
 
     async def mark_cancelled(self, key: Key, cause: Cause, reason: str, *, of_try: str | None = None) -> str | None:
         """Make a cancel final; returns ``cancelled``, ``committed``, or None while a worker is at work.
@@ -271,7 +272,7 @@ class Ledger:
         at_work: list[str] | None = await self._patiently(query, (key.owner, key.series, generation, MARK_PATIENCE))
         return at_work
 
-    async def _patiently(self, query: sql.Composed, arguments: tuple[Any, ...] | Mapping[str, Any]) -> Any:
+    async def _patiently(self, query: bytes, arguments: tuple[Any, ...] | Mapping[str, Any]) -> Any:
         try:
             return (await self._writer.ask(lambda conn: _one(conn, query, arguments), patient=False))["status"]
         except psycopg.errors.LockNotAvailable:
@@ -504,8 +505,13 @@ def _like(pattern: str | None) -> str | None:
     return escaped.replace("*", "%").replace("?", "_")
 
 
+@cache
+def _named(schema: str, function: str) -> str:
+    return sql.Identifier(schema, function).as_string(None)
+
+
 async def _one(
-    conn: AsyncConnection[Any], query: sql.Composed, arguments: tuple[Any, ...] | Mapping[str, Any]
+    conn: AsyncConnection[Any], query: bytes, arguments: tuple[Any, ...] | Mapping[str, Any]
 ) -> dict[str, Any]:
     cursor = await conn.cursor(row_factory=dict_row).execute(query, arguments)
     return await cursor.fetchone() or {}

@@ -18,13 +18,15 @@ def names() -> tuple[str, ...]:
 
 
 @cache
-def query(name: str, schema: str) -> sql.Composed:
+def query(name: str, schema: str) -> bytes:
     """Return a query for the package's schema of that name; raises ``KeyError`` where there is no such query."""
     return filled(name, schema)
 
 
-def filled(name: str, schema: str, **parts: object) -> sql.Composed:
-    """Return a query with further parts of its text put in: SQL as it is, values as literals."""
-    return sql.SQL(QUERIES[name]).format(
-        schema=sql.Identifier(schema), await_no_standby=sql.SQL(AWAIT_NO_STANDBY), **parts
-    )
+def filled(name: str, schema: str, **parts: str) -> bytes:
+    """Return a query with further parts of its text put in, which are SQL.
+
+    As text that is done: psycopg would put the parts together anew with each call.
+    """
+    quoted = sql.Identifier(schema).as_string(None)
+    return QUERIES[name].format(schema=quoted, await_no_standby=AWAIT_NO_STANDBY, **parts).encode()

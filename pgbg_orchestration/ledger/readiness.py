@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from psycopg import AsyncConnection, sql
@@ -70,14 +71,13 @@ class ServerFacts:
     @property
     def connection_limit(self) -> tuple[int, str] | None:
         """How many connections the login may have here at most, and what says so; None without such a limit."""
-        database = sql.Identifier(self.database).as_string(None)
-        login = sql.Identifier(self.login).as_string(None)
-        limits = [
-            (self.login_limit, f"ALTER ROLE {login} CONNECTION LIMIT"),
-            # The limit of a database is none for a superuser.
-            (None if self.superuser else self.database_limit, f"ALTER DATABASE {database} CONNECTION LIMIT"),
-        ]
-        return min(((limit, what) for limit, what in limits if limit is not None and limit >= 0), default=None)
+        # The limit of a database is none for a superuser.
+        limits = {"ROLE": self.login_limit, "DATABASE": None if self.superuser else self.database_limit}
+        least = min(((limit, what) for what, limit in limits.items() if limit is not None and limit >= 0), default=None)
+        if least is None:
+            return None
+        named = sql.Identifier(self.login if least[1] == "ROLE" else self.database).as_string(None)
+        return least[0], f"ALTER {least[1]} {named} CONNECTION LIMIT"
 
     @property
     def who(self) -> str:
@@ -115,13 +115,18 @@ class ServerFacts:
                 else "This server does not have pg_background at all: install its package (Debian, Ubuntu: "
                 f"postgresql-{self.version // 10000}-pg-background), or run the SQL over an ordinary connection.",
             )
-        found = Extension(self.extension_version, self.extension_schema)
+        found = _extension(self.extension_version, self.extension_schema)
         if found.numbers < OLDEST:
             raise ExtensionTooOld(
                 f"pg_background {found.version} is too old: 1.9 is the oldest with result_info and error_info",
                 todo="Install a newer package, then: ALTER EXTENSION pg_background UPDATE;",
             )
         return found
+
+
+@cache
+def _extension(version: str, schema: str) -> Extension:
+    return Extension(version, schema)
 
 
 async def look_at(conn: AsyncConnection[Any], schema: str) -> ServerFacts:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from pgbg_orchestration.outcome import PLACE, Cause, ErrorFields
@@ -105,13 +106,11 @@ class Sighting:
     @classmethod
     def of_commit(cls, attempt: int, worker_pid: int, started_at: datetime, looked_at: datetime) -> Sighting:
         """Tell of a receipt that was read by itself: nothing else was looked at."""
-        nothing: dict[str, Any] = {field.name: None for field in fields(cls)}
         values = {
             "looked_at": looked_at, "status": "committed", "receipt_attempt": attempt, "receipt_pid": worker_pid,
-            "receipt_started_at": started_at, "holder_is_owner": True, "holds_this_job": False, "may_begin": False,
-            "error": ErrorFields(),
+            "receipt_started_at": started_at,
         }  # fmt: skip
-        return cls(**{**nothing, **values})
+        return cls(**{**_nothing_seen(), **values})
 
     @property
     def receipt(self) -> Receipt:
@@ -166,6 +165,12 @@ class Sighting:
         return Holder.OLDER if self.holder_generation < generation else Holder.NEWER
 
 
+@cache
+def _nothing_seen() -> dict[str, Any]:
+    nothing: dict[str, Any] = {field.name: None for field in fields(Sighting)}
+    return nothing | {"holder_is_owner": True, "holds_this_job": False, "may_begin": False, "error": ErrorFields()}
+
+
 @dataclass(frozen=True, slots=True)
 class Registration:
     """What came of registering a launch.
@@ -183,4 +188,4 @@ class Registration:
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> Registration:
         """Read what a call of the schema's ``register`` gave."""
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
+        return cls(row["verdict"], row["generation"], row["newest"], row["attempt"], row["sql_changed"])

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, pq
 from psycopg import conninfo as libpq
 
 from pgbg_orchestration import pace
@@ -17,6 +17,9 @@ from pgbg_orchestration.errors import InvalidJob, ServerUnreachable
 
 Conninfo: TypeAlias = str | Callable[[], Awaitable[str]]
 """A libpq connection string or URI, or what is asked for one whenever a connection is opened: tokens expire."""
+
+Quote: TypeAlias = Callable[[str | int | bytes | None], str]
+"""Makes a literal of a value."""
 
 # A half-open connection is noticed by the kernel; connection strings may say otherwise.
 KEEPALIVE: Mapping[str, Any] = {
@@ -161,6 +164,20 @@ async def configure(conn: AsyncConnection[Any], settings: tuple[tuple[str, str],
     """Change settings in one round trip, for the session or (``local``) for its transaction."""
     calls = ", ".join(["pg_catalog.set_config(%s, %s, %s)"] * len(settings))
     await conn.execute(f"select {calls}".encode(), [part for pair in settings for part in (*pair, local)])
+
+
+def quoting(conn: AsyncConnection[Any]) -> Quote:
+    """Return what makes a literal of a value, by libpq's own quoting: a tenth of the work of composing the SQL."""
+    escape = pq.Escaping(conn.pgconn).escape_literal
+
+    def quote(value: str | int | bytes | None) -> str:
+        if value is None:
+            return "null"
+        if isinstance(value, str):
+            return bytes(escape(value.encode())).decode()
+        return str(value).lower() if isinstance(value, int) else f"pg_catalog.decode('{value.hex()}', 'hex')"
+
+    return quote
 
 
 def is_lost(conn: AsyncConnection[Any], error: BaseException) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _VALUE = re.compile(r"\s*\+?(\d+(?:\.\d*)?|\.\d+)\s*(us|ms|s|min|h|d)?\s*")
 _MILLISECONDS = {"us": 0.001, "ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
+@lru_cache(maxsize=256)
 def milliseconds(value: str) -> float | None:
     """Return the milliseconds of a setting that counts in them without a unit; None for what is no duration.
 

@@ -16,8 +16,8 @@ from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, sql
-from psycopg.rows import dict_row
+from psycopg import AsyncConnection
+from psycopg.rows import tuple_row
 
 from pgbg_orchestration import pace
 from pgbg_orchestration.errors import PoolerInTransactionMode
@@ -34,6 +34,7 @@ Hearing: TypeAlias = Callable[[psycopg.errors.Diagnostic], None]
 logger = logging.getLogger("pgbg_orchestration")
 TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
 DETACHES = 4  # tries, before a session that cannot forget its handles is given up
+KEYS = f"keys_{secrets.token_hex(8)}"  # stands in the query that records for what is recorded; in no name besides
 ASKED_ALL = 20  # polls, after which each handle is asked for by itself
 
 
@@ -123,10 +124,10 @@ class HandleSession:
         pg_background as installed there.
     recording:
         The query that reads the receipts of launches, writes their ends into the history, and tells both; of receipts'
-        keys and of handles (a list for each column). None: nothing is heard of.
+        keys and of handles, a row each in the place of ``KEYS``. None: nothing is heard of.
     """
 
-    def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: sql.Composed | None = None) -> None:
+    def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: bytes | None = None) -> None:
         self._conn = conn
         self.extension = extension
         self._recording = recording
@@ -198,7 +199,7 @@ class HandleSession:
     def _start_polling(self, worker: Worker) -> None:
         if self._poller is None or self._poller.done():
             self._poller = asyncio.create_task(self._poll_while_workers_run())
-        elif worker.launched_at + pace.poll_handle(0, worker.poll_interval) < self._due:
+        elif worker.launched_at + max(pace.poll_handle(0, worker.poll_interval), self._resting) < self._due:
             self._wake.set()
 
     async def _poll_while_workers_run(self) -> None:
@@ -213,7 +214,7 @@ class HandleSession:
         loop = asyncio.get_running_loop()
         while not self.lost and (pause := self._pause(loop.time())) is not None:
             # One query polls all: the one that is due first sets the pace, but for what polling may cost.
-            pause = max(pause, min(-self._may_poll / pace.POLLING, pace.LOOK_SOONEST))
+            pause = max(pause, self._resting)
             self._wake.clear()
             self._due = loop.time() + pause
             try:
@@ -221,6 +222,11 @@ class HandleSession:
                     await self._wake.wait()  # a new worker sets the pace anew
             except TimeoutError:
                 await self.poll()
+
+    @property
+    def _resting(self) -> float:
+        """How long it may not poll, for what it has polled."""
+        return min(-self._may_poll / pace.POLLING, pace.LOOK_SOONEST)
 
     def _pause(self, now: float) -> float | None:
         """Return how long to wait before the next poll; None where no worker is waited for.
@@ -328,13 +334,17 @@ class HandleSession:
 
     async def _record(self, workers: Sequence[Worker]) -> list[tuple[Worker, ResultInfo]]:
         assert self._recording is not None
-        keys = [worker.receipt_key for worker in workers if worker.receipt_key is not None]
-        columns = [[*column] for column in zip(*keys, strict=True)]
-        columns += [[*column] for column in zip(*(worker.handle for worker in workers), strict=True)]
+        quote = connection.quoting(self._conn)
+        keys = ", ".join(
+            f"({', '.join([quote(value) for value in (*worker.receipt_key, *worker.handle, number)])})"
+            for number, worker in enumerate(workers)
+            if worker.receipt_key is not None
+        )
+        query = self._recording.replace(KEYS.encode(), keys.encode())  # as parameters they would cost twice the CPU
         faults.point("before_record")
         try:
             async with asyncio.timeout(pace.CALL):
-                cursor = await self._conn.cursor(row_factory=dict_row).execute(self._recording, columns)
+                cursor = await self._conn.cursor(row_factory=tuple_row).execute(query)
                 rows = await cursor.fetchall()
         except (psycopg.Error, OSError, TimeoutError) as error:
             if self._give_up_if_lost(error) or len(workers) == 1:
@@ -342,13 +352,12 @@ class HandleSession:
             return [pair for worker in workers for pair in await self._record([worker])]
         faults.point("after_record")
         ended = []
-        for row in rows:
-            worker = workers[row["number"] - 1]
-            if not row["recorded"]:
+        for number, pid, started_at, seen_at, row_count, tag, recorded in rows:
+            if not recorded:
                 continue  # its report is not there yet, or the history has no line of it
-            worker.proof = Proof(row["worker_pid"], row["started_at"], row["seen_at"])
-            info = ResultInfo(True, False, row["row_count"], row["command_tag"], row["started_at"], row["seen_at"])
-            ended.append((worker, info))
+            worker = workers[number]
+            worker.proof = Proof(pid, started_at, seen_at)
+            ended.append((worker, ResultInfo(True, False, row_count, tag, started_at, seen_at)))
         return ended
 
     async def _forget(self, workers: Sequence[Worker]) -> None:

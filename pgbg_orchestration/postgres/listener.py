@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import psycopg
+from psycopg import AsyncConnection
 
 from pgbg_orchestration import pace
 from pgbg_orchestration.errors import PgbgError
@@ -67,8 +69,7 @@ class Listener:
                     tries = 0
                     for marker in [*self._calls]:
                         self._tell(marker)  # it may have been said while nobody listened
-                    async for notification in conn.notifies():
-                        self._tell(notification.payload)
+                    await self._hear(conn)
                 finally:
                     await connection.close(conn)
             except (psycopg.Error, OSError, TimeoutError, PgbgError) as error:
@@ -76,6 +77,34 @@ class Listener:
                     logger.info("commits are not heard of now (%s); jobs are polled", connection.words(error))
             tries += 1
             await asyncio.sleep(max(pace.backoff(tries), pace.LOOK_SOONEST))
+
+    async def _hear(self, conn: AsyncConnection[Any]) -> None:
+        """Tell what the connection hears, until it is lost: called back by the event loop, and no task is woken.
+
+        Raises
+        ------
+        psycopg.OperationalError
+            The connection is lost.
+        """
+        loop, pgconn = asyncio.get_running_loop(), conn.pgconn
+        lost: asyncio.Future[None] = loop.create_future()
+
+        def read() -> None:
+            try:
+                pgconn.consume_input()
+                while (heard := pgconn.notifies()) is not None:
+                    self._tell(heard.extra.decode())
+            except Exception as error:  # noqa: BLE001  (raised where it is waited for)
+                loop.remove_reader(socket)
+                if not lost.done():
+                    lost.set_exception(error)
+
+        socket = pgconn.socket
+        loop.add_reader(socket, read)
+        try:
+            await lost
+        finally:
+            loop.remove_reader(socket)
 
     def _tell(self, marker: str) -> None:
         for call in [*self._calls.get(marker, ())]:

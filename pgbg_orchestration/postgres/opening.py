@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import psycopg
-from psycopg import AsyncConnection, generators, pq, sql
+from psycopg import AsyncConnection, generators, pq
 
+from .connection import Quote, quoting
 from .handles import Worker
 from .pg_background import DEFAULT_QUEUE_BYTES, Handle
 
@@ -77,7 +78,6 @@ class StatementFailed(Exception):
 
 Launched: TypeAlias = tuple[str, str, str]
 """What names a launch: a text before, between and behind its generation and its attempt."""
-Quote: TypeAlias = Callable[[str | int | bytes | None], str]
 
 _SCRIPT = """\
 begin isolation level read committed read write;
@@ -147,7 +147,7 @@ class Opening:
         """How many characters the text has."""
         return len(self.text) if isinstance(self.text, str) else sum(map(len, self.text))
 
-    def script(self, conn: AsyncConnection[Any], settings: Mapping[str, str], launch: sql.Identifier) -> bytes:
+    def script(self, conn: AsyncConnection[Any], settings: Mapping[str, str], launch: str) -> bytes:
         """Return the statements. ``settings`` hold for the worker, ``launch`` is the launch function's name."""
         quote = quoting(conn)
 
@@ -164,20 +164,18 @@ class Opening:
             word=quote(self._word),
             registering=self.registering(quote),
             local=local,
-            launch=launch.as_string(None),
+            launch=launch,
             text=value(self.text),
             queue_size=quote(self.queue_size or DEFAULT_QUEUE_BYTES),
             label=quote(self.label),
         ).encode()
 
 
-def call(
-    conn: AsyncConnection[Any], function: sql.Identifier, text: str, *, label: str, queue_size: int | None
-) -> bytes:
+def call(conn: AsyncConnection[Any], function: str, text: str, *, label: str, queue_size: int | None) -> bytes:
     """Return the statements that launch ``text`` in a worker by ``function``, behind :func:`begin`."""
     quote = quoting(conn)
     return _CALL.format(
-        launch=function.as_string(None),
+        launch=function,
         text=quote(text),
         queue_size=quote(queue_size or DEFAULT_QUEUE_BYTES),
         label=quote(label),
@@ -191,20 +189,6 @@ def _local(quote: Quote, settings: Mapping[str, str]) -> str:
 def local(conn: AsyncConnection[Any], settings: Mapping[str, str]) -> str:
     """Return the query that changes settings for a transaction."""
     return f"select {_local(quoting(conn), settings)}"
-
-
-def quoting(conn: AsyncConnection[Any]) -> Quote:
-    """Return what makes a literal of a value, by libpq's own quoting: a tenth of the work of composing the SQL."""
-    escape = pq.Escaping(conn.pgconn).escape_literal
-
-    def quote(value: str | int | bytes | None) -> str:
-        if value is None:
-            return "null"
-        if isinstance(value, str):
-            return bytes(escape(value.encode())).decode()
-        return str(value).lower() if isinstance(value, int) else f"pg_catalog.decode('{value.hex()}', 'hex')"
-
-    return quote
 
 
 async def run(conn: AsyncConnection[Any], script: bytes, opening: Opening) -> Handle | None:

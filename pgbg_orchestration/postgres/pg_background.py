@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, LiteralString, NamedTuple, cast
 
 from psycopg import AsyncConnection, capabilities, errors, sql
@@ -71,6 +72,11 @@ class Progress:
     message: str | None
 
 
+@cache
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
 @dataclass(frozen=True)
 class Extension:
     """pg_background as it is installed in one database."""
@@ -78,11 +84,13 @@ class Extension:
     version: str
     schema: str
     _queries: dict[str, sql.Composed] = field(default_factory=dict, compare=False, repr=False)
+    _ready: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)  # of the polls, without a join
+    _texts: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """The version as numbers, such as ``(1, 10)``."""
-        return tuple(int(part) for part in self.version.split(".") if part.isdigit())
+        return _numbers(self.version)
 
     @property
     def v2_names(self) -> bool:
@@ -93,6 +101,12 @@ class Extension:
         if not self.v2_names:
             return sql.Identifier(self.schema, f"pg_background_{function}")
         return sql.Identifier(self.schema, RENAMED.get(function, f"pg_background_{function}_v2"))
+
+    def text(self, function: str) -> str:
+        """Return that name as SQL text."""
+        if function not in self._texts:
+            self._texts[function] = self.name(function).as_string(None)
+        return self._texts[function]
 
     @property
     def _wait_name(self) -> sql.Identifier:
@@ -147,8 +161,8 @@ class Extension:
         self, conn: AsyncConnection[Any], wanted: Sequence[Handle], *, ended: bool
     ) -> dict[Handle, ResultInfo | None]:
         text = "ends" if ended else "infos"
-        if text not in self._queries:
-            self._queries[text] = sql.SQL(
+        if text not in self._ready:
+            composed = sql.SQL(
                 "select h.pid, h.cookie, {columns} from unnest(%s::int4[], %s::int8[]) as h (pid, cookie)"
                 " cross join lateral {f}(h.pid, h.cookie) as r{where}"
             ).format(
@@ -156,9 +170,10 @@ class Extension:
                 f=self.name("result_info"),
                 where=sql.SQL(" where r.completed" if ended else ""),
             )
+            self._ready[text] = composed.as_bytes(None)
         try:
             cursor = await conn.cursor(row_factory=dict_row).execute(
-                self._queries[text], ([h.pid for h in wanted], [h.cookie for h in wanted])
+                self._ready[text], ([h.pid for h in wanted], [h.cookie for h in wanted])
             )
             rows = await cursor.fetchall()
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState, errors.InsufficientPrivilege):
@@ -177,16 +192,17 @@ class Extension:
         A tenth of what ``result_info`` of as many handles costs. It is a first look: a worker can be completed, and its
         process at its end still.
         """
-        tracked: sql.Composable = sql.Identifier(self.schema, "pg_background_list")
-        if self.numbers < (1, 10):
-            tracked = sql.SQL("{}() as l({})").format(self.name("list"), sql.SQL(LIST_COLUMNS_1_9))
-        if "ended" not in self._queries:
-            self._queries["ended"] = sql.SQL(
-                "select pg_catalog.current_setting(%s, true), count(*),"
+        if setting not in self._ready:
+            tracked: sql.Composable = sql.Identifier(self.schema, "pg_background_list")
+            if self.numbers < (1, 10):
+                tracked = sql.SQL("{}() as l({})").format(self.name("list"), sql.SQL(LIST_COLUMNS_1_9))
+            composed = sql.SQL(
+                "select pg_catalog.current_setting({}, true), count(*),"
                 " array_agg(pid) filter (where state <> 'running'), array_agg(cookie) filter (where state <> 'running')"
                 " from {}"
-            ).format(tracked)
-        cursor = await conn.cursor(row_factory=tuple_row).execute(self._queries["ended"], (setting,))
+            ).format(setting, tracked)
+            self._ready[setting] = composed.as_bytes(None)
+        cursor = await conn.cursor(row_factory=tuple_row).execute(self._ready[setting])
         value, number, pids, cookies = await cursor.fetchone() or (None, 0, None, None)
         return value, number, [Handle(*pair) for pair in zip(pids or (), cookies or (), strict=True)]
 
@@ -327,11 +343,11 @@ class Extension:
 
     async def detach_many(self, conn: AsyncConnection[Any], handles: Sequence[Handle]) -> None:
         """Forget handles, in one query; where one is not known any more, the others by themselves."""
-        query = self.query(
-            "select {f}(h.pid, h.cookie) from unnest(%s::int4[], %s::int8[]) as h (pid, cookie)", f="detach"
-        )
+        rows = ", ".join(f"({pid:d}, {cookie:d})" for pid, cookie in handles)  # parameters would cost twice the CPU
+        if "detach" not in self._ready:
+            self._ready["detach"] = self.query("select {f}(h.pid, h.cookie) from (values ", f="detach").as_bytes(None)
         try:
-            await conn.execute(query, ([handle.pid for handle in handles], [handle.cookie for handle in handles]))
+            await conn.execute(self._ready["detach"] + rows.encode() + b") as h (pid, cookie)")
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState):
             for handle in handles if len(handles) > 1 else ():
                 await self.detach(conn, handle)

@@ -26,13 +26,13 @@ LAUNCHES = 2_000  # then the session is replaced when its workers have ended: ol
 class LaunchingSession(HandleSession):
     """A session that launches workers, and owns their handles; parameters as of :class:`HandleSession`."""
 
-    def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: sql.Composed | None = None) -> None:
+    def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: bytes | None = None) -> None:
         super().__init__(conn, extension, recording)
         self.launches = 0
 
     @classmethod
     async def open(
-        cls, conninfo: connection.Conninfo, extension: Extension, recording: sql.Composed | None = None
+        cls, conninfo: connection.Conninfo, extension: Extension, recording: bytes | None = None
     ) -> LaunchingSession:
         """Connect.
 
@@ -86,7 +86,7 @@ class LaunchingSession(HandleSession):
         return asyncio.create_task(self._begin(text, settings, poll_interval))
 
     async def _begin(self, text: Opening, settings: Mapping[str, str], poll_interval: float | None) -> Begun:
-        launch = self.extension.name("launch")
+        launch = self.extension.text("launch")
         script = await off_loop(text.size, lambda: text.script(self._conn, settings, launch))
         async with self._turn:
             faults.point("before_launch")
@@ -177,7 +177,7 @@ class LaunchingSession(HandleSession):
         receipt_key: ReceiptKey | None,
     ) -> Worker:
         values = {**settings, **({"role": role} if role else {})}
-        function = self.extension.name("launch")
+        function = self.extension.text("launch")
         script = await off_loop(
             len(text), lambda: opening.call(self._conn, function, text, label=label, queue_size=queue_size)
         )

@@ -1,12 +1,15 @@
 """SQL text as statements: splitting it, classifying them, and refusing what cannot run in a worker."""
 
 from .assignments import applied
+from .known import SHORT, TEXTS, split_again
 from .lexer import UnterminatedSql
 from .refuse import EmptySql, RefusedStatement, best_alone, check, outside_transaction, takes_slot
 from .split import SEPARATOR, Statement, join, split
 
 __all__ = [
     "SEPARATOR",
+    "SHORT",
+    "TEXTS",
     "EmptySql",
     "RefusedStatement",
     "Statement",
@@ -17,5 +20,6 @@ __all__ = [
     "join",
     "outside_transaction",
     "split",
+    "split_again",
     "takes_slot",
 ]

@@ -151,6 +151,9 @@ class Case:
             logger.exception("the observer of job %s failed", self.work.label)
 
 
+_ALL: frozenset[Cause | None] = frozenset((None, *Cause))
+
+
 def case_of(work: Work, options: Options, deadline: float | None) -> Case:
     """Return the case of a job that is bound; ``deadline`` is on the event loop's clock."""
     return Case(
@@ -161,7 +164,7 @@ def case_of(work: Work, options: Options, deadline: float | None) -> Case:
             sql_digest=work.sql_digest,
             generation=work.job.generation,
             can_verify=work.verify_sql is not None,
-            takes_back=frozenset(cause for cause in (None, *Cause) if options.takes_back(cause)),
+            takes_back=_ALL if options.retry_cancelled is True else frozenset(filter(options.takes_back, _ALL)),
             of_try=options.of_try,
             deadline=deadline,
             adds_supervisor=work.adds_supervisor,

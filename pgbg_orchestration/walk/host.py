@@ -17,6 +17,7 @@ from pgbg_orchestration.ledger import queries, readiness
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.readiness import ServerFacts
 from pgbg_orchestration.postgres import connection, describe
+from pgbg_orchestration.postgres.handles import KEYS
 from pgbg_orchestration.postgres.listener import Listener
 from pgbg_orchestration.postgres.pg_background import Extension
 from pgbg_orchestration.postgres.session import LaunchingSession
@@ -87,6 +88,8 @@ class Host:
         PoolerInTransactionMode
             The connection goes through a pooler in transaction mode.
         """
+        if self._facts is not None:
+            return self._facts
         async with self._opening:
             for tries in range(LOOKS):
                 if self._facts is not None:
@@ -165,7 +168,7 @@ class Host:
             error.data_state = NOT_BY_THIS_CALL  # the job was not looked at: an earlier call may have launched it
             raise
         may_number = facts.runs_blocks
-        progress = facts.extension.name("report_progress").as_string(None) if may_number and facts.reports else None
+        progress = facts.extension.text("report_progress") if may_number and facts.reports else None
 
         def bound(conn: AsyncConnection[Any] | None) -> Awaitable[Work]:
             return bind(job, conn, facts.login, may_number=may_number, progress_function=progress)
@@ -238,18 +241,23 @@ class Host:
                 return await self._open(extension)
             self._sessions.remove(idle)
             return idle
+        if not any(session.worn for session in self._sessions) and (usable := self._with_room()):
+            return usable
         async with self._opening:
             for session in [s for s in self._sessions if s.lost or (s.worn and not s.workers)]:
                 self._sessions.remove(session)
                 await session.close()
-            usable = [session for session in self._sessions if session.room]
-            if usable:
-                return min(usable, key=lambda session: len(session.workers))
+            if usable := self._with_room():
+                return usable
             if len([s for s in self._sessions if not s.worn and not s.stalled]) >= self._most_sessions():
                 return min(self._sessions, key=lambda session: (session.worn, session.stalled, len(session.workers)))
             session = await self._open(extension)
             self._sessions.append(session)
             return session
+
+    def _with_room(self) -> LaunchingSession | None:
+        usable = (session for session in self._sessions if session.room)
+        return min(usable, key=lambda session: len(session.workers), default=None)
 
     async def give_back(self, session: LaunchingSession) -> None:
         """Take back an exclusive session: for others, where one as new is wanted, or to be closed."""
@@ -283,8 +291,8 @@ class Host:
         attempt, warned_at = 0, -pace.WARN_AGAIN
         while True:
             try:
-                functions = {name: extension.name(name) for name in ("result_info", "result")}
-                recording = queries.filled("recording", self.schema, **functions)
+                parts = {name: extension.text(name) for name in ("result_info", "result")}
+                recording = queries.filled("recording", self.schema, keys=KEYS, **parts)
                 return await LaunchingSession.open(self.conninfo, extension, recording)
             except (psycopg.OperationalError, OSError, TimeoutError) as error:
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:

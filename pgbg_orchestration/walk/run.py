@@ -123,8 +123,9 @@ class Run:
         following = self._loop.create_task(self._follow())
         self._host.onlooker.add(self._case)
         listener = self._host.listener if self._case.work.carries_receipt else None
+        marker = self._case.work.marker if listener is not None else ""
         if listener is not None:
-            listener.call_at_hints(self._case.work.marker, self._hear)
+            listener.call_at_hints(marker, self._hear)
         try:
             return await asyncio.shield(following)
         except asyncio.CancelledError:
@@ -133,8 +134,11 @@ class Run:
             raise
         finally:
             if listener is not None:
-                listener.leave(self._case.work.marker, self._hear)
-            if await to_its_end(self._close()):
+                listener.leave(marker, self._hear)
+            self._host.onlooker.leave(self._case)
+            if self._case.reading is None and self._case.session is None:
+                self._give_back_slots()
+            elif await to_its_end(self._close()):
                 raise asyncio.CancelledError
 
     def _hear(self) -> None:
@@ -146,12 +150,14 @@ class Run:
             worker.session.hear(worker)
 
     async def _close(self) -> None:
-        self._host.onlooker.leave(self._case)
         await stop_reading(self._case)
-        if self._case.slots:
-            self._host.turns.give_back(self._case.slots)
+        self._give_back_slots()
         if self._case.session is not None:
             await self._host.give_back(self._case.session)
+
+    def _give_back_slots(self) -> None:
+        if self._case.slots:
+            self._host.turns.give_back(self._case.slots)
 
     async def _let_go(self, following: asyncio.Task[Outcome]) -> None:
         """End the job, or leave it; what comes of that is told, and not raised: the caller wants to be cancelled."""

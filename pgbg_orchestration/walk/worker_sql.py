@@ -9,7 +9,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache, lru_cache
+from types import MappingProxyType
+from typing import Any, TypedDict
 
 import psycopg
 from psycopg import AsyncClientCursor, AsyncConnection, sql
@@ -258,8 +260,7 @@ class Work:
         schema:
             Name of the package's schema.
         """
-        call = sql.SQL("select {}()").format(sql.Identifier(schema, "begin_job")).as_string(None)
-        head = [f"/* {_in_comment(self.label)} */ {call}"]
+        head = [f"/* {_in_comment(self.label)} */ select {_begin_job(schema)}()"]
         if self.kept:
             head.append(kept_rows.ROLE_OF_THE_LOGIN)
         if self.job.role is not None:
@@ -296,8 +297,8 @@ class Work:
 
     def arguments(self) -> tuple[str, str, str]:
         """Return those arguments before, between and after the generation and the attempt of its launch."""
-        key = [json.dumps(part, ensure_ascii=False) for part in (self.key.owner, self.key.job_id, self.key.series)]
-        label = json.dumps(self.label, ensure_ascii=False)
+        key = [_as_json(part) for part in (self.key.owner, self.key.job_id, self.key.series)]
+        label = _as_json(self.label)
         # What the schema could work out for itself, and what would take it a good part of the time of a short job.
         job, series = self.key.digests
         assert series is not None
@@ -403,9 +404,11 @@ def _bound(
     job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_number: bool, progress_function: str | None
 ) -> Work:
     """Return the job's work, its parameters in; the connection is asked for its encoding only."""
-    texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
-    if job.parameters is not None:
+    if job.parameters is None:
+        parts = job.split()  # the job has checked them
+    else:
         assert conn is not None
+        texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
         cursor = AsyncClientCursor(conn)
         literals.register(cursor)
         values = literals.bound(literals.literals_of(job.parameters, texts, job_id=job.id, label=job.label))
@@ -414,11 +417,11 @@ def _bound(
         except (psycopg.Error, TypeError, ValueError, IndexError, KeyError) as error:
             # Its own message is about placeholders and types, never about values.
             raise InvalidJob(f"the parameters do not fit the SQL: {error}", job_id=job.id, label=job.label) from error
-    parts = tuple(part for text in texts for part in job.split(text))
-    try:
-        statements.check(parts, one_transaction=len(parts) > 1 or job.kind is Kind.RECEIPT)
-    except ValueError as error:
-        raise InvalidJob(str(error), job_id=job.id, label=job.label) from error
+        parts = tuple(part for text in texts for part in job.split(text))
+        try:
+            statements.check(parts, one_transaction=len(parts) > 1 or job.kind is Kind.RECEIPT)
+        except ValueError as error:
+            raise InvalidJob(str(error), job_id=job.id, label=job.label) from error
     assert job.id  # the job filled in what was not given
     assert job.series
     assert job.label
@@ -428,12 +431,33 @@ def _bound(
         kind=Kind(job.kind or Kind.RECEIPT),
         label=job.label,
         statements=parts,
-        sql_digest=hashlib.sha256(";".join(part.text for part in parts).encode()).digest(),
-        applied=statements.applied(parts),
-        gives_rows=_gives_rows(parts[-1]),
+        **_read(parts, again=job.parameters is None),
         may_number=may_number,
         progress_function=progress_function,
     )
+
+
+def _read(parts: tuple[statements.Statement, ...], *, again: bool) -> _Reading:
+    """Return what statements say of themselves; ``again``: texts without values in them, which may well come again."""
+    short = again and sum(len(part.text) for part in parts) <= statements.SHORT
+    return _read_again(parts) if short else _read_once(parts)
+
+
+class _Reading(TypedDict):
+    sql_digest: bytes
+    applied: Mapping[str, str]
+    gives_rows: bool
+
+
+def _read_once(parts: tuple[statements.Statement, ...]) -> _Reading:
+    return {
+        "sql_digest": hashlib.sha256(";".join(part.text for part in parts).encode()).digest(),
+        "applied": MappingProxyType(statements.applied(parts)),
+        "gives_rows": _gives_rows(parts[-1]),
+    }
+
+
+_read_again = lru_cache(maxsize=statements.TEXTS)(_read_once)
 
 
 def _gives_rows(last: statements.Statement) -> bool:
@@ -470,9 +494,17 @@ async def _check_membership(job: Job, conn: AsyncConnection[Any], role: str, how
         raise NoPrivilege(f"the login cannot {what} the role {role!r}", sqlstate="42501", todo=f"{todo};", **named)
 
 
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@cache
+def _begin_job(schema: str) -> str:
+    return sql.Identifier(schema, "begin_job").as_string(None)
+
+
 def _in_comment(label: str) -> str:
     """Return a label that ends no comment, begins none, and stays on its line."""
-    printable = "".join(char if char.isprintable() else " " for char in label)
+    printable = label if label.isprintable() else "".join(char if char.isprintable() else " " for char in label)
     return printable.replace("*/", "* /").replace("/*", "/ *")
 
 

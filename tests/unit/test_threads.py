@@ -16,13 +16,13 @@ from pgbg_orchestration.walk.worker_sql import bind
 async def test_a_text_is_read(is_long: bool, mocker: MockerFixture) -> None:
     job = Job("select 1" + "; select 'some text'" * (LONG // 10 if is_long else 1))
     threads: list[threading.Thread] = []
-    check = statements.check
+    split = statements.split_again
 
-    def checking(*args: object, **named: object) -> None:
+    def splitting(text: str) -> tuple[statements.Statement, ...]:
         threads.append(threading.current_thread())
-        check(*args, **named)  # type: ignore[arg-type]
+        return split(text)
 
-    mocker.patch.object(statements, "check", checking)
+    mocker.patch.object(statements, "split_again", splitting)
     work = await bind(job, None, "me")
     assert (threading.main_thread() in threads) is not is_long
     assert len(work.statements) == (LONG // 10 + 1 if is_long else 2)

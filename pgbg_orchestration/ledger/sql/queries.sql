@@ -30,12 +30,11 @@ select r.* from {schema}.register_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s,
 -- tells the last statement's: before the commit, and the word "completed" a little after it. Where one of ours stands
 -- behind the job's last statement, the result has the tags of all. That is read of no launch but one that committed, since
 -- a read waits for the worker's end; and behind the line of the history, since the handle is forgotten with it.
-select k.number::int, r.worker_pid, r.started_at, pg_catalog.clock_timestamp() as seen_at, t.row_count, t.command_tag,
+select k.number, r.worker_pid, r.started_at, pg_catalog.clock_timestamp() as seen_at, t.row_count, t.command_tag,
        case when t.command_tag <> '' then {schema}.record(
            k.owner, k.job_id, k.attempt, 'committed', r.worker_pid, r.started_at, t.row_count, t.command_tag, null)
        end as recorded
-from unnest(%s::text[], %s::text[], %s::int4[], %s::bool[], %s::int4[], %s::int8[])
-    with ordinality as k (owner, job_id, attempt, is_padded, pid, cookie, number)
+from (values {keys}) as k (owner, job_id, attempt, is_padded, pid, cookie, number)
 join lateral {schema}.committed(k.owner, k.job_id) as r on r.attempt = k.attempt
 left join lateral (
     select {schema}.record(k.owner, k.job_id, k.attempt, 'committed', r.worker_pid, r.started_at, null, null, null)
