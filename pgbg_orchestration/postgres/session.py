@@ -29,6 +29,9 @@ class LaunchingSession(HandleSession):
     def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: bytes | None = None) -> None:
         super().__init__(conn, extension, recording)
         self.launches = 0
+        self._launching = (
+            asyncio.Lock()
+        )  # one launch at a time waits for the session's turn, and no end behind them all
 
     @classmethod
     async def open(
@@ -88,7 +91,7 @@ class LaunchingSession(HandleSession):
     async def _begin(self, text: Opening, settings: Mapping[str, str], poll_interval: float | None) -> Begun:
         launch = self.extension.text("launch")
         script = await off_loop(text.size, lambda: text.script(self._conn, settings, launch))
-        async with self._turn:
+        async with self._launching, self._turn:
             faults.point("before_launch")
             sent = False
             try:
@@ -181,7 +184,7 @@ class LaunchingSession(HandleSession):
         script = await off_loop(
             len(text), lambda: opening.call(self._conn, function, text, label=label, queue_size=queue_size)
         )
-        async with self._turn:
+        async with self._launching, self._turn:
             called = False
             try:
                 async with asyncio.timeout(pace.CALL):

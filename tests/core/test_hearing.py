@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import psycopg
 import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, pace
 from pgbg_orchestration.ledger.ledger import Ledger
+from pgbg_orchestration.postgres import opening
 from pgbg_orchestration.postgres.handles import HandleSession
+from pgbg_orchestration.walk import host
 from tests.core.kit import APP, Watched, effect, eventually, slow, within
 from tests.kit import pgbouncer
 
@@ -238,3 +241,29 @@ async def test_the_end_of_a_job_that_was_heard_of_is_forgotten(db: Watched) -> N
         await eventually(lambda: not session._turn.locked() and not session.workers, "all are forgotten")
         assert await within(session.extension.stats(session._conn))
         assert await within(session.extension.list(session._conn)) == []
+
+
+async def test_an_end_does_not_wait_behind_the_launches_of_others(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many jobs launched at once the first have ended when the last wait for the session still."""
+    deaf(monkeypatch)
+    monkeypatch.setattr(pace, "LOOK_SOONEST", 600)
+    monkeypatch.setattr(host, "SESSIONS", 1)
+    run = opening.run
+    launched = 0
+
+    async def slowly(*args: Any) -> Any:
+        nonlocal launched
+        await asyncio.sleep(0.2)
+        launched += 1
+        return await run(*args)
+
+    async with Launcher(db.conninfo) as launcher:
+        await within(launcher.run(Job("select 1")))
+        await eventually(lambda: listener(db), "it listens")
+        monkeypatch.setattr(opening, "run", slowly)
+        first = asyncio.create_task(launcher.run(Job(effect("first"), id="first")))
+        others = [asyncio.create_task(launcher.run(Job("select 1"))) for _ in range(60)]
+        assert (await within(first)).proof == "receipt"
+        assert launched < len(others)
+        monkeypatch.setattr(opening, "run", run)
+        await within(asyncio.gather(*others))
