@@ -472,6 +472,7 @@ _CHECKS: tuple[tuple[str, Callable[[Patient], Awaitable[list[Finding]]]], ...] =
     ("privileges", privileges.login),
     ("privileges", privileges.grants),
     ("privileges", privileges.temporary),
+    ("privileges", privileges.blockers),
     ("privileges", privileges.search_path),
     ("privileges", privileges.server_log),
     ("workers", _worker_slots),

@@ -81,3 +81,9 @@ select array(
     from pg_catalog.pg_namespace as n, pg_catalog.aclexplode(n.nspacl) as a
     where n.nspname = any(pg_catalog.current_schemas(false)) and a.grantee = 0 and a.privilege_type = 'CREATE'
 ) as open
+
+-- name: sees_others
+-- Whether the login is shown what the sessions of others do: their queries, states and times.
+select coalesce(bool_or(pg_catalog.pg_has_role(current_user, r.oid, 'USAGE')), false) as sees
+from pg_catalog.pg_roles as r
+where r.rolname = 'pg_read_all_stats'

@@ -159,6 +159,21 @@ async def test_what_a_login_may_not_see_is_not_visible(db: Watched) -> None:
     assert administrator.status is Status.OK
 
 
+async def test_what_is_told_of_who_is_in_a_jobs_way(db: Watched) -> None:
+    """Advice, and nothing that keeps jobs from running: neither a failure nor a warning."""
+    before = (await look(db.conninfo))["blockers"]
+    db.sql(before.todo or "")
+    after = (await look(db.conninfo))["blockers"]
+    db.sql(f"revoke pg_read_all_stats from {APP}")
+
+    assert before.status is Status.HIDDEN
+    assert "What that session runs, in what state and for how long, is not visible to this login." in before.text
+    assert before.todo == f'GRANT pg_read_all_stats TO "{APP}";'
+    assert (after.status, after.todo) == (Status.OK, None)
+    assert worst([before]) is Status.OK
+    assert (await look(db.admin_conninfo))["blockers"].status is Status.OK
+
+
 @pytest.mark.servers("real", "embedded")
 async def test_few_slots_and_none_free(own_db: Callable[..., Watched]) -> None:
     db = own_db(max_worker_processes=2, settings={"track_activities": "off"})
