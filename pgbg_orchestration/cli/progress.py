@@ -113,13 +113,14 @@ class Display(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Take in what the core logs; its news come as events, its warnings are shown."""
         if record.levelno >= logging.WARNING and self.decision is None:
-            self._print(record.getMessage(), "yellow")
+            # The core's lines name the job, and so do these.
+            self._print(record.getMessage().removeprefix(f"job {self._job.label}: "), "yellow")
 
     def _print(self, text: str, style: str = "") -> None:
         stamp = f"{datetime.now().astimezone():%H:%M:%S} "
-        err.print(
-            Text.assemble((stamp, "dim"), (plain(self._job.label), ""), ": ", (plain(text), style)), soft_wrap=True
-        )
+        # Detail and hint have lines of their own; what comes from elsewhere begins none that looks like one of these.
+        shown = plain(text, keep_lines=True).replace("\n", f"\n{' ' * len(stamp)}")
+        err.print(Text.assemble((stamp, "dim"), (plain(self._job.label), ""), ": ", (shown, style)), soft_wrap=True)
 
     def _render(self) -> Group:
         line = Table.grid(padding=(0, 1), expand=True)

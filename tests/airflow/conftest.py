@@ -168,7 +168,7 @@ def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempP
     with psycopg.connect(conninfo, autocommit=True) as admin:
         admin.execute("create table effect (run text, at timestamptz default clock_timestamp(), pid int)")
         admin.execute("create sequence tries")
-        if not admin.execute("select from pg_roles where rolname = %s", (MODEST,)).fetchone():
+        if not admin.execute("select 1 from pg_roles where rolname = %s", (MODEST,)).fetchone():
             admin.execute(sql.SQL("create role {} login").format(sql.Identifier(MODEST)))
         # What docs/airflow.md and the doctor ask for, and what the tests' own SQL touches.
         admin.execute(sql.SQL("grant pgbackground_role to {}").format(sql.Identifier(MODEST)))

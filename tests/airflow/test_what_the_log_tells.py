@@ -14,6 +14,7 @@ from .conftest import MODEST, Lab
 pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900), only_long]
 
 NOTICES = 20_000
+ROWS = 5_000_000
 SQL = f"""
 do $$ begin for i in 1 .. {NOTICES} loop raise notice 'the % th', i; end loop; end $$;
 create index on {MODEST}.{{name}} ({MODEST}.slowly(n));
@@ -59,3 +60,23 @@ def test_notices_progress_and_the_blocker(lab: Lab, name: str) -> None:
     assert len(percents) >= 2
     assert percents == sorted(set(percents))
     assert "its query is not visible to this login" in told
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["deferred", "here"])
+def test_an_index_of_five_million_rows(lab: Lab, name: str) -> None:
+    """As it is judged: its percentage moves in the task's log. The server takes as long for it as it takes."""
+    dag_id, run, table = f"{name}_heard", f"index-{name}", f"{MODEST}.big_{name}"
+    lab.admin.execute(f"create table {table} as select md5(g::text) as what from generate_series(1, {ROWS}) g".encode())
+    lab.admin.execute(f"alter table {table} owner to {MODEST}".encode())
+
+    lab.start(dag_id, run, f"create index on {table} (reverse(what))")
+    assert lab.processes.wait_for_run(dag_id, run, 900) == "success"
+
+    told = lab.processes.task_log(dag_id, run, "job", 1)
+    lab.admin.execute(f"drop table {table}".encode())
+    lines = [line for line in told.splitlines() if "CREATE INDEX" in line]
+    print(*lines, sep="\n")
+    percents = [int(number) for number in re.findall(r"building index: scanning table: (\d+) %", told)]
+    assert len(percents) >= 2, told
+    assert percents == sorted(set(percents))

@@ -84,7 +84,8 @@ class TestRun:
 
         assert heard.exit_code == unheard.exit_code == 0
         assert "NOTICE: a step" in heard.stderr
-        assert "HINT: go on" in heard.stderr
+        assert "\n         HINT: go on\n" in heard.stderr
+        assert "job " not in heard.stderr
         assert heard.stderr.count("WARNING: take care") == 1
         assert "a step" not in unheard.stderr
 

@@ -34,6 +34,7 @@ def slow(db: Watched) -> Watched:
     return db
 
 
+@pytest.mark.servers("real", "embedded", "standin19")
 @pytest.mark.parametrize("concurrently", ["", "concurrently"])
 async def test_the_percentage_of_an_index_build_moves(slow: Watched, concurrently: str) -> None:
     seen = Recorder()
@@ -64,6 +65,7 @@ async def test_what_the_sql_reports_is_told_even_where_its_last_character_is_cut
     assert messages[1:] == ["41 % done"]
 
 
+@pytest.mark.servers("real", "embedded", "standin19")
 @pytest.mark.parametrize("redact_details", [False, True])
 @pytest.mark.parametrize("visible", [True, False])
 async def test_a_job_that_waits_for_a_lock_names_who_holds_it(db: Watched, visible: bool, redact_details: bool) -> None:
@@ -91,6 +93,7 @@ async def test_a_job_that_waits_for_a_lock_names_who_holds_it(db: Watched, visib
     assert ("lock table effects" in first.message) is (visible and not redact_details)
 
 
+@pytest.mark.servers("real", "embedded", "standin19")
 async def test_a_supervised_job_is_looked_at_in_its_own_worker(db: Watched) -> None:
     db.sql(f"alter table effects owner to {APP}")
     seen = Recorder()

@@ -1,6 +1,8 @@
 """The code location that the tests' Dagster processes load. Its databases are named by environment variables."""
 
 import os
+import time
+from pathlib import Path
 from typing import Any
 
 from dagster import (
@@ -13,6 +15,7 @@ from dagster import (
     Definitions,
     EnvVar,
     MaterializeResult,
+    MetadataValue,
     RetryPolicy,
     asset,
     define_asset_job,
@@ -52,6 +55,7 @@ EXTERNALS = [f"external_{number}" for number in range(int(os.environ.get("PGBG_T
 class Who(Config):
     who: str = "nobody"
     rows: bool = False
+    stalls: bool = False
 
 
 def work(context: AssetExecutionContext, config: Who, pg: PgBackgroundResource) -> MaterializeResult[None]:
@@ -63,6 +67,19 @@ def work(context: AssetExecutionContext, config: Who, pg: PgBackgroundResource) 
 @asset
 def plain(context: AssetExecutionContext, config: Who, pg: PgBackgroundResource) -> MaterializeResult[None]:
     return work(context, config, pg)
+
+
+@asset
+def fetching(context: AssetExecutionContext, config: Who, pg: PgBackgroundResource) -> MaterializeResult[None]:
+    """Has rows that no second run of the SQL would give. Where it ``stalls``, the first process to have them hangs."""
+    who = config.who
+    sql = f"{GATED}; select g, gen_random_uuid()::text, pg_backend_pid() from generate_series(1, 1000) g"
+    rows = pg.fetch(context, sql, parameters={"who": who}, settings={"test.who": who}, name=who)
+    mark = Path(os.environ["DAGSTER_HOME"]) / f"fetched-{who}"
+    if config.stalls and not mark.exists():
+        mark.touch()
+        time.sleep(600)
+    return MaterializeResult(metadata={"rows": MetadataValue.json([list(row) for row in rows])})
 
 
 @asset(retry_policy=RetryPolicy(max_retries=3, delay=0.2))
@@ -89,10 +106,10 @@ WORKING = [plain, stubborn]
 EXECUTORS = {"in_process": in_process_executor, "multiprocess": multiprocess_executor}
 
 defs = Definitions(
-    assets=[*WORKING, many, days, *[AssetSpec(name) for name in EXTERNALS]],
+    assets=[*WORKING, fetching, many, days, *[AssetSpec(name) for name in EXTERNALS]],
     jobs=[
         define_asset_job(f"{asset.key.to_user_string()}_{name}", [asset], executor_def=executor)
-        for asset in [*WORKING, many]
+        for asset in [*WORKING, fetching, many]
         for name, executor in EXECUTORS.items()
     ],
     sensors=[

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from dagster import AssetKey, DagsterInstance
@@ -91,9 +91,9 @@ class Work:
     who: str = field(default_factory=lambda: uuid.uuid4().hex)
     run: str = ""
 
-    def launch(self, *, rows: bool = False) -> Work:
+    def launch(self, **config: bool) -> Work:
         asset = self.job.split("_", maxsplit=1)[0]
-        self.run = self.dagster.launch(self.job, {"ops": {asset: {"config": {"who": self.who, "rows": rows}}}})
+        self.run = self.dagster.launch(self.job, {"ops": {asset: {"config": {"who": self.who, **config}}}})
         return self
 
     def ask(self, query: str) -> int:
@@ -191,8 +191,8 @@ def test_terminated_at_any_moment(dagster: Dagster, database: Database) -> None:
 # A process dies, and nobody asked for it ------------------------------------------------------------------------------
 
 
-def assert_retry_attaches(work: Work) -> None:
-    """The run fails and is run again; that run attaches to the worker, which commits once."""
+def assert_retry_attaches(work: Work) -> str:
+    """The run fails and is run again; that run, whose id is returned, attaches to the worker, which commits once."""
     dagster = work.dagster
     assert dagster.wait(work.run) == "FAILURE", dagster.story(work.run)
     retry = dagster.retry_of(work.run)
@@ -204,6 +204,7 @@ def assert_retry_attaches(work: Work) -> None:
     assert dagster.wait(retry) == "SUCCESS", dagster.story(retry)
     assert work.effects == 1
     assert work.launches == 1
+    return retry
 
 
 def test_a_process_dies_and_the_retried_run_finds_the_worker(dagster: Dagster, database: Database) -> None:
@@ -218,6 +219,61 @@ def test_a_process_dies_and_the_retried_run_finds_the_worker(dagster: Dagster, d
     if LONG:
         deaths += [("step", signal.SIGTERM), ("run", signal.SIGKILL)]
     side_by_side(die, deaths)
+
+
+def kept_rows(work: Work) -> tuple[int, int, list[str]]:
+    """How many receipts and sets of rows there are of its job, and the values of the second column."""
+    with work.database.connect() as connection:
+        found = connection.execute(
+            "select count(r.job_digest), count(s.job_digest) from pgbg.job j"
+            " join pgbg.receipt r using (owner, job_digest) left join pgbg.row_set s using (owner, job_digest)"
+            " where j.series like '%%/' || %s",
+            (work.who,),
+        ).fetchone()
+        chunks = connection.execute(
+            "select c.cells[c.row_count + 1 : 2 * c.row_count] from pgbg.job j join pgbg.row_chunk c"
+            " using (owner, job_digest) where j.series like '%%/' || %s order by c.chunk",
+            (work.who,),
+        ).fetchall()
+    assert found is not None
+    return *found, [value for (values,) in chunks for value in values]
+
+
+@only_long
+def test_a_step_that_asked_for_rows_is_killed_and_its_retry_has_them(dagster: Dagster, database: Database) -> None:
+    """At work, and once it had them: the SQL ran once, and the rows are there exactly when the receipt is."""
+
+    def die(stalls: bool) -> None:
+        work = Work(dagster, database, "fetching_multiprocess").launch(stalls=stalls)
+        work.wait_for_worker()
+        assert kept_rows(work) == (0, 0, [])
+        if stalls:
+            work.open_gate()
+            until((dagster.home / f"fetched-{work.who}").exists, lambda: dagster.story(work.run))
+            assert kept_rows(work)[:2] == (1, 1)
+        os.kill(dagster.pid_of_step(work.run), signal.SIGKILL)
+        if stalls:
+            assert dagster.wait(work.run) == "FAILURE", dagster.story(work.run)
+            retry = dagster.retry_of(work.run)
+            assert dagster.wait(retry) == "SUCCESS", dagster.story(retry)
+            assert (work.effects, work.launches) == (1, 1)
+        else:
+            retry = assert_retry_attaches(work)
+        with dagster.instance() as instance:
+            (event,) = (
+                record.asset_materialization
+                for record in instance.fetch_materializations(AssetKey("fetching"), limit=10).records
+                if record.run_id == retry
+            )
+        assert event is not None
+        told: Any = event.metadata["rows"].value
+        receipts, sets, values = kept_rows(work)
+        assert (receipts, sets) == (1, 1)
+        assert [row[0] for row in told] == [*range(1, 1001)]
+        assert [row[1] for row in told] == values
+        assert len({row[2] for row in told}) == 1
+
+    side_by_side(die, [False, True])
 
 
 @only_long

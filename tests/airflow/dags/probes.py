@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from airflow.providers.common.sql.hooks.handlers import fetch_all_handler
 from airflow.sdk import DAG
 
 from airflow_provider import compat
 from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator
 from airflow_provider.sensors import PgBackgroundSensor
 
+
+def stalls_once(cursor: Any) -> Any:
+    """A handler of a user's own that does not end the first time that it has these rows: a test kills its process."""
+    rows = fetch_all_handler(cursor)
+    assert rows
+    mark = Path(os.environ["AIRFLOW_HOME"]) / f"handled-{rows[0][1]}"
+    if not mark.exists():
+        mark.touch()
+        time.sleep(600)
+    return rows
+
+
+RETRIED: dict[str, Any] = {"retries": 3, "retry_delay": timedelta(seconds=1)}
 PROBES: dict[str, dict[str, Any]] = {
     "deferred": {"deferrable": True},
     "deferred_waits": {"deferrable": True, "on_superseded": "wait"},
@@ -27,6 +42,10 @@ PROBES: dict[str, dict[str, Any]] = {
     "deferred_heard": {"deferrable": True, "enable_log_db_messages": True, "postgres_conn_id": "modest"},
     "here_heard": {"deferrable": False, "enable_log_db_messages": True, "postgres_conn_id": "modest"},
     "here_retried": {"deferrable": False, "retries": 3, "retry_delay": timedelta(seconds=1)},
+    "deferred_rows": {"deferrable": True, "handler": fetch_all_handler, **RETRIED},
+    "here_rows": {"deferrable": False, "handler": fetch_all_handler, **RETRIED},
+    "deferred_rows_handled": {"deferrable": True, "handler": stalls_once, **RETRIED},
+    "here_rows_handled": {"deferrable": False, "handler": stalls_once, **RETRIED},
     "here_timeout": {"deferrable": False, "timeout": 5},
     "here_times_out": {"deferrable": False, "execution_timeout": timedelta(seconds=10)},
     "no_extension": {"deferrable": True, "retries": 3, "retry_delay": timedelta(seconds=1), "database": "template1"},
