@@ -157,7 +157,7 @@ class Job:
                 f"a job of kind {self.kind} keeps no rows: a receipt's own transaction writes them",
                 job_id=self.id,
                 label=self.label,
-                todo="Leave fetch out, or have the SQL write to a table.",
+                todo="Ask for no rows (fetch, a handler), or have the SQL write to a table.",
             )
         if not isinstance(self.sql, str):
             # What renders to nothing takes no parameters either.

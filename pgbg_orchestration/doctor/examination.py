@@ -317,6 +317,20 @@ async def _worker_slots(patient: Patient) -> list[Finding]:
     return found
 
 
+async def _blockers(patient: Patient) -> list[Finding]:
+    """Say what a job that waits for a lock can tell of the session in its way (``pg_stat_activity``)."""
+    row = await patient.one("sees_others")
+    if row["sees"]:
+        text = "A job that waits for a lock tells whose: pid, user, application, query, and for how long."
+        return [Finding("workers", "blockers", Status.OK, text)]
+    text = (
+        "A job that waits for a lock tells whose, by pid, user and application. What that session runs, in what state "
+        "and for how long, is not visible to this login. No job needs it; with it, logs quote other logins' queries."
+    )
+    login = sql.Identifier(patient.facts.role).as_string(None)
+    return [Finding("workers", "blockers", Status.HIDDEN, text, f"GRANT pg_read_all_stats TO {login};")]
+
+
 async def _shared_memory(patient: Patient) -> list[Finding]:
     kind = patient.settings.get("dynamic_shared_memory_type")
     name = "shared memory"
@@ -472,10 +486,10 @@ _CHECKS: tuple[tuple[str, Callable[[Patient], Awaitable[list[Finding]]]], ...] =
     ("privileges", privileges.login),
     ("privileges", privileges.grants),
     ("privileges", privileges.temporary),
-    ("privileges", privileges.blockers),
     ("privileges", privileges.search_path),
     ("privileges", privileges.server_log),
     ("workers", _worker_slots),
+    ("workers", _blockers),
     ("workers", _shared_memory),
     ("settings", _timeouts),
     ("settings", _other_settings),

@@ -59,20 +59,6 @@ async def temporary(patient: Patient) -> list[Finding]:
     return [Finding("privileges", "temporary", Status.WARNING, text, todo)]
 
 
-async def blockers(patient: Patient) -> list[Finding]:
-    """Say what a job that waits for a lock can tell of the session in its way (``pg_stat_activity``)."""
-    row = await patient.one("sees_others")
-    if row["sees"]:
-        text = "A job that waits for a lock tells whose: pid, user, application, query, and for how long."
-        return [Finding("privileges", "blockers", Status.OK, text)]
-    text = (
-        "A job that waits for a lock tells whose, by pid, user and application. What that session runs, in what state "
-        "and for how long, is not visible to this login. No job needs it; with it, logs quote other logins' queries."
-    )
-    login = sql.Identifier(patient.facts.role).as_string(None)
-    return [Finding("privileges", "blockers", Status.HIDDEN, text, f"GRANT pg_read_all_stats TO {login};")]
-
-
 async def search_path(patient: Patient) -> list[Finding]:
     """Say where everybody can create what a job's SQL may run unawares (PostgreSQL wiki, CVE-2018-1058)."""
     row = await patient.one("open_schemas")

@@ -11,14 +11,14 @@ from tests.core.kit import only_long
 
 from .conftest import MODEST, Lab
 
-pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900), only_long]
+pytestmark = [pytest.mark.airflow, pytest.mark.processes, pytest.mark.slow, only_long, pytest.mark.timeout(1200)]
 
 NOTICES = 20_000
 ROWS = 5_000_000
 SQL = f"""
-do $$ begin for i in 1 .. {NOTICES} loop raise notice 'the % th', i; end loop; end $$;
 create index on {MODEST}.{{name}} ({MODEST}.slowly(n));
 alter table {MODEST}.{{name}} add column more int;
+do $$ begin for i in 1 .. {NOTICES} loop raise notice 'the % th', i; end loop; end $$;
 """
 PREPARE = f"""
 create function {MODEST}.slowly(n int) returns int immutable language plpgsql as
@@ -52,7 +52,7 @@ def test_notices_progress_and_the_blocker(lab: Lab, name: str) -> None:
         lab.wait_for_worker(run)
         blocker = f"for a lock of pid {person.info.backend_pid} (user postgres, a report"
         lab.wait(lambda: blocker in log(), "the blocker's name in the task's log", 180)
-    assert lab.processes.wait_for_run(dag_id, run) == "success"
+    assert lab.processes.wait_for_run(dag_id, run, 600) == "success"
 
     told = log()
     assert [int(number) for number in re.findall(r"NOTICE: the (\d+) th", told)] == [*range(1, NOTICES + 1)]
@@ -62,7 +62,6 @@ def test_notices_progress_and_the_blocker(lab: Lab, name: str) -> None:
     assert "its query is not visible to this login" in told
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["deferred", "here"])
 def test_an_index_of_five_million_rows(lab: Lab, name: str) -> None:
     """As it is judged: its percentage moves in the task's log. The server takes as long for it as it takes."""
