@@ -114,4 +114,4 @@ async def until(conn: psycopg.AsyncConnection, query: str, number: int) -> None:
         if row is not None and row[0] >= number:
             return
         await asyncio.sleep(0.05)
-    raise TimeoutError("the workers do not start")
+    raise TimeoutError(f"never as many as {number}: {query}")

@@ -43,15 +43,11 @@ async def rows(bench: Bench) -> list[Row]:
                 count += 1
             assert count == number
             seconds["streamed"] = min(seconds["streamed"], time.perf_counter() - began)
-    peer = f"result(): {number / seconds['result']:.0f}/s"
+    peer = f"result(): {seconds['result'] * 1000:.0f} ms"
     return [
-        Row(
-            f"{number} rows {how}, rows a second",
-            f"{number / seconds[how]:.0f}/s",
-            peer,
-            seconds[how] / seconds["result"],
-        )
+        Row(f"{number} rows {how}", f"{took * 1000:.0f} ms", peer, took / seconds["result"])
         for how in ("kept", "streamed")
+        for took in [seconds[how]]
     ]
 
 
@@ -72,5 +68,5 @@ async def notices(bench: Bench) -> list[Row]:
         await launcher.run(Job(sql), notices=True, observer=heard.append)
         took = time.perf_counter() - began
         assert len(heard) >= number
-    peer = f"psycopg's own session: {number / floor:.0f}/s"
-    return [Row(f"{number} notices, each as an event", f"{number / took:.0f}/s", peer, took / floor)]
+    peer = f"psycopg's own session: {floor * 1000:.0f} ms"
+    return [Row(f"{number} notices, each as an event", f"{took * 1000:.0f} ms", peer, took / floor)]

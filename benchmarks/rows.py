@@ -31,7 +31,8 @@ class Row:
     value:
         Ours.
     peer, ratio:
-        What it is measured against, and ours divided by that; None where the value is a share or a count by itself.
+        What it is measured against, and ours divided by that: of times more than 1 is slower; None where the value is a
+        share or a count by itself.
     more_is_better:
         Whether the ratio is one of rates, and not of times.
     points:

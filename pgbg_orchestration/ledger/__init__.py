@@ -1,1 +1,1 @@
-"""The ``pgbg`` schema: receipts, series and history; the only room that knows its names."""
+"""The ``pgbg`` schema: receipts, series and history, and all that reads or writes them."""

@@ -1,4 +1,4 @@
-"""pg_background's names, on every version: the only module that knows them.
+"""pg_background's functions by their names on every version: what runs jobs calls them here alone.
 
 1.9 and 1.10 have ``pg_background_*_v2`` names, 2.0 has unsuffixed ones. On 1.9 an unsuffixed
 ``pg_background_launch(text, int)`` exists too, with another meaning, so the version decides and never the presence

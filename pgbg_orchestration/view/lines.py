@@ -10,14 +10,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
-from pgbg_orchestration.ledger.history import STATES, JobEntry
+from pgbg_orchestration.ledger.history import JobEntry
 from pgbg_orchestration.phrases import duration
 
-BY_HAND = "by hand"
-"""The state of a worker that no job is known of: somebody launched it without this package."""
-NOT_VISIBLE = "not visible"
-"""The state of another login's worker: whether it was launched by hand, or runs a job of that login's, is not seen."""
-ALL_STATES = (*STATES, BY_HAND, NOT_VISIBLE)
+from .states import ALL_STATES, BY_HAND, NOT_VISIBLE
 
 
 class Order(StrEnum):

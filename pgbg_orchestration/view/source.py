@@ -1,4 +1,4 @@
-"""Where a view gets what it shows, and what it may do: one launcher, one query a look."""
+"""Where a view gets what it shows, and what it may do: one launcher; what goes on now is one query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,14 @@
-"""How a job's state looks in a terminal: its sign and its style, the same in every command."""
+"""How a state looks: its sign everywhere, and its style in a terminal."""
+
+from __future__ import annotations
+
+from pgbg_orchestration.ledger.history import STATES
+
+BY_HAND = "by hand"
+"""The state of a worker that no job is known of: somebody launched it without this package."""
+NOT_VISIBLE = "not visible"
+"""The state of another login's worker: whether it was launched by hand, or runs a job of that login's, is not seen."""
+ALL_STATES = (*STATES, BY_HAND, NOT_VISIBLE)
 
 SIGNS = {
     "running": "▶",
@@ -8,8 +18,8 @@ SIGNS = {
     "failed": "✗",
     "lost": "✗",
     "unknown": "?",
-    "by hand": "☞",
-    "not visible": "◌",
+    BY_HAND: "☞",
+    NOT_VISIBLE: "◌",
 }
 """A sign for each state, so that colour is never all that tells them apart."""
 
@@ -21,7 +31,7 @@ STYLES = {
     "failed": "bold red",
     "lost": "bold red",
     "unknown": "bold magenta",
-    "by hand": "bold white",
-    "not visible": "dim",
+    BY_HAND: "bold white",
+    NOT_VISIBLE: "dim",
 }
 """A style of rich for each state."""

@@ -17,9 +17,10 @@ from textual.widgets import Button, Footer, Input, Label, ProgressBar, Static
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.ledger.board import Board
 
-from .lines import ALL_STATES, Line, Order, arranged, chosen, line_of_job, lines_of
+from .lines import Line, Order, arranged, chosen, line_of_job, lines_of
 from .seen import known_of
 from .source import Source
+from .states import ALL_STATES
 from .table import Table
 from .words import facts_of
 
@@ -144,7 +145,7 @@ class Top(App[None]):
     #question Button { margin-right: 2; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        # Before the table has it: else what is typed behind it at one go would be taken for keys, and a q would leave.
+        # With priority, so that the field has the focus at once: of "/queue" typed quickly the table would take the q.
         Binding("slash", "find", "find", priority=True),
         Binding("f", "next_state", "state"),
         Binding("s", "next_order", "sort"),
@@ -197,7 +198,7 @@ class Top(App[None]):
 
     @work
     async def look(self) -> None:
-        """Look once and show it; trouble is shown in the place of nothing.
+        """Look once and show it. Where that fails, the trouble is shown, and the lines of the last look stay.
 
         One look at a time, and none is broken off for the next one: where a look takes longer than a tick, none would
         ever be shown.

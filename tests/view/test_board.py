@@ -13,8 +13,9 @@ import pytest
 from pgbg_orchestration import Job, Launcher
 from pgbg_orchestration.ledger.board import HIDDEN, Board, look_at_all
 from pgbg_orchestration.postgres import activity
-from pgbg_orchestration.view.lines import BY_HAND, NOT_VISIBLE, lines_of
+from pgbg_orchestration.view.lines import lines_of
 from pgbg_orchestration.view.source import ServerSource
+from pgbg_orchestration.view.states import BY_HAND, NOT_VISIBLE
 from tests.core.kit import GENEROUS, Watched, effect, slow, within
 
 pytestmark = pytest.mark.any_surface

@@ -11,16 +11,8 @@ import pytest
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
 from pgbg_orchestration.ledger.history import Durations, JobEntry
 from pgbg_orchestration.postgres.activity import Activity, Blocker, Command
-from pgbg_orchestration.view.lines import (
-    BY_HAND,
-    NOT_VISIBLE,
-    Order,
-    arranged,
-    chosen,
-    lines_of,
-    orchestrator_of,
-    wait_of,
-)
+from pgbg_orchestration.view.lines import Order, arranged, chosen, lines_of, orchestrator_of, wait_of
+from pgbg_orchestration.view.states import BY_HAND, NOT_VISIBLE
 from pgbg_orchestration.view.web.data import link_of, of_board
 from pgbg_orchestration.view.web.metrics import exposition
 from pgbg_orchestration.view.words import BLOCKERS_QUERY, facts_of, progress, usual_of

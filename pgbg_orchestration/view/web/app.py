@@ -77,7 +77,7 @@ class _Hardened:
 
 
 class _Opened:
-    """A source that is opened when it is first asked for: an app that is mounted in another one has no beginning."""
+    """A source that is opened when it is first asked for: a mounted app is told of no startup."""
 
     def __init__(self, open_source: Callable[[], AbstractAsyncContextManager[Source]]) -> None:
         self._open = open_source

@@ -11,7 +11,8 @@ from prometheus_client.registry import Collector
 
 from pgbg_orchestration.ledger.board import Board
 from pgbg_orchestration.telemetry import prefix_of
-from pgbg_orchestration.view.lines import ALL_STATES, Line, lines_of
+from pgbg_orchestration.view.lines import Line, lines_of
+from pgbg_orchestration.view.states import ALL_STATES
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

@@ -6,7 +6,7 @@ const EVERY = 2000; // milliseconds between two looks at what runs
 const TIMELINE_EVERY = 15000;
 const SIGNS = { running: "▶", waiting: "…", committed: "✓", cancelled: "⊘", failed: "✗", lost: "✗", unknown: "?", "by hand": "☞", "not visible": "◌" };
 const MOST_LANES = 30; // labels on the timeline
-const LANES_OF_PAST = 10; // of them at least, where there are as many, for what is not at work
+const LANES_OF_PAST = 10; // of those, kept for labels of which nothing is at work, however many others are
 const FILE = window.PGBG_FILE;
 
 const $ = (id) => document.getElementById(id);
@@ -118,7 +118,7 @@ function showTable() {
   if (focused && !$("job").open) buttonOf(focused)?.focus();
   const notes = lines.length ? [] : [state.lines.length ? "none of the lines fits" : "no job that this login may see is at work, or ended a short while ago"];
   if (lines.length > shown.length) notes.push(`the first ${shown.length} of ${lines.length} lines: narrow them by label or state`);
-  if (state.leftOut) notes.push(`${state.leftOut.toLocaleString("en")} more that committed a short while ago are on the timeline only`);
+  if (state.leftOut) notes.push(`${state.leftOut.toLocaleString("en")} more that ended a short while ago are left out here`);
   if (state.notVisible) notes.push(`what ${state.notVisible.toLocaleString("en")} processes of the server are is not visible to this login, and of other owners' jobs it sees the workers at most`);
   $("table-note").textContent = notes.join("; ");
   for (const button of document.querySelectorAll("[data-sort]")) {
