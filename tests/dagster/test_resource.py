@@ -46,6 +46,7 @@ from pgbg_orchestration.ledger.history import JobEntry
 from pgbg_orchestration.view.lines import orchestrator_of
 from pgbg_orchestration.view.web.data import link_of
 from tests.conftest import Database
+from tests.core.kit import only_long
 
 pytestmark = [pytest.mark.servers("real"), pytest.mark.filterwarnings("ignore:.*currently in (beta|preview).*")]
 
@@ -564,7 +565,7 @@ def reexecuted() -> None:
     configured()
 
 
-@pytest.mark.parametrize("by", ["hand", "daemon"])
+@pytest.mark.parametrize("by", [pytest.param("hand", marks=only_long), "daemon"])
 def test_reexecution_after_a_failure_shares_what_committed(
     database: Database, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
