@@ -81,7 +81,7 @@ create table @schema@.job (
     primary key (owner, job_digest)
 );
 create index job_series on @schema@.job (owner, series_digest, generation);
--- For list_jobs.
+-- For find_jobs.
 create index job_digest on @schema@.job (job_digest);
 create index job_launched on @schema@.job (launched_at);
 create index job_label on @schema@.job (label text_pattern_ops, launched_at);

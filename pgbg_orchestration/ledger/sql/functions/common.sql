@@ -88,7 +88,7 @@ as $$
     order by starts_with(a.application_name, m.marker) desc limit 1
 $$;
 
--- Whether any backend bears that marker, whoever it is and wherever it works: a part of what marked asks, and soon said.
+-- Whether any backend bears that marker, whoever it is and wherever it works: less than marked asks, and quicker.
 create or replace function @schema@.is_borne(p_marker text) returns boolean
     language sql volatile
     set search_path = pg_catalog, pg_temp

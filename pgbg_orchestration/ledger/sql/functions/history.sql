@@ -1,7 +1,7 @@
 -- The history, as the launching side and supervisors write it, and forgetting it.
 
--- Writes an attempt's outcome into the history, unless a later attempt has begun; then, how the earlier one ended is told of
--- that one. p_reported_at: null, where nobody is told of it yet.
+-- Writes an attempt's outcome into the history: into the job's line, unless a later attempt's end is there
+-- already; and to the past attempts, where a later one has begun. p_reported_at: null, where nobody is told of it yet.
 create or replace function @schema@.record(
     p_owner text, p_job_id text, p_attempt int, p_outcome text, p_worker_pid int, p_started_at timestamptz,
     p_row_count bigint, p_command_tag text, p_error text[], p_reported_at timestamptz default clock_timestamp()

@@ -4,7 +4,7 @@
 -- committed before the launch; how the attempt before went goes to the past ones. Writes nothing when the launch must not
 -- be: 'reused' (the id stands for other SQL), 'committed' or 'cancelled' (there is a receipt), 'superseded', 'untold' (the
 -- same work failed, and nobody was told); nor, with p_only_new, when anything of the job or of its series is known:
--- 'known'. Then there is something to look at first, and no series is left either. p_when_orphaned: what is to become of
+-- 'known'. Whoever called has to look first then. A new series is taken back with what was refused. p_when_orphaned: what is to become of
 -- an orphan. p_statement: kept unless the setting pgbg.keep_sql is off.
 create or replace function @schema@.register_launch(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_kind text, p_sql_digest bytea,

@@ -1,6 +1,6 @@
 -- What can be seen of jobs.
 
--- What can be seen of jobs: first the locks, and only then, with a later snapshot, the receipts. A commit becomes
+-- A look: first the locks, and only then, with a later snapshot, the receipts. A commit becomes
 -- visible before its locks go, so in this order a committed job is never seen without both.
 create or replace function @schema@.look(p_owners text[], p_jobs bytea[], p_series bytea[])
     returns table (
@@ -138,7 +138,7 @@ begin
                    l.pid is not null as has_launcher, j.launched_at as at
             from @schema@.job j
             left join @schema@.receipt r on r.owner = j.owner and r.job_digest = j.job_digest
-            -- Once for each job, and not for each job and lock: a session's sixth call has a plan for few locks.
+            -- "offset 0": made once for each job. A plan for few locks would make it for each pair of job and lock.
             cross join lateral (select @schema@.lock_key('job', j.owner, j.job_digest) as key offset 0) k
             -- Anybody can take the lock.
             left join held h on h.key = k.key and (h.login is null or @schema@.is_member(h.login, j.owner))

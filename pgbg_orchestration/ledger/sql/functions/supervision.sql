@@ -9,9 +9,9 @@ begin atomic
         and pg_try_advisory_lock(@schema@.lock_key('job', @schema@.owner_for(p_owner), @schema@.digest(p_job_id)));
 end;
 
--- What begin_supervision does behind its locks, in the one statement that costs a new process the least, as try_begin
--- does. Says whether it did: null, where anything is against it; begin_supervision then says what, with a code. The locks
--- come in a statement before it, so that it sees what the supervisor before has written.
+-- What begin_supervision does once it has its locks, in one statement, as try_begin does. True: the receipt is claimed.
+-- Null: something is against it, and begin_supervision raises the error that says what. The locks are taken by an earlier
+-- statement (try_lock), so that this one sees what the supervisor wrote that had them before.
 create or replace function @schema@.try_claim(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea
 ) returns boolean
@@ -106,8 +106,8 @@ as $$
           and r.status = 'launching'
 $$;
 
--- Says how a supervised job ended, in the supervisor or by whoever found it out: 'committed', or 'failed' and 'unlaunched', which free the receipt for another
--- attempt. Returns whether there was anything to settle.
+-- Says how a supervised job ended, in the supervisor or by whoever found it out: 'committed', or 'failed' and
+-- 'unlaunched', which free the receipt for another attempt. Returns whether there was anything to settle.
 create or replace function @schema@.end_supervision(
     p_owner text, p_job_id text, p_attempt int, p_outcome text, p_worker_pid int, p_row_count bigint,
     p_command_tag text, p_error text[]
@@ -230,7 +230,8 @@ begin
     if v_error is not null then
         perform @schema@.await_no_standby();
         perform @schema@.end_supervision(
-            p_owner, p_job_id, p_attempt, case when v_error[1] in ('53000', '53400', '53100') then 'unlaunched' else 'failed' end,
+            p_owner, p_job_id, p_attempt,
+            case when v_error[1] in ('53000', '53400', '53100') then 'unlaunched' else 'failed' end,
             null, null, null, v_error);
         commit;
         -- Its report comes before its end: the next supervisor must not meet these locks.
