@@ -56,6 +56,7 @@ LARGE = [
     Scenario("two launchers, one dies and one loses its session", SAME, crash=1, lose_session=1),
     Scenario("a cancel that is lifted, a newer generation", OLD_AND_NEW, (0,), lifting=(0,)),
     Scenario("a lost session, a newer generation", OLD_AND_NEW, lose_session=1),
+    Scenario("a newer generation, one is asked to end", OLD_AND_NEW, ask=1),
     Scenario("two launchers, a launch call is lost on its way, one dies", SAME, lose_launch=1, crash=1),
     Scenario("two launchers, one is asked to end, one dies", SAME, ask=1, crash=1),
     Scenario(
