@@ -54,6 +54,8 @@ def test_notices_progress_and_the_blocker(lab: Lab, name: str) -> None:
         lab.wait(lambda: blocker in log(), "the blocker's name in the task's log", 180)
     assert lab.processes.wait_for_run(dag_id, run, 600) == "success"
 
+    # A trigger's words and its event reach the process that writes the log in two ways: the last words may come later.
+    lab.wait(lambda: f"the {NOTICES} th" in log(), "the last notice in the task's log", 120)
     told = log()
     assert [int(number) for number in re.findall(r"NOTICE: the (\d+) th", told)] == [*range(1, NOTICES + 1)]
     percents = [int(number) for number in re.findall(r"CREATE INDEX, building index: scanning table: (\d+) %", told)]
