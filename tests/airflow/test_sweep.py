@@ -202,7 +202,7 @@ class TestOrphans:
             asked += 1
             with database.connect() as admin:
                 admin.execute("update pgbg.job set launcher_pid = (select pid from pg_stat_activity where"
-                              " application_name = 'pgbg: looking' limit 1)")  # fmt: skip
+                              " application_name = 'pgbg: listing' limit 1)")  # fmt: skip
             return {LOAD: "failed"}
 
         await _sweep(database, answer)

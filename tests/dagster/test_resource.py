@@ -7,8 +7,6 @@ from typing import Any
 import psycopg
 import pytest
 from dagster import (
-    AssetCheckExecutionContext,
-    AssetCheckResult,
     AssetExecutionContext,
     AssetKey,
     DagsterInstance,
@@ -21,7 +19,6 @@ from dagster import (
     SensorEvaluationContext,
     SkipReason,
     asset,
-    asset_check,
     build_asset_context,
     build_sensor_context,
     execute_job,
@@ -40,7 +37,6 @@ from dagster_resource import (
     Sql,
     partition_parameters,
     pg_background_asset,
-    pg_background_asset_check,
 )
 from pgbg_orchestration.ledger.history import JobEntry
 from pgbg_orchestration.view.lines import orchestrator_of
@@ -248,78 +244,6 @@ class TestRunMany:
 
         assert not materialize([many], resources={"pg": pg}, raise_on_error=False).success
         assert count(sql, "select count(*) from t") == 1
-
-
-class TestChecks:
-    @pytest.mark.parametrize(
-        ("query", "expect", "passed"),
-        [
-            ("select 1 where false;", "no_rows", True),
-            ("select * from generate_series(1, 200000) -- more than a worker's output queue holds", "no_rows", False),
-            ("select true", "true", True),
-            ("select false", "true", False),
-            ("select null::boolean", "true", False),
-            ("select true where false", "true", False),
-            ("values (true), (false)", "true", False),
-            ("select true, false", "true", False),
-            ("select true as a, false as a", "true", False),
-            ("select true, null::boolean", "true", False),
-            ("select true, true from generate_series(1, 3)", "true", True),
-            ("select", "true", False),
-            ("with pgbg_answer as (select true) table pgbg_answer", "true", True),
-        ],
-    )
-    def test_query_holds_or_not(self, pg: PgBackgroundResource, query: str, expect: Any, passed: bool) -> None:
-        @asset
-        def checked() -> None: ...
-
-        @pg_background_asset_check(asset=checked, expect=expect)
-        def holds() -> str:
-            return query
-
-        run = materialize([checked, holds], resources={"pg": pg})
-        assert [check.passed for check in run.get_asset_check_evaluations()] == [passed]
-
-    def test_the_number_of_rows_that_are_wrong(self, pg: PgBackgroundResource) -> None:
-        found = pg.check(None, "select * from generate_series(1, 200000)")
-
-        assert values(found.metadata or {})["pgbg/violations"] == 200_000
-
-    def test_what_is_no_boolean_is_neither_true_nor_false(self, pg: PgBackgroundResource) -> None:
-        with pytest.raises(PgBackgroundFailure, match="a column that is no boolean: total") as caught:
-            pg.check(None, "select true, count(*) as total from generate_series(1, 3)", expect="true")
-        assert caught.value.sqlstate == "22P02"
-
-    @pytest.mark.parametrize("expect", ["no_rows", "true"])
-    def test_a_role_that_may_do_nothing_but_read(
-        self, database: Database, sql: psycopg.Connection[Any], expect: Any
-    ) -> None:
-        sql.execute("drop role if exists dagster_reader")
-        sql.execute("create role dagster_reader login in role pgbackground_role")
-        try:
-            sql.execute("create table t as select true as holds")
-            sql.execute(f'revoke temporary on database "{sql.info.dbname}" from public'.encode())
-            sql.execute("grant select on t to dagster_reader")
-            pg = PgBackgroundResource(conninfo=database.conninfo_as("dagster_reader"))
-
-            found = pg.check(None, "select * from t", expect=expect)
-
-            assert found.passed is (expect == "true")
-        finally:
-            sql.execute("drop owned by dagster_reader; drop role dagster_reader")
-
-    def test_resource_in_a_check_of_ones_own(self, pg: PgBackgroundResource) -> None:
-        @asset
-        def checked() -> None: ...
-
-        @asset_check(asset=checked)
-        def holds(context: AssetCheckExecutionContext, pg: PgBackgroundResource) -> AssetCheckResult:
-            return pg.check(context, "select 1 where %s", parameters=[True])
-
-        run = materialize([checked, holds], resources={"pg": pg})
-        (check,) = run.get_asset_check_evaluations()
-        assert not check.passed
-        assert values(check.metadata)["pgbg/violations"] == 1
 
 
 def test_op_of_a_job_without_assets(pg: PgBackgroundResource, sql: psycopg.Connection[Any]) -> None:
