@@ -175,7 +175,7 @@ declare
     v_values  text;
     v_arrays  text;
     v_sizes   text;
-    v_rows    bigint;
+    v_rows    bigint := 0;
     v_blocks  bigint;
     v_span    bigint;
     v_first   bigint;
@@ -216,8 +216,8 @@ begin
             join jsonb_array_elements(v_columns) with ordinality t (c, n) using (n);
         v_columns := coalesce(v_columns, '[]');
     end if;
-    execute format('select count(*) from %s', v_table) into v_rows;
-    if v_values is null or v_rows > p_max_rows then
+    if v_values is null then
+        execute format('select count(*) from %s', v_table) into v_rows;
         perform @schema@.keep_chunk(
             p_owner, p_job_id, p_statement, 0, v_rows::int, null, v_rows, 0, p_max_rows, p_max_bytes);
     else
@@ -231,7 +231,12 @@ begin
                 ') as part', v_arrays, v_sizes, v_values, v_table, v_first, v_first + v_span
             ) into v_count, v_cells, v_size;
             continue when v_count = 0;
+            v_rows := v_rows + v_count;
             v_bytes := v_bytes + v_size;
+            if v_rows > p_max_rows or v_bytes > p_max_bytes then
+                -- Refused, with the number of all. Only here are they counted: it reads the whole table.
+                execute format('select count(*) from %s', v_table) into v_rows;
+            end if;
             perform @schema@.keep_chunk(
                 p_owner, p_job_id, p_statement, v_first, v_count, v_cells, v_rows, v_bytes, p_max_rows, p_max_bytes);
         end loop;
