@@ -66,6 +66,27 @@ class Lab:
         """What a query returns."""
         return self.admin.execute(query.encode(), arguments).fetchall()
 
+    def conflicting(self, name: str, sqlstate: str = "40001") -> str:
+        """Return SQL that meets a conflict each time, until :meth:`end_conflict`; then it commits one effect.
+
+        How often it runs is left open: a triggerer that takes a task over from another one runs it again in the same try.
+        """
+        return (
+            f"insert into effect (run, pid) values ('{name}', pg_backend_pid()); do $$ begin"
+            f" if not exists (select from conflict_ended where run = '{name}') then"
+            f" raise exception 'could not serialize' using errcode = '{sqlstate}'; end if; end $$"
+        )
+
+    def end_conflict(self, name: str) -> None:
+        """Have the SQL of :meth:`conflicting` commit from now on."""
+        self.admin.execute("insert into conflict_ended values (%s)", [name])
+
+    def wait_for_try(self, dag_id: str, run_id: str, number: int) -> None:
+        """Wait until the task ``job`` of a run is in its try of this number, or in a later one."""
+        self.wait(
+            lambda: self.processes.task(dag_id, run_id, "job")["try_number"] >= number, f"try {number} of {run_id}", 120
+        )
+
     def start(self, dag_id: str, run_id: str, sql: str) -> str:
         """Start a run of a probe and return its run id."""
         self.processes.wait_for_dag(dag_id)
@@ -167,7 +188,7 @@ def lab(airflow_server: Server, running: Running, tmp_path_factory: pytest.TempP
     conninfo = airflow_server.conninfo(jobs)
     with psycopg.connect(conninfo, autocommit=True) as admin:
         admin.execute("create table effect (run text, at timestamptz default clock_timestamp(), pid int)")
-        admin.execute("create sequence tries")
+        admin.execute("create table conflict_ended (run text primary key)")
         if not admin.execute("select 1 from pg_roles where rolname = %s", (MODEST,)).fetchone():
             admin.execute(sql.SQL("create role {} login").format(sql.Identifier(MODEST)))
         # What docs/airflow.md and the doctor ask for, and what the tests' own SQL touches.

@@ -48,17 +48,12 @@ def test_the_outcome_is_xcom(lab: Lab, dag_id: str) -> None:
 
 @pytest.mark.parametrize("sqlstate", ["40001", pytest.param("40P01", marks=only_long)])
 def test_a_conflict_is_retried_and_commits_once(lab: Lab, sqlstate: str) -> None:
-    # A sequence is not rolled back, so it counts the tries.
-    lab.rows("select setval('tries', 1, false)")
     name = f"retried-{sqlstate}"
-    sql = (
-        f"{_insert(name)}; do $$ begin if nextval('tries') < 3 then"
-        f" raise exception 'could not serialize' using errcode = '{sqlstate}'; end if; end $$"
-    )
-    run = lab.start("deferred_retried", name, sql)
+    run = lab.start("deferred_retried", name, lab.conflicting(name, sqlstate))
+    lab.wait_for_try("deferred_retried", run, 2)
+    lab.end_conflict(name)
 
     assert lab.processes.wait_for_run("deferred_retried", run) == "success"
-    assert lab.processes.task("deferred_retried", run, "job")["try_number"] == 3
     assert lab.effects(run) == 1
     assert lab.states(run) == ["committed"], "automatic retries share one job"
 
@@ -147,12 +142,10 @@ def test_mapped_tasks_are_jobs_of_their_own(lab: Lab) -> None:
 
 def test_a_batch_commits_each_job_and_retries_those_that_did_not(lab: Lab) -> None:
     lab.processes.wait_for_dag("batch")
-    lab.rows("select setval('tries', 1, false)")
-    two = (
-        f"{_insert('batch-two')}; do $$ begin if nextval('tries') < 2 then"
-        " raise exception 'could not serialize' using errcode = '40001'; end if; end $$"
-    )
-    run = lab.processes.trigger_dag("batch", run_id="batch", conf={"one": _insert("batch-one"), "two": two})
+    conf = {"one": _insert("batch-one"), "two": lab.conflicting("batch-two")}
+    run = lab.processes.trigger_dag("batch", run_id="batch", conf=conf)
+    lab.wait_for_try("batch", run, 2)
+    lab.end_conflict("batch-two")
 
     assert lab.processes.wait_for_run("batch", run) == "success"
     ends = lab.processes.xcom("batch", run, "job")
