@@ -43,7 +43,8 @@ SETTINGS: Mapping[str, str] = {
     "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
     "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT_CHECK_INTERVAL": "10",
     "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
-    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "8",
+    # Below Airflow's 30 s, so that a killed one is soon replaced; a busy machine's that lives must not be.
+    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "16",
     "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
     # How long a worker may take to notice that its task has deferred; a resumed task is kept back for so long.
     "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",

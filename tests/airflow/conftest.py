@@ -69,7 +69,7 @@ class Lab:
     def conflicting(self, name: str, sqlstate: str = "40001") -> str:
         """Return SQL that meets a conflict each time, until :meth:`end_conflict`; then it commits one effect.
 
-        How often it runs is left open: a triggerer that takes a task over from another one runs it again in the same try.
+        How often it runs is left open: a triggerer that takes over from another one runs it again in the same try.
         """
         return (
             f"insert into effect (run, pid) values ('{name}', pg_backend_pid()); do $$ begin"

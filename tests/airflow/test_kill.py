@@ -105,7 +105,7 @@ def test_a_triggerer_that_was_stalled_cancels_nothing(lab: Lab) -> None:
 
 
 def test_a_killed_triggerer_is_replaced(lab: Lab) -> None:
-    run = lab.start("deferred", "triggerer-killed", _long("triggerer-killed", 20))
+    run = lab.start("deferred", "triggerer-killed", _long("triggerer-killed", 30))
     worker = lab.wait_for_worker(run)
     busy = lab.triggerer_of(run)
 

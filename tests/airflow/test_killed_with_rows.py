@@ -71,7 +71,7 @@ def _ends_with_the_rows(lab: Lab, dag_id: str, run: str, worker: int) -> None:
 
 
 def test_a_triggerer_while_the_job_is_at_work(lab: Lab) -> None:
-    run = lab.start("deferred_rows", "rows-triggerer", _work("rows-triggerer", 20))
+    run = lab.start("deferred_rows", "rows-triggerer", _work("rows-triggerer", 30))
     worker = lab.wait_for_worker(run)
     busy = lab.triggerer_of(run)
 

@@ -204,7 +204,7 @@ class TestInARealAirflow:
 
     @only_long
     def test_another_triggerer_goes_on_with_it(self, lab: Lab) -> None:
-        run = lab.start("started", "started-killed", f"{_insert('started-killed')}; select pg_sleep(20)")
+        run = lab.start("started", "started-killed", f"{_insert('started-killed')}; select pg_sleep(30)")
         worker = lab.wait_for_worker(run)
         busy = lab.triggerer_of(run)
 
