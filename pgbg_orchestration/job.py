@@ -186,7 +186,7 @@ class Job:
             )
         return kind
 
-    def to_be_heard(self) -> Job:
+    def with_notices(self) -> Job:
         """Return the job as it runs when its notices are asked for.
 
         A single CALL is supervised, since its procedure may commit, and a supervisor alone has its worker's output.

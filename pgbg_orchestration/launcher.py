@@ -26,8 +26,8 @@ from .rows import NoRows, Rows
 from .stream import Stream
 from .telemetry import observing
 from .walk import failures
-from .walk.conclusion import count
 from .walk.host import Host
+from .walk.recording import count
 from .walk.run import cancel_job, run_job
 from .walk.streamed_rows import Feed
 

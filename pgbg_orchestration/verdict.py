@@ -6,8 +6,8 @@ How to read the signs:
 
 - A receipt says how the job ended, and nothing else does. "Completed without an error" and a command tag do not: both
   are written before the commit. An error does not either: a committed job can report one.
-- A held lock means a worker at work. Neither lock nor receipt means only that launching again is safe (the worker
-  itself refuses to be the second), not that nothing will run.
+- A held lock means a worker at work. Neither lock nor receipt means only that launching again is safe (of two workers
+  the second is turned away), not that nothing will run.
 - The evidence is gathered in this order: the handle's report, the lock, the receipt. A worker that is seen to have
   ended, whose lock is then seen free, and that has no receipt after that, did not commit.
 """
@@ -17,10 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-ALREADY_COMMITTED = "PB001"
-TURNED_AWAY = "PB002"
-REFUSED = "PB003"
-OURS = (ALREADY_COMMITTED, TURNED_AWAY, REFUSED)
+ALREADY_COMMITTED = "PB001"  # the job has a receipt
+TURNED_AWAY = "PB002"  # another worker holds the lock
+CALLED_OFF = "PB003"  # the job is marked, or a newer generation registered
+OURS = (ALREADY_COMMITTED, TURNED_AWAY, CALLED_OFF)
+"""The codes with which a worker is turned away before the job's SQL begins."""
 CANCELED = "57014"
 
 
@@ -28,7 +29,7 @@ class Receipt(Enum):
     """What the job's receipt says. A result read to its end, and verify_sql, count as one."""
 
     NONE = auto()
-    LAUNCHING = auto()  # a supervisor claimed it, and has not said how its worker ended
+    LAUNCHING = auto()  # a supervisor claimed it, and has not written down how its worker ended
     COMMITTED = auto()
     CANCELLED = auto()
 
@@ -76,27 +77,27 @@ class Evidence:
     superseded:
         A newer generation of the series is registered, or the receipt was cancelled for that reason.
     registered:
-        This process registered the launch that comes next, so newer generations are ruled out as of then.
+        This process has registered the launch that comes next: at that moment there was no newer generation.
     sqlstate:
         The error of the worker that this process launched last.
     recorded_failure:
-        The launching side of a worker that this process was attached to wrote down how it failed, or the supervisor
-        of a worker whose launching side was gone by then.
+        The history has how a worker failed: one that this process was attached to, or one whose launching side was
+        gone, so that its supervisor wrote it down.
     output_blocked:
         The worker waits for its output to be read, and nobody does.
     launches_left, rejections_left:
-        How often a lost worker is launched again; how often a worker is launched again that was turned away
-        while nobody was seen to hold the lock.
+        How often the job may still be launched after a worker was lost; and after one was turned away while nobody
+        was seen to hold the lock.
     lift:
         A cancel of this job is to be taken back, since its orchestrator wants it to run after all.
     stray, gave_up:
-        A handle of this call was lost or let go, so its worker may begin at any time; and this call marked the job,
-        so that it cannot.
+        This call lost or gave up a handle, so its worker may begin at any time; this call marked the job, so that
+        this worker is turned away.
     verified:
         What verify_sql said, None before it was asked; ``can_verify`` whether there is one.
     may_begin:
         A worker without a receipt of its own may have been launched by somebody who is gone. Nobody has seen it at work
-        yet, so it may begin at any moment, and nothing would refuse it.
+        yet: it may begin at any moment, and nothing would turn it away.
     """
 
     carries_receipt: bool = True
@@ -126,7 +127,7 @@ class Step(Enum):
     REGISTER = auto()
     LAUNCH = auto()
     WAIT = auto()  # for the worker of this job
-    WAIT_FOR_SERIES = auto()  # for whoever holds the lock of the series
+    WAIT_FOR_SERIES = auto()  # until nobody else holds the lock of the series
     CLEAR_OLDER = auto()  # an older generation's worker is at work: cancel it or wait for it
     UNBLOCK = auto()  # read the worker's error, then detach it, so that it goes on
     SIGNAL = auto()  # cancel the worker that holds this job's lock
@@ -150,13 +151,13 @@ OUTCOMES = frozenset({Step.COMMITTED, Step.FAILED, Step.CANCELLED, Step.SUPERSED
 def judge(evidence: Evidence) -> Step:
     """Return the next step for a job, or its outcome.
 
-    A failure is told only when nothing of the job can commit any more: where a worker of this call may still begin,
-    the job is marked first.
+    A job fails only when nothing of it can commit any more: where a worker of this call may still begin, the job is
+    marked first.
 
     Parameters
     ----------
     evidence:
-        The evidence, gathered in the order that the module tells.
+        Gathered in the order above.
 
     Returns
     -------
@@ -187,7 +188,7 @@ def _judge(evidence: Evidence) -> Step:
     if evidence.intent is not Intent.NONE:
         return Step.MARK
     superseded = evidence.superseded or evidence.holder is Holder.NEWER
-    # An error that a worker reported is the job's end, unless a newer generation cancelled it, or we refused it.
+    # A worker's error is the job's end, unless the worker was turned away, or cancelled for a newer generation.
     if (
         evidence.report is Report.FAILED
         and evidence.sqlstate not in OURS
@@ -201,10 +202,10 @@ def _judge(evidence: Evidence) -> Step:
     if evidence.report is Report.ENDED:
         return Step.FAILED if evidence.recorded_failure else Step.LOST
     if evidence.report is Report.FAILED and evidence.sqlstate == ALREADY_COMMITTED:
-        return Step.FAILED  # the job's own SQL raised it: there is no receipt behind it
-    # Where a mark was the reason that has been lifted since, another launch goes well. Where the job's own SQL raises
-    # such a code, every launch ends like this one.
-    turned_away = evidence.report is Report.FAILED and evidence.sqlstate in (TURNED_AWAY, REFUSED)
+        return Step.FAILED  # there is no receipt: the job's own SQL raised this code
+    # Another launch goes well where the lock is free by now, or the mark was lifted. Where the job's own SQL raises
+    # such a code, every launch ends like this one: so they are counted.
+    turned_away = evidence.report is Report.FAILED and evidence.sqlstate in (TURNED_AWAY, CALLED_OFF)
     if turned_away and evidence.holder is Holder.NOBODY and not evidence.rejections_left:
         return Step.FAILED
     if evidence.recorded_failure:

@@ -1,4 +1,4 @@
-"""What the server shows of workers at work: how far a command is, what it waits for, and who is in the way.
+"""What the server shows of workers at work: how far a command is, what it waits for, and who blocks it.
 
 Everything is read in one query for all workers, from ``pg_stat_activity`` and the ``pg_stat_progress_*`` views
 (PostgreSQL manual, 27.4 "Progress Reporting"). What the login may not see comes as None.
@@ -19,11 +19,11 @@ from pgbg_orchestration.labels import LabelPattern
 
 from .catalog import QUERIES
 
-# Of two views that tell of one command the first counts: since 19 "cluster" is another name of "repack".
+# Where two views show the same command, the first counts: since 19 "cluster" is another name of "repack".
 VIEWS = ("repack", "create_index", "vacuum", "analyze", "cluster", "copy")
 
-# What a phase counts, by words of its name: done, and of how many. The first that fits and has a total. The counters
-# of an earlier phase stay, so each is asked for by its phase.
+# For each view: a word of the phase's name, and the counters of what is done and of how many. The first line that fits
+# and has a total counts. By phase, because the counters of an earlier phase keep their values.
 COUNTERS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "create_index": (
         ("waiting for", "lockers_done", "lockers_total"),
@@ -49,7 +49,7 @@ COUNTERS: Mapping[str, Sequence[tuple[str, str, str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """A session that holds the lock that a worker waits for, or stands before it in the queue.
+    """A session that holds the lock that a worker waits for, or waits for it before that worker.
 
     A pid of 0 is a prepared transaction. ``seconds``: how long its transaction is open.
     """
@@ -178,7 +178,7 @@ def query_for(views: Sequence[str], which: sql.Composable) -> sql.Composed:
 
 
 def activity_of(row: Mapping[str, Any]) -> Activity:
-    """Return what a row of the query says."""
+    """Read a row of :func:`query_for`'s query."""
     commands = row["commands"] or {}
     name = next((view for view in VIEWS if view in commands), None)
     return Activity(
@@ -193,7 +193,7 @@ def activity_of(row: Mapping[str, Any]) -> Activity:
 
 
 def command_of(view: str, counters: Mapping[str, Any]) -> Command:
-    """Return what a row of ``pg_stat_progress_<view>`` says."""
+    """Read a row of ``pg_stat_progress_<view>``."""
     name = str(counters.get("command") or view.replace("_", " ")).upper()
     phase = counters.get("phase")
     for word, done, total in COUNTERS[view]:

@@ -1,4 +1,4 @@
-"""What this room asks the server's own catalog: the named queries of ``queries.sql``, and three that others ask too."""
+"""Questions to the server's own catalog: the named queries of ``queries.sql``, and the three that other rooms ask."""
 
 from __future__ import annotations
 

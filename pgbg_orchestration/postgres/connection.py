@@ -29,7 +29,7 @@ KEEPALIVE: Mapping[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
-# What our own statements need, whatever the login's defaults are.
+# What the package's own statements need, whatever the login's defaults are.
 BOOKKEEPING = (
     ("default_transaction_isolation", "read committed"),
     ("default_transaction_read_only", "off"),
@@ -48,8 +48,8 @@ BOOKKEEPING = (
 REFUSED_LOGINS = ("28P01", "28000", "3D000")
 
 
-# Broken off by somebody's pg_cancel_backend, for want of memory, or as the victim of others: the same question may be
-# answered a moment later.
+# A cancel by somebody (pg_cancel_backend), a serialization failure, a deadlock, no memory: the same query may succeed
+# a moment later.
 PASSING = ("57014", "40001", "40P01", "53200")
 
 
@@ -57,7 +57,7 @@ SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 
 
 class ConnectionLost(Exception):
-    """The connection is gone, or did not answer in time; what was asked may have happened."""
+    """The connection is gone, or did not answer in time; the query may have been carried out."""
 
 
 def check(conninfo: str) -> None:
@@ -78,7 +78,7 @@ def check(conninfo: str) -> None:
 
 
 class ExtensionMoved(ConnectionLost):
-    """The connection is good for nothing any more: pg_background's functions are not where they were."""
+    """pg_background's functions are not where they were: a session that knows the old place can launch nothing."""
 
 
 async def connect(conninfo: Conninfo, application_name: str) -> AsyncConnection[Any]:
@@ -101,7 +101,7 @@ async def connect(conninfo: Conninfo, application_name: str) -> AsyncConnection[
         async with asyncio.timeout(pace.CALL):
             return await asyncio.shield(opening)
     except (asyncio.CancelledError, TimeoutError):
-        # Cancelled half way, it would stay open until it is collected: it is let come up, and closed.
+        # A connect that is cancelled half way stays open until it is garbage: let it finish, and close it.
         opening.add_done_callback(_finish)
         await asyncio.wait({opening}, timeout=pace.LOOK_SOONEST)
         raise
@@ -117,7 +117,7 @@ async def connect(conninfo: Conninfo, application_name: str) -> AsyncConnection[
 async def _wants_ssl_in_vain(options: Mapping[str, Any]) -> bool:
     """Ask a server that could not be connected to whether it has SSL, where the connection demands that.
 
-    libpq has no code for it, only a localised message; the server answers with one byte (PostgreSQL manual, 54.2.10).
+    libpq says so in a localised message only; the server answers with one byte (PostgreSQL manual, 54.2.10).
     """
     host, port = str(options.get("hostaddr") or options.get("host") or ""), str(options.get("port") or "5432")
     if options.get("sslmode") not in ("require", "verify-ca", "verify-full") or not host or host.startswith(("/", "@")):
@@ -167,7 +167,7 @@ async def configure(conn: AsyncConnection[Any], settings: tuple[tuple[str, str],
 
 
 def quoting(conn: AsyncConnection[Any]) -> Quote:
-    """Return what makes a literal of a value, by libpq's own quoting: a tenth of the work of composing the SQL."""
+    """Return what makes a literal of a value, by libpq's own quoting: ten times as fast as ``sql.Literal``."""
     escape = pq.Escaping(conn.pgconn).escape_literal
 
     def quote(value: str | int | bytes | None) -> str:
@@ -188,7 +188,7 @@ def is_lost(conn: AsyncConnection[Any], error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Tell whether ``error`` says nothing of what was asked: it was broken off."""
+    """Tell whether the query may succeed when it is tried again: it was cancelled, or the victim of others."""
     return isinstance(error, psycopg.Error) and error.sqlstate in PASSING
 
 
@@ -202,12 +202,12 @@ async def close(conn: AsyncConnection[Any]) -> None:
 
 @asynccontextmanager
 async def for_a_question(conninfo: Conninfo, application_name: str) -> AsyncIterator[AsyncConnection[Any]]:
-    """Lend a connection for a few statements beside the job's way.
+    """Lend a connection of its own for a few statements, and close it.
 
     Raises
     ------
     ConnectionLost
-        The server cannot be reached now, or went away meanwhile: ask again.
+        The server cannot be reached now, or went away meanwhile; it may be tried again.
     psycopg.OperationalError
         It refuses the login.
     """

@@ -1,4 +1,4 @@
-"""Plain questions about a statement or an error: its result's columns, its fields, and whether work is done."""
+"""What a statement's result looks like, before it is run; the fields of an error; and the answer of a verify_sql."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Readable:
         The column definition list of its last statement; None for one without rows, whose result is the tag of each
         statement.
     padded:
-        Another statement, without rows, was put behind the job's own, so that no rows are sent: the job's own tag is
-        the last but one.
+        Another statement, without rows, was put behind the job's own, so that no rows are sent: the job's tag is the
+        last but one then.
     """
 
     text: str
@@ -47,7 +47,7 @@ async def named_columns_of(conn: AsyncConnection[Any], text: str) -> list[tuple[
     psycopg.Error
         The server refuses the statement.
     """
-    # psycopg has no describe without a run; it is made of the parts that psycopg makes its own calls of.
+    # psycopg has no describe without a run: these are the calls that its execute() is made of.
     async with conn.lock:
         conn.pgconn.send_prepare(b"", text.encode())
         _accepted(await conn.wait(generators.execute(conn.pgconn)))
@@ -62,12 +62,12 @@ async def named_columns_of(conn: AsyncConnection[Any], text: str) -> list[tuple[
 async def gives_columns(conn: AsyncConnection[Any], text: str, settings: str) -> bool:
     """Return whether ``text`` gives columns, as :func:`named_columns_of` does, in one round trip.
 
-    It is not to be cancelled on its way: the connection would have answers left that nobody asked for.
+    Not to be cancelled on its way: answers would be left on the connection, and taken for those of the next query.
 
     Parameters
     ----------
     settings:
-        The query that has them hold for a transaction: names mean other things in another search_path.
+        The query that sets what the statement's meaning depends on, such as the search_path, for a transaction.
 
     Raises
     ------

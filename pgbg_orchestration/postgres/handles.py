@@ -30,12 +30,13 @@ from .describe import Readable
 from .pg_background import OUTPUT_WAITS, Extension, Handle, Progress, ResultInfo
 
 T = TypeVar("T")
-Hearing: TypeAlias = Callable[[psycopg.errors.Diagnostic], None]
+OnNotice: TypeAlias = Callable[[psycopg.errors.Diagnostic], None]
+"""Called with each message that a worker's SQL raises, as it is raised."""
 logger = logging.getLogger("pgbg_orchestration")
 TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
 DETACHES = 4  # tries, before a session that cannot forget its handles is given up
-KEYS = f"keys_{secrets.token_hex(8)}"  # stands in the query that records for what is recorded; in no name besides
-ASKED_ALL = 20  # polls, after which each handle is asked for by itself
+KEYS = f"keys_{secrets.token_hex(8)}"  # in the recording query: the place of its rows. Random: no schema is named so
+ASK_EACH = 20  # every so many polls ask for each handle, whatever the list of workers says
 
 
 class ReceiptKey(NamedTuple):
@@ -48,7 +49,7 @@ class ReceiptKey(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """The receipt of a launch: it committed, and its end is in the history."""
+    """The receipt of a launch that committed, and whose end is in the history."""
 
     worker_pid: int
     started_at: datetime
@@ -56,32 +57,32 @@ class Proof(NamedTuple):
 
 
 class Nudge:
-    """That somebody should look before the time: an event for one that waits, without a task for each wait."""
+    """Ends a wait early: an event for a single waiter, which needs no task to wait for it."""
 
-    __slots__ = ("_given", "call")
+    __slots__ = ("_is_set", "call")
 
     def __init__(self) -> None:
-        self._given = False
-        self.call: Callable[[], None] | None = None  # wakes who waits
+        self._is_set = False
+        self.call: Callable[[], None] | None = None  # wakes the waiter
 
     def set(self) -> None:
-        """Give it."""
-        self._given = True
+        """End the wait, or the next one where nobody waits now."""
+        self._is_set = True
         if self.call is not None:
             self.call()
 
     def clear(self) -> None:
-        """Take it back: it was looked."""
-        self._given = False
+        """Let the next wait take its time."""
+        self._is_set = False
 
     def is_set(self) -> bool:
-        """Say whether it was given since."""
-        return self._given
+        """Say whether it was set since the last wait."""
+        return self._is_set
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """A worker that this process launched: its handle, and the future of how it ended.
+    """A worker that this process launched: its handle, and the future of its end.
 
     ``end`` gets the last ``ResultInfo``, or None when the handle is lost.
     """
@@ -92,8 +93,8 @@ class Worker:
     end: asyncio.Future[ResultInfo | None]
     poll_interval: float | None = None  # the longest time between two polls; None for the usual one
     receipt_key: ReceiptKey | None = None  # the launch that its receipt would prove, where it writes one
-    proof: Proof | None = None  # that receipt, read after its commit was heard of; it is in the history then
-    nudged: Nudge = field(default_factory=Nudge)  # somebody should look at it before its time
+    proof: Proof | None = None  # that receipt, once this session has read it and written it into the history
+    nudge: Nudge = field(default_factory=Nudge)  # to whoever follows it: look now
 
     @property
     def gone(self) -> bool:
@@ -123,23 +124,24 @@ class HandleSession:
     extension:
         pg_background as installed there.
     recording:
-        The query that reads the receipts of launches, writes their ends into the history, and tells both; of receipts'
-        keys and of handles, a row each in the place of ``KEYS``. None: nothing is heard of.
+        The query that reads the receipts of launches, and writes the ends of those that committed into the history.
+        ``KEYS`` in it stands for a row for each launch: the key of its receipt, and its handle. None: hints are not
+        acted on here.
     """
 
     def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: bytes | None = None) -> None:
         self._conn = conn
         self.extension = extension
         self._recording = recording
-        self._heard: dict[Handle, Worker] = {}
+        self._hints: dict[Handle, Worker] = {}
         self._recorder: asyncio.Task[None] | None = None
         self._polls, self._looked = 0, 0.0
         self._due = 0.0  # when it polls next
-        self._shortest: float | None = None  # of the intervals that its callers gave
-        self._may_poll = pace.POLLING_AT_ONCE  # for so many seconds, as things stood when it last polled
+        self._shortest: float | None = None  # the shortest poll_interval that a caller gave
+        self._may_poll = pace.POLLING_AT_ONCE  # seconds of polling that were left after the last poll
         self.workers: dict[Handle, Worker] = {}
         self.lost = False
-        self.is_clean = True  # no reader has left settings of its own, or a statement that was broken off
+        self.is_clean = True  # False once a reader has left settings of its own here, or an unfinished statement
         self._token = secrets.token_hex(8)
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -179,9 +181,9 @@ class HandleSession:
         return worker
 
     async def wait_for(self, worker: Worker) -> None:
-        """Have the server wait for a worker's end, and for a moment only, in place of the first polls.
+        """Have the server wait a moment for a worker's end, in place of the first polls.
 
-        This session does nothing else meanwhile. Whatever goes wrong, or is not known then, its polls find out.
+        This session does nothing else meanwhile. An end that comes later, or an error here, is for the polls to find.
         """
         async with self._turn:
             if self.lost or worker.end.done() or self.workers.get(worker.handle) is not worker:
@@ -206,14 +208,14 @@ class HandleSession:
         try:
             await self._poll_in_turn()
         except Exception:
-            # Whatever it was: nobody would poll these workers any more. Their receipts tell how they end.
+            # Nobody would poll these workers any more. Their receipts tell how they end.
             logger.exception("the polling of a launching session failed; its workers are followed by their receipts")
             self._give_up()
 
     async def _poll_in_turn(self) -> None:
         loop = asyncio.get_running_loop()
         while not self.lost and (pause := self._pause(loop.time())) is not None:
-            # One query polls all: the one that is due first sets the pace, but for what polling may cost.
+            # One query polls all, when the first worker is due, or later, where polling has cost too much.
             pause = max(pause, self._resting)
             self._wake.clear()
             self._due = loop.time() + pause
@@ -225,14 +227,14 @@ class HandleSession:
 
     @property
     def _resting(self) -> float:
-        """How long it may not poll, for what it has polled."""
+        """Seconds without a poll, after polls that took more than their share of the time."""
         return min(-self._may_poll / pace.POLLING, pace.LOOK_SOONEST)
 
     def _pause(self, now: float) -> float | None:
         """Return how long to wait before the next poll; None where no worker is waited for.
 
-        The youngest sets the pace, and one with a shorter interval: further back than to where none could be due
-        sooner, nobody is looked at.
+        The younger a worker, the sooner it is due, unless a caller gave an interval. So the youngest is looked at
+        first, and those are left out that are too old to be due sooner, even with the shortest interval.
         """
         pause = None
         for worker in reversed(self.workers.values()):
@@ -252,28 +254,28 @@ class HandleSession:
             self._polls, began = self._polls + 1, asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(pace.CALL):
-                    token, tracked, ended = await self.extension.ended(self._conn, TOKEN)
+                    token, tracked, handles = await self.extension.ended(self._conn, TOKEN)
                     self._check_token(token)
-                    if tracked < len(self.workers) or self._polls % ASKED_ALL == 0:
-                        ended = [*self.workers]  # one is missing; and now and then each is asked for by itself
+                    if tracked < len(self.workers) or self._polls % ASK_EACH == 0:
+                        handles = [*self.workers]  # the list lacks one, or it is time to ask for each
                     await self._look_for_blocked()
-                    asked = [handle for handle in ended if self._waits_for(handle)]
-                    found = await self.extension.ends(self._conn, asked) if asked else {}
+                    handles = [handle for handle in handles if self._waits_for(handle)]
+                    infos = await self.extension.ends(self._conn, handles) if handles else {}
             except PoolerInTransactionMode as error:
                 self._give_up(error)
                 return
             except (psycopg.Error, OSError, TimeoutError):
-                # Whatever it was, this session cannot tell its workers' state any more; their receipts can.
+                # This session cannot tell its workers' state any more; their receipts can.
                 self._give_up()
                 return
             self._answered = asyncio.get_running_loop().time()
             self._may_poll = pace.polling_left(self._may_poll, began - self._polled, self._answered - began)
             self._polled = self._answered
-            told = [(self.workers[handle], info) for handle, info in found.items() if handle in self.workers]
-            # What would have been done at a notification, had it come before.
-            well = [worker for worker, info in told if info is not None and not info.has_error]
-            await self._record_and_forget([w for w in well if w.receipt_key is not None and not w.end.done()])
-        for worker, info in told:
+            reports = [(self.workers[handle], info) for handle, info in infos.items() if handle in self.workers]
+            # These have committed, it seems: what a hint would have had done is done now.
+            faultless = [worker for worker, info in reports if info is not None and not info.has_error]
+            await self._record_and_forget([w for w in faultless if w.receipt_key is not None and not w.end.done()])
+        for worker, info in reports:
             if not worker.end.done():
                 worker.end.set_result(info)
 
@@ -282,7 +284,7 @@ class HandleSession:
         return worker is not None and not worker.end.done()
 
     async def _look_for_blocked(self) -> None:
-        """Now and then, have whoever follows a worker look at it that waits for its output to be read."""
+        """Now and then, find workers that wait for their output to be read, and have whoever follows them look."""
         if (now := asyncio.get_running_loop().time()) < self._looked + pace.BLOCKED:
             return
         self._looked = now
@@ -291,7 +293,7 @@ class HandleSession:
             return
         for worker in self.workers.values():
             if worker.handle.pid in pids and not worker.end.done():
-                worker.nudged.set()  # a hint: the pid of a handle can be another's
+                worker.nudge.set()  # to look, not to believe it: the pid of a handle can be another's
 
     def _check_token(self, token: str | None) -> None:
         if token != self._token:
@@ -303,34 +305,34 @@ class HandleSession:
     # Hearing ------------------------------------------------------------------------------------------------------
 
     def hear(self, worker: Worker) -> None:
-        """Take a hint that a worker's launch may have committed: its receipt is read, and nothing else believed."""
+        """Take a hint that a worker may have committed: its receipt is read, and decides."""
         if worker.end.done() or self.lost:
             return
         if worker.receipt_key is None or self._recording is None:
-            worker.nudged.set()
+            worker.nudge.set()
             return
-        self._heard[worker.handle] = worker
+        self._hints[worker.handle] = worker
         if self._recorder is None or self._recorder.done():
-            self._recorder = asyncio.create_task(self._record_heard())
+            self._recorder = asyncio.create_task(self._record_hints())
             self._recorder.add_done_callback(self._released)
 
-    async def _record_heard(self) -> None:
-        """Read the receipts of all launches that were heard of meanwhile, and write down how they ended, together."""
-        while self._heard and not self.lost:
+    async def _record_hints(self) -> None:
+        """Record the ends of all launches that hints came for meanwhile, together."""
+        while self._hints and not self.lost:
             async with self._turn:
-                heard, self._heard = self._heard, {}
-                await self._record_and_forget([worker for worker in heard.values() if not worker.end.done()])
+                hints, self._hints = self._hints, {}
+                await self._record_and_forget([worker for worker in hints.values() if not worker.end.done()])
 
     async def _record_and_forget(self, workers: Sequence[Worker]) -> None:
-        """Tell how launches ended that committed, when their ends are in the history, and forget their handles."""
+        """Write the ends of those that committed into the history, tell who waits for them, and forget the handles."""
         if not workers or self._recording is None or self.lost:
             return
-        ended = await self._record(workers)
-        for worker, info in ended:
+        ends = await self._record(workers)
+        for worker, info in ends:
             if not worker.end.done():
                 worker.end.set_result(info)
-        if ended and not self.lost:
-            await self._forget([worker for worker, _ in ended])
+        if ends and not self.lost:
+            await self._forget([worker for worker, _ in ends])
 
     async def _record(self, workers: Sequence[Worker]) -> list[tuple[Worker, ResultInfo]]:
         assert self._recording is not None
@@ -348,20 +350,20 @@ class HandleSession:
                 rows = await cursor.fetchall()
         except (psycopg.Error, OSError, TimeoutError) as error:
             if self._give_up_if_lost(error) or len(workers) == 1:
-                return []  # it was a hint: the poll finds out
+                return []  # the poll finds its end
             return [pair for worker in workers for pair in await self._record([worker])]
         faults.point("after_record")
-        ended = []
+        ends = []
         for number, pid, started_at, seen_at, row_count, tag, recorded in rows:
             if not recorded:
                 continue  # its report is not there yet, or the history has no line of it
             worker = workers[number]
             worker.proof = Proof(pid, started_at, seen_at)
-            ended.append((worker, ResultInfo(True, False, row_count, tag, started_at, seen_at)))
-        return ended
+            ends.append((worker, ResultInfo(True, False, row_count, tag, started_at, seen_at)))
+        return ends
 
     async def _forget(self, workers: Sequence[Worker]) -> None:
-        """Forget handles whose ends are in the history; the server has forgotten those whose results were read."""
+        """Forget handles whose ends are in the history; those whose results were read are forgotten already."""
         known = [worker for worker in workers if self.workers.pop(worker.handle, None) is not None]
         handles = [worker.handle for worker in known if worker.receipt_key is None or not worker.receipt_key.is_padded]
         if handles:
@@ -369,15 +371,15 @@ class HandleSession:
         faults.point("after_detach")
 
     async def _detach(self, question: Callable[[], Awaitable[None]]) -> None:
-        """Have the server forget handles, in this session's turn; again where that is broken off."""
+        """Have the server forget handles, and try again where somebody cancels that. Called in this session's turn."""
         for attempt in range(DETACHES):
             if await self._is_done(question):
                 return
             await asyncio.sleep(pace.backoff(attempt))
-        self._give_up()  # what it keeps counts against pg_background.max_workers; it can be done without
+        self._give_up()  # handles that it keeps count against pg_background.max_workers: another session is opened
 
     async def _is_done(self, question: Callable[[], Awaitable[None]]) -> bool:
-        """Ask; returns False where it was broken off, and may be asked again."""
+        """Ask; returns False where the query was cancelled, and may be tried again."""
         try:
             async with asyncio.timeout(pace.CALL):
                 await question()
@@ -400,25 +402,20 @@ class HandleSession:
         return self.lost or self._turn.locked()
 
     async def look_at_progress(self, workers: Sequence[Worker]) -> dict[Worker, Progress]:
-        """Return what the SQL of these workers last reported, by one query; nothing of one that reported none."""
-        handles = {worker.handle: worker for worker in workers}
+        """Return what the SQL of these workers last reported, by one query; without those that reported nothing."""
+        workers_by_handle = {worker.handle: worker for worker in workers}
         if self.lost:
             return {}
-        found = await self._ask(lambda: self.extension.progress(self._conn, [*handles]))
-        return {handles[handle]: progress for handle, progress in (found or {}).items()}
+        reports = await self._ask(lambda: self.extension.progress(self._conn, [*workers_by_handle]))
+        return {workers_by_handle[handle]: progress for handle, progress in (reports or {}).items()}
 
     async def drain(
-        self, worker: Worker, readable: Readable, heard: Hearing | None = None
+        self, worker: Worker, readable: Readable, on_notice: OnNotice | None = None
     ) -> tuple[int | None, str | None]:
         """Read the worker's result to its end, which proves its commit; returns row count and command tag.
 
         This session does nothing else meanwhile. However it ends, the server has forgotten the handle then; a worker
         whose result was not read to its end goes on.
-
-        Parameters
-        ----------
-        heard:
-            Is told what the SQL raises, as it is raised.
 
         Raises
         ------
@@ -427,11 +424,11 @@ class HandleSession:
         ConnectionLost
             The connection is gone.
         """
-        async with self.reading(worker, heard) as conn:
+        async with self.reading(worker, on_notice) as conn:
             return await self.extension.drain(conn, worker.handle, readable.columns, padded=readable.padded)
 
     @asynccontextmanager
-    async def reading(self, worker: Worker, heard: Hearing | None) -> AsyncIterator[AsyncConnection[Any]]:
+    async def reading(self, worker: Worker, on_notice: OnNotice | None) -> AsyncIterator[AsyncConnection[Any]]:
         """Lend the connection to read a worker's result; the handle is forgotten with that. Raises as :meth:`drain`."""
         async with self._turn:
             if self.lost:
@@ -439,42 +436,43 @@ class HandleSession:
             self.workers.pop(worker.handle, None)
             was_clean, self.is_clean = self.is_clean, False
             try:
-                if heard is not None:
-                    # The session raises them again, below its own threshold too.
+                if on_notice is not None:
+                    # What the worker raised, this session raises again: its own threshold must not hold it back.
                     await connection.configure(self._conn, (("client_min_messages", "debug1"),))
-                    self._conn.add_notice_handler(heard)
+                    self._conn.add_notice_handler(on_notice)
                 yield self._conn
-                self.is_clean = was_clean and heard is None
+                self.is_clean = was_clean and on_notice is None
             except (psycopg.Error, OSError) as error:
                 if self._give_up_if_lost(error):
                     raise ConnectionLost(str(error)) from error
                 raise
             finally:
-                if heard is not None:
-                    self._conn.remove_notice_handler(heard)
+                if on_notice is not None:
+                    self._conn.remove_notice_handler(on_notice)
                 if not worker.end.done():
                     worker.end.set_result(None)
 
-    async def hear_failed(self, worker: Worker, heard: Hearing) -> psycopg.Error | None:
-        """Tell what a worker that failed had raised, as far as the server kept it: WARNINGs, where nothing else is set.
+    async def read_failed(self, worker: Worker, on_notice: OnNotice) -> psycopg.Error | None:
+        """Read what a worker that failed had raised before; returns its error, which has a position only here.
 
-        Returns what reading its result raises: its error, with a position. The handle is forgotten with that.
+        The server keeps what ``client_min_messages`` lets through: WARNINGs, where nothing else is set. Reading it
+        forgets the handle.
         """
         if self.workers.pop(worker.handle, None) is None or self.lost:
             return None
 
         async def read() -> None:
-            self._conn.add_notice_handler(heard)
+            self._conn.add_notice_handler(on_notice)
             try:
                 await self.extension.result(self._conn, worker.handle)
             finally:
-                self._conn.remove_notice_handler(heard)
+                self._conn.remove_notice_handler(on_notice)
 
         error = None
         try:
             await self._ask(read)
         except psycopg.Error as raised:
-            error = raised  # the worker's own; or its rows do not fit, behind which nothing is heard
+            error = raised  # the worker's own; or one about its rows, which do not fit the text column asked for
         faults.point("after_detach")
         return error
 
@@ -488,7 +486,7 @@ class HandleSession:
             worker.end.set_result(None)
 
     def release(self, worker: Worker) -> None:
-        """Detach a worker as soon as this session has time, without a wait for that."""
+        """Have a worker detached once this session has time; does not wait for it."""
         if worker.handle not in self.workers and worker.end.done():
             return  # forgotten already
         releasing = asyncio.create_task(self.detach(worker))
@@ -498,7 +496,7 @@ class HandleSession:
     def _released(self, releasing: asyncio.Task[None]) -> None:
         self._releasing.discard(releasing)
         if not releasing.cancelled() and releasing.exception() is not None:
-            # A handle that may be kept counts against pg_background.max_workers; the session can be done without.
+            # A handle that stays counts against pg_background.max_workers: another session takes this one's place.
             logger.warning("a launching session is given up: it could not forget a worker: %s", releasing.exception())
             self._give_up()
 
@@ -513,7 +511,7 @@ class HandleSession:
         """
 
         async def cancel() -> int:
-            # Inside the session's turn, so that no launch comes in between.
+            # In the session's turn: no launch may come in between.
             pids = [worker.handle.pid for worker in self.workers.values() if not worker.end.done()]
             return await self.extension.cancel_all(self._conn) if pids and await at_work(pids) else 0
 

@@ -1,7 +1,7 @@
 """One connection of a process that hears when jobs commit.
 
-What it hears is a hint and never a proof: whoever is told reads the receipt. A notification can be lost with the
-connection, so everybody is told when another one listens, and polls besides.
+A notification is a hint and never a proof: whoever gets it reads the receipt. It can be lost with the connection. So
+everybody gets a hint when a new connection listens, and jobs are polled besides.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pgbg_orchestration.errors import PgbgError
 from . import connection
 
 logger = logging.getLogger("pgbg_orchestration")
-CHANNEL = "pgbg"  # the schema's own function names it too
+CHANNEL = "pgbg"  # the schema's function "notify" names it too
 
 
 class Listener:
-    """Calls back whoever watches a job when something is to be read of it.
+    """Calls back whoever follows a job when there may be something new to read of it.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Listener:
             self._listening = asyncio.create_task(self._listen())
 
     def leave(self, marker: str, call: Callable[[], None]) -> None:
-        """Call it no more."""
+        """Stop calling ``call`` for this marker."""
         calls = self._calls.get(marker, [])
         if call in calls:
             calls.remove(call)
@@ -68,7 +68,7 @@ class Listener:
                     await conn.execute(f"listen {CHANNEL}".encode())
                     tries = 0
                     for marker in [*self._calls]:
-                        self._tell(marker)  # it may have been said while nobody listened
+                        self._pass_on(marker)  # a notification may have been missed
                     await self._hear(conn)
                 finally:
                     await connection.close(conn)
@@ -79,7 +79,7 @@ class Listener:
             await asyncio.sleep(max(pace.backoff(tries), pace.LOOK_SOONEST))
 
     async def _hear(self, conn: AsyncConnection[Any]) -> None:
-        """Tell what the connection hears, until it is lost: called back by the event loop, and no task is woken.
+        """Pass on what the connection hears, until it is lost. The event loop calls ``read``: no task has to wake.
 
         Raises
         ------
@@ -92,9 +92,9 @@ class Listener:
         def read() -> None:
             try:
                 pgconn.consume_input()
-                while (heard := pgconn.notifies()) is not None:
-                    self._tell(heard.extra.decode())
-            except Exception as error:  # noqa: BLE001  (raised where it is waited for)
+                while (notification := pgconn.notifies()) is not None:
+                    self._pass_on(notification.extra.decode())
+            except Exception as error:  # noqa: BLE001  (raised by "await lost")
                 loop.remove_reader(socket)
                 if not lost.done():
                     lost.set_exception(error)
@@ -106,6 +106,6 @@ class Listener:
         finally:
             loop.remove_reader(socket)
 
-    def _tell(self, marker: str) -> None:
+    def _pass_on(self, marker: str) -> None:
         for call in [*self._calls.get(marker, ())]:
             call()

@@ -21,7 +21,7 @@ LENGTH = 18
 
 
 def marker(owner: str, job_id: str) -> str:
-    """Return what the ``application_name`` of a worker without a lock begins with; the schema has the same function."""
+    """Return what the ``application_name`` of a worker without a lock begins with; the schema's ``marker`` does too."""
     return f"pgbg:{hashlib.sha256(f'{owner}:{job_id}'.encode()).hexdigest()[:12]}:"
 
 

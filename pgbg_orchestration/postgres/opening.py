@@ -1,9 +1,9 @@
 """Launch a worker in as few round trips as there may be.
 
-A job of which nothing is known is registered and launched in one: one text of several statements, with two transactions
-of its own. The registration is committed before the launch, and where it fails, or finds something to look at first,
-nothing is launched. The launch gets the generation and the attempt that were registered from a setting of the session,
-under a word that no other call knows.
+A job of which nothing is known takes one: a text of several statements, which makes two transactions. The first
+registers the job, and leaves its generation and attempt in a setting of the session. The second launches the worker, if
+it finds them there, behind a random word that only this call knows. Where the registration failed, or found that
+something of the job is known, it finds none, and nothing is launched.
 
 A launch by itself takes two, the settings and the call: where the connection was lost before the call, nothing was
 launched.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection, generators, pq
@@ -29,11 +29,11 @@ AWAIT_NO_STANDBY = (
     "when 'off' then 'off' else 'local' end, true)"
 )
 """Has the commit of this transaction wait for no synchronous standby."""
-REGISTERED, LAUNCHED = 2, 6  # the numbers of the statements in the text that registers, from 0
+REGISTRATION, LAUNCH = 2, 6  # which statements of _SCRIPT register and launch, from 0
 
 
 class SlotsUsedUp(Exception):
-    """The server has no worker slot free; nothing was launched. ``sqlstate`` tells which limit it was."""
+    """The server has no worker slot free; nothing was launched. ``sqlstate`` tells which limit was reached."""
 
     def __init__(self, error: psycopg.Error) -> None:
         super().__init__(error.diag.message_primary or str(error))
@@ -61,7 +61,7 @@ class MayBeLaunched(Exception):
 
 
 class Begun(NamedTuple):
-    """What came of it: the registration, and the worker where it was launched."""
+    """What came of an opening: the registration, and the worker where one was launched."""
 
     registration: dict[str, Any]
     worker: Worker | None
@@ -76,8 +76,20 @@ class StatementFailed(Exception):
         self.called = called
 
 
-Launched: TypeAlias = tuple[str, str, str]
-"""What names a launch: a text before, between and behind its generation and its attempt."""
+class LaunchText(NamedTuple):
+    """A text that names a launch, written before the launch is registered: generation and attempt are left open.
+
+    They go, in this order, between ``head``, ``middle`` and ``tail``.
+    """
+
+    head: str
+    middle: str
+    tail: str
+
+    def of(self, generation: int, attempt: int) -> str:
+        """Return the text for one launch."""
+        return f"{self.head}{generation}{self.middle}{attempt}{self.tail}"
+
 
 _SCRIPT = """\
 begin isolation level read committed read write;
@@ -114,18 +126,19 @@ class Opening:
     owner, job_id:
         The job.
     registering:
-        Gives the call that registers it, if it is new, as an item of FROM.
+        Returns the call that registers it if it is new, as an item of FROM.
     text:
-        What the worker runs; or what stands there before, between and after the generation and the attempt.
+        What the worker runs.
     arguments:
-        The setting in which the worker finds which launch it is: its name, and its value before, between and after the
-        generation and the attempt. None for one whose text says so.
+        Name and value of the setting from which the worker reads which launch it is; None where its text says so.
     label, queue_size:
         As for any launch.
     is_counted:
-        Whether handle or result have the job's own count and tag: else its end is not written down when it is heard of.
+        Whether handle or result have the job's own count and tag. Without them, a hint of its commit does not suffice
+        to write its end down.
     is_padded:
-        Whether a statement without rows stands behind the job's last one: then the result has them.
+        Whether a statement without rows stands behind the job's last one: then the result has count and tag, not the
+        handle.
     registration:
         What came of registering it, once that is known to be committed.
     """
@@ -133,8 +146,8 @@ class Opening:
     owner: str
     job_id: str
     registering: Callable[[Quote], str]
-    text: str | Launched
-    arguments: tuple[str, Launched] | None
+    text: str | LaunchText
+    arguments: tuple[str, LaunchText] | None
     label: str
     queue_size: int | None
     is_counted: bool = True
@@ -151,13 +164,13 @@ class Opening:
         """Return the statements. ``settings`` hold for the worker, ``launch`` is the launch function's name."""
         quote = quoting(conn)
 
-        def value(text: str | Launched) -> str:
+        def value(text: str | LaunchText) -> str:
             return quote(text) if isinstance(text, str) else _VALUE.format(*map(quote, text))
 
         local = _local(quote, settings)
         if self.arguments is not None:
-            name, launched = self.arguments
-            local += f", pg_catalog.set_config({quote(name)}, {value(launched)}, true)"
+            name, text = self.arguments
+            local += f", pg_catalog.set_config({quote(name)}, {value(text)}, true)"
         return _SCRIPT.format(
             await_no_standby=AWAIT_NO_STANDBY,
             setting=quote(SETTING),
@@ -202,10 +215,10 @@ async def run(conn: AsyncConnection[Any], script: bytes, opening: Opening) -> Ha
         The connection was lost on the way.
     """
     results = await _send(conn, script)
-    if len(results) > REGISTERED + 1 and results[REGISTERED + 1].status == pq.ExecStatus.COMMAND_OK:
-        opening.registration = _registration(results[REGISTERED])
-    await _accept(conn, results, called=len(results) > LAUNCHED)
-    return _handle(results[LAUNCHED])
+    if len(results) > REGISTRATION + 1 and results[REGISTRATION + 1].status == pq.ExecStatus.COMMAND_OK:  # its commit
+        opening.registration = _registration(results[REGISTRATION])
+    await _accept(conn, results, called=len(results) > LAUNCH)
+    return _handle(results[LAUNCH])
 
 
 async def begin(conn: AsyncConnection[Any], settings: Mapping[str, str]) -> None:
@@ -242,13 +255,13 @@ async def _accept(conn: AsyncConnection[Any], results: Sequence[pq.abc.PGresult]
     raise StatementFailed(error, called=called)
 
 
-def _handle(launched: pq.abc.PGresult) -> Handle | None:
-    pid, cookie = (launched.get_value(0, column) if launched.ntuples else None for column in (0, 1))
+def _handle(result: pq.abc.PGresult) -> Handle | None:
+    pid, cookie = (result.get_value(0, column) if result.ntuples else None for column in (0, 1))
     return None if pid is None or cookie is None else Handle(int(pid), int(cookie))
 
 
 async def _send(conn: AsyncConnection[Any], script: bytes) -> list[pq.abc.PGresult]:
-    # psycopg gives the results before a failed one to nobody; it is made of the parts that it makes its own calls of.
+    # execute() of psycopg keeps the results before a failed one to itself: these are the calls that it is made of.
     async with conn.lock:
         conn.pgconn.send_query(script)
         return list(await conn.wait(generators.execute(conn.pgconn)))

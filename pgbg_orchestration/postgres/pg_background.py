@@ -1,4 +1,4 @@
-"""pg_background's functions by their names on every version: what runs jobs calls them here alone.
+"""pg_background's functions by their names on every version: all that runs jobs calls them through this module.
 
 1.9 and 1.10 have ``pg_background_*_v2`` names, 2.0 has unsuffixed ones. On 1.9 an unsuffixed
 ``pg_background_launch(text, int)`` exists too, with another meaning, so the version decides and never the presence
@@ -84,7 +84,7 @@ class Extension:
     version: str
     schema: str
     _queries: dict[str, sql.Composed] = field(default_factory=dict, compare=False, repr=False)
-    _ready: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)  # of the polls, without a join
+    _ready: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)  # composed once: polls are many
     _texts: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -180,17 +180,17 @@ class Extension:
             # One bad handle fails the whole query: ask for each alone.
             if len(wanted) == 1:
                 return {wanted[0]: None}
-            found: dict[Handle, ResultInfo | None] = {}
+            infos: dict[Handle, ResultInfo | None] = {}
             for handle in wanted:
-                found.update(await self._infos(conn, [handle], ended=ended))
-            return found
+                infos.update(await self._infos(conn, [handle], ended=ended))
+            return infos
         return {Handle(row.pop("pid"), row.pop("cookie")): _result_info(row) for row in rows}
 
     async def ended(self, conn: AsyncConnection[Any], setting: str) -> tuple[str | None, int, list[Handle]]:
         """Return a setting of the session, how many workers it tracks, and which of them are at work no more.
 
-        A tenth of what ``result_info`` of as many handles costs. It is a first look: a worker can be completed, and its
-        process at its end still.
+        A tenth of what ``result_info`` of as many handles costs, and less exact: a worker that has completed its work
+        counts as running until its process has ended.
         """
         if setting not in self._ready:
             tracked: sql.Composable = sql.Identifier(self.schema, "pg_background_list")
@@ -213,8 +213,8 @@ class Extension:
         return ErrorFields(**row) if row and row["sqlstate"] else None
 
     async def progress(self, conn: AsyncConnection[Any], handles: Sequence[Handle]) -> dict[Handle, Progress]:
-        """Return what the SQL of workers reported of its progress; nothing where none, or the handle is not known."""
-        # As bytes, since the message is cut without a look at its characters.
+        """Return what workers' SQL reported of its progress; without those that reported none or are not known."""
+        # As bytes: the extension cuts a long message within a character.
         raw = conn.info.parameter_status("server_encoding") in ("UTF8", "SQL_ASCII")
         message = "pg_catalog.convert_to(r.progress_msg, pg_catalog.getdatabaseencoding())" if raw else "r.progress_msg"
         query = sql.SQL(
@@ -233,21 +233,21 @@ class Extension:
                 for pid, cookie, percent, message in await cursor.fetchall()
             }
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState, errors.InsufficientPrivilege):
-            # One bad handle fails the whole query: ask for each alone.
+            # As in _infos.
             if len(handles) <= 1:
                 return {}
-        found: dict[Handle, Progress] = {}
+        reports: dict[Handle, Progress] = {}
         for handle in handles:
-            found |= await self.progress(conn, [handle])
-        return found
+            reports |= await self.progress(conn, [handle])
+        return reports
 
     async def _texts_of(
         self, conn: AsyncConnection[Any], function: str, names: Sequence[str], handle: Handle
     ) -> dict[str, Any] | None:
         """Return columns of what a function says of a handle, or None where the handle is not known any more.
 
-        In a database of the encoding SQL_ASCII a worker's text can hold any bytes, and the server refuses to send such
-        as are no UTF-8 (22021): there it is asked for the bytes, and what is no UTF-8 is escaped.
+        In a database of the encoding SQL_ASCII a worker's text can hold any bytes, and the server refuses to send those
+        that are no UTF-8 (22021). There the bytes are asked for, and escaped here.
         """
         any_bytes = conn.info.parameter_status("server_encoding") == "SQL_ASCII"
         columns = [
@@ -294,11 +294,10 @@ class Extension:
     def rows(
         self, conn: AsyncConnection[Any], handle: Handle, columns: sql.Composable, as_text: Iterable[int] = ()
     ) -> AsyncGenerator[tuple[Any, ...], None]:
-        """Return a worker's rows, read a few at a time, the first of them after its end: as :meth:`result` has them.
+        """Return a worker's rows, read a few at a time; raises as :meth:`result`.
 
-        Values of the types ``as_text`` (by their oids) are the texts that the server sends.
-
-        The server puts all of them aside (into a file, beyond ``work_mem``) before it sends the first one.
+        The first comes after the worker's end: the server collects all of them (in a file, beyond ``work_mem``) before
+        it sends one. Values of the types ``as_text`` (by their oids) are the texts that the server sends.
         """
         query = self.query("select * from {f}(%s, %s) as ", f="result") + sql.SQL("r(") + columns + sql.SQL(")")
         size = ROWS_AT_ONCE if capabilities.has_stream_chunked() else 1
@@ -315,9 +314,9 @@ class Extension:
         Parameters
         ----------
         columns:
-            As :meth:`result` takes them. With them the tag is not told.
+            As :meth:`result` takes them. The tag returned is None then.
         padded:
-            The last statement is not the one to tell of, but the one before it.
+            Count and tag are wanted of the last statement but one.
 
         Raises
         ------
@@ -342,7 +341,7 @@ class Extension:
             return  # forgotten already
 
     async def detach_many(self, conn: AsyncConnection[Any], handles: Sequence[Handle]) -> None:
-        """Forget handles, in one query; where one is not known any more, the others by themselves."""
+        """Forget handles, in one query; one by one where that fails, because one is not known any more."""
         rows = ", ".join(f"({pid:d}, {cookie:d})" for pid, cookie in handles)  # parameters would cost twice the CPU
         if "detach" not in self._ready:
             self._ready["detach"] = self.query("select {f}(h.pid, h.cookie) from (values ", f="detach").as_bytes(None)
@@ -378,7 +377,8 @@ class Extension:
     async def wait_for(self, conn: AsyncConnection[Any], handle: Handle, milliseconds: int) -> ResultInfo | None:
         """Block this session until the worker ended, or for that many milliseconds; returns what is known of it then.
 
-        One query, and one snapshot, which is held meanwhile: whatever waits for those that are older waits for it.
+        The query's snapshot is held meanwhile: what waits for older snapshots to go (CREATE INDEX CONCURRENTLY) waits
+        for it.
         """
         if milliseconds <= 0:
             raise ValueError("a wait without a bound would block the session for ever")
@@ -414,17 +414,22 @@ class Extension:
     def supervision(
         self, columns: sql.Composable | None, *, padded: bool, numbers_up_to: int | None = None
     ) -> Sequence[str]:
-        """Return the statements that a supervisor inside the server needs, with $1 and $2 for a handle.
+        """Return the statements by which a supervisor inside the server runs its worker, with $1 and $2 for a handle.
 
-        They are: launch (of $1, with queue size $2 and label $3), ``result_info`` as row count, tag, completed and
-        has_error, ``error_info`` as an array, and ``result`` read to its end, as the number of rows, without columns
-        the tag and count of the last statement (``padded``: of the one before it), and ``padded``; and the wait for its
-        end, for $3 milliseconds at most. Before 2.0 there is no such wait among them: its name is gone in 2.0, and a
-        supervisor that is at work during the update calls by the names that it was given.
+        1. launch: of the text $1, with the queue size $2 and the label $3.
+        2. ``result_info``: row count, tag, completed, has_error.
+        3. ``error_info``: an array.
+        4. ``result``, read to its end: the number of rows; tag and count of the last statement as one text, or null
+           where ``columns`` are given; ``padded``, with which they are those of the last statement but one.
+        5. the wait for the worker's end, for $3 milliseconds at most; from 2.0 on. The function of 1.9 and 1.10 is gone
+           in 2.0, and an update may come while the supervisor is at work.
 
-        ``numbers_up_to``: how many statements the worker has that reports which one is at work ("statement 2 of 3").
-        That is the last line of the context then, of an error in a statement: of one that came at the commit, the
-        worker's own line is not there.
+        Parameters
+        ----------
+        numbers_up_to:
+            How many statements the worker has, where it reports as its progress which one is at work. An error in a
+            statement then has "statement 2 of 3" as the last line of its context; one at the commit does not. They are
+            told apart by the line of the worker's own, which the context of the first alone ends with.
         """
         context: sql.Composable = sql.SQL("context")
         if numbers_up_to is not None:
@@ -464,8 +469,8 @@ _RESULT_OF_COLUMNS: LiteralString = "select count(*), null, false from {f}($1, $
 _RESULT_OF_PADDED: LiteralString = (
     "select count(*), (array_agg(r.tag))[count(*)::int4 - 1], true from {f}($1, $2) as r(tag text)"
 )
-# result_info knows a table that was made by its own tag, and a refresh's count; it is asked before the result takes the
-# handle along, for which the result's arguments depend on it.
+# A result has "SELECT 9" for CREATE TABLE AS, and no count of a refresh; result_info has the statement's own tag and
+# count. It has to be asked first, since reading the result forgets the handle: so the result's arguments depend on it.
 _RESULT_OF_TAGS: LiteralString = (
     "select count(*), coalesce(max(case when i.completed then i.command_tag || ' ' || i.row_count end),"
     " (array_agg(r.tag))[count(*)::int4]), false"

@@ -1,4 +1,4 @@
--- What this room asks the server's own catalog; what it asks the extension stands in pg_background.py.
+-- What postgres/ asks the server's own catalog; what it asks the extension stands in pg_background.py.
 
 -- name: marked
 -- A backend of the owner's that bears a marker. Anybody can take any name.

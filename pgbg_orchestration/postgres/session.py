@@ -29,9 +29,8 @@ class LaunchingSession(HandleSession):
     def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: bytes | None = None) -> None:
         super().__init__(conn, extension, recording)
         self.launches = 0
-        self._launching = (
-            asyncio.Lock()
-        )  # one launch at a time waits for the session's turn, and no end behind them all
+        # Of all launches, one waits for the session's turn: the end of a worker need not wait behind the others.
+        self._launching = asyncio.Lock()
 
     @classmethod
     async def open(
@@ -48,7 +47,7 @@ class LaunchingSession(HandleSession):
         try:
             await conn.set_isolation_level(IsolationLevel.READ_COMMITTED)
             session = cls(conn, extension, recording)
-            # What is set here is inherited by workers: nothing but what cannot matter to a job's SQL.
+            # Workers inherit these settings: none of them may matter to a job's SQL.
             await connection.configure(
                 conn,
                 (
@@ -58,7 +57,7 @@ class LaunchingSession(HandleSession):
                 ),
             )
         except BaseException:
-            await connection.close(conn)  # whoever wanted it may have gone away meanwhile
+            await connection.close(conn)  # the caller may have been cancelled meanwhile
             raise
         return session
 
@@ -69,7 +68,7 @@ class LaunchingSession(HandleSession):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is as good as a new one: it follows no worker, does nothing, and is clean."""
+        """Whether it is as good as a new one: it has no worker, is asked nothing, and has its first settings."""
         busy = self.workers or self._releasing or self._turn.locked()
         return not self.worn and not busy and self.is_clean
 
@@ -100,14 +99,14 @@ class LaunchingSession(HandleSession):
                         raise ConnectionLost("the launching session is lost")
                     sent = True
                     handle = await opening.run(self._conn, script, text)
-            except opening.StatementFailed as refused:
-                error = refused.error
+            except opening.StatementFailed as failure:
+                error = failure.error
                 lost = self._give_up_if_lost(error)
                 if text.registration is None and isinstance(error, psycopg.errors.LockNotAvailable):
-                    raise ConnectionLost(str(error)) from error  # a row is held; it is registered step by step
+                    raise ConnectionLost(str(error)) from error  # a row is locked: the next turn waits for it
                 if text.registration is None and not lost and not connection.is_passing(error):
                     raise error from None
-                raise self._launch_error(error, called=refused.called, lost=lost) from error
+                raise self._launch_error(error, called=failure.called, lost=lost) from error
             except (psycopg.Error, OSError, TimeoutError) as error:
                 self._give_up()
                 raise (MayBeLaunched(error) if sent else ConnectionLost(str(error))) from error
@@ -116,7 +115,7 @@ class LaunchingSession(HandleSession):
             if handle is not None:
                 faults.point("after_launch")
                 receipt_key = ReceiptKey(text.owner, text.job_id, text.registration["attempt"], text.is_padded)
-                worker = self._launched(handle, poll_interval, receipt_key if text.is_counted else None)
+                worker = self._take_handle(handle, poll_interval, receipt_key if text.is_counted else None)
         if worker is not None:
             self._start_polling(worker)
         return Begun(text.registration, worker)
@@ -161,7 +160,7 @@ class LaunchingSession(HandleSession):
         LaunchRefused
             A setting, a role or a privilege is wrong; nothing was launched.
         ConnectionLost
-            The connection was lost, or a statement broken off, before the call; nothing was launched.
+            The connection was lost, or a statement cancelled, before the call; nothing was launched.
         ExtensionMoved
             It was dropped, or has another schema by now; nothing was launched.
         MayBeLaunched
@@ -193,17 +192,17 @@ class LaunchingSession(HandleSession):
                     called = True
                     handle = await opening.launch(self._conn, script)
                     faults.point("after_launch")
-            except opening.StatementFailed as refused:
-                lost = self._give_up_if_lost(refused.error)
-                raise self._launch_error(refused.error, called=refused.called, lost=lost) from refused.error
+            except opening.StatementFailed as failure:
+                lost = self._give_up_if_lost(failure.error)
+                raise self._launch_error(failure.error, called=failure.called, lost=lost) from failure.error
             except (psycopg.Error, OSError, TimeoutError) as error:
                 self._give_up()
                 raise self._launch_error(error, called=called, lost=True) from error
-            worker = self._launched(handle, poll_interval, receipt_key)
+            worker = self._take_handle(handle, poll_interval, receipt_key)
         self._start_polling(worker)
         return worker
 
-    def _launched(self, handle: Handle, poll_interval: float | None, receipt_key: ReceiptKey | None) -> Worker:
+    def _take_handle(self, handle: Handle, poll_interval: float | None, receipt_key: ReceiptKey | None) -> Worker:
         self.launches += 1
         return self._track(handle, poll_interval, receipt_key)
 
@@ -221,7 +220,7 @@ class LaunchingSession(HandleSession):
         settings:
             What its worker has: names mean other things in another search_path.
         without_types:
-            It is only to be known that the server takes the statement: there is no list then.
+            Only ask whether the server takes the statement, and return None.
 
         Raises
         ------
@@ -232,7 +231,7 @@ class LaunchingSession(HandleSession):
         ConnectionLost
             The connection is gone, or the call was broken off.
         """
-        # Cancelled on its way, it would cost the connection.
+        # Shielded: cancelled half way, it would cost the connection.
         if not await asyncio.shield(asyncio.create_task(self._gives_columns(text, settings))) or without_types:
             return None
         columns = await self.describe_named(text, settings)
@@ -256,7 +255,7 @@ class LaunchingSession(HandleSession):
                 async with asyncio.timeout(pace.CALL), self._conn.transaction(force_rollback=True):
                     await connection.configure(self._conn, (*settings.items(), ("statement_timeout", "0")), local=True)
                     columns = await describe.named_columns_of(self._conn, text)
-                    # So that types are qualified: whoever reads the result may have another search_path.
+                    # Types come qualified then: whoever reads the result may have another search_path.
                     await connection.configure(self._conn, (("search_path", "pg_catalog"),), local=True)
                     types = await describe.type_names(self._conn, [(oid, modifier) for _, oid, modifier in columns])
                     return [Column(*column, type_) for column, type_ in zip(columns, types, strict=True)]

@@ -47,7 +47,7 @@ class SlotQueue:
                     except SlotsUsedUp as error:
                         on_wait(error)
                     try:
-                        # The postmaster frees a slot a little after its worker is gone: wait in any case.
+                        # The postmaster frees a slot a little after its worker has ended: wait in any case.
                         async with asyncio.timeout(pace.backoff(tries)):
                             await self._freed.wait()
                         await asyncio.sleep(pace.SOONEST)

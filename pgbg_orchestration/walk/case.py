@@ -1,4 +1,4 @@
-"""One job, as one call for it drives it: the work, what is remembered, the handles in hand, the time that is left."""
+"""One job, as one call for it drives it: its work, what is remembered, its worker, the time that is left."""
 
 from __future__ import annotations
 
@@ -34,39 +34,41 @@ class Case:
     Attributes
     ----------
     terms, memory:
-        What was asked for, and what is remembered: all that the evidence depends on besides a look.
+        What was asked for, and what is remembered: with a look, all that the evidence depends on.
     cause:
-        Of the cancel, once the caller has gone away.
+        Why the job is cancelled, once the caller has gone away.
     attempts:
         The numbers of the launches that may have started a worker.
-    opening, nudged:
-        What registered and launched the job in one call, if that was tried; somebody should look before the time.
+    opening:
+        The one message that registers and launches, if that was tried.
+    nudge:
+        Ends a wait of this call early, after a hint about the job.
     call, worker, reading:
         The launch call on its way; the last worker; the task that reads its result to the end.
     text, statement, failure:
-        What was launched last; the number of its statement that was last told to be at work; where it failed.
+        What was launched last; the number of the statement at work, as its worker last told it; where it failed.
     call_forgotten:
-        A launch call was given up before its answer: what it launched is refused, or is told by the receipt.
+        A launch call was left without its answer. A worker of it is turned away, or leaves a receipt.
     launch_error:
         Why the last launch call failed on its way.
     slot_deadline, waited_for_slot, slots:
-        Until when to wait for a worker slot, fixed at the first wait; whether the launch waits for one, or did when it
-        was broken off; how many this job has its turn for, where it needs several.
-    session, readable, last_seen, last_heard:
-        Where the result is read (a kind without a receipt, or notices that are asked for): the session of its own, how
-        that is done, when the worker was last seen, and when it last raised something (on the event loop's clock).
+        Until when to wait for a worker slot, fixed at the first wait; whether the launch waits for one, or did when its
+        time was up; how many slots this job has taken its turn for, where it needs several.
+    session, readable, last_sign, last_notice:
+        Where the result is read (a kind without a receipt, or notices that are asked for): the job's own session; how
+        it is read; when the worker was last seen at work, and when it last raised something (event loop's clock).
     feed:
-        Where its rows come out that are streamed.
+        Where the rows of a streamed job come out.
     worker_pid:
-        The process that runs the job's SQL, as the last look saw it.
+        The process that runs the job's SQL, as the last look showed it.
     limits:
         The timeouts in force for the SQL, in seconds by name.
     events:
-        The kinds of events that were told, of those that are told once.
+        Which of the events that are told only once were told.
     has_other_sql:
-        Other than when it was first registered, which the caller accepts, and was warned of.
+        The SQL is not the one that was first registered; the caller accepts that, and was warned.
     way_out:
-        Once the call wants the end, until when it has to be decided, on the event loop's clock.
+        Until when the end has to be decided, once this call wants it (event loop's clock).
     """
 
     work: Work
@@ -90,12 +92,12 @@ class Case:
     feed: Feed | None = None
     session: LaunchingSession | None = None
     readable: Readable | None = None
-    last_seen: float = 0.0
-    last_heard: float = 0.0
+    last_sign: float = 0.0
+    last_notice: float = 0.0
     worker_pid: int | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     way_out: float | None = None
-    nudged: Nudge = field(default_factory=Nudge)
+    nudge: Nudge = field(default_factory=Nudge)
     events: set[EventKind] = field(default_factory=set)
     has_other_sql: bool = False
 
@@ -121,7 +123,7 @@ class Case:
         return max(self.terms.deadline - asyncio.get_running_loop().time(), 0)
 
     def patience(self) -> float:
-        """Return for how many seconds a question may take that only completes what is told of the end."""
+        """Return how many seconds may be spent on what is not needed for the outcome, only for telling more of it."""
         if self.way_out is None:
             return pace.CALL
         return min(max(self.way_out - asyncio.get_running_loop().time(), 0), pace.CALL)
@@ -134,13 +136,13 @@ class Case:
     # Telling --------------------------------------------------------------------------------------------------------
 
     def tell_once(self, kind: EventKind, message: str, **data: Any) -> None:
-        """Tell an event, however often its step is taken, once."""
+        """Tell an event the first time only, however often its step is taken."""
         if kind not in self.events:
             self.events.add(kind)
             self.tell(kind, message, **data)
 
     def tell(self, kind: EventKind, message: str, *, level: int = logging.INFO, **data: Any) -> None:
-        """Tell the log and the caller's observer, whose faults are no fault of the job's."""
+        """Tell the log and the caller's observer; an error that the observer raises is logged."""
         pid = data.get("pid")
         logger.log(level, "job %s: %s%s", self.work.label, message, f" (pid {pid})" if pid else "")
         if self.options.observer is None:
@@ -184,8 +186,8 @@ def deadline_of(timeout: float | None, deadline: datetime | None) -> float | Non
 async def broken_off(task: asyncio.Task[Any], *, at: float | None = None) -> None:
     """Cancel a task, now or at a time of the event loop's clock, and wait until it has ended.
 
-    psycopg answers a cancel by cancelling the query, and waits ten seconds behind a peer that is silent. Cancelled
-    again there, it closes the connection.
+    When psycopg's task is cancelled, it cancels the query, and waits up to ten seconds for a server that is silent.
+    Cancelled once more, it closes the connection.
     """
     if at is not None:
         await asyncio.wait({task}, timeout=max(at - asyncio.get_running_loop().time(), 0))
@@ -193,13 +195,13 @@ async def broken_off(task: asyncio.Task[Any], *, at: float | None = None) -> Non
         task.cancel()
         await asyncio.wait({task}, timeout=pace.BREAK)
     if not task.cancelled():
-        task.exception()  # it may be that nobody else asks
+        task.exception()  # asked for here, so that asyncio does not log it where nobody else does
 
 
-async def first_of(ended: asyncio.Future[Any] | None, nudged: Nudge, pause: float) -> None:
-    """Wait for an end, a hint, or so many seconds, whichever is first."""
-    if nudged.is_set() or (ended is not None and ended.done()):
-        nudged.clear()
+async def first_of(end: asyncio.Future[Any] | None, nudge: Nudge, pause: float) -> None:
+    """Wait for an end, a nudge, or so many seconds, whichever is first."""
+    if nudge.is_set() or (end is not None and end.done()):
+        nudge.clear()
         return
     loop = asyncio.get_running_loop()
     woken = loop.create_future()
@@ -209,15 +211,15 @@ async def first_of(ended: asyncio.Future[Any] | None, nudged: Nudge, pause: floa
             woken.set_result(None)
 
     timer = loop.call_later(pause, wake) if math.isfinite(pause) else None
-    nudged.call = wake
-    if ended is not None:
-        ended.add_done_callback(wake)
+    nudge.call = wake
+    if end is not None:
+        end.add_done_callback(wake)
     try:
         await woken
     finally:
-        nudged.call = None
+        nudge.call = None
         if timer is not None:
             timer.cancel()
-        if ended is not None:
-            ended.remove_done_callback(wake)
-    nudged.clear()
+        if end is not None:
+            end.remove_done_callback(wake)
+    nudge.clear()

@@ -1,10 +1,9 @@
-"""The end of a job: its outcome told, its history written, or the error raised that its verdict calls for."""
+"""The end of a job: the history is written, and the outcome returned, or the error raised that the verdict says."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -12,9 +11,9 @@ import psycopg
 
 from pgbg_orchestration import pace, phrases
 from pgbg_orchestration.errors import PgbgError
-from pgbg_orchestration.job import Job, Kind
+from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.ledger import Ledger
-from pgbg_orchestration.ledger.sighting import Key, Sighting
+from pgbg_orchestration.ledger.sighting import Sighting
 from pgbg_orchestration.outcome import AT_COMMIT, ErrorFields, EventKind, Outcome
 from pgbg_orchestration.postgres.connection import ConnectionLost
 from pgbg_orchestration.postgres.describe import Readable
@@ -22,14 +21,13 @@ from pgbg_orchestration.postgres.handles import Worker
 from pgbg_orchestration.postgres.pg_background import ResultInfo
 from pgbg_orchestration.statements import Statement, index_builds
 from pgbg_orchestration.statements.row_source import row_source
-from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import OURS, Intent, Report, Step
 
 from . import failures, location
 from .case import Case
-from .follow import hear_failed, hear_out, read_report
-from .host import Host
+from .follow import read_failure, read_on, read_report
 from .memory import Stage
+from .recording import record, write
 
 logger = logging.getLogger("pgbg_orchestration")
 
@@ -56,95 +54,95 @@ async def conclude(case: Case, ledger: Ledger, step: Step, sighting: Sighting | 
     try:
         if step is Step.COMMITTED:
             return await _committed(case, ledger, sighting)
-        fields = case.memory.launch.error
-        turned_away = fields is not None and fields.sqlstate in OURS
+        error = case.memory.launch.error
+        turned_away = error is not None and error.sqlstate in OURS
         if (
             step is Step.FAILED
             and sighting is not None
-            and (fields is None or (turned_away and sighting.outcome == "failed"))
+            and (error is None or (turned_away and sighting.outcome == "failed"))
         ):
-            fields = sighting.error  # as another process, or a supervisor, wrote it down
-        own = fields is not None and fields is case.memory.launch.error
-        fields = case.work.telling(fields) if fields else None
+            error = sighting.error  # as another process, or a supervisor, wrote it down
+        is_own = error is not None and error is case.memory.launch.error  # of this call's last launch
+        error = case.work.telling(error) if error else None
         if case.attempts:
-            await record(case, ledger, HISTORY[step], error=fields)
-        await hear_failed(case)
-        if step is Step.FAILED and fields is not None and fields.sqlstate not in OURS:
-            placed = await _placed(case, ledger, fields, own=own)
-            if placed != fields and case.attempts and own:
-                await record(case, ledger, HISTORY[step], error=placed)
-            fields = placed
+            await record(case, ledger, HISTORY[step], error=error)
+        await read_failure(case)
+        if step is Step.FAILED and error is not None and error.sqlstate not in OURS:
+            with_place = await _with_place(case, ledger, error, is_own=is_own)
+            if with_place != error and case.attempts and is_own:
+                await record(case, ledger, HISTORY[step], error=with_place)
+            error = with_place
         if step is Step.FAILED and sighting is not None and sighting.is_untold:
             await _note_told_failure(case, ledger, sighting)
-        left = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
-        raise _error(case, step, sighting, fields, left)
+        invalid_indexes = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
+        raise _error(case, step, sighting, error, invalid_indexes)
     finally:
         if case.worker is not None:
             case.worker.release()
 
 
-async def _placed(case: Case, ledger: Ledger, fields: ErrorFields, *, own: bool) -> ErrorFields:
-    """Return an error that tells which statement it came from, and where; ``own``: it is this call's last launch's."""
+async def _with_place(case: Case, ledger: Ledger, fields: ErrorFields, *, is_own: bool) -> ErrorFields:
+    """Return an error with the statement that it came from, and the place in it, as far as they are known."""
     work = case.work
     number: int | None = 0 if len(work.statements) == 1 else None
     at: int | None = None
-    if own and not work.has_supervisor:
+    if is_own and not work.has_supervisor:
         has_receipt = work.kind is Kind.RECEIPT
         bodies = work.bodies(ledger.schema) if has_receipt else [part.text for part in work.statements]
         body = work.body(ledger.schema) if has_receipt else work.bare
         number, at = location.place(case.text, body, bodies, case.failure)
         if number is not None and at is not None:
-            found, part = row_source(work.statements[number]), work.statements[number].text
-            at = location.offset_in(bodies[number], part, found.verb_at if found else 0, at)
+            source, statement = row_source(work.statements[number]), work.statements[number].text
+            at = location.offset_in(bodies[number], statement, source.verb_at if source else 0, at)
         if case.failure.at_commit and len(work.statements) > 1:
             return replace(fields, statement=AT_COMMIT)
     elif len(work.statements) > 1:
-        fields, told = location.without_number(fields, len(work.statements))
-        number = told - 1 if told is not None else None
+        fields, reported = location.without_number(fields, len(work.statements))
+        number = reported - 1 if reported is not None else None
     if number is None:
         return fields
-    one = None if work.job.redact_details else await _shown(case, ledger, number)
-    at = one.at(at) if one is not None and at is not None and at >= 0 else None
-    fields = location.telling(fields, number, len(work.statements), one.text if one else None, at)
+    shown = None if work.job.redact_details else await _display_text(case, ledger, number)
+    at = shown.at(at) if shown is not None and at is not None and at >= 0 else None
+    fields = location.telling(fields, number, len(work.statements), shown.text if shown else None, at)
     # A text inside of a function may have been made of a parameter.
-    hidden = work.job.redact_details or work.job.parameters is not None or not own
-    return fields if hidden else location.inside(fields, case.failure)
+    is_hidden = work.job.redact_details or work.job.parameters is not None or not is_own
+    return fields if is_hidden else location.inside(fields, case.failure)
 
 
-async def _shown(case: Case, ledger: Ledger, number: int) -> location.DisplayText | None:
+async def _display_text(case: Case, ledger: Ledger, number: int) -> location.DisplayText | None:
     """Return a statement as it may be shown: with placeholders for its parameters."""
     work = case.work
     if work.job.parameters is None:
         return location.DisplayText((work.statements[number].text,), (), ())
     try:
-        shown = await ledger.run(lambda conn: location.shown(work.job, work.statements, conn))
+        texts = await ledger.run(lambda conn: location.display_texts(work.job, work.statements, conn))
     except (psycopg.Error, PgbgError) as failure:
         logger.warning("job %s: the statement that failed cannot be shown: %s", work.label, failure)
         return None
-    return shown[number] if shown is not None else None
+    return texts[number] if texts is not None else None
 
 
 async def _committed(case: Case, ledger: Ledger, sighting: Sighting | None) -> Outcome:
-    own = bool(case.attempts) if sighting is None else sighting.receipt_attempt in case.attempts
-    last = sighting is None or sighting.receipt_attempt == case.attempt
-    counts = not case.work.has_supervisor  # a supervisor has written them down already
+    is_own = bool(case.attempts) if sighting is None else sighting.receipt_attempt in case.attempts
+    is_last = sighting is None or sighting.receipt_attempt == case.attempt
+    handle_counts = not case.work.has_supervisor  # else the supervisor has written count and tag down
     if case.reading is not None and not case.reading.done():
         # The first of its rows is about to come, or the rest of what it raised.
-        await hear_out(case)
+        await read_on(case)
         await read_report(case)
-    if last and counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
-        await _see_end(case.worker)
+    if is_last and handle_counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
+        await _poll_to_its_end(case.worker)
         await read_report(case)
     if sighting is None:
         outcome = _without_receipt(case)
     else:
-        outcome = await _with_receipt(case, ledger, sighting, launched=own)
+        outcome = await _with_receipt(case, ledger, sighting, launched=is_own)
         if case.work.job.fetch is not None:
             outcome = await _with_rows(case, ledger, outcome)
-    written = case.worker is not None and case.worker.proof is not None
-    if case.work.kind is Kind.SUPERVISED and sighting is not None:
-        written = sighting.outcome == "committed" and sighting.attempt == sighting.receipt_attempt  # by its supervisor
-    if own and not written:
+    in_history = case.worker is not None and case.worker.proof is not None
+    if case.work.kind is Kind.SUPERVISED and sighting is not None:  # whose supervisor writes it
+        in_history = sighting.outcome == "committed" and sighting.attempt == sighting.receipt_attempt
+    if is_own and not in_history:
         await record(case, ledger, "committed", outcome=outcome)
     what = ", ".join(phrases.summary(outcome)) or "done"
     how = "" if outcome.launched else " by an earlier or another launch"
@@ -152,8 +150,8 @@ async def _committed(case: Case, ledger: Ledger, sighting: Sighting | None) -> O
     return outcome
 
 
-async def _see_end(worker: Worker) -> None:
-    """Poll a worker whose commit is visible until its report is there, a moment later, whatever its usual pace."""
+async def _poll_to_its_end(worker: Worker) -> None:
+    """Poll a worker whose commit is visible until its report is there, which is a moment later."""
     with suppress(TimeoutError):
         async with asyncio.timeout(pace.GRACE):
             while not worker.end.done():
@@ -178,21 +176,21 @@ async def _with_receipt(case: Case, ledger: Ledger, sighting: Sighting, *, launc
             outcome,
             row_count=row_count,
             command_tag=tag,
-            finished_at=info.finished_at or sighting.looked_at,  # 1.9 and 1.10 do not tell: when its end was seen
+            finished_at=info.finished_at or sighting.looked_at,  # 1.9 and 1.10 do not tell it
         )
     if launched and case.memory.launch.result is not None and sighting.receipt_attempt == case.attempt:
         row_count, tag = _report_form(case.work.statements[-1], *case.memory.launch.result)
         return replace(outcome, row_count=row_count, command_tag=tag, finished_at=sighting.looked_at)
-    # Whoever launched it writes the counts down after the commit.
-    elsewhere = not launched or case.work.adds_supervisor
-    if elsewhere and sighting.attempt is not None and case.memory.intent is Intent.NONE:
+    # Whoever launched it, or its supervisor, writes the counts down after the commit.
+    counted_elsewhere = not launched or case.work.adds_supervisor
+    if counted_elsewhere and sighting.attempt is not None and case.memory.intent is Intent.NONE:
         sighting = await _await_counts(case, ledger, sighting)
     finished = sighting.ended_at or sighting.looked_at
     return replace(outcome, row_count=sighting.row_count, command_tag=sighting.command_tag, finished_at=finished)
 
 
 def _report_form(last: Statement, row_count: int | None, tag: str | None) -> tuple[int | None, str | None]:
-    """Turn count and tag as a client is told them into the form of a worker's report; a refresh has no count."""
+    """Turn count and tag as a result has them into the form that a handle's report has them in."""
     match last.keywords:
         case ("REFRESH", *_):
             return None, tag
@@ -203,7 +201,7 @@ def _report_form(last: Statement, row_count: int | None, tag: str | None) -> tup
 
 
 async def _counts(case: Case, info: ResultInfo) -> tuple[int | None, str | None]:
-    """Return row count and tag of the job's last statement, behind which another one may stand in the launch."""
+    """Return row count and tag of the job's last statement; where it is padded, its result has them, not the report."""
     if not case.work.is_padded or case.worker is None or case.worker.proof is not None:
         return info.row_count, info.command_tag or None
     try:
@@ -225,7 +223,7 @@ async def _await_counts(case: Case, ledger: Ledger, sighting: Sighting) -> Sight
 
 
 async def _with_rows(case: Case, ledger: Ledger, outcome: Outcome) -> Outcome:
-    """Add the rows that were kept; where they are the last statement's, its own count and tag, not our keeping's."""
+    """Add the rows that were kept. With those of the last statement come its count and tag, which no report has."""
     try:
         async with asyncio.timeout_at(case.way_out):
             results = await ledger.rows(case.work.key)
@@ -264,12 +262,12 @@ def _without_receipt(case: Case) -> Outcome:
 
 async def _invalid_indexes(case: Case, ledger: Ledger) -> list[str]:
     """Return what a failed build of an index has left, as far as it can be told."""
-    found = index_builds.concurrent_index(case.work.statements)
-    if found is None:
+    index = index_builds.concurrent_index(case.work.statements)
+    if index is None:
         return []
     try:
         async with asyncio.timeout(case.patience()):
-            return await ledger.run(lambda conn: index_builds.invalid_indexes(conn, found))
+            return await ledger.run(lambda conn: index_builds.invalid_indexes(conn, index))
     except (psycopg.Error, PgbgError, TimeoutError) as failure:
         logger.warning("job %s: whether an invalid index is left is not known: %s", case.work.label, failure)
         return []
@@ -278,20 +276,20 @@ async def _invalid_indexes(case: Case, ledger: Ledger) -> list[str]:
 def _error(
     case: Case, step: Step, sighting: Sighting | None, fields: ErrorFields | None, invalid_indexes: list[str]
 ) -> PgbgError:
-    work, ours = case.work, case.memory.intent is Intent.DEADLINE
+    work, by_deadline = case.work, case.memory.intent is Intent.DEADLINE
     match step:
         case Step.FAILED:
-            found = sighting.ended_at if sighting is not None and sighting.is_untold and not case.attempts else None
+            at = sighting.ended_at if sighting is not None and sighting.is_untold and not case.attempts else None
             ran_for = _ran_for(case)
             return failures.failed(
-                work, fields or ErrorFields(), invalid_indexes, found, ran_for=ran_for, limits=case.limits
+                work, fields or ErrorFields(), invalid_indexes, at, ran_for=ran_for, limits=case.limits
             )
         case Step.SUPERSEDED:
             return failures.superseded(work, sighting)
-        case Step.CANCELLED if ours and case.waited_for_slot and not case.attempts:
+        case Step.CANCELLED if by_deadline and case.waited_for_slot and not case.attempts:
             return failures.no_slot(work, case.options)
-        case Step.CANCELLED if ours:
-            # One whose launch call was never answered counts too, where it was seen at work and cancelled.
+        case Step.CANCELLED if by_deadline:
+            # Also one whose launch call was never answered, where a look showed it at work.
             worker = bool(case.attempts) or not case.events.isdisjoint({EventKind.ATTACHED, EventKind.CANCELLING})
             return failures.deadline_passed(work, case.options, worker=worker)
         case Step.CANCELLED:
@@ -306,7 +304,7 @@ def _error(
 
 
 def _ran_for(case: Case) -> float | None:
-    """Return the seconds that a worker of this call's ran which has ended: by the server's clock where that is told."""
+    """Return the seconds that this call's last worker ran: by the server's clock, where the handle reports it."""
     info, worker = case.memory.launch.info, case.worker
     if worker is None or info is None:
         return None
@@ -316,57 +314,8 @@ def _ran_for(case: Case) -> float | None:
 
 
 async def _note_told_failure(case: Case, ledger: Ledger, sighting: Sighting) -> None:
-    """Note in the history that a failure was told which its supervisor wrote down: the next call may launch again."""
+    """Note in the history that the failure that a supervisor wrote down is told now: the next call launches again."""
     if not case.attempts:
         case.tell(EventKind.FOUND_FAILED, "its last launch failed when nobody was there to be told")
     attempt = sighting.attempt or case.attempt
-    await _write(ledger.reported(case.work.key, attempt), label=case.work.label, patience=case.patience())
-
-
-async def count(host: Host, job: Job, outcome: Outcome) -> None:
-    """Add to the history how many rows a job gave that were streamed; a fault here is only told."""
-    facts = await host.facts()
-    key = Key(job.owner or facts.login, outcome.job_id, job.series)
-    writing = host.ledger.record(
-        key,
-        outcome.attempt or 1,
-        "committed",
-        worker_pid=outcome.worker_pid,
-        started_at=outcome.started_at,
-        row_count=outcome.row_count,
-        command_tag=outcome.command_tag,
-    )
-    await _write(writing, label=job.label, patience=pace.CALL)
-
-
-async def record(
-    case: Case, ledger: Ledger, name: str, *, outcome: Outcome | None = None, error: ErrorFields | None = None
-) -> None:
-    """Write the outcome of a registered launch into the history, which is no proof: a fault here is only told."""
-    if not case.work.carries_receipt:
-        return
-    faults.point("before_record")
-    worker, info = case.worker, case.memory.launch.info
-    # A supervisor is not the worker: it wrote down itself who that was.
-    own_pid = worker.handle.pid if worker and not case.work.has_supervisor else None
-    writing = ledger.record(
-        case.work.key,
-        case.attempt,
-        name,
-        worker_pid=outcome.worker_pid if outcome else own_pid,
-        started_at=outcome.started_at if outcome else info.started_at if info else None,
-        row_count=outcome.row_count if outcome else None,
-        command_tag=outcome.command_tag if outcome else None,
-        error=error,
-    )
-    await _write(writing, label=case.work.label, patience=case.patience())
-    faults.point("after_record")
-
-
-async def _write(writing: Awaitable[object], *, label: str | None, patience: float) -> None:
-    """Write into the history, for so many seconds at most; a fault is only told, since nothing is decided by it."""
-    try:
-        async with asyncio.timeout(patience):
-            await writing
-    except (psycopg.Error, PgbgError, TimeoutError) as failure:
-        logger.warning("the history of job %s could not be written: %s", label, failure)
+    await write(ledger.reported(case.work.key, attempt), label=case.work.label, patience=case.patience())

@@ -1,7 +1,7 @@
 """The evidence: what a look at a job means to a call that remembers what came before. No I/O.
 
-Whoever looks does so in this order, which makes it mean something: the handle's report, the lock, the receipt. What may
-be unfinished is a *doubt*: it is believed only after it has stood for a while.
+A look has a fixed order, which its meaning depends on: the handle's report, the lock, the receipt. Where a look may
+have come in the middle of a change, it is *doubted*: it counts only once later looks have shown the same for a while.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from .memory import SUPERVISION, Memory, Stage, Stray, Terms
 
 
 class Sign(Enum):
-    """An observation that may be unfinished, so that it is looked at again before it is believed.
+    """What a look may show in the middle of a change, and of which change.
 
-    - CLAIM: a claimed receipt with nobody at work. A supervisor that starts between the look at its lock and the one
-      at its claim looks the same, so it takes two looks at the same claim. The worker of a supervisor that is gone
-      shows its marker only once it has started.
-    - LOCKS: the lock of the series, held by no job that is known. A worker takes the locks of series and job one after
-      the other, and the server frees them so, in either order.
+    - CLAIM: a claimed receipt with nobody at work. A supervisor that started between the look at its lock and the one
+      at its claim looks like that; and where a supervisor is gone, its worker shows its marker only once it has begun.
+    - LOCKS: the lock of the series without the lock of a job that is known. A worker takes the two one after the other,
+      and the server frees them one after the other.
     - END: a worker that somebody else launched has ended. Its launching side is about to write down how.
-    - CANCEL: a 57014. Whoever cancels a job signals its worker first and marks it then: the mark may be on its way.
+    - CANCEL: a 57014. Whoever cancels a job signals its worker first and marks the job then.
     """
 
     CLAIM = auto()
@@ -38,20 +37,20 @@ class Sign(Enum):
 
 
 class Doubt(NamedTuple):
-    """A sign that is believed once it has stood for so many ``seconds``, and not at the first look."""
+    """A sign that counts once looks have shown it for so many ``seconds``."""
 
     sign: Sign
-    claim: int | None  # the attempt that claimed: another claim is another doubt
+    claim: int | None  # the attempt that claimed the receipt: for another claim the time begins anew
     seconds: float
 
 
 def doubt_the_look(sighting: Sighting, starting: float = pace.STARTING) -> Doubt | None:
-    """Return what may be unfinished in a look by itself, whoever looks.
+    """Return the doubt about a look that whoever looks has to have; None without one.
 
     Parameters
     ----------
     starting:
-        Seconds for a worker to show itself whose supervisor is gone.
+        The time, in seconds, that a worker has to show its marker, where its supervisor is gone.
     """
     if sighting.is_unsupervised:
         return Doubt(Sign.CLAIM, sighting.receipt_attempt, starting)
@@ -61,11 +60,11 @@ def doubt_the_look(sighting: Sighting, starting: float = pace.STARTING) -> Doubt
 
 
 def doubt(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> Doubt | None:
-    """Return what may be unfinished in a look, to a call for the job; None when the look can be weighed.
+    """Return the doubt about a look of a call that drives the job; None when the look can be weighed.
 
-    What others may write down is not waited for by a call that ends the job itself.
+    A call that wants the job to end does not wait for what others are about to write down.
     """
-    # Once verify_sql was asked, a worker had its time to show itself.
+    # Before verify_sql was asked, this very sign was waited out: a worker had its time to show its marker.
     doubtful = doubt_the_look(sighting, pace.STARTING if memory.verification is None else pace.SIGN)
     if doubtful is not None or sighting.receipt is not Receipt.NONE or memory.at(now, terms).intent is not Intent.NONE:
         return doubtful
@@ -74,7 +73,7 @@ def doubt(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> Doubt
         return Doubt(Sign.END, None, pace.GRACE)
     sqlstate = sighting.error.sqlstate if _is_recorded(sighting, terms, memory) else memory.launch.sqlstate
     if sqlstate == CANCELED and holder is Holder.NOBODY:
-        # A supervisor has to end before its job can be marked.
+        # A supervised job can be marked only once its supervisor has ended: that takes longer.
         return Doubt(Sign.CANCEL, None, pace.GRACE if terms.kind is Kind.SUPERVISED else pace.SIGN)
     return None
 
@@ -85,7 +84,7 @@ def weigh(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> tuple
     Parameters
     ----------
     sighting:
-        The look, doubted no more.
+        The look, without a doubt.
     terms:
         What was asked for.
     memory:
@@ -103,8 +102,8 @@ def weigh(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> tuple
     launch = memory.launch
     holder = sighting.holder(_generation(sighting, terms, memory))
     recorded = _is_recorded(sighting, terms, memory)
-    # Somebody else holds the lock, and that explains why our workers were turned away: the count begins anew. Not while
-    # a worker of ours runs, because the lock may be its own: a supervisor holds it for a moment before it leaves.
+    # Somebody else's lock explains why this call's workers were turned away: they are counted anew. Not while such a
+    # worker runs, since the lock may be its own: a supervisor holds it for a moment before it is turned away.
     if holder is not Holder.NOBODY and launch.report is not Report.RUNNING and memory.tries.rejected:
         memory = memory._replace(tries=memory.tries._replace(rejected=0))
     somebody_elses = launch.report in (Report.NONE, Report.GONE) or launch.sqlstate == TURNED_AWAY
@@ -130,7 +129,7 @@ def weigh(sighting: Sighting, terms: Terms, memory: Memory, now: float) -> tuple
 
 
 def weigh_proof(terms: Terms, memory: Memory, now: float) -> tuple[Evidence, Memory]:
-    """Return what a receipt means that was read by itself, after its commit was heard of."""
+    """Return what a commit's receipt means that was read without a look, after a hint."""
     memory = memory.at(now, terms)
     evidence = _evidence(
         terms, memory, receipt=Receipt.COMMITTED, holder=Holder.NOBODY, may_begin=False, output_blocked=False
@@ -152,7 +151,7 @@ def weigh_marker(
     """
     memory = memory.at(now, terms)
     if found_by_name:
-        # Its worker is at work: what verify_sql said before is out of date.
+        # What verify_sql said before is out of date.
         memory = memory._replace(launch=memory.launch._replace(at_work=True), verification=None)
     launch = memory.launch
     evidence = _evidence(
@@ -226,18 +225,18 @@ def _generation(sighting: Sighting, terms: Terms, memory: Memory) -> int | None:
 
 
 def _lifts(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
-    """Say whether this call takes the job's cancel back: one from before it, where its caller wants that."""
+    """Say whether this call takes the job's cancel back: one from before this call, where its caller wants that."""
     if sighting.is_provisional:
         return True
     # Equal, and not earlier: after a clock was set back, a new cancel would look older than it is.
     before = memory.old_mark is not None and sighting.decided_at == memory.old_mark
-    # What this very try made final, before it was taken up elsewhere, stays so.
+    # A cancel of the same try stays, also where the try went on in another process since.
     own = terms.of_try is not None and sighting.of_try == terms.of_try
     return before and not own and sighting.cause in terms.takes_back
 
 
 def _ended_badly(sighting: Sighting, memory: Memory) -> bool:
-    """Say whether the launching side of the worker that this call was attached to wrote down how it failed."""
+    """Say whether the history has a failure of the worker that this call was attached to."""
     since = memory.attached_since
     return (
         since is not None
@@ -248,6 +247,7 @@ def _ended_badly(sighting: Sighting, memory: Memory) -> bool:
 
 
 def _is_recorded(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
+    """Say whether the history has a failure that this call is to tell, before it launches anything."""
     holder = sighting.holder(_generation(sighting, terms, memory))
     if holder is not Holder.THIS_JOB and sighting.receipt is Receipt.NONE and _ended_badly(sighting, memory):
         return True
@@ -256,13 +256,13 @@ def _is_recorded(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
     if terms.adds_supervisor and own is not None and sighting.outcome == "failed" and sighting.attempt == own.attempt:
         return True  # its supervisor wrote it down
     if terms.kind is Kind.SUPERVISED and info is not None and info.command_tag == SUPERVISION:
-        return True  # its supervisor came to its end: without a receipt, it wrote down how its worker failed
-    # The same work, launched by a call that is gone: what came of it is told before it is launched again.
+        return True  # its supervisor did its part: a worker that left no receipt failed, and that is written down
+    # A launch of the same SQL failed, and nobody was there to be told: this call is told, and the next one launches.
     return sighting.is_untold and sighting.sql_digest == terms.sql_digest
 
 
 def _is_outdated(sighting: Sighting, memory: Memory) -> bool:
-    """Say whether the answer of verify_sql is out of date: a worker ran when it was given, or has run since."""
+    """Say whether a worker is at work, or has been since verify_sql was asked: its answer is out of date then."""
     if memory.verification is None or sighting.receipt is not Receipt.LAUNCHING:
         return False
     claim = (sighting.receipt_attempt, sighting.may_begin)

@@ -1,4 +1,4 @@
-"""From an outcome that is no success to the error that tells of it: what happened, to which job, what to do."""
+"""The errors of jobs that did not commit: each says what happened, to which job, and what to do."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _named(work: Work) -> _Named:
 
 
 def _ended(work: Work) -> _Ended:
-    """Name the job, and say what state a worker leaves the data in that was at work."""
+    """Name the job, and say in what state its worker, if it was at work, may have left the data."""
     return {**_named(work), "data_state": None if work.kind is Kind.RECEIPT else errors.PARTLY}
 
 
@@ -46,7 +46,7 @@ def failed(
     work: Work,
     fields: ErrorFields,
     invalid_indexes: Sequence[str] = (),
-    found: datetime | None = None,
+    untold_since: datetime | None = None,
     *,
     ran_for: float | None = None,
     limits: Mapping[str, float] = NO_LIMITS,
@@ -56,16 +56,16 @@ def failed(
     Parameters
     ----------
     invalid_indexes:
-        What a build has left.
-    found:
-        When it failed, with nobody there.
+        Names of the invalid indexes that a build has left.
+    untold_since:
+        When it failed, where nobody was there to be told.
     ran_for, limits:
         The seconds that it ran, where that is known, and the timeouts that were in force, in seconds by name.
     """
     what = "the SQL failed in its worker"
     todo = None
-    if found is not None:
-        what += f", at {found.isoformat(timespec='seconds')}, when nobody was there to be told"
+    if untold_since is not None:
+        what += f", at {untold_since.isoformat(timespec='seconds')}, when nobody was there to be told"
         todo = "Run it again to have it launched again."
     if fields.sqlstate == CANCELED:
         todo = what_ended(ran_for, limits)
@@ -84,7 +84,7 @@ def failed(
 
 
 def what_ended(ran_for: float | None, limits: Mapping[str, float]) -> str:
-    """Return what is known of the cause of a 57014 that nobody asked for here; its message is localised."""
+    """Return what may have caused a 57014 that this call did not; the error's own message is localised."""
     others = "somebody's pg_cancel_backend or pg_terminate_backend (a worker reports both alike)"
     own = "a timeout that the SQL gives itself (PostgreSQL 19's WAIT FOR)"
     if ran_for is None:
@@ -104,7 +104,7 @@ def what_ended(ran_for: float | None, limits: Mapping[str, float]) -> str:
 
 
 def cancelled(work: Work, sighting: Sighting | None, cause: Cause | None) -> PgbgError:
-    """Somebody cancelled the job; ``cause``: why this call did, of a job without a receipt that could say it."""
+    """The job was cancelled; ``cause``: why this call did it, where there is no receipt that says so."""
     who = f" by {sighting.decided_by} ({sighting.reason})" if sighting and sighting.decided_by else ""
     return errors.JobCancelled(
         f"cancelled{who}",
@@ -116,7 +116,7 @@ def cancelled(work: Work, sighting: Sighting | None, cause: Cause | None) -> Pgb
 
 
 def deadline_passed(work: Work, options: Options, *, worker: bool) -> PgbgError:
-    """Our own deadline ended the job; ``worker``: one of it was at work."""
+    """The deadline of this call ended the job; ``worker``: one was at work."""
     message = f"{_bounds(work, options)} passed" + (
         ", and its worker has ended" if worker else " before it was launched"
     )
@@ -133,7 +133,7 @@ def _bounds(work: Work, options: Options) -> str:
 
 
 def no_slot(work: Work, options: Options) -> PgbgError:
-    """The wait for a worker slot was as long as it may be."""
+    """No worker slot came free in time."""
     return errors.NoWorkerSlot(
         f"no worker slot came free before {_bounds(work, options)} passed",
         sqlstate="53000",
@@ -143,7 +143,7 @@ def no_slot(work: Work, options: Options) -> PgbgError:
 
 
 def undecided(job_id: str, label: str | None = None, *, nothing_launched: bool = False) -> PgbgError:
-    """The end that a call wants could not be decided in time."""
+    """Whether the job is cancelled could not be decided in time."""
     return errors.ServerUnreachable(
         f"it was to end, and that could not be decided within {pace.CANCEL:g} s: the server does not answer, or the "
         "cancel waits for a synchronous standby that is away",
@@ -167,7 +167,7 @@ def unread(work: Work) -> PgbgError:
 
 
 def superseded(work: Work, sighting: Sighting | None) -> PgbgError:
-    """A newer generation is there."""
+    """A newer generation of the series is registered."""
     newest = f"generation {sighting.newest}" if sighting and sighting.newest is not None else "a newer generation"
     return errors.Superseded(
         f"superseded: {newest} of its series is registered", cause=Cause.SUPERSEDED, **_ended(work)

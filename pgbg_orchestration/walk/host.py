@@ -1,4 +1,4 @@
-"""What a walk is lent: launching sessions, slot queue, listener and ledger of one database, shared by many jobs."""
+"""What the jobs of one database share: launching sessions, the queue for slots, the listener and the ledger."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .worker_sql import Work, bind
 
 logger = logging.getLogger("pgbg_orchestration")
 SESSIONS = 3  # at most; a further one is opened when the others are busy launching
-LOOKS = 4  # at the server, before it counts as out of reach
+LOOKS = 4  # tries to read the server's facts, before it counts as unreachable
 
 
 class Host:
@@ -79,7 +79,7 @@ class Host:
         await self.ledger.close()
 
     async def facts(self) -> ServerFacts:
-        """Return what is known of the server; asked for once.
+        """Return the server's facts; read once, and kept.
 
         Raises
         ------
@@ -97,7 +97,7 @@ class Host:
                 try:
                     self._facts = await self._look_at_server()
                 except connection.ConnectionLost as lost:
-                    # Somebody terminated the session that looked, or the network cut it.
+                    # Somebody terminated the session that read them, or the network cut it.
                     if tries == LOOKS - 1:
                         raise connection.unreachable(lost.__cause__ or lost, "the server cannot be reached") from lost
                     await asyncio.sleep(pace.backoff(tries))
@@ -108,7 +108,7 @@ class Host:
 
     @property
     def max_worker_processes(self) -> int | None:
-        """Worker slots of the whole server, as far as it was asked."""
+        """Worker slots of the whole server; None before its facts were read."""
         return self._facts.max_worker_processes if self._facts else None
 
     @property
@@ -119,7 +119,7 @@ class Host:
         return self._turns
 
     def forget_facts(self) -> None:
-        """Ask the server anew before the next launch: what was true of it before may not be now."""
+        """Have the server's facts read anew before the next launch: they may have changed."""
         self._facts = None
 
     async def _look_at_server(self) -> ServerFacts:
@@ -138,7 +138,11 @@ class Host:
         return facts
 
     async def _refuse_transaction_pooling(self, conn: AsyncConnection[Any]) -> None:
-        """Hold the pool's last used server session in a transaction; in session mode ``conn`` keeps its own."""
+        """Refuse a pool in transaction mode.
+
+        A second connection holds a server session in a transaction. In transaction mode that is the one which ``conn``
+        was given last, or ``conn`` gets another one meanwhile, or none. In session mode ``conn`` keeps its own.
+        """
         other = await connection.connect(self.conninfo, "pgbg: looking")
         try:
             before = await _backend_pid(conn)
@@ -165,7 +169,7 @@ class Host:
         try:
             facts = await self.require(receipts=job.kind is not Kind.SESSION, read_write=read_write)
         except PgbgError as error:
-            error.data_state = NOT_BY_THIS_CALL  # the job was not looked at: an earlier call may have launched it
+            error.data_state = NOT_BY_THIS_CALL  # an earlier call may have launched it: nobody looked
             raise
         may_number = facts.runs_blocks
         progress = facts.extension.text("report_progress") if may_number and facts.reports else None
@@ -178,18 +182,18 @@ class Host:
         return await self.ledger.run(bound)
 
     async def require(self, *, receipts: bool, read_write: bool = False) -> ServerFacts:
-        """Return what is known of the server, and refuse one on which a job cannot run.
+        """Return the server's facts, and refuse a server on which a job cannot run.
 
         Raises
         ------
         PgbgError
-            As :func:`pgbg_orchestration.ledger.readiness.require`; a later call looks at the server anew.
+            As :func:`pgbg_orchestration.ledger.readiness.require`; a later call reads the facts anew.
         """
         facts = await self.facts()
         try:
             readiness.require(facts, self.schema, receipts=receipts, read_write=read_write)
         except Exception:
-            self.forget_facts()  # somebody may mend it
+            self.forget_facts()  # somebody may mend what was wrong
             raise
         return facts
 
@@ -208,7 +212,7 @@ class Host:
                 await conn.execute("select pg_catalog.set_config('role', %s, false)", (role,))
             return await describe.verify(conn, query)
 
-    async def drop_invalid_index(self, found: index_builds.ConcurrentIndex, job: Job) -> str | None:
+    async def drop_invalid_index(self, index: index_builds.ConcurrentIndex, job: Job) -> str | None:
         """Drop the invalid index that an earlier build left, as the job's role; returns its name, if there was one.
 
         Raises
@@ -222,7 +226,7 @@ class Host:
             settings = {**(job.settings or {}), **({"role": job.role} if job.role else {})}
             if settings:
                 await connection.configure(conn, tuple(settings.items()))
-            return await index_builds.drop_invalid_index(conn, found)
+            return await index_builds.drop_invalid_index(conn, index)
 
     async def session(self, *, exclusive: bool = False) -> LaunchingSession:
         """Return a launching session with room; ``exclusive``: one that nobody else uses until it is given back.
@@ -260,7 +264,7 @@ class Host:
         return min(usable, key=lambda session: len(session.workers), default=None)
 
     async def give_back(self, session: LaunchingSession) -> None:
-        """Take back an exclusive session: for others, where one as new is wanted, or to be closed."""
+        """Take back an exclusive session: it is shared from now on if it is as good as new, and closed otherwise."""
         if session.is_idle and len(self._sessions) < self._most_sessions():
             self._sessions.append(session)
         else:
@@ -268,7 +272,7 @@ class Host:
 
     @property
     def listener(self) -> Listener | None:
-        """What hears of commits; None where they are not told, or a connection for that is not to be had."""
+        """What hears of commits; None where the server does not notify, or the login lacks a connection for it."""
         facts = self._facts
         if facts is None or not facts.notifies:
             return None
@@ -276,7 +280,7 @@ class Host:
         return self._listener if limit is None or limit[0] > readiness.CONNECTIONS_NEEDED + 1 else None
 
     def _most_sessions(self) -> int:
-        """Return how many launching sessions to share: fewer where the login may not have so many connections."""
+        """Return how many sessions to share at most: fewer where the login may have few connections."""
         limit = self._facts.connection_limit if self._facts else None
         spare = SESSIONS if limit is None else limit[0] - readiness.CONNECTIONS_NEEDED - 1
         return max(min(SESSIONS, spare), 1)

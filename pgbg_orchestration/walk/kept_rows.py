@@ -22,7 +22,7 @@ from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import Statement
 from pgbg_orchestration.statements.row_source import RowSource, RowSourceKind, row_source
 
-PATIENCE = "2s"  # for a describe that meets somebody's lock: without it the columns are told by the worker
+PATIENCE = "2s"  # for a describe that waits for somebody's lock; given up, the worker's table tells the columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class RowPlan:
     number:
         The statement's number in the job, from 1.
     source:
-        How it gives them.
+        How it gives rows.
     columns:
-        Its columns; None where the server could not tell them before the statements before it have run.
+        Its columns; None where the server can tell them only once the statements before it have run.
     """
 
     number: int
@@ -66,7 +66,7 @@ class RowPlan:
 
     @property
     def description(self) -> str | None:
-        """What the schema is told of the columns, as JSON: what the table itself does not say."""
+        """What the temporary table does not say of the columns, as JSON for the schema's ``keep_table``."""
         if self.columns is None:
             return None
         return json.dumps(
@@ -99,23 +99,24 @@ async def plan(
     InvalidJob
         SHOW ALL, which is no query.
     """
-    wanted = [(number, found) for number, part in enumerate(parts, 1) if (found := row_source(part)) is not None]
+    wanted = [(number, source) for number, part in enumerate(parts, 1) if (source := row_source(part)) is not None]
     if fetch.return_last:
-        wanted = [(number, found) for number, found in wanted if number == len(parts)]
+        wanted = [(number, source) for number, source in wanted if number == len(parts)]
     if not wanted:
         return ()
     await _require_temporary(job, conn)
     kept = []
-    for number, found in wanted:
+    for number, source in wanted:
         columns = await _describe(conn, parts[number - 1].text, settings)
-        if found.kind is RowSourceKind.REPORT and columns is not None and len(columns) != 1:
+        if source.kind is RowSourceKind.REPORT and columns is not None and len(columns) != 1:
             raise InvalidJob(
-                f"statement {number} gives {len(columns)} columns, and rows of {found.tag} are kept where there is one",
+                f"statement {number} gives {len(columns)} columns, and rows of {source.tag} are kept where there is "
+                "one",
                 job_id=job.id,
                 label=job.label,
-                todo="Query pg_settings instead." if found.tag == "SHOW" else None,
+                todo="Query pg_settings instead." if source.tag == "SHOW" else None,
             )
-        kept.append(RowPlan(number, found, columns))
+        kept.append(RowPlan(number, source, columns))
     return tuple(kept)
 
 
@@ -143,7 +144,7 @@ async def _describe(
     except psycopg.Error as error:
         if connection.is_lost(conn, error):
             raise
-        return None  # it may need what the statements before it make; else the worker says what is wrong with it
+        return None  # it may use what the statements before it make; if it is wrong, the worker fails with it
     return tuple(
         ColumnType(name, oid, modifier, type_, pseudo)
         for (name, oid, modifier), (type_, pseudo) in zip(columns, types, strict=True)
@@ -174,7 +175,7 @@ def texts(parts: Sequence[Statement], kept: Sequence[RowPlan], fetch: Fetch, kee
         rest = (number, plan.description, plan.source.tag, fetch.max_rows, fetch.max_bytes)
         body = [
             *_making(plan, part.text, fetch.max_rows + 1),
-            f"grant select on {plan.table} to public",  # nobody else sees it: for the login, where a role made it
+            f"grant select on {plan.table} to public",  # a role made it, the login reads it, nobody else sees it
             _TO_THE_LOGIN,
             f"{keep_table}, {', '.join(sql.Literal(value).as_string(None) for value in rest)})",
             _BACK_AGAIN,
@@ -184,7 +185,7 @@ def texts(parts: Sequence[Statement], kept: Sequence[RowPlan], fetch: Fetch, kee
 
 
 ROLE_OF_THE_LOGIN = "select pg_catalog.set_config('pgbg.login_role', pg_catalog.current_setting('role'), true)"
-"""Before the job's own role: who may call the schema's functions."""
+"""Run before the job's own role is set: notes the login's role, which may call the schema's functions."""
 _TO_THE_LOGIN = (
     "select pg_catalog.set_config('pgbg.job_role', pg_catalog.current_setting('role'), true),"
     " pg_catalog.set_config('role', pg_catalog.current_setting('pgbg.login_role'), true)"
@@ -194,8 +195,8 @@ _BACK_AGAIN = "select pg_catalog.set_config('role', pg_catalog.current_setting('
 
 def _making(plan: RowPlan, text: str, limit: int) -> list[str]:
     """Return the statements that run ``text`` and put its rows into the temporary table."""
-    make, names, found = f"create temporary table {plan.table}", plan.names, plan.source
-    match found.kind:
+    make, names, source = f"create temporary table {plan.table}", plan.names, plan.source
+    match source.kind:
         case RowSourceKind.REPORT:
             tag = "pgbg"
             while f"${tag}$" in text:
@@ -207,18 +208,18 @@ def _making(plan: RowPlan, text: str, limit: int) -> list[str]:
                 f"do ${tag}$ declare line text; begin {loop}; end ${tag}$",
             ]
         case RowSourceKind.CHANGE:
-            before, change = text[: found.verb_at], text[found.verb_at :]
-            with_ = f"{before}, " if found.has_with else f"{before}with "
+            before, change = text[: source.verb_at], text[source.verb_at :]
+            with_ = f"{before}, " if source.has_with else f"{before}with "
             query = f"{with_}pgbg_returned{names} as (\n{change}\n) table pgbg_returned"
         case RowSourceKind.QUERY_AT_TOP:
             query = text
         case _:
-            # One row more than may be kept says enough. The join and OFFSET 0 keep the planner from making another
-            # plan of the query for that: a limit on the outside of a join asks for all of what is joined.
+            # One row more than may be kept is enough to refuse it. A plain LIMIT could change the query's plan; outside
+            # of a join, and with OFFSET 0 inside, the planner still plans for all of its rows.
             whole = f"(select * from (\n{text}\n) as q offset 0) as q{names}"
             once = "pg_catalog.generate_series(1, 1) as once"
             query = f"select {_listed(plan)} from {whole}, {once} limit {limit}"
-    # A heap, whose blocks the schema's function goes through, whatever default_table_access_method is.
+    # A heap, whatever default_table_access_method is: keep_table goes through its blocks.
     return [f"{make}{names} using heap on commit drop as\n{query}"]
 
 

@@ -18,7 +18,7 @@ from pgbg_orchestration.postgres import describe
 from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.handles import ReceiptKey, Worker
-from pgbg_orchestration.postgres.opening import Begun, Launched, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
+from pgbg_orchestration.postgres.opening import Begun, LaunchRefused, LaunchText, MayBeLaunched, Opening, SlotsUsedUp
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults
@@ -27,10 +27,10 @@ from pgbg_orchestration.verdict import Intent
 
 from . import failures, location
 from .case import Case, first_of
-from .conclusion import record
 from .follow import begin_reading
 from .host import Host
 from .memory import Stage
+from .recording import record
 from .worker_sql import PADDING, WORK, Work
 
 T = TypeVar("T")
@@ -56,23 +56,25 @@ class Launches:
     async def begin(self) -> None:
         """Register and launch in one round trip a job of which nothing is known, as most are.
 
-        Whatever else there is to it (an earlier try, another generation, no slot) is for the steps of a turn: they find
-        what was done here.
+        Where something is known of it, no slot is free, or the answer is lost, the turn that follows looks, and goes on
+        from what it sees.
         """
         case, work = self._case, self._case.work
         memory = case.memory
-        tried = case.opening is not None or memory.looked or case.attempts
-        if tried or not work.carries_receipt or memory.intent is not Intent.NONE or self._host.slots.waiting:
-            return  # others may have waited longer for a slot
+        is_first = case.opening is None and not memory.looked and not case.attempts
+        if not is_first or not work.carries_receipt or memory.intent is not Intent.NONE:
+            return
+        if self._host.slots.waiting:
+            return  # those who wait for a slot come first
         if case.options.notices or case.feed is not None:
-            return  # its output is read while it runs
+            return  # its output is read while it runs, in a session of its own
         defaults = (await self._host.facts()).defaults
-        text: str | Launched
+        text: str | LaunchText
         if work.has_supervisor:
-            found = await self._supervisor_for_opening()
-            if found is None:
+            supervisor = await self._supervisor_for_opening()
+            if supervisor is None:
                 return
-            text, arguments, settings = found, None, work.launch_settings(None, defaults, None)
+            text, arguments, settings = supervisor, None, work.launch_settings(None, defaults, None)
         else:
             case.text = telemetry.comment() + await off_loop(work.size, lambda: work.text(self._host.schema))
             text, arguments = case.text, (WORK, work.arguments())
@@ -110,7 +112,7 @@ class Launches:
             self._check_reuse(case.opening.registration["verdict"])
         await self._wait_at_first()
 
-    async def _supervisor_for_opening(self) -> Launched | None:
+    async def _supervisor_for_opening(self) -> LaunchText | None:
         """Return the supervisor's text, whichever launch it will be; None where the job has to go the long way."""
         case, work = self._case, self._case.work
         if work.adds_supervisor or work.job.drop_invalid_index:
@@ -118,14 +120,14 @@ class Launches:
         try:
             readable = await self._make_readable()
         except InvalidJob:
-            # The job may be committed already, and have dropped its own tables: the turns find out.
+            # The job may be committed already, and have dropped its own tables: the turn's look tells.
             return None
         case.slots = case.slots or self._host.turns.take_at_once(work.slots)
         if not case.slots:
             return None
         calls, settings = await self._supervision_of(readable)
-        head, middle, tail = work.supervisor_of_any(self._host.schema, readable.text, calls, settings)
-        return telemetry.comment() + head, middle, tail
+        text = work.supervisor_text(self._host.schema, readable.text, calls, settings)
+        return text._replace(head=telemetry.comment() + text.head)
 
     async def _supervision_of(self, readable: Readable) -> tuple[Sequence[str], Mapping[str, str]]:
         """Return what a supervisor calls to launch and follow its worker, and what that worker is to have set."""
@@ -138,11 +140,10 @@ class Launches:
         if worker is not None:
             faults.point("while_running")
             if case.session is not None and case.reading is None:
-                # The session is this job's alone, so that blocking it is fine. Shielded, because a query that is
-                # cancelled costs the session.
+                # The session is this job's alone, so it may block. Shielded: a query that is cancelled costs it.
                 await asyncio.shield(asyncio.create_task(worker.session.wait_for(worker)))
-            # A look at once would show a worker that has not begun: most jobs have ended by the first look like this.
-            await first_of(worker.end, worker.nudged, case.bounded(pace.LOOK_SOONEST))
+            # Most jobs end within this pause, and need no look. A look at once would show a worker that starts.
+            await first_of(worker.end, worker.nudge, case.bounded(pace.LOOK_SOONEST))
 
     def _new_launch(self) -> NewLaunch:
         work, options = self._case.work, self._case.options
@@ -167,8 +168,7 @@ class Launches:
         case, work = self._case, self._case.work
         faults.point("before_register")
         registration = await self._ledger.register(work.key, **self._new_launch())
-        # A superseded one is seen to be by the next look.
-        case.memory = case.memory.registered(registration)
+        case.memory = case.memory.registered(registration)  # if it was not registered, the next look shows why
         faults.point("after_register")
         self._check_reuse(registration.verdict)
 
@@ -233,7 +233,7 @@ class Launches:
     async def _prepare_session(self) -> str:
         case = self._case
         if case.worker_pid is not None:
-            raise failures.already_at_work(case.work, case.worker_pid)  # as this turn's look has seen it
+            raise failures.already_at_work(case.work, case.worker_pid)
         await self._need_own_session()
         if case.feed is not None:
             case.readable = Readable(case.work.bare, case.feed.definition)
@@ -261,7 +261,7 @@ class Launches:
         except psycopg.Error as error:
             if len(work.statements) == 1:
                 raise failures.statement_refused(work, error) from None  # its text quotes the line, parameters and all
-            # It may need what the statements before it make.
+            # It may use what the statements before it make.
         if work.makes_table:
             return Readable(text, None)
         # Behind a statement that gives no rows, the result is the statements' tags.
@@ -269,20 +269,20 @@ class Launches:
 
     async def _drop_invalid_index(self) -> None:
         case, work = self._case, self._case.work
-        found = index_builds.concurrent_index(work.statements)
-        if found is None:
+        index = index_builds.concurrent_index(work.statements)
+        if index is None:
             return
         try:
-            dropped = await self._host.drop_invalid_index(found, work.job)
+            name = await self._host.drop_invalid_index(index, work.job)
         except psycopg.Error as error:
             raise failures.cannot_drop(work, error) from error
-        if dropped is not None:
-            case.tell(EventKind.DROPPED_INVALID_INDEX, f"dropped {dropped}, which an earlier build left invalid")
+        if name is not None:
+            case.tell(EventKind.DROPPED_INVALID_INDEX, f"dropped {name}, which an earlier build left invalid")
 
     # The call -------------------------------------------------------------------------------------------------------
 
     async def _make_room_for_launch(self) -> None:
-        """Put the last launch away for another one; wait a little if it was turned away or found no second slot."""
+        """Put the last launch away for another one; wait a little if its worker was turned away, or lacked a slot."""
         case = self._case
         before = case.memory
         case.memory = before.put_away()
@@ -305,23 +305,23 @@ class Launches:
             case.slot_deadline = loop.time() + case.options.slot_timeout
         try:
             async with asyncio.timeout_at(case.slot_deadline):
-                case.waited_for_slot = True
+                case.waited_for_slot = True  # until a call has begun
                 if work.slots > 1 and not case.slots:
                     case.slots = await self._host.turns.take(work.slots)
                 await self._host.slots.launch(lambda: self._call(text), self._on_slots_used_up)
         except TimeoutError:
-            case.waited_for_slot = True  # also in a call that nobody has answered yet
+            case.waited_for_slot = True  # a call that was not answered in that time counts as waiting, too
             case.memory = case.memory.wanting_end(Intent.DEADLINE)
         except MayBeLaunched as error:
             case.launch_error = error.error
         except LaunchRefused as error:
             await self._refuse(error)
 
-    async def _refuse(self, refused: LaunchRefused) -> NoReturn:
-        work, error = self._case.work, refused.error
+    async def _refuse(self, refusal: LaunchRefused) -> NoReturn:
+        work, error = self._case.work, refusal.error
         await record(self._case, self._ledger, "failed", error=work.telling(describe.error_fields(error)))
         facts = await self._host.facts()
-        raise failures.launch_refused(work, error, facts, called=refused.called) from error
+        raise failures.launch_refused(work, error, facts, called=refusal.called) from error
 
     async def _call(self, text: str) -> None:
         case, work = self._case, self._case.work
@@ -351,13 +351,13 @@ class Launches:
                 await asyncio.shield(case.call)
             except (SlotsUsedUp, LaunchRefused, ConnectionLost):
                 case.call = None
-                case.memory = case.memory.refused()
+                case.memory = case.memory.not_launched()
                 raise
 
         await self._on_session(call)
 
     async def _on_session(self, ask: Callable[[LaunchingSession], Awaitable[T]]) -> T:
-        """Ask a launching session, or another one when it ended between being chosen and being used."""
+        """Ask a launching session, and another one where it turns out to be lost."""
         case = self._case
         for attempt in range(SESSIONS_LOST):
             session = case.session or await self._host.session()
@@ -373,19 +373,19 @@ class Launches:
         raise ServerUnreachable("every launching session was lost before the launch call", job_id=case.work.key.job_id)
 
     async def take_over_call(self) -> None:
-        """Take over what came of a launch call, on whose way this process may have been interrupted."""
+        """Take over what came of a launch call, also of one that this call was cancelled in."""
         case = self._case
         if not await self._take_answer() or case.worker is None:
             return
         case.worker.end.add_done_callback(lambda _: self._host.slots.freed())
-        # A supervisor's pid is nothing for people: cancelling it is not what they would want.
+        # People would cancel that pid: of two workers, the supervisor is not the one to cancel.
         pid = None if case.work.has_supervisor else case.worker.handle.pid
         case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)
         read = case.options.notices or case.feed is not None
         if read and case.readable is not None and case.reading is None:
             begin_reading(case, case.worker, case.readable)
-        if case.nudged.is_set():
-            case.worker.session.hear(case.worker)  # it was quicker than its launch call
+        if case.nudge.is_set():
+            case.worker.session.hear(case.worker)  # a hint came before the launch call's answer
 
     async def _take_answer(self) -> bool:
         """Learn what came of a launch call, if one is on its way; returns whether it may have started a worker."""
@@ -393,15 +393,15 @@ class Launches:
         call = case.call
         if call is None:
             return False
-        # A worker with a receipt that starts after its cancel is refused: no need to wait for a call that may be
-        # stalled. Any other has to be known before it can be cancelled.
+        # Without a receipt, a worker can be cancelled only once its call is answered. With one, a call that has no
+        # answer yet need not be waited for: the job is marked, and a worker that begins after that is turned away.
         if not case.work.carries_receipt:
             await asyncio.wait({call})
-        case.call = None  # not before: cancelled in that wait, it has to be found here again
+        case.call = None  # only now: if that wait is cancelled, the call is still to be taken over
         if not call.done():
             call.add_done_callback(_forget_worker)
             case.call_forgotten = True
-            case.memory = case.memory.refused()
+            case.memory = case.memory.not_launched()
             return False
         # Before the first look only an opening can have been called. It registered the job itself, so take its
         # registration over.
@@ -409,11 +409,11 @@ class Launches:
             case.memory = case.memory.registered(Registration.read(case.opening.registration))
         error = call.exception()
         if error is not None and not isinstance(error, MayBeLaunched):
-            case.memory = case.memory.refused()
+            case.memory = case.memory.not_launched()
             return False
         worker = _worker_of(call) if error is None else None
         if error is None and worker is None:
-            case.memory = case.memory.refused()  # there is something to look at first
+            case.memory = case.memory.not_launched()  # an opening that found something to look at first
             return False
         case.attempts.append(case.attempt if case.work.carries_receipt else len(case.attempts) + 1)
         if worker is not None:
@@ -444,7 +444,7 @@ def _with_tags(work: Work, schema: str) -> Readable:
 
 
 def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:
-    """Forget the worker of a call that has ended: nobody waits for it."""
+    """Forget the worker of a call that nobody waited for."""
     if call.cancelled() or call.exception() is not None:
         return
     worker = _worker_of(call)
@@ -453,6 +453,6 @@ def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:
 
 
 def _worker_of(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> Worker | None:
-    """Return the worker of a call that has ended well; None of an opening that found something to look at first."""
+    """Return the worker that a call launched; None where an opening found something to look at first."""
     result = call.result()
     return result.worker if isinstance(result, Begun) else result

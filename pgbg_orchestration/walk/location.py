@@ -1,10 +1,10 @@
-"""Which statement of a job is at work or failed, and where in it: as far as its worker told, parameters left out.
+"""Which statement of a job is at work or failed, and where in it; values of parameters are never shown.
 
-Between the statements of a job its worker tells the number of the one that comes next, in two ways. It raises an INFO,
-which is sent whatever ``client_min_messages`` is, needs no privilege that a ``SET ROLE`` of the job's could take away,
-and goes into no server's log by default. It waits in the worker's queue until whoever asks why a worker failed reads it
-there. And it reports it as its progress, which needs no room in the queue and is seen while it is at work, also by a
-supervisor inside the server.
+Before each statement the worker tells its number, in two ways:
+
+- It raises an INFO. That is sent whatever ``client_min_messages`` is, needs no privilege that a ``SET ROLE`` of the
+  job's could take away, and is not logged by default. It stays in the worker's queue, where it is read after a failure.
+- It reports its progress. That takes no room in the queue, and is seen while the worker runs, also by a supervisor.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pgbg_orchestration.job import Job
 from pgbg_orchestration.outcome import ErrorFields
 from pgbg_orchestration.postgres import literals
 
-MARK = "PB006"
-"""The SQLSTATE of such an INFO; it is no error, and nobody else's is told by it."""
-MOST = 200  # statements: their marks take half of a queue of the usual size at most
-BYTES = 160  # that a mark takes in the queue
+NUMBER = "PB006"
+"""The SQLSTATE of such an INFO, by which it is known from those that the job's SQL raises."""
+MOST = 200  # statements: their INFOs take half of a queue of the usual size at most
+BYTES = 160  # that such an INFO takes in the queue
 SHOWN = 60  # characters of a line, around the place that is pointed at
 
 
@@ -36,26 +36,27 @@ _PROGRESS = re.compile(r"statement ([0-9]+) of ([0-9]+)")
 
 
 def numbered(bodies: Sequence[str], *, raised: bool = True, progress_function: str | None = None) -> str:
-    """Return statements as one text, each behind the mark that tells its number.
+    """Return statements as one text, each behind a ``DO`` that tells its number.
 
-    A mark is a utility statement, and makes the rows of those before it visible, as ``statements.SEPARATOR`` does.
+    The ``DO`` makes the rows of the statements before it visible, as ``statements.SEPARATOR`` does.
 
     Parameters
     ----------
     raised:
-        Whether it raises it.
+        Whether the number is raised as an INFO.
     progress_function:
-        The extension's function that it reports it with; where the role at work may not call that, it does not.
+        The extension's function by which the number is reported as progress; left out where the role in force may not
+        call it. None: it is not reported.
     """
     of = len(bodies)
 
-    def mark(number: int) -> str:
-        info = f"raise info '{number}' using errcode='{MARK}';" if raised else ""
+    def telling_number(number: int) -> str:
+        info = f"raise info '{number}' using errcode='{NUMBER}';" if raised else ""
         percent = 100 * (number - 1) // of
         call = f"perform {progress_function}({percent},'{progress_text(number, of)}');" if progress_function else ""
         return f"do $$begin {info}{f'begin {call}exception when others then null;end;' if call else ''}end$$"
 
-    return "\n;".join(f"{mark(number)}\n;{body}" for number, body in enumerate(bodies, 1))
+    return "\n;".join(f"{telling_number(number)}\n;{body}" for number, body in enumerate(bodies, 1))
 
 
 def progress_text(number: int, of: int) -> str:
@@ -64,31 +65,32 @@ def progress_text(number: int, of: int) -> str:
 
 
 def number_in_progress(message: str | None, of: int) -> int | None:
-    """Return the number that such a report tells; None for what the job's own SQL reports."""
-    found = _PROGRESS.fullmatch(message or "")
-    return int(found[1]) if found and int(found[2]) == of and 1 <= int(found[1]) <= of else None
+    """Return the statement's number in a report of progress; None for what the job's own SQL reports."""
+    match = _PROGRESS.fullmatch(message or "")
+    return int(match[1]) if match and int(match[2]) == of and 1 <= int(match[1]) <= of else None
 
 
 def without_number(error: ErrorFields, of: int) -> tuple[ErrorFields, int | None]:
-    """Return an error as a supervisor told it, without the line that tells the statement, and that number."""
+    """Take the line with the statement's number, which a supervisor adds, off an error's context; return both."""
     lines = (error.context or "").splitlines()
     number = number_in_progress(lines[-1], of) if lines else None
     return (error, None) if number is None else (replace(error, context="\n".join(lines[:-1]) or None), number)
 
 
 def is_of_commit(context: str | None) -> bool:
-    """Say whether an error came behind the last statement, from its context as the launching session's result has it.
+    """Say whether an error came at the commit, from its context as reading the worker's result gives it.
 
-    The worker adds a line to what fails in a statement, and the result the same line to whatever it is.
+    The worker adds a line ("background worker, pid …") to an error in a statement, and reading the result adds the same
+    line to any error: an error at the commit has it once.
     """
     lines = (context or "").splitlines()
     return bool(lines) and (len(lines) == 1 or lines[-1] != lines[-2])
 
 
 def number_of(diag: psycopg.errors.Diagnostic) -> int | None:
-    """Return the number that a mark tells; None for what the job's own SQL raises."""
+    """Return the statement's number that an INFO tells; None for what the job's own SQL raises."""
     text = diag.message_primary or ""
-    return int(text) if diag.sqlstate == MARK and text.isdecimal() else None
+    return int(text) if diag.sqlstate == NUMBER and text.isdecimal() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,9 @@ class ErrorPlace:
     Attributes
     ----------
     position:
-        Of the error in the text that was launched, in characters from 1, where the server has one.
+        Of the error in the text that was launched, in characters from 1; None where the server gives none.
     number:
-        Of the statement that was told last; None where none was, or the error came at the commit.
+        Of the statement whose number the worker told last; None where it told none, or the error came at the commit.
     at_commit:
         It came behind the last statement.
     inside:
@@ -157,25 +159,27 @@ def telling(error: ErrorFields, number: int, of: int, text: str | None, at: int 
 
 
 def offset_in(body: str, statement: str, verb_at: int, at: int) -> int | None:
-    """Return where an offset in a statement's body is in the statement, which may stand in there in two parts.
+    """Turn an offset in a statement's body into one in the statement; None where it is in neither.
+
+    A body may hold the statement in two parts, since keeping its rows puts text between them.
 
     Parameters
     ----------
     verb_at:
-        Where the second part begins.
+        Where the second part of the statement begins.
     """
     for begin, part in ((0, statement), (verb_at, statement[verb_at:]), (0, statement[:verb_at])):
-        found = body.find(part) if part else -1
-        if 0 <= found <= at <= found + len(part):
-            return begin + at - found
+        part_at = body.find(part) if part else -1
+        if 0 <= part_at <= at <= part_at + len(part):
+            return begin + at - part_at
     return None
 
 
-def inside(error: ErrorFields, told: ErrorPlace) -> ErrorFields:
-    """Return an error of a statement inside of a function that tells its place there, as psql does."""
-    if told.inside is None or error.pointer is not None:
+def inside(error: ErrorFields, failure: ErrorPlace) -> ErrorFields:
+    """Return an error that points to its place within a function's statement, as psql shows it, where it came there."""
+    if failure.inside is None or error.pointer is not None:
         return error
-    text, position = told.inside
+    text, position = failure.inside
     return replace(error, pointer=f"{_pointer(text, position - 1)}\nQUERY: {shorten(' '.join(text.split()))}")
 
 
@@ -188,8 +192,8 @@ def _pointer(text: str, at: int) -> str:
     head = f"LINE {number}: "
     cut = max(0, min(column - SHOWN // 2, len(line) - SHOWN))
     before, after = ("..." if cut else ""), ("..." if cut + SHOWN < len(line) else "")
-    seen = f"{head}{before}{line[cut:column]}"
-    width = sum(2 if east_asian_width(char) in "WF" else 1 for char in seen)
+    left = f"{head}{before}{line[cut:column]}"
+    width = sum(2 if east_asian_width(char) in "WF" else 1 for char in left)
     return f"{head}{before}{line[cut : cut + SHOWN]}{after}\n{' ' * width}^"
 
 
@@ -212,7 +216,7 @@ class DisplayText:
         return "".join(part for pair in zip(self.pieces, (*self.literals, ""), strict=True) for part in pair)
 
     def at(self, offset: int) -> int:
-        """Return where an offset in the bound text is in the one that is shown; in a value: where it begins."""
+        """Turn an offset in the bound text into one in the shown text; for one in a value, where its placeholder is."""
         shown = 0
         for piece, placeholder, literal in zip(
             self.pieces, (*self.placeholders, ""), (*self.literals, ""), strict=True
@@ -226,17 +230,17 @@ class DisplayText:
         return shown
 
 
-async def shown(
+async def display_texts(
     job: Job, parts: Sequence[statements.Statement], conn: AsyncConnection[Any]
 ) -> list[DisplayText] | None:
-    """Return the statements of a job with parameters, its placeholders in them; None where the two cannot be matched.
+    """Return the statements of a job with its placeholders in them; None where they cannot be told from the values.
 
     Parameters
     ----------
     parts:
         Its statements as they were launched, with the values in.
     conn:
-        Which psycopg writes them for.
+        The connection that psycopg quotes for.
     """
     texts = [job.sql] if isinstance(job.sql, str) else list(job.sql)
     word = f"pgbg{secrets.token_hex(4)}x"
@@ -248,16 +252,15 @@ async def shown(
     placeholders = [f"%({name})s" if named else "%s" for name in values]
     cursor = AsyncClientCursor(conn)
     literals.register(cursor)
-    found: list[DisplayText] = []
+    results: list[DisplayText] = []
     try:
         for text in texts:
             for part in job.split(cursor.mogrify(text, given)):
                 cuts = re.split(f"({word}[0-9]+x)", part.text)
                 at = [words.index(cut) for cut in cuts[1::2]]
-                found.append(
+                results.append(
                     DisplayText(tuple(cuts[::2]), tuple(placeholders[n] for n in at), tuple(of[n] for n in at))
                 )
     except (psycopg.Error, InvalidJob, LookupError, TypeError, ValueError):
         return None
-    matches = len(found) == len(parts) and all(one.bound == part.text for one, part in zip(found, parts, strict=True))
-    return found if matches else None
+    return results if [one.bound for one in results] == [part.text for part in parts] else None

@@ -1,7 +1,7 @@
-"""What one call remembers of its job besides what it sees: values without I/O, and how each event changes them.
+"""What one call remembers of its job between looks, and how each event changes that. No I/O.
 
-The launch is a small state machine; whoever drives a job (the walk, the tests' exhaustive search) calls the same
-transitions. Named tuples, since a search compares millions of them.
+The launch is a small state machine. The walk and the tests' exhaustive search go through the same transitions; named
+tuples, since the search compares millions of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.sighting import Registration
 from pgbg_orchestration.outcome import Cause, ErrorFields
-from pgbg_orchestration.verdict import OURS, REFUSED, TURNED_AWAY, Intent, Report
+from pgbg_orchestration.verdict import CALLED_OFF, OURS, TURNED_AWAY, Intent, Report
 
 if TYPE_CHECKING:
     from pgbg_orchestration.postgres.pg_background import ResultInfo
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RELAUNCHES = 3  # of a job whose worker is lost without a trace
 REJECTIONS = 10  # of a worker that is turned away while nobody is seen to hold the lock
 SUPERVISION = "CALL"  # the tag of a supervisor that came to its end
-NO_SLOT_FOR_WORKER = "PB004"  # a supervisor that found no slot for its worker, and left its own
+NO_SLOT_FOR_WORKER = "PB004"  # a supervisor found no slot for its worker, and ended
 
 
 class Stage(Enum):
@@ -33,21 +33,21 @@ class Stage(Enum):
     RUNNING = auto()
     ENDED = auto()  # without an error; no proof of a commit
     FAILED = auto()  # with an error
-    LOST = auto()  # the handle is; the worker may be at work
-    DETACHED = auto()  # let go on purpose, since its output was blocked
+    LOST = auto()  # without a handle; the worker may be at work
+    DETACHED = auto()  # the handle was given up, since the worker's output was blocked
 
 
 FOLLOWS: Mapping[Stage, frozenset[Stage]] = {
     Stage.NONE: frozenset({Stage.CALLING, Stage.LOST}),
     Stage.CALLING: frozenset({Stage.NONE, Stage.RUNNING, Stage.LOST}),
     Stage.RUNNING: frozenset({Stage.ENDED, Stage.FAILED, Stage.LOST, Stage.DETACHED}),
-    # A result that is read to its end comes after the report, and so does its error.
+    # A result is read after the report; it ends well, or with an error.
     Stage.ENDED: frozenset({Stage.ENDED, Stage.FAILED, Stage.LOST, Stage.NONE}),
     Stage.FAILED: frozenset({Stage.LOST, Stage.NONE}),
     Stage.LOST: frozenset({Stage.LOST, Stage.NONE}),
     Stage.DETACHED: frozenset({Stage.LOST, Stage.NONE}),
 }
-"""The stages that may come after each; NONE once the launch is put away for another one."""
+"""The stages that may come after each; NONE where nothing was launched, or before another launch."""
 
 REPORTS: Mapping[Stage, Report] = {
     Stage.NONE: Report.NONE,
@@ -66,13 +66,13 @@ class Launch(NamedTuple):
     Attributes
     ----------
     registration:
-        It was registered as that.
+        Its registration.
     info, error:
-        What its handle told of its end.
+        The handle's report of its end.
     result:
         Row count and command tag of a result that was read to its end: the proof of a job without a receipt.
     at_work:
-        Its worker was seen at work, by its marker.
+        Whether a look has shown its worker at work, by the marker.
     """
 
     stage: Stage = Stage.NONE
@@ -83,13 +83,13 @@ class Launch(NamedTuple):
     at_work: bool = False
 
     def to(self, stage: Stage) -> Launch:
-        """Go to a stage that may come next."""
+        """Return the launch in its next stage."""
         assert stage in FOLLOWS[self.stage], f"a launch that is {self.stage.name} cannot become {stage.name}"
         return self._replace(stage=stage)
 
     @property
     def report(self) -> Report:
-        """What the handle tells."""
+        """What the handle reports."""
         return REPORTS[self.stage]
 
     @property
@@ -99,51 +99,51 @@ class Launch(NamedTuple):
 
     @property
     def may_begin(self) -> bool:
-        """Whether the worker of a lost handle may begin yet: it was not seen at work, nor to have ended."""
+        """Whether the worker of a lost handle may begin yet: it was seen neither at work nor at its end."""
         return self.stage is Stage.LOST and self.info is None and not self.at_work
 
     def calling(self) -> Launch:
         """Begin the launch call."""
         return self.to(Stage.CALLING)
 
-    def refused(self) -> Launch:
-        """Take in that the call ended, or was given up, and launched nothing that could commit."""
+    def not_launched(self) -> Launch:
+        """The call launched nothing that could commit."""
         return self.to(Stage.NONE)
 
     def running(self) -> Launch:
-        """Take in that the call gave a handle."""
+        """The call gave a handle."""
         return self.to(Stage.RUNNING)
 
     def lost(self) -> Launch:
-        """Take in that the call failed on its way, or that its handle is lost."""
+        """The call failed on its way, or its handle is lost."""
         return self.to(Stage.LOST)._replace(error=None)
 
     def ended(self, info: ResultInfo | None, error: ErrorFields | None) -> Launch:
-        """Take in the handle's report; without one, or with an error that cannot be read, the handle is lost."""
+        """The handle reported the end; without a report, or with an error that cannot be read, the handle is lost."""
         known = self._replace(info=info, error=error)
         if info is None or (info.has_error and error is None):
             return known.lost()
         return known.to(Stage.FAILED if info.has_error else Stage.ENDED)
 
     def failed(self, error: ErrorFields) -> Launch:
-        """Take in an error that came while its result was read, or before its output was dropped."""
+        """An error came while its result was read, or before its output was dropped."""
         return self.to(Stage.FAILED)._replace(error=error)
 
     def detached(self, error: ErrorFields | None) -> Launch:
-        """Take in that the handle was given up, since the output was blocked, after a look at its error."""
+        """The handle was given up, since the output was blocked; its error was read before."""
         return self.to(Stage.DETACHED) if error is None else self.failed(error)
 
     def read(self, result: tuple[int | None, str | None]) -> Launch:
-        """Take in that its result was read to its end."""
+        """Its result was read to its end."""
         return self.to(Stage.ENDED)._replace(result=result)
 
 
 class Stray(Enum):
-    """Whether this call has a stray: a worker that it launched, and whose handle it has lost or let go."""
+    """Whether this call has a stray: a worker that it launched, and whose handle it has lost or given up."""
 
     NONE = auto()
     LOOSE = auto()  # it may begin at any time
-    STOPPED = auto()  # this call marked the job, so that the worker is refused when it begins
+    STOPPED = auto()  # this call marked the job, so that the worker is turned away when it begins
 
 
 class Tries(NamedTuple):
@@ -165,7 +165,7 @@ class Tries(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """The answer of verify_sql, and which claim it was about: its attempt, and whether its worker might begin."""
+    """The answer of verify_sql, and the claim that it was asked about: its attempt, and its ``may_begin``."""
 
     done: bool
     claim: tuple[int | None, bool] | None = None
@@ -179,7 +179,7 @@ class Terms(NamedTuple):
     takes_back:
         The causes of a cancel from before this call that it takes back.
     of_try:
-        The caller's try of the work: what this very try made final stays so.
+        The orchestrator's try that this call is made in: it does not take back a cancel of its own.
     deadline:
         On the event loop's clock.
     adds_supervisor:
@@ -211,15 +211,15 @@ class Memory(NamedTuple):
     intent:
         Why this call wants the job to end.
     generation:
-        The job's, once a registration told it.
+        The job's generation, known from the first registration on.
     registration:
-        That of the launch that comes next.
+        The registration of the launch that comes next.
     stray:
-        Whether a worker of an earlier handle of this call's may begin.
+        Whether a worker of this call's whose handle is lost may begin.
     looked, old_mark:
-        Whether this call has looked; when the mark was made that its first look saw.
+        Whether this call has looked; when the mark was made that was there before this call.
     attached_since:
-        Since when a worker of this job was seen that somebody else launched, on the server's clock.
+        Since when looks have shown a worker of this job that somebody else launched, on the server's clock.
     """
 
     intent: Intent = Intent.NONE
@@ -234,25 +234,25 @@ class Memory(NamedTuple):
     verification: Verification | None = None
 
     def at(self, now: float, terms: Terms) -> Memory:
-        """Take in the time: past the deadline, this call wants the job to end."""
+        """It is ``now``: past the deadline, this call wants the job to end."""
         if self.intent is not Intent.NONE or terms.deadline is None or now < terms.deadline:
             return self
         return self.wanting_end(Intent.DEADLINE)
 
     def wanting_end(self, intent: Intent) -> Memory:
-        """Want the job to end."""
+        """The caller, or its deadline, wants the job to end."""
         return self._replace(intent=intent)
 
     def registered(self, registration: Registration) -> Memory:
-        """Take in a registration; one that was refused registers nothing."""
-        done = registration if registration.verdict == "registered" else None
-        return self._replace(registration=done, generation=registration.generation)
+        """A registration was answered; only with the verdict "registered" does a launch follow."""
+        next_one = registration if registration.verdict == "registered" else None
+        return self._replace(registration=next_one, generation=registration.generation)
 
     def put_away(self) -> Memory:
-        """Make room for another launch, and count the one before it."""
+        """Another launch follows: count the one before it."""
         tries, launch = self.tries, self.launch
         if launch.stage is not Stage.NONE:
-            if launch.sqlstate in (TURNED_AWAY, REFUSED):
+            if launch.sqlstate in (TURNED_AWAY, CALLED_OFF):
                 tries = tries._replace(rejected=tries.rejected + 1)
             else:
                 tries = tries._replace(lost=tries.lost + 1)
@@ -260,31 +260,31 @@ class Memory(NamedTuple):
         return self._replace(tries=tries, launch=Launch(launch.stage), attached_since=None, verification=None)
 
     def calling(self) -> Memory:
-        """Begin a launch call."""
+        """A launch call begins."""
         return self._replace(launch=self.launch.calling())
 
-    def refused(self) -> Memory:
-        """Take in that the call ended, or was given up, and launched nothing that could commit."""
-        return self._replace(launch=self.launch.refused())
+    def not_launched(self) -> Memory:
+        """The call launched nothing that could commit."""
+        return self._replace(launch=self.launch.not_launched())
 
     def running(self) -> Memory:
-        """Take in that the call gave a handle; that uses the registration up."""
+        """The call gave a handle; the registration is that launch's now."""
         launch = self.launch.running()._replace(registration=self.registration)
         return self._replace(launch=launch, registration=None)
 
     def call_lost(self) -> Memory:
-        """Take in that the call failed on its way; it may have started a worker, and uses the registration up."""
+        """The call failed on its way, and may have started a worker; the registration is that launch's now."""
         launch = self.launch._replace(registration=self.registration)
         return self._replace(launch=launch, registration=None).handle_lost()
 
     def handle_lost(self) -> Memory:
-        """Take in that the handle is lost: its worker may begin, or go on, at any time."""
+        """The handle is lost: its worker may begin, or go on, at any time."""
         return self._loose(self.launch.lost())
 
     def ended(self, info: ResultInfo | None, error: ErrorFields | None, terms: Terms) -> Memory:
-        """Take in the handle's report. A supervisor without a second slot launched nothing, and uses up no attempt."""
+        """The handle reported the end. A supervisor that found no second slot launched nothing: no attempt is used."""
         launch = self.launch.ended(info, error)
-        # SQL of the user's can raise this code too, and does so in a worker of its own.
+        # The user's SQL may raise this code as well, but never in a supervisor.
         supervised = terms.adds_supervisor or terms.kind is Kind.SUPERVISED
         if supervised and launch.sqlstate == NO_SLOT_FOR_WORKER:
             tries = self.tries._replace(slotless=self.tries.slotless + 1)
@@ -298,20 +298,20 @@ class Memory(NamedTuple):
         return self._replace(launch=launch, stray=Stray.LOOSE if gone else self.stray)
 
     def read(self, result: tuple[int | None, str | None]) -> Memory:
-        """Take in that the result was read to its end."""
+        """The result was read to its end."""
         return self._replace(launch=self.launch.read(result))
 
     def failed(self, error: ErrorFields) -> Memory:
-        """Take in an error that came while the result was read."""
+        """An error came while the result was read."""
         return self._replace(launch=self.launch.failed(error))
 
-    def let_go(self, error: ErrorFields | None) -> Memory:
-        """Take in that the handle was given up, after a look at the error: the worker may go on."""
+    def detached(self, error: ErrorFields | None) -> Memory:
+        """The handle was given up, after its error was read: the worker may go on."""
         stray = Stray.LOOSE if self.stray is Stray.NONE else self.stray
         return self._replace(launch=self.launch.detached(error), stray=stray)
 
     def marked(self, *, gave_up: bool) -> Memory:
-        """Take in that this call marked the job; ``gave_up``: only so that no stray worker commits any more."""
+        """The job was marked; ``gave_up``: only so that no stray worker commits any more."""
         stray = self.stray
         if gave_up:
             stray = Stray.STOPPED
@@ -320,18 +320,18 @@ class Memory(NamedTuple):
         return self._replace(stray=stray)
 
     def verified(self, done: bool, claim: tuple[int | None, bool] | None) -> Memory:
-        """Take in what verify_sql said."""
+        """The answer of verify_sql came."""
         return self._replace(verification=Verification(done, claim))
 
     def settled(self) -> Memory:
-        """Take in that what verify_sql said of a claim is written down; not done, the job may be launched again."""
+        """That answer is written down. If the work is not done, the claim is gone, and another launch may follow."""
         if self.verification is None or self.verification.done:
             return self
         return self.handle_lost()._replace(verification=None)
 
 
 def _came_to_its_end(launch: Launch) -> bool:
-    """Say whether the supervisor of a watched worker did its work: it fails only where that worker was turned away."""
+    """Say whether a supervisor beside a receipt did its part: it fails only where its worker was turned away."""
     if launch.stage is Stage.FAILED:
         return launch.sqlstate in OURS
     return launch.info is not None and launch.info.command_tag == SUPERVISION

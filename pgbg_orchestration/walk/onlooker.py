@@ -1,8 +1,8 @@
-"""How far the jobs of one process are, told to those who follow them: one query a tick for all of them.
+"""How far the jobs of one process are, told to those who follow them: one query at a time for all of them.
 
-What is told of a job is the first of these that there is: what its own SQL reports
-(``pg_background_report_progress``), the command that the server shows the progress of, and whom it waits for. A line is
-told when something changes, at a pace that a log can bear.
+Of a job is told: whom it waits for; else what its own SQL reports (``pg_background_report_progress``); else how far its
+command is, as the server shows it; else that it waits for a standby or a page; else which statement is at work. A line
+comes when something changes, at a pace that a log can bear.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 logger = logging.getLogger("pgbg_orchestration")
-POINTS = 10  # of a hundred, after which a percentage is told again
-AGAIN = 10.0  # seconds after which it is told again, if it moved at all
-STILL = 30.0  # seconds after which it is said again that a job still waits
+POINTS = 10  # a percentage is told again after so many points
+AGAIN = 10.0  # or after so many seconds, if it moved at all
+STILL = 30.0  # that a job waits is told again after so many seconds
 NAMED = 3  # blockers that are named
-HIDDEN = "<insufficient privilege>"  # as the server writes for another login's query
+HIDDEN = "<insufficient privilege>"  # what the server gives for another login's query
 WAITS = {"SyncRep": "a synchronous standby", "BufferPin": "a page that another session holds"}
 
 
 @dataclass(slots=True)
 class Remark:
-    """What may be told of a job: ``about`` stays while only numbers move, ``percent`` is one of them."""
+    """A line that may be told of a job; ``about`` is the same for lines that differ in their numbers only."""
 
     kind: EventKind
     about: str
@@ -58,7 +58,7 @@ class Subject:
     since: float
     last: Remark | None = None
     last_at: float = 0.0
-    began: tuple[str, float, int] | None = None  # what is counted, since when, and how much was done then
+    began: tuple[str, float, int] | None = None  # what its command counts, since when, and the count at that time
 
     def is_news(self, line: Remark, now: float) -> bool:
         """Say whether to tell a line now: the longer a job runs, the fewer lines."""
@@ -76,7 +76,7 @@ class Subject:
         return abs(line.percent - (self.last.percent or 0)) >= POINTS or silence >= max(AGAIN, pace.SHARE * age)
 
     def seconds_left(self, what: str, done: int, total: int, now: float) -> float | None:
-        """Return an estimate for what is being counted, by how fast it went since it was first seen."""
+        """Estimate the seconds to the end of what is being counted, by its speed since the first look at it."""
         if self.began is None or self.began[0] != what or done < self.began[2]:
             self.began = (what, now, done)
         _, since, first = self.began
@@ -121,37 +121,36 @@ class Onlooker:
 
     async def _look_while_watched(self) -> None:
         loop = asyncio.get_running_loop()
-        failed = 0
+        failures = 0
         while self._subjects:
             now = loop.time()
             pause = min(pace.look(now - w.since, w.case.options.poll_interval) for w in self._subjects.values())
             await asyncio.sleep(pause)
             try:
                 await self._look([w for w in self._subjects.values() if w.case.is_at_work])
-                failed = 0
+                failures = 0
             except (psycopg.Error, OSError, PgbgError) as error:
-                # Nobody's outcome depends on it, and the server may be back, or its privileges, by the next look.
-                failed += 1
-                if failed == 1:
+                # No outcome depends on it, and server and privileges may be back by the next look.
+                failures += 1
+                if failures == 1:
                     logger.warning("how far jobs are cannot be told now (%s)", error)
-                await asyncio.sleep(pace.backoff(failed))
+                await asyncio.sleep(pace.backoff(failures))
 
     async def _look(self, subjects: list[Subject]) -> None:
         if not subjects:
             return
-        reported, seen = await asyncio.gather(self._reported(subjects), self._activities(subjects))
+        progress, activities = await asyncio.gather(self._progress(subjects), self._activities(subjects))
         now = asyncio.get_running_loop().time()
         for one in subjects:
             if id(one.case) not in self._subjects:
                 continue  # it has ended meanwhile
-            line = _line(one, reported.get(id(one.case)), seen.get(id(one.case)), now)
+            line = _line(one, progress.get(id(one.case)), activities.get(id(one.case)), now)
             if line is not None and one.is_news(line, now):
                 one.last, one.last_at = line, now
                 one.case.tell(line.kind, line.message, percent=line.percent, **line.data)
 
     async def _activities(self, subjects: list[Subject]) -> dict[int, Activity]:
-        """Return what the workers are at, by the ``id`` of their cases."""
-        # Two calls may be attached to one worker.
+        """Return what the workers are at, by the ``id`` of their cases; several may be attached to one worker."""
         by_pid: dict[int, list[int]] = defaultdict(list)
         by_name: dict[str, list[int]] = defaultdict(list)
         for one in subjects:
@@ -164,14 +163,14 @@ class Onlooker:
         if self._views is None:
             self._views = await self._ledger.run(activity.views_of)
         views = self._views
-        found = await self._ledger.run(lambda conn: activity.look(conn, views, [*by_pid], [*by_name]))
+        activities = await self._ledger.run(lambda conn: activity.look(conn, views, [*by_pid], [*by_name]))
         return {
             case: one
-            for one in found
+            for one in activities
             for case in by_pid.get(one.pid) or by_name.get((one.name or "")[: markers.LENGTH]) or ()
         }
 
-    async def _reported(self, subjects: list[Subject]) -> dict[int, Progress]:
+    async def _progress(self, subjects: list[Subject]) -> dict[int, Progress]:
         """Return what the workers reported of their progress, by the ``id`` of their cases."""
         by_session: dict[HandleSession, dict[Worker, int]] = defaultdict(dict)
         for one in subjects:
@@ -199,7 +198,7 @@ def _line(subject: Subject, reported: Progress | None, seen: Activity | None, no
     if seen is not None and seen.wait_event in WAITS:
         text = f"waits for {WAITS[seen.wait_event]} ({seen.wait_event})"
         return Remark(EventKind.BLOCKED, text, text, data={"pid": seen.pid})
-    if number is None or subject.case.reading is not None:  # whoever reads its output is told there
+    if number is None or subject.case.reading is not None:  # read with its output, the number is told there
         return None
     text = location.progress_text(number, of)
     return Remark(EventKind.PROGRESS, text, text, data={"statement": number, "of": of})

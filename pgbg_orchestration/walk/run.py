@@ -1,6 +1,6 @@
 """Launch or attach: the way of one job, from its first look to its outcome.
 
-Each turn looks (the handle's report, then the lock, then the receipt), weighs what was seen (:mod:`.evidence`), asks
+Each turn looks (the handle's report, then the lock, then the receipt), has :mod:`.evidence` say what that means, asks
 :func:`verdict.judge` for the next step, and takes it. So any process can come to a job at any point, after any fault,
 and go on from there.
 """
@@ -56,7 +56,7 @@ async def run_job(host: Host, job: Job, options: Options, feed: Feed | None = No
     try:
         try:
             if options.notices:
-                job = job.to_be_heard()
+                job = job.with_notices()
                 _check_notices(job)
             _check_supervisor(job, options, feed)
             if feed is not None:
@@ -70,11 +70,11 @@ async def run_job(host: Host, job: Job, options: Options, feed: Feed | None = No
                 case.work, case.session = await prepare(lambda: host.session(exclusive=True), work, feed)
             return await Run(host, case).outcome()
         except psycopg.Error as error:
-            host.forget_facts()  # what was true of the server may not be now
+            host.forget_facts()  # the server may have changed: the next job looks at it anew
             raise failures.ledger(error, job.id or "", redact=job.redact_details) from error
     except PgbgError as error:
         if job.redact_details:
-            error.__cause__ = error.__context__ = None  # a traceback shows these, the server's own words with them
+            error.__cause__ = error.__context__ = None  # in a traceback they would show the server's own words
         raise
 
 
@@ -87,7 +87,7 @@ def _check_notices(job: Job) -> None:
         )
     if job.kind is Kind.SUPERVISED:
         raise InvalidJob(
-            "the notices of a supervised job cannot be heard: its supervisor alone has its worker's output",
+            "the notices of a supervised job cannot be read: its supervisor alone has its worker's output",
             job_id=job.id,
             label=job.label,
             todo="Leave them out, or choose kind='session', whose outcome goes with the session.",
@@ -125,27 +125,27 @@ class Run:
         listener = self._host.listener if self._case.work.carries_receipt else None
         marker = self._case.work.marker if listener is not None else ""
         if listener is not None:
-            listener.call_at_hints(marker, self._hear)
+            listener.call_at_hints(marker, self._take_hint)
         try:
             return await asyncio.shield(following)
         except asyncio.CancelledError:
-            # It is bounded (pace.CANCEL, and pace.BREAK): a second cancel does not make it quicker.
+            # Not to be cancelled itself: it ends within pace.CANCEL and pace.BREAK seconds.
             await to_its_end(self._let_go(following))
             raise
         finally:
             if listener is not None:
-                listener.leave(marker, self._hear)
+                listener.leave(marker, self._take_hint)
             self._host.onlooker.leave(self._case)
             if self._case.reading is None and self._case.session is None:
                 self._give_back_slots()
             elif await to_its_end(self._close()):
                 raise asyncio.CancelledError
 
-    def _hear(self) -> None:
-        """Wake the loop after a hint; the next look finds what has changed."""
+    def _take_hint(self) -> None:
+        """Have the worker's session read its receipt; without a worker, end the wait for the next look."""
         worker = self._case.worker
         if worker is None or worker.end.done():
-            self._case.nudged.set()
+            self._case.nudge.set()
         else:
             worker.session.hear(worker)
 
@@ -160,7 +160,7 @@ class Run:
             self._host.turns.give_back(self._case.slots)
 
     async def _let_go(self, following: asyncio.Task[Outcome]) -> None:
-        """End the job, or leave it; what comes of that is told, and not raised: the caller wants to be cancelled."""
+        """End the job, or leave it; what comes of that is told by an event: the caller gets its CancelledError."""
         case = self._case
         await broken_off(following)
         case.way_out = self._loop.time() + pace.CANCEL
@@ -173,7 +173,7 @@ class Run:
                 case.memory, case.cause = case.memory.wanting_end(Intent.ASKED), cause
                 outcome = await self._decided(self._loop.create_task(self._follow()))
             else:
-                outcome = following.result()  # it was as quick as the cancel
+                outcome = following.result()  # it ended in the same moment
         except PgbgError as error:
             self._tell_end(error)
         except psycopg.Error as error:
@@ -190,7 +190,6 @@ class Run:
         return following.result()
 
     def _tell_end(self, error: PgbgError) -> None:
-        # First for those who asked: what they have been told by an event they need not read in a log.
         self._case.tell(EventKind.LET_GO, f"let go: {error.message}", error=error.to_dict())
         if not isinstance(error, JobCancelled):
             logger.error("the job was let go: %s", error)
@@ -257,7 +256,7 @@ class Run:
         return not called and case.memory.attached_since is None
 
     async def _look(self) -> Evidence:
-        """Look at the job, and again as long as what is seen may be unfinished."""
+        """Look at the job, again while the look is doubted, and return what it means."""
         case = self._case
         await read_report(case)
         if case.memory.launch.report is Report.GONE:
@@ -274,7 +273,7 @@ class Run:
             self._check_digest(sighting)
             self._sighting = sighting
             if sighting.holds_this_job:
-                case.last_seen = now()
+                case.last_sign = now()
             case.worker_pid = sighting.marked_pid
             if case.worker_pid is None and sighting.holds_this_job and case.work.kind is not Kind.SUPERVISED:
                 case.worker_pid = sighting.holder_pid
@@ -282,15 +281,15 @@ class Run:
             return weighed
         launch, end_wanted = case.memory.launch, case.memory.intent is not Intent.NONE
         if launch.result is not None or (launch.report is Report.ENDED and not end_wanted and case.reading is None):
-            # Its result is read, or is to be read now, which waits for the worker's end: there is nothing to look for.
+            # Its result is read, or will be, which waits for the worker's end: no need to look for the worker.
             weighed, case.memory = evidence.weigh_marker(False, None, case.terms, case.memory, now())
             return weighed
-        found = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
-        case.worker_pid = found.pid if found else None
-        if found is not None:
-            case.last_seen = now()
-        wait_event = found.wait_event if found else None
-        weighed, case.memory = evidence.weigh_marker(found is not None, wait_event, case.terms, case.memory, now())
+        marked = await self._ledger.run(lambda conn: markers.find(conn, case.work.marker, case.work.key.owner))
+        case.worker_pid = marked.pid if marked else None
+        if marked is not None:
+            case.last_sign = now()
+        wait_event = marked.wait_event if marked else None
+        weighed, case.memory = evidence.weigh_marker(marked is not None, wait_event, case.terms, case.memory, now())
         return weighed
 
     def _check_digest(self, sighting: Sighting) -> None:
@@ -308,7 +307,7 @@ class Run:
         try:
             await self._take(step, self._sighting)
         except ConnectionLost as error:
-            # On a question beside the job's way: nothing was launched.
+            # A connection for verify_sql or an index: the step is taken again, and nothing was launched.
             if self._waited() > pace.RECONNECT:
                 raise ServerUnreachable(str(error), job_id=self._case.work.key.job_id) from error
             await self._sleep()
@@ -355,37 +354,40 @@ class Run:
             await self._wait_for_news(
                 sighting,
                 lambda: pace.look_behind(self._loop.time() - worker.launched_at, interval),
-                worker.nudged,
+                worker.nudge,
                 worker.end,
             )
             return
         if sighting is not None and case.memory.attached_since is not None:
             message = "attached to the worker that already runs this job"
             case.tell_once(EventKind.ATTACHED, message, pid=sighting.worker_pid)
-        await self._wait_for_news(sighting, self._pause, case.nudged)
+        await self._wait_for_news(sighting, self._pause, case.nudge)
 
     async def _wait_for_news(
         self,
         sighting: Sighting | None,
         pause: Callable[[], float],
-        nudged: Nudge,
-        ended: asyncio.Future[Any] | None = None,
+        nudge: Nudge,
+        end: asyncio.Future[Any] | None = None,
     ) -> None:
-        """Wait until it is time for the next look; where it could show the same again, the rounds make it.
+        """Wait until it is time for the next look.
+
+        Where the last look showed a worker at work, :class:`.rounds.Rounds` looks for all such jobs, and ends this wait
+        once it sees a change.
 
         Parameters
         ----------
         pause:
-            Returns how long to wait before a look.
+            Returns the seconds to the next look.
         """
         case = self._case
         seconds = pause()
-        same = None if sighting is None or seconds < pace.LOOK_SOONEST else sighting.at_work(case.work.key)
-        if same is None:
-            await first_of(ended, nudged, case.bounded(seconds))
+        at_work = None if sighting is None or seconds < pace.LOOK_SOONEST else sighting.at_work(case.work.key)
+        if at_work is None:
+            await first_of(end, nudge, case.bounded(seconds))
             return
-        with self._host.rounds.waiting(same, pause, nudged.set):
-            await first_of(ended, nudged, case.bounded(math.inf))
+        with self._host.rounds.waiting(at_work, pause, nudge.set):
+            await first_of(end, nudge, case.bounded(math.inf))
 
     async def _wait_for_series(self, sighting: Sighting) -> None:
         if sighting.holder(self._case.memory.generation) is Holder.STRANGER and self._waited() > pace.STRANGER:
@@ -408,12 +410,12 @@ class Run:
         await self._sleep()
 
     async def _unblock(self) -> None:
-        """Let a worker go on, or end, that waits for its output to be read: nobody reads it."""
+        """Help a worker that waits for its output to be read: read its result, or detach it, so that it goes on."""
         if not self._case.work.carries_receipt or self._case.reading is not None:
             await self._read_result()
             return
         case, worker = self._case, _there(self._case.worker)
-        case.memory = case.memory.let_go(await worker.error())
+        case.memory = case.memory.detached(await worker.error())
         case.tell_once(EventKind.OUTPUT_BLOCKED, "the worker's output is full and nobody reads it: it is dropped")
         await worker.detach()
 
@@ -431,7 +433,7 @@ class Run:
             await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker, case.work.key.owner))
         supervised = case.work.has_supervisor
         if case.memory.launch.report is Report.RUNNING and self._waited() > pace.LOOK_SOONEST and not supervised:
-            # One that reports an error into a full queue ends only when it is detached, or read.
+            # A worker that reports an error into a full queue takes no cancel: it ends once it is detached, or read.
             await self._unblock()
         await self._sleep()
 
@@ -455,15 +457,15 @@ class Run:
     # Without a receipt --------------------------------------------------------------------------------------------
 
     async def _read_result(self) -> None:
-        """Read the result to its end; the worker is cancelled and the deadline is kept meanwhile."""
+        """Read the result, for a while at a time: between these the turn keeps the deadline, and cancels the worker."""
         case = self._case
         if case.reading is None:
             begin_reading(case, _there(case.worker), _there(case.readable))
-        elif self._loop.time() - max(case.last_seen, case.last_heard) > pace.CALL:
+        elif self._loop.time() - max(case.last_sign, case.last_notice) > pace.CALL:
             # No sign of the worker for so long, and still no result: the connection must be dead.
             await stop_reading(case)
             return
-        # One that is to be cancelled is signalled again.
+        # A cancel may have to be signalled again soon.
         patience = pace.LOOK_LATEST if case.memory.intent is Intent.NONE else pace.LOOK_SOONEST
         await asyncio.wait({_there(case.reading)}, timeout=case.bounded(min(patience, pace.CALL)))
 
@@ -477,7 +479,7 @@ class Run:
         case.memory = case.memory.verified(done, claim)
 
     async def _settle(self, sighting: Sighting) -> None:
-        """Write down what verify_sql said; where the work is not done, the way is free for another launch."""
+        """Write down what verify_sql said; where the work is not done, another launch may follow."""
         case = self._case
         done = case.memory.verification is not None and case.memory.verification.done
         await self._ledger.settle(case.work.key, sighting.receipt_attempt, committed=done)
@@ -493,7 +495,7 @@ class Run:
         return pace.poll(self._waited(), self._case.options.poll_interval)
 
     async def _sleep(self) -> None:
-        await first_of(None, self._case.nudged, self._case.bounded(self._pause()))
+        await first_of(None, self._case.nudge, self._case.bounded(self._pause()))
 
 
 async def cancel_job(
@@ -529,7 +531,7 @@ async def _cancel(
         sighting = await look(ledger, key, evidence.doubt_the_look)
         if sighting.receipt is Receipt.COMMITTED:
             return "committed"
-        # A cancel that may be taken back, as a provisional one, is overwritten by this final one.
+        # A mark that a later call may take back is replaced by this one, which stays.
         if sighting.receipt is Receipt.CANCELLED and not (
             sighting.is_provisional or (cause is Cause.ASKED and sighting.cause in OF_A_TRY)
         ):
@@ -541,7 +543,7 @@ async def _cancel(
         faults.point("before_cancel")
         await _signal_worker(ledger, key, sighting, key.job_id)
         if sighting.receipt is Receipt.LAUNCHING:
-            # Its supervisor frees the receipt when it has told how its worker ended.
+            # The receipt is its supervisor's until that has written down how its worker ended.
             await asyncio.sleep(pace.poll(loop.time() - began))
             continue
         faults.point("before_mark")
@@ -550,9 +552,9 @@ async def _cancel(
 
 
 async def look(ledger: Ledger, key: Key, doubt: Callable[[Sighting], Doubt | None]) -> Sighting:
-    """Look at a job, and again as long as ``doubt`` says that what is seen may be unfinished."""
+    """Look at a job, and again until ``doubt`` returns none, or one that has stood for its time."""
     loop = asyncio.get_running_loop()
-    doubted: dict[tuple[Sign, int | None], float] = {}  # and since when
+    doubted: dict[tuple[Sign, int | None], float] = {}  # since when each doubt stands
     while True:
         sighting = await ledger.look(key)
         doubtful = doubt(sighting)
@@ -575,5 +577,5 @@ async def _signal_worker(ledger: Ledger, key: Key, sighting: Sighting, job_id: s
 
 
 def _there(value: T | None) -> T:
-    assert value is not None  # the verdict asks for this step only when it is there
+    assert value is not None  # the verdict says this step only where there is one
     return value

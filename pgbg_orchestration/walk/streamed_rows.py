@@ -1,4 +1,4 @@
-"""Where the rows of a job come out that are read as they come: a session of the job's own, which reads its result."""
+"""The rows of a streamed job: a session of the job's own launches it, and gives them to the reader as they come."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check(job: Job) -> None:
 async def prepare(
     open_session: Callable[[], Awaitable[LaunchingSession]], work: Work, feed: Feed
 ) -> tuple[Work, LaunchingSession]:
-    """Return the work without what keeps rows from being sent, and the session that launches it and reads them.
+    """Return the work, bound so that its rows are sent, and the session that launches it and reads them.
 
     Raises
     ------

@@ -1,6 +1,6 @@
 """From a job to the text that its worker runs: parameters bound, statements joined, the receipt in front.
 
-What differs between the kinds of job stands here: whether the SQL carries a receipt, and what is set at its launch.
+Here stands how the kinds of job differ in that text, and in the settings of their launch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pgbg_orchestration.ledger.sighting import SUPERVISES, Key, Registration
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
 from pgbg_orchestration.postgres import catalog, literals, markers
 from pgbg_orchestration.postgres.durations import milliseconds
+from pgbg_orchestration.postgres.opening import LaunchText
 from pgbg_orchestration.postgres.pg_background import DEFAULT_QUEUE_BYTES
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds
@@ -32,11 +33,11 @@ from pgbg_orchestration.threads import off_loop
 
 from . import kept_rows, location
 
-# Sent before the user's own settings, which win.
+# Overridden by the job's own settings.
 BASE_SETTINGS: Mapping[str, str] = {
-    # A NOTICE that nobody reads fills the worker's queue, and blocks it for ever.
+    # NOTICEs that nobody reads would fill the worker's queue, and block it for ever.
     "client_min_messages": "warning",
-    # The splitter reads plain strings as the SQL standard does.
+    # statements.split() takes a backslash in a plain string for itself.
     "standard_conforming_strings": "on",
 }
 
@@ -44,7 +45,8 @@ BASE_SETTINGS: Mapping[str, str] = {
 WORK = "pgbg.work"
 """The setting in which a worker finds what it is to write into its receipt."""
 
-# A supervisor outlives its worker's timeouts, to tell of them, and writes after a worker that may be read only.
+# A supervisor writes down how its worker ended: a timeout of the worker's must not end it too, and it must be able to
+# write where the worker is read only.
 SUPERVISOR_SETTINGS: Mapping[str, str] = {
     "statement_timeout": "0",
     "pg_background.worker_timeout": "0",
@@ -59,7 +61,25 @@ PADDING = statements.SEPARATOR.rstrip(";")
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A job bound for one database: its key, its statements with parameters in, and their digest."""
+    """A job bound for one database: its key, its statements with parameters in, and their digest.
+
+    Attributes
+    ----------
+    applied:
+        What its own SET statements set that counts in a worker only if it is set at the launch.
+    gives_rows:
+        Its last statement may give rows.
+    kept:
+        The statements whose rows are kept.
+    is_streamed:
+        Its rows are read as they come.
+    may_number:
+        Every role may run the block that tells which statement is at work.
+    progress_function:
+        The extension's function that keeps what a worker reports of its progress.
+    adds_supervisor:
+        It writes its own receipt, and a supervisor was asked for all the same.
+    """
 
     job: Job
     key: Key
@@ -67,13 +87,13 @@ class Work:
     label: str
     statements: tuple[statements.Statement, ...]
     sql_digest: bytes
-    applied: Mapping[str, str]  # what its text sets too late, and its launch therefore
-    gives_rows: bool  # its last statement may give rows
-    kept: tuple[kept_rows.RowPlan, ...] = ()  # statements whose rows are kept
-    is_streamed: bool = False  # its rows are read as they come
-    may_number: bool = False  # every role may run what tells the statement that is at work
-    progress_function: str | None = None  # the extension's function that keeps what a worker reports of its progress
-    adds_supervisor: bool = False  # it writes its own receipt, and a supervisor was asked for all the same
+    applied: Mapping[str, str]
+    gives_rows: bool
+    kept: tuple[kept_rows.RowPlan, ...] = ()
+    is_streamed: bool = False
+    may_number: bool = False
+    progress_function: str | None = None
+    adds_supervisor: bool = False
 
     @property
     def carries_receipt(self) -> bool:
@@ -82,39 +102,39 @@ class Work:
 
     @property
     def has_supervisor(self) -> bool:
-        """Whether a second worker launches the one that runs the SQL, and alone has its handle."""
+        """Whether a second worker launches the one that runs the SQL, and has its handle."""
         return self.adds_supervisor or self.kind is Kind.SUPERVISED
 
     @property
     def slots(self) -> int:
-        """How many worker slots it takes at once: its worker's, a supervisor's, and one that a statement needs."""
+        """How many worker slots it takes at once: its worker's, a supervisor's, and one where a statement needs it."""
         return 1 + self.has_supervisor + any(map(statements.takes_slot, self.statements))
 
     @property
     def is_marked(self) -> bool:
-        """Whether its worker bears the marker: it holds no lock."""
+        """Whether its worker is found by its marker, since it holds no lock."""
         return self.kind is not Kind.RECEIPT
 
     @property
     def is_padded(self) -> bool:
-        """Whether a statement without rows stands behind the job's last one, which may give some.
+        """Whether a statement without rows is put behind the job's last one, which may give some.
 
-        Only the last statement's rows are sent: so there is no output that has to be read, and however many rows there
-        are, their number and the tag are told.
+        A worker sends the rows of its last statement only. So none are sent, which nobody would read, and the tag of
+        the job's statement still tells their number.
         """
         return self.gives_rows and not self.kept and not self.is_streamed
 
     @property
     def makes_table(self) -> bool:
-        """Whether its last statement certainly gives no rows and may count some: CREATE TABLE AS, or a refresh.
+        """Whether its last statement is a CREATE or a REFRESH: such gives no rows, and may have a count of them.
 
-        Their own count and tag are in the launch's report; a client is told ``SELECT 9``, and of a refresh no count.
+        That count is in the handle's report. The tag in a result lacks it, or has another form (``SELECT 9``).
         """
         return self.statements[-1].keywords[:1] in (("CREATE",), ("REFRESH",))
 
     @property
     def is_counted(self) -> bool:
-        """Whether its handle or its result have the job's own count and tag, not those of our keeping."""
+        """Whether handle and result have the count and tag of the job's SQL, not of statements that keep its rows."""
         return not self.kept and not self.is_streamed
 
     @property
@@ -133,12 +153,12 @@ class Work:
 
     @property
     def verify_sql(self) -> str | None:
-        """What tells whether the work is done: the job's own query, or one of the catalog."""
+        """The query that tells whether the work is done: the job's own, or one of the catalog; None without one."""
         return self.job.verify_sql or index_builds.verify_sql(self.statements, tuple(self.job.settings or ()))
 
     @property
     def marker(self) -> str:
-        """What the name of a worker without a lock begins with, and is found by: the same for all runs of one id."""
+        """What the name of a worker without a lock begins with; the same for all runs of one id."""
         return markers.marker(self.key.owner, self.key.job_id)
 
     @property
@@ -152,7 +172,7 @@ class Work:
         number = len(self.statements)
         room = (self.job.queue_size or DEFAULT_QUEUE_BYTES) // 2
         if not self.may_number or self.has_supervisor:
-            return False  # a supervisor cannot tell what it hears
+            return False  # what is raised comes to its supervisor, which passes nothing on
         return 1 < number <= location.MOST and number * location.BYTES <= room
 
     @property
@@ -198,7 +218,7 @@ class Work:
         return fields.redacted() if self.job.redact_details else fields
 
     def server_text(self, error: BaseException) -> str:
-        """Return what may be told of an error's text that may be the server's."""
+        """Return the text of an error as far as it may be shown: it may be the server's, and quote data."""
         if self.job.redact_details:
             return WITHHELD
         primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
@@ -223,37 +243,35 @@ class Work:
             The settings of the worker below it.
         """
         if not self.adds_supervisor:
-            head, middle, tail = self.supervisor_of_any(schema, text, calls, settings)
-            return f"{head}{registration.generation}{middle}{registration.attempt}{tail}"
+            unregistered = self.supervisor_text(schema, text, calls, settings)
+            return unregistered.of(registration.generation, registration.attempt)
         settings = {**settings, WORK: self._arguments(registration)}
         kept = next((one.number for one in self.kept if one.number == len(self.statements)), None)
-        launched = (text, self.job.queue_size or DEFAULT_QUEUE_BYTES)
+        queue_size = self.job.queue_size or DEFAULT_QUEUE_BYTES
         call = sql.SQL("call {}({}, {}::text[], {}::text[], {}, {})").format(
             sql.Identifier(schema, "watch"),
-            _literals(self.key.owner, self.key.job_id, self.label, registration.attempt, *launched),
+            _literals(self.key.owner, self.key.job_id, self.label, registration.attempt, text, queue_size),
             _pairs(settings), sql.Literal([*calls]), sql.Literal(self.job.redact_details), sql.Literal(kept),
         )  # fmt: skip
         return call.as_string(None)
 
-    def supervisor_of_any(
-        self, schema: str, text: str, calls: Sequence[str], settings: Mapping[str, str]
-    ) -> tuple[str, str, str]:
-        """Return the same before, between and after the generation and the attempt of a launch, whichever it is."""
+    def supervisor_text(self, schema: str, text: str, calls: Sequence[str], settings: Mapping[str, str]) -> LaunchText:
+        """Return what the supervisor of a job of kind supervised runs, for a launch that is not registered yet."""
         head = sql.SQL("call {}({}, ").format(
             sql.Identifier(schema, "supervise"), _literals(self.key.owner, self.key.job_id, self.key.series)
         )
-        launched = (text, self.job.queue_size or DEFAULT_QUEUE_BYTES)
+        queue_size = self.job.queue_size or DEFAULT_QUEUE_BYTES
         tail = sql.SQL(", {}, {}::text[], {}::text[], {})").format(
-            _literals(self.sql_digest, *launched, self.job.role, self.worker_name),
+            _literals(self.sql_digest, text, queue_size, self.job.role, self.worker_name),
             _pairs(settings), sql.Literal([*calls]), sql.Literal(self.job.redact_details),
         )  # fmt: skip
         middle = sql.SQL(", {}, ").format(_literal(self.label))
-        return head.as_string(None), middle.as_string(None), tail.as_string(None)
+        return LaunchText(head.as_string(None), middle.as_string(None), tail.as_string(None))
 
     def text(self, schema: str) -> str:
-        """Return what the worker runs that writes its own receipt: a short line, and the job's SQL.
+        """Return what a worker runs that writes its own receipt: a short line, and the job's SQL.
 
-        Its beginning is all that ``pg_stat_activity`` shows (``track_activity_query_size``).
+        Short, because ``pg_stat_activity`` shows the beginning only (``track_activity_query_size``).
 
         Parameters
         ----------
@@ -291,24 +309,22 @@ class Work:
         }
 
     def _arguments(self, registration: Registration) -> str:
-        """Return the arguments of ``begin_job``, which reads them from a setting."""
-        head, middle, tail = self.arguments()
-        return f"{head}{registration.generation}{middle}{registration.attempt}{tail}"
+        return self.arguments().of(registration.generation, registration.attempt)
 
-    def arguments(self) -> tuple[str, str, str]:
-        """Return those arguments before, between and after the generation and the attempt of its launch."""
+    def arguments(self) -> LaunchText:
+        """Return the arguments of ``begin_job``, which reads them from the setting ``WORK``."""
         key = [_as_json(part) for part in (self.key.owner, self.key.job_id, self.key.series)]
         label = _as_json(self.label)
-        # What the schema could work out for itself, and what would take it a good part of the time of a short job.
+        # The schema could compute digests and locks itself, which would be a good part of a short job's time.
         job, series = self.key.digests
         assert series is not None
         digests = ", ".join(f'"{digest.hex()}"' for digest in (self.sql_digest, job, series))
         locks = ", ".join(map(str, self.key.locks))
         tail = f', {digests}, {locks}, "{markers.marker(self.key.owner, self.key.job_id)}"]'
-        return f"[{', '.join(key)}, ", f", {label}, ", tail
+        return LaunchText(f"[{', '.join(key)}, ", f", {label}, ", tail)
 
     def meaning(self) -> dict[str, str]:
-        """Return the settings that the meaning of the statements' text may depend on, the role included."""
+        """Return the settings that the meaning of the statements may depend on, the role included."""
         role = {"role": self.job.role} if self.job.role else {}
         return {**BASE_SETTINGS, **(self.job.settings or {}), **role}
 
@@ -320,24 +336,24 @@ class Work:
         seconds_left:
             The time until the job's deadline.
         defaults:
-            What the login has of its own: its two timeouts.
+            The values of the two timeouts that the login has where the job sets none.
         """
         settings = dict(BASE_SETTINGS)
         if self.job.isolation is not None:
             settings["default_transaction_isolation"] = self.job.isolation
         if seconds_left is not None:
-            # So that the SQL ends even when nobody is left to cancel it.
+            # The server ends the SQL then, should nobody be left to cancel it.
             bound = int((max(seconds_left, 0) + pace.DEADLINE_MARGIN) * 1000)
             settings["pg_background.worker_timeout"] = str(min(bound, 2**31 - 1))
         settings |= self.job.settings or {}
-        settings |= self.applied  # as in psql, where the text comes last
-        # In a worker the one takes the other's place, the shorter one's too.
+        settings |= self.applied  # as in psql, where the SQL's own SET comes last
+        # In a worker worker_timeout takes the place of statement_timeout, even of a shorter one.
         clock = {**defaults, **settings}
         statement = milliseconds(clock.get("statement_timeout", "0")) or 0
         if 0 < statement < (milliseconds(clock.get("pg_background.worker_timeout", "0")) or 0):
             settings["pg_background.worker_timeout"] = clock["statement_timeout"]
         if self.kind is Kind.SESSION:
-            settings["application_name"] = self.worker_name  # without it, nobody could find or cancel the worker
+            settings["application_name"] = self.worker_name  # by which the worker is found, and cancelled
         return settings
 
     def limits(self, defaults: Mapping[str, str]) -> dict[str, float]:
@@ -366,14 +382,12 @@ async def bind(
     Parameters
     ----------
     conn:
-        A connection to the database that the job is for; it is asked for encoding and roles only. None for a job
-        with neither parameters, role, owner nor rows to keep.
+        A connection to the database that the job is for. None for a job with neither parameters, role, owner nor rows
+        to keep.
     login:
         The ``session_user`` there.
-    may_number:
-        Every role may run there what tells the statement that is at work.
-    progress_function:
-        The extension's function for that, where it keeps what it is told.
+    may_number, progress_function:
+        As in :class:`Work`.
 
     Raises
     ------
@@ -403,7 +417,7 @@ def _size(job: Job) -> int:
 def _bound(
     job: Job, conn: AsyncConnection[Any] | None, login: str, *, may_number: bool, progress_function: str | None
 ) -> Work:
-    """Return the job's work, its parameters in; the connection is asked for its encoding only."""
+    """Return the job's work, its parameters in; of the connection only the encoding is used."""
     if job.parameters is None:
         parts = job.split()  # the job has checked them
     else:
@@ -438,7 +452,7 @@ def _bound(
 
 
 def _read(parts: tuple[statements.Statement, ...], *, again: bool) -> _Reading:
-    """Return what statements say of themselves; ``again``: texts without values in them, which may well come again."""
+    """Return what follows from statements alone; from a cache, where (``again``) the same texts may come again."""
     short = again and sum(len(part.text) for part in parts) <= statements.SHORT
     return _read_again(parts) if short else _read_once(parts)
 
@@ -467,9 +481,9 @@ def _gives_rows(last: statements.Statement) -> bool:
 
 
 async def _check_role(job: Job, conn: AsyncConnection[Any]) -> None:
-    # A worker of another kind starts as the role, and the login has to be allowed to read and detach it.
+    # Without a receipt of its own a worker starts as the role: the login needs the role's rights to read and detach it.
     inherits = () if job.kind is Kind.RECEIPT else ("USAGE",)
-    # Since 16 a grant says for itself whether it lets the member inherit and SET ROLE.
+    # Since 16 each grant of a role says whether its member may SET ROLE to it.
     how = (*inherits, "SET" if conn.info.server_version >= 160000 else "MEMBER")
     await _check_membership(job, conn, job.role or "", how, "become")
 
@@ -503,7 +517,7 @@ def _begin_job(schema: str) -> str:
 
 
 def _in_comment(label: str) -> str:
-    """Return a label that ends no comment, begins none, and stays on its line."""
+    """Return a label for a comment: it must not end it, begin another one, or break the line."""
     printable = label if label.isprintable() else "".join(char if char.isprintable() else " " for char in label)
     return printable.replace("*/", "* /").replace("/*", "/ *")
 

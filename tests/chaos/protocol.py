@@ -20,9 +20,9 @@ from typing import TypeVar
 from pgbg_orchestration.outcome import Cause
 from pgbg_orchestration.verdict import (
     ALREADY_COMMITTED,
+    CALLED_OFF,
     CANCELED,
     OUTCOMES,
-    REFUSED,
     TURNED_AWAY,
     Evidence,
     Intent,
@@ -160,7 +160,9 @@ class Scenario:
             case At.LOCKED:
                 newest = worker.snapshot if self.repeatable_read else state.newest
                 newer = newest > worker.job + 1 and "no generation check" not in self.broken
-                after = worker._replace(at=At.ABORTING, sqlstate=REFUSED) if newer else worker._replace(at=At.CHECKED)
+                after = (
+                    worker._replace(at=At.ABORTING, sqlstate=CALLED_OFF) if newer else worker._replace(at=At.CHECKED)
+                )
                 yield Move(
                     f"{name} checks the generation: {'refused' if newer else 'ok'}", False, _put(state, number, after)
                 )
@@ -205,7 +207,7 @@ class Scenario:
             if any(other is not None and other.inserting and other.job == worker.job for other in state.workers):
                 return  # waits for the other's end
             if decided is not None:
-                code = ALREADY_COMMITTED if decided == "committed" else REFUSED
+                code = ALREADY_COMMITTED if decided == "committed" else CALLED_OFF
                 refused = worker._replace(at=At.ABORTING, sqlstate=code)
                 yield Move(f"{name} is refused: {decided}", False, _put(state, number, refused))
                 return
@@ -260,7 +262,9 @@ class Scenario:
             lost = launcher._replace(memory=memory.handle_lost(), worker=NOBODY)
             yield Move(f"{name} loses its session", True, _with(paid, number, lost))
         if memory.intent is Intent.NONE and (paid := _pay(state, "ask")):
-            wanting = (memory.refused() if memory.launch.stage is Stage.CALLING else memory).wanting_end(Intent.ASKED)
+            wanting = (memory.not_launched() if memory.launch.stage is Stage.CALLING else memory).wanting_end(
+                Intent.ASKED
+            )
             for after in self._half_launched(paid, number, launcher):
                 asked = launcher._replace(memory=wanting, phase=Phase.LOOK, looks=0, step=None)
                 yield Move(f"{name} is asked to end", True, _with(after, number, asked))
@@ -356,7 +360,7 @@ class Scenario:
     def _refusal(self, launcher: Launcher) -> str | None:
         sqlstate = launcher.memory.launch.sqlstate
         again = launcher.memory.tries.rejected < self.rejections
-        return sqlstate if sqlstate in (ALREADY_COMMITTED, REFUSED) and again else None
+        return sqlstate if sqlstate in (ALREADY_COMMITTED, CALLED_OFF) and again else None
 
     def _take(self, state: State, number: int, launcher: Launcher) -> Move:
         step, job, memory = launcher.step, launcher.job, launcher.memory

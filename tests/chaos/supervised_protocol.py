@@ -16,9 +16,9 @@ from typing import NamedTuple, TypeVar
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.sighting import Sighting
 from pgbg_orchestration.verdict import (
+    CALLED_OFF,
     CANCELED,
     OUTCOMES,
-    REFUSED,
     TURNED_AWAY,
     Evidence,
     Intent,
@@ -251,7 +251,7 @@ class Supervision:
         ):
             code = TURNED_AWAY
         elif receipt is not None:
-            code = {"launching": TURNED_AWAY, "cancelled": REFUSED}.get(receipt.status, "PB001")
+            code = {"launching": TURNED_AWAY, "cancelled": CALLED_OFF}.get(receipt.status, "PB001")
         if code is not None:
             refused = supervisor._replace(at=Sup.REFUSED, sqlstate=code)
             return Move(f"{name} is refused: {code}", False, _sup(state, number, refused))

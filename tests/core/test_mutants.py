@@ -36,7 +36,7 @@ from pgbg_orchestration.postgres.pg_background import ResultInfo
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.verdict import Evidence, Report, Step, judge
-from pgbg_orchestration.walk import conclusion, run
+from pgbg_orchestration.walk import conclusion, recording, run
 from pgbg_orchestration.walk.case import Case
 from pgbg_orchestration.walk.worker_sql import WORK
 from tests.core.kit import APP, Watched, cancelled, effect, ended, eventually, slow, within
@@ -239,7 +239,7 @@ async def test_cancel_at_once(own_db: Callable[..., Watched], broken: bool, monk
 async def test_detach_before_the_outcome_is_written(
     db: Watched, sql: str, broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, record_heard = conclusion.record, LaunchingSession._record
+    record, record_hints = recording.record, LaunchingSession._record
 
     async def too_late(case: Case, *arguments: Any, **named: Any) -> None:
         if case.worker is not None:
@@ -248,7 +248,7 @@ async def test_detach_before_the_outcome_is_written(
 
     async def recorded_too_late(self: LaunchingSession, workers: list[Worker]) -> list[tuple[Worker, ResultInfo]]:
         faults.point("after_detach")
-        return await record_heard(self, workers)
+        return await record_hints(self, workers)
 
     if broken:
         monkeypatch.setattr(conclusion, "record", too_late)

@@ -16,7 +16,7 @@ from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.sighting import Sighting
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres.pg_background import ResultInfo
-from pgbg_orchestration.verdict import CANCELED, REFUSED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
+from pgbg_orchestration.verdict import CALLED_OFF, CANCELED, TURNED_AWAY, Evidence, Holder, Intent, Receipt, Report
 from pgbg_orchestration.walk.evidence import Doubt, Sign, claim_without_pid, doubt, doubt_the_look, weigh, weigh_marker
 from pgbg_orchestration.walk.memory import FOLLOWS, REPORTS, Launch, Memory, Stage, Stray, Terms, Tries, Verification
 from tests.chaos.looks import NOW, registration, sighting
@@ -219,7 +219,7 @@ def test_a_supervisor_of_a_receipt_that_broke_may_leave_its_worker() -> None:
 def test_launches_are_counted_by_how_they_ended() -> None:
     assert Memory().put_away().tries == Tries()
     assert Memory(launch=failed(TURNED_AWAY)).put_away().tries == Tries(rejected=1)
-    assert Memory(launch=failed(REFUSED)).put_away().tries == Tries(rejected=1)
+    assert Memory(launch=failed(CALLED_OFF)).put_away().tries == Tries(rejected=1)
     assert Memory(launch=Launch(Stage.LOST)).put_away().tries == Tries(lost=1)
     assert Memory().calling().call_lost().put_away().stray is Stray.LOOSE, "its worker may begin for ever"
 
@@ -241,7 +241,7 @@ def test_a_claim_that_is_settled_as_not_done_frees_the_way() -> None:
 # Every combination ---------------------------------------------------------------------------------------------------
 
 LAUNCHES = [Launch(stage) for stage in Stage if stage is not Stage.FAILED] + [
-    failed(sqlstate) for sqlstate in (None, OWN_ERROR, CANCELED, TURNED_AWAY, REFUSED)
+    failed(sqlstate) for sqlstate in (None, OWN_ERROR, CANCELED, TURNED_AWAY, CALLED_OFF)
 ]
 RECEIPTS: list[dict[str, Any]] = [
     {},

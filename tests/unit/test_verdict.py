@@ -13,9 +13,9 @@ import pytest
 
 from pgbg_orchestration.verdict import (
     ALREADY_COMMITTED,
+    CALLED_OFF,
     CANCELED,
     OUTCOMES,
-    REFUSED,
     TURNED_AWAY,
     Evidence,
     Holder,
@@ -72,9 +72,9 @@ RULES: list[tuple[str, Evidence, Step]] = [
     ("turned away too often by nobody", failed(TURNED_AWAY, rejections_left=0), Step.FAILED),
     ("turned away often by a sibling", failed(TURNED_AWAY, rejections_left=0, holder=Holder.SIBLING, registered=True), Step.WAIT_FOR_SERIES),
     ("PB001 without a receipt is the job's own", failed(ALREADY_COMMITTED), Step.FAILED),
-    ("PB003 without a mark: the mark was lifted since", failed(REFUSED), Step.REGISTER),
-    ("but not again and again", failed(REFUSED, rejections_left=0), Step.FAILED),
-    ("PB003 for a newer generation", failed(REFUSED, superseded=True), Step.MARK),
+    ("PB003 without a mark: the mark was lifted since", failed(CALLED_OFF), Step.REGISTER),
+    ("but not again and again", failed(CALLED_OFF, rejections_left=0), Step.FAILED),
+    ("PB003 for a newer generation", failed(CALLED_OFF, superseded=True), Step.MARK),
     ("a lost handle: launch again", Evidence(report=Report.GONE, registered=True), Step.LAUNCH),
     ("a lost handle, its worker at work", Evidence(report=Report.GONE, holder=Holder.THIS_JOB), Step.WAIT),
     ("lost too often", Evidence(report=Report.GONE, launches_left=0), Step.LOST),
@@ -142,7 +142,7 @@ def test_the_table_knows_every_step() -> None:
 
 REPORTS: list[tuple[Report, str | None]] = [
     (report, None) for report in (Report.NONE, Report.RUNNING, Report.ENDED, Report.GONE)
-] + [(Report.FAILED, state) for state in (None, OWN_ERROR, CANCELED, ALREADY_COMMITTED, TURNED_AWAY, REFUSED)]
+] + [(Report.FAILED, state) for state in (None, OWN_ERROR, CANCELED, ALREADY_COMMITTED, TURNED_AWAY, CALLED_OFF)]
 VERIFICATIONS: list[tuple[bool, bool | None]] = [(False, None), (True, None), (True, True), (True, False)]
 YES_NO = (False, True)
 NO = (False,)
@@ -232,7 +232,7 @@ PROPERTIES: dict[str, Callable[[Evidence, Step], bool]] = {
     "no launch beside our own worker, nor after one that is known to have ended": lambda e, s: (
         s is not Step.LAUNCH
         or e.report in (Report.NONE, Report.GONE)
-        or (e.report is Report.FAILED and e.sqlstate in (TURNED_AWAY, REFUSED))
+        or (e.report is Report.FAILED and e.sqlstate in (TURNED_AWAY, CALLED_OFF))
     ),
     "no launch of a job with a receipt that is not registered": lambda e, s: (
         s is not Step.LAUNCH or not e.carries_receipt or e.registered
