@@ -38,7 +38,10 @@ DEFAULT_OWNER = "pgbg_owner"
 NAME_BYTES = 63  # what the server cuts a longer name to (NAMEDATALEN)
 LOCK_TIMEOUT = "5s"  # every look and every launch queues behind a migration's locks
 
-_TOKEN = re.compile(r"@(?:schema|owner|owner_text)@")
+OFF_WORDS = "('off', 'false', 'no', '0')"
+"""The values, in SQL, with which a setting of the package's own (``pgbg.notify``, ``pgbg.keep_sql``) is off."""
+
+_TOKEN = re.compile(r"@(?:schema|owner|owner_text|off_words)@")
 
 # Roles are shared by all databases of a server: the owner may be there already.
 _OWNER = """\
@@ -197,7 +200,7 @@ def plan(from_version: int, *, schema: str = DEFAULT_SCHEMA, owner: str = DEFAUL
     if from_version == VERSION:
         return Script(from_version, VERSION, "")
     names = {"schema": sql.Identifier(schema), "owner": sql.Identifier(owner), "owner_text": sql.Literal(owner)}
-    filled = {f"@{name}@": value.as_string(None) for name, value in names.items()}
+    filled = {f"@{name}@": value.as_string(None) for name, value in names.items()} | {"@off_words@": OFF_WORDS}
     head = _OWNER + (_CREATE if from_version == 0 else _BECOME)
     parts = [sql.SQL(head).format(**names).as_string(None)]
     functions = "".join(_read("functions", f"{name}.sql") for name in FUNCTIONS)

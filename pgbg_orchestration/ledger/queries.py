@@ -9,12 +9,9 @@ from psycopg import sql
 from pgbg_orchestration.postgres.opening import AWAIT_NO_STANDBY
 from pgbg_orchestration.statements import named
 
+from .install import OFF_WORDS
+
 QUERIES = named.queries(__package__, "sql", "queries.sql")
-
-
-def names() -> tuple[str, ...]:
-    """Return the names of all queries."""
-    return tuple(QUERIES)
 
 
 @cache
@@ -24,9 +21,9 @@ def query(name: str, schema: str) -> bytes:
 
 
 def filled(name: str, schema: str, **parts: str) -> bytes:
-    """Return a query with further parts of its text put in, which are SQL.
+    """Return a query with ``parts``, which are SQL, in its placeholders.
 
-    As text that is done: psycopg would put the parts together anew with each call.
+    Text, and not psycopg's ``Composed``, which would be put together anew with each call.
     """
     quoted = sql.Identifier(schema).as_string(None)
-    return QUERIES[name].format(schema=quoted, await_no_standby=AWAIT_NO_STANDBY, **parts).encode()
+    return QUERIES[name].format(schema=quoted, await_no_standby=AWAIT_NO_STANDBY, off_words=OFF_WORDS, **parts).encode()

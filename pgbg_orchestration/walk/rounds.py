@@ -1,13 +1,13 @@
-"""The looks at jobs that are at work, and show nothing new: one query a round for all jobs of a process.
+"""Looks at all jobs of a process that wait while their workers are at work: one query for many of them.
 
-Whoever waits for such a job has its look made here. It is taken along early where others are due, so that a thousand
-jobs need a few queries and not a thousand; and who still shows what its last look showed is left to wait. Whatever has
-changed is not told: who waits for it looks by itself.
+When one is due, the round takes along all that are nearly due, so that a thousand jobs need a few queries and not a
+thousand. A job that shows what its last look showed waits on. One that shows anything else is woken, and looks itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,31 +19,33 @@ from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import AtWork
 
+logger = logging.getLogger("pgbg_orchestration")
+
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """A wait for a job: what its last look showed, how long to the next one, and what wakes it."""
+    """A job that waits: what its last look showed, how long to the next one, and what wakes it."""
 
     job: AtWork
     pause: Callable[[], float]
     wake: Callable[[], None]
     due: float = 0.0  # on the event loop's clock
-    early: float = 0.0  # from when on it is taken along
+    early: float = 0.0  # from then on another job's round takes it along
 
     def put_off(self, now: float) -> None:
-        """Have the next look made a pause from now, or somewhat earlier."""
+        """Make the next look due a pause from now."""
         pause = self.pause()
         self.due = now + pause
         self.early = self.due - pause * pace.TOGETHER
 
 
 class Rounds:
-    """Looks at the jobs that are waited for, as long as there are any.
+    """Looks at the jobs that wait, as long as there are any.
 
     Parameters
     ----------
     ledger:
-        Over whose connection.
+        Looks over its connection.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -54,7 +56,7 @@ class Rounds:
 
     @contextmanager
     def waiting(self, job: AtWork, pause: Callable[[], float], wake: Callable[[], None]) -> Iterator[None]:
-        """Look at a job meanwhile.
+        """Look at a job while the caller is in this context.
 
         Parameters
         ----------
@@ -63,7 +65,7 @@ class Rounds:
         pause:
             Returns the seconds to its next look.
         wake:
-            Called once it shows anything else, or that cannot be told.
+            Called when it shows anything else, or cannot be looked at.
         """
         wait = Wait(job, pause, wake)
         wait.put_off(asyncio.get_running_loop().time())
@@ -75,7 +77,7 @@ class Rounds:
             del self._waits[id(wait)]
 
     async def close(self) -> None:
-        """Look no more."""
+        """Stop looking."""
         self._waits.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -84,7 +86,7 @@ class Rounds:
             await asyncio.wait({self._round})
 
     def _come_by(self, due: float) -> None:
-        """Begin a round at that time; one that is on its way sees to the next itself."""
+        """Begin a round at that time, unless one is under way: that one sees to the next."""
         if self._round is not None and not self._round.done():
             return
         if self._timer is not None and not self._timer.cancelled():
@@ -108,15 +110,19 @@ class Rounds:
         now = loop.time()
         waits = [wait for wait in self._waits.values() if wait.early <= now]
         if not any(wait.due <= now for wait in waits):
-            return  # who was due has gone
+            return  # the one that was due has left
+        changed = waits  # unless the look says better, each looks by itself, and meets the error itself
         try:
             async with asyncio.timeout(pace.STALLED):
-                news = [waits[number] for number in await self._ledger.changed([wait.job for wait in waits])]
+                changed = [waits[number] for number in await self._ledger.changed([wait.job for wait in waits])]
         except (psycopg.Error, PgbgError, TimeoutError):
-            news = waits  # each looks by itself, and is told what is wrong
-        for wait in news:
+            pass
+        except Exception:
+            logger.exception("the look at %d waiting jobs failed; each looks by itself", len(waits))
+        finally:
+            now = loop.time()
+            for wait in waits:
+                wait.put_off(now)  # else the next round would begin at once, and go on so for ever
+        for wait in changed:
             if id(wait) in self._waits:
                 wait.wake()
-        now = loop.time()
-        for wait in waits:
-            wait.put_off(now)

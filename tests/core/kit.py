@@ -134,9 +134,9 @@ class Watched:
 
         A terminated one is told the same as a cancelled one; SIGKILL would take the whole server.
         """
-        for (text,) in self.sql("select pg_get_functiondef(oid) from pg_proc where proname in ('supervise', 'watch')"):
-            assert "exception when query_canceled then" in text
-            self.sql(text.replace("exception when query_canceled then", "exception when SQLSTATE 'ZZ000' then"))
+        text = self.value("select pg_get_functiondef(oid) from pg_proc where proname = 'await_worker'")
+        assert "exception when query_canceled then" in text
+        self.sql(text.replace("exception when query_canceled then", "exception when SQLSTATE 'ZZ000' then"))
 
     def sessions(self, like: str = "%") -> list[tuple[Any, ...]]:
         """Client sessions in this database but the administrator's own: (pid, user, application, state, query)."""

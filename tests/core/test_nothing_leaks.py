@@ -242,8 +242,10 @@ HARMLESS = {
     "is_member",
     "require_read_committed",
     "await_no_standby",
+    "await_worker",
+    "redacted",
 }
-"""Functions that read and write nothing of anybody's jobs."""
+"""Functions that read and write nothing of anybody's jobs, but by other functions of these."""
 OF_THE_LOGIN = {"prune", "find_jobs", "list_jobs", "orphans"}
 """Functions that take no owner, and keep to what the login may see."""
 SEEN_BY_MEMBERS = {"job_detail", "first_rows"}

@@ -201,8 +201,7 @@ select session_user::text as login, current_user::text as role,
        coalesce(pg_catalog.current_setting('pg_background.worker_timeout', true), '0') as worker_timeout,
        pg_catalog.current_setting('default_transaction_isolation') as default_transaction_isolation,
        pg_catalog.current_setting('max_worker_processes')::int as max_worker_processes,
-       lower(coalesce(pg_catalog.current_setting('pgbg.notify', true), '')) not in ('off', 'false', 'no', '0')
-           as notifies,
+       lower(coalesce(pg_catalog.current_setting('pgbg.notify', true), '')) not in {off_words} as notifies,
        pg_catalog.current_setting('max_connections')::int as max_connections,
        (select r.rolconnlimit from pg_catalog.pg_roles as r
          where r.rolname = session_user and not r.rolsuper) as login_limit,

@@ -1,11 +1,11 @@
 -- What the other functions stand on: keys, who is who, what is told.
 --
--- Words between two at-signs stand for the quoted names of the schema and its owner; install.py fills them in. None may
--- stand in a comment, which a name with a line break would end.
+-- Words between two at-signs stand for the quoted names of the schema and its owner, and for the values with which a
+-- setting is off; install.py fills them in. None may stand in a comment, which a name with a line break would end.
 --
 -- A function that touches the tables is SECURITY DEFINER with a pinned search_path, runs as the schema's NOLOGIN owner,
--- and lets a login (session_user, which SET ROLE does not change) at the rows of a job's owner only when it is a member of
--- that role.
+-- and lets a login (session_user, which SET ROLE does not change) at the rows of a job's owner only when it is a member
+-- of that role.
 
 create or replace function @schema@.digest(p_text text) returns bytea
     language sql stable strict parallel safe
@@ -69,8 +69,9 @@ end;
 -- take the marker off, and the pid of a worker that ended may be another's by now. Anybody can take the name, and the
 -- same job may be at work in another database too. p_except: its supervisor, which bears the marker while it launches.
 --
--- By the functions below the views: the views' joins cost a new process 2 ms. As a text that is parsed when it is called:
--- a body that is parsed already keeps the columns of a server's function by their places, which a pg_upgrade may change.
+-- By the functions below the views: the views' joins cost a new process 2 ms. As a text that is parsed when it is
+-- called: a body that is parsed already keeps the columns of a server's function by their places, which a pg_upgrade
+-- may change.
 create or replace function @schema@.marked(
     p_owner text, p_job_id text, p_pid int default null, p_login text default null, p_except int default null
 ) returns int
@@ -143,14 +144,14 @@ begin
     end if;
 end $$;
 
--- Lets whoever listens know, at the commit, that there is something to be read of the job with that marker: a hint, which
--- may be lost, and never a proof. Nobody learns the job's name from it. The setting pgbg.notify turns it off; so does a
--- queue of the server's that some listener keeps from being emptied: full, it would fail the job. Put in place by the
--- planner, and for that without a SET clause.
+-- Lets whoever listens know, at the commit, that there is something to be read of the job with that marker: a hint,
+-- which may be lost, and never a proof. Nobody learns the job's name from it. The setting pgbg.notify turns it off; so
+-- does a queue of the server's that some listener keeps from being emptied: full, it would fail the job. Put in place
+-- by the planner, and for that without a SET clause.
 create or replace function @schema@.notify(p_marker text) returns void
     language sql volatile
 begin atomic
-    select case when lower(coalesce(current_setting('pgbg.notify', true), '')) not in ('off', 'false', 'no', '0')
+    select case when lower(coalesce(current_setting('pgbg.notify', true), '')) not in @off_words@
         and pg_notification_queue_usage() < 0.5 then pg_notify('pgbg', p_marker) end;
 end;
 

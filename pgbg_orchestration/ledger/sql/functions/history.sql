@@ -44,9 +44,9 @@ as $$
           and j.attempt = p_attempt and j.reported_at is null
 $$;
 
--- Forgets what ended longer ago than p_older_than. A retry that comes later than that runs the job again. A receipt's age
--- counts from the end of its job as somebody wrote it down, or from when this found that nobody had; it never goes before
--- its line of the history is as old.
+-- Forgets what ended longer ago than p_older_than. A retry that comes later than that runs the job again. A receipt's
+-- age counts from the end of its job as somebody wrote it down, or from when this found that nobody had; it never goes
+-- before its line of the history is as old.
 create or replace function @schema@.prune(p_older_than interval, out receipts bigint, out jobs bigint)
     language plpgsql volatile security definer
     set search_path = pg_catalog, pg_temp

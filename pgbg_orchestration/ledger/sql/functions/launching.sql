@@ -1,11 +1,11 @@
 -- On the launching side: registering a launch, making a cancel final, taking it back.
 
 -- Registers a launch: the series' newest generation, the job, and one more attempt of it, in one transaction that is
--- committed before the launch; how the attempt before went goes to the past ones. Writes nothing when the launch must not
--- be: 'reused' (the id stands for other SQL), 'committed' or 'cancelled' (there is a receipt), 'superseded', 'untold' (the
--- same work failed, and nobody was told); nor, with p_only_new, when anything of the job or of its series is known:
--- 'known'. Whoever called has to look first then. A new series is taken back with what was refused. p_when_orphaned: what is to become of
--- an orphan. p_statement: kept unless the setting pgbg.keep_sql is off.
+-- committed before the launch; how the attempt before went goes to the past ones. Writes nothing when the launch must
+-- not be: 'reused' (the id stands for other SQL), 'committed' or 'cancelled' (there is a receipt), 'superseded',
+-- 'untold' (the same work failed, and nobody was told); nor, with p_only_new, when anything of the job or of its series
+-- is known: 'known'. Whoever called has to look first then. A new series is taken back with what was refused.
+-- p_when_orphaned: what is to become of an orphan. p_statement: kept unless the setting pgbg.keep_sql is off.
 create or replace function @schema@.register_launch(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_kind text, p_sql_digest bytea,
     p_accept_changed_sql boolean, p_launched_by text, p_when_orphaned text, p_only_new boolean default false,
@@ -24,7 +24,7 @@ declare
     v_newest bigint;
     v_digest bytea;
     v_status text;
-    v_keeps  boolean := lower(coalesce(current_setting('pgbg.keep_sql', true), '')) not in ('off', 'false', 'no', '0');
+    v_keeps  boolean := lower(coalesce(current_setting('pgbg.keep_sql', true), '')) not in @off_words@;
     v_is_new boolean := false;
 begin
     perform @schema@.require_read_committed();

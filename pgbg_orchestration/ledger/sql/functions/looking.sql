@@ -81,13 +81,14 @@ as $$
           and r.status = 'committed'
 $$;
 
--- The true state of jobs, newest launch first. Filters that are null are none; p_label and p_series are patterns of LIKE.
--- What is registered is found by an index, whatever the history's length. With p_limit, a receipt of a worker's whose line
--- of the history somebody deleted is left out: to find such takes a look at every receipt. With p_ended_after, jobs are
--- left out that are written down as ended before then: for a view that looks every other second.
+-- The true state of jobs, newest launch first. Filters that are null are none; p_label and p_series are patterns of
+-- LIKE. What is registered is found by an index, whatever the history's length. With p_limit, a receipt of a worker's
+-- whose line of the history somebody deleted is left out: to find such takes a look at every receipt. With
+-- p_ended_after, jobs are left out that are written down as ended before then: for a view that looks every other
+-- second.
 --
--- Planned for each call: which filters there are decides the plan, and the plan for any of them, which a session has from
--- its sixth call on, takes ten times as long for some thousand jobs.
+-- Planned for each call: which filters there are decides the plan, and the plan for any of them, which a session has
+-- from its sixth call on, takes ten times as long for some thousand jobs.
 create or replace function @schema@.find_jobs(
     p_job_id text default null, p_label text default null, p_series text default null, p_since timestamptz default null,
     p_states text[] default null, p_limit bigint default null, p_ended_after timestamptz default null
@@ -264,8 +265,8 @@ as $$
     order by l.launched_at, l.job_id
 $$;
 
--- What the history keeps of one job beside its line: the SQL, the attempts before the latest one, and the number of rows
--- that each of its statements kept. No line where there is no such job, or none that the login may see.
+-- What the history keeps of one job beside its line: the SQL, the attempts before the latest one, and the number of
+-- rows that each of its statements kept. No line where there is no such job, or none that the login may see.
 create or replace function @schema@.job_detail(p_owner text, p_job_id text)
     returns table (statement text, past_attempts jsonb, kept jsonb)
     language sql stable security definer
@@ -283,7 +284,8 @@ as $$
     where j.owner = p_owner and j.job_digest = @schema@.digest(p_job_id) and @schema@.is_mine(j.owner)
 $$;
 
--- The first rows that each statement of a job kept: the names of its columns, and the values, each cut to 200 characters.
+-- The first rows that each statement of a job kept: the names of its columns, and the values, each cut to 200
+-- characters.
 create or replace function @schema@.first_rows(p_owner text, p_job_id text, p_limit int)
     returns table (statement int, columns jsonb, cells jsonb)
     language sql stable security definer

@@ -1,6 +1,6 @@
 -- Supervision: a worker that launches another one and tells how it ended.
 
--- Takes the locks of a series and of a job for as long as the session lives; says whether nobody else has them.
+-- Takes the locks of a series and of a job for as long as the session lives; false: somebody else has one of them.
 create or replace function @schema@.try_lock(p_owner text, p_job_id text, p_series text) returns boolean
     language sql volatile
 begin atomic
@@ -9,9 +9,10 @@ begin atomic
         and pg_try_advisory_lock(@schema@.lock_key('job', @schema@.owner_for(p_owner), @schema@.digest(p_job_id)));
 end;
 
--- What begin_supervision does once it has its locks, in one statement, as try_begin does. True: the receipt is claimed.
--- Null: something is against it, and begin_supervision raises the error that says what. The locks are taken by an earlier
--- statement (try_lock), so that this one sees what the supervisor wrote that had them before.
+-- What begin_supervision does once it has its locks, in one statement, as try_begin does what begin_work does. True:
+-- the receipt is claimed. Null: something is against it, and begin_supervision raises the error that says what. The
+-- locks are taken by an earlier statement (try_lock), so that this one sees what the supervisor wrote that had them
+-- before.
 create or replace function @schema@.try_claim(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea
 ) returns boolean
@@ -38,7 +39,9 @@ begin atomic
 end;
 
 -- In the supervisor, before the launch: takes the locks for as long as its session lives, and claims the receipt.
--- Committed before the launch, so that a supervisor that dies leaves a trace, and nothing is launched twice.
+-- Committed before the launch, so that a supervisor that dies leaves a trace, and nothing is launched twice. Much like
+-- begin_work, and without a function that both call: in other isolation levels than READ COMMITTED, that would be one
+-- more for each worker to find and to compile.
 create or replace function @schema@.begin_supervision(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea
 ) returns void
@@ -85,8 +88,8 @@ begin
     end;
 end $$;
 
--- Once the worker was seen at work, by its supervisor or by whoever came after that: names it in the claimed receipt.
--- Until then the worker of a supervisor that is gone may begin at any time, so nobody launches another beside it.
+-- Writes the worker's pid into the claimed receipt, once its supervisor, or whoever came after that, has seen it at
+-- work. Without it, the worker of a supervisor that is gone may begin at any time, and nobody launches another one.
 create or replace function @schema@.follow(p_owner text, p_job_id text, p_attempt int, p_worker_pid int) returns void
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -106,8 +109,8 @@ as $$
           and r.status = 'launching'
 $$;
 
--- Says how a supervised job ended, in the supervisor or by whoever found it out: 'committed', or 'failed' and
--- 'unlaunched', which free the receipt for another attempt. Returns whether there was anything to settle.
+-- Writes down how a supervised job ended, for the supervisor or whoever found it out: 'committed', or 'failed' and
+-- 'unlaunched', which free the receipt for another attempt. Returns false where the receipt was not claimed any more.
 create or replace function @schema@.end_supervision(
     p_owner text, p_job_id text, p_attempt int, p_outcome text, p_worker_pid int, p_row_count bigint,
     p_command_tag text, p_error text[]
@@ -142,15 +145,81 @@ begin
     return v_found;
 end $$;
 
+-- What may be told of an error whose details are withheld: its code and the names of objects (ledger.record has the
+-- order).
+create or replace function @schema@.redacted(p_error text[]) returns text[]
+    language sql immutable strict
+    return array[p_error[1], '(withheld: redact_details)', null, null, null] || p_error[6:];
+
+-- In a supervisor, after the launch: polls its worker until it has ended, or waits for its output to be read, and hands
+-- a cancel on to it. It commits at each poll: every kind of sleep holds a snapshot, and CREATE INDEX CONCURRENTLY would
+-- wait for it for ever. No EXCEPTION block may stand around a COMMIT, here and where this is called.
+--
+-- p_marker: what the worker's name begins with; null for one that is found by its lock. p_calls: as supervise has them.
+-- The rest is what result_info told last; p_done is false where the output waits.
+create or replace procedure @schema@.await_worker(
+    p_owner text, p_job_id text, p_attempt int, p_marker text, p_calls text[], p_pid int, p_cookie bigint,
+    inout p_rows bigint, inout p_tag text, inout p_done boolean, inout p_failed boolean
+)
+    language plpgsql
+as $$
+declare
+    v_named   boolean := p_marker is null;  -- the claimed receipt has the worker's pid, or there is none
+    v_seen    boolean;
+    v_cancel  boolean := false;
+    v_blocked boolean := false;
+    v_polls   int := 0;  -- bigint % int is no operator of pg_catalog: somebody could make one
+begin
+    while not p_done and not v_blocked loop
+        commit;
+        begin
+            -- At a quick pace first: a supervisor that ends before it saw its worker leaves the job unknown.
+            if p_calls[5] is null then
+                perform pg_catalog.pg_sleep(case when v_polls < 4 then 0.001 when v_polls < 20 then 0.01 else 0.05 end);
+            else
+                execute p_calls[5] using p_pid, p_cookie, case when v_polls < 4 then 1 when v_polls < 20 then 10 else 50 end;
+            end if;
+            execute p_calls[2] into p_rows, p_tag, p_done, p_failed using p_pid, p_cookie;
+            v_polls := v_polls + 1;
+            -- It bears the marker before its first statement, which may take it off.
+            v_seen := not p_done and not v_named and exists (
+                select from pg_catalog.pg_stat_get_activity(p_pid) a
+                where (pg_catalog.starts_with(a.application_name, p_marker) or a.state = 'active')
+                  and a.datid = (select o.datid from pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) o));
+            if v_seen then
+                perform @schema@.await_no_standby();
+                perform @schema@.follow(p_owner, p_job_id, p_attempt, p_pid);
+            end if;
+            -- Nobody reads its output, and it waits for that: it is to be read now.
+            v_blocked := not p_done and v_polls % 20 = 0 and exists (
+                select from pg_catalog.pg_stat_activity a
+                where (pg_catalog.starts_with(a.application_name, p_marker) or a.pid = p_pid)
+                  and a.datname = pg_catalog.current_database()
+                  and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
+            v_named := v_named or v_seen;
+        exception when query_canceled then
+            v_cancel := true;
+        end;
+        -- Again until it is accepted: a worker that starts does not take it.
+        if v_cancel and not p_done then
+            begin
+                v_cancel := not coalesce(pg_catalog.pg_cancel_backend(case when p_marker is null
+                    then @schema@.watched(p_owner, p_job_id) else @schema@.supervised(p_owner, p_job_id) end), false);
+            exception when insufficient_privilege then
+                v_cancel := false;  -- whoever cancelled this one may do more than it may
+            end;
+        end if;
+    end loop;
+end $$;
+
 -- The supervisor itself: the single statement of a worker, so that it can commit. It can be neither SECURITY DEFINER
--- nor have a SET clause (2D000), so every name is qualified. It commits at each poll: every kind of sleep holds a
--- snapshot, and CREATE INDEX CONCURRENTLY would wait for it for ever. No EXCEPTION block may stand around a COMMIT.
+-- nor have a SET clause (2D000), so every name is qualified.
 --
 -- p_calls: the statements of pg_background that it uses, as the client knows their names: launch, result_info,
--- error_info, result (read to its end: the number of rows, and the last tag or null), and the wait for the worker's end,
--- with the handle and milliseconds; a client of version 4 and before gives no wait, and has it sleep. p_name: the
--- application_name of the worker, which begins with the marker of its job. p_settings: names and values for the worker, in
--- turn. p_redact_details: keep of an error its code and the names of objects only.
+-- error_info, result (read to its end: the number of rows, and the last tag or null), and the wait for the worker's
+-- end, with the handle and milliseconds; a client of version 4 and before gives no wait, and has it sleep. p_name: the
+-- application_name of the worker, which begins with the marker of its job. p_settings: names and values for the worker,
+-- in turn. p_redact_details: keep of an error its code and the names of objects only.
 --
 -- A cancel of this one is meant for the job: it is handed on to the worker, and the job ends as the worker does.
 create or replace procedure @schema@.supervise(
@@ -174,15 +243,9 @@ declare
     v_read    boolean := false;
     v_claimed boolean;
     v_ready   boolean := false;
-    v_named   boolean := false;
-    v_cancel  boolean := false;
-    v_seen    boolean := false;
-    v_blocked boolean := false;
     v_error   text[];
-    v_polls   int := 0;  -- bigint % int is no operator of pg_catalog: somebody could make one
     v_name    text := pg_catalog.current_setting('application_name');
     v_role    text := pg_catalog.current_setting('role');  -- ALTER ROLE ... SET role
-    v_withheld constant text := '(withheld: redact_details)';
 begin
     perform @schema@.await_no_standby();
     v_claimed := @schema@.try_lock(p_owner, p_job_id, p_series);
@@ -224,8 +287,8 @@ begin
         end if;
         v_error := array[sqlstate, sqlerrm];
     end;
-    if p_redact_details and v_error is not null then
-        v_error[2] := v_withheld;
+    if p_redact_details then
+        v_error := @schema@.redacted(v_error);
     end if;
     if v_error is not null then
         perform @schema@.await_no_standby();
@@ -242,46 +305,8 @@ begin
         return;
     end if;
 
-    while not v_done loop
-        commit;
-        begin
-            -- At a quick pace first: a supervisor that ends before it saw its worker leaves the job unknown.
-            if p_calls[5] is null then
-                perform pg_catalog.pg_sleep(case when v_polls < 4 then 0.001 when v_polls < 20 then 0.01 else 0.05 end);
-            else
-                execute p_calls[5] using v_pid, v_cookie, case when v_polls < 4 then 1 when v_polls < 20 then 10 else 50 end;
-            end if;
-            execute p_calls[2] into v_rows, v_tag, v_done, v_failed using v_pid, v_cookie;
-            v_polls := v_polls + 1;
-            -- It bears the marker before its first statement, which may take it off.
-            v_seen := not v_done and not v_named and exists (
-                select from pg_catalog.pg_stat_get_activity(v_pid) a
-                where (pg_catalog.starts_with(a.application_name, v_marker) or a.state = 'active')
-                  and a.datid = (select o.datid from pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) o));
-            if v_seen then
-                perform @schema@.await_no_standby();
-                perform @schema@.follow(p_owner, p_job_id, p_attempt, v_pid);
-            end if;
-            -- Nobody reads its output, and it waits for that: read it now.
-            v_blocked := not v_done and v_polls % 20 = 0 and exists (
-                select from pg_catalog.pg_stat_activity a
-                where (pg_catalog.starts_with(a.application_name, v_marker) or a.pid = v_pid)
-                  and a.datname = pg_catalog.current_database()
-                  and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
-            v_named := v_named or v_seen;
-        exception when query_canceled then
-            v_cancel := true;
-        end;
-        -- Again until it is accepted: a worker that starts does not take it.
-        if v_cancel and not v_done then
-            begin
-                v_cancel := not coalesce(pg_catalog.pg_cancel_backend(@schema@.supervised(p_owner, p_job_id)), false);
-            exception when insufficient_privilege then
-                v_cancel := false;  -- whoever cancelled this one may do more than it may
-            end;
-        end if;
-        exit when v_blocked;
-    end loop;
+    call @schema@.await_worker(
+        p_owner, p_job_id, p_attempt, v_marker, p_calls, v_pid, v_cookie, v_rows, v_tag, v_done, v_failed);
     if v_failed then
         execute p_calls[3] into v_error using v_pid, v_cookie;
     else
@@ -300,11 +325,8 @@ begin
             v_error := array[sqlstate, sqlerrm];
         end;
     end if;
-    if p_redact_details and v_error is not null then
-        v_error[2] := v_withheld;
-        for i in 3 .. least(pg_catalog.cardinality(v_error), 5) loop
-            v_error[i] := null;
-        end loop;
+    if p_redact_details then
+        v_error := @schema@.redacted(v_error);
     end if;
     perform @schema@.await_no_standby();
     if v_read then
@@ -319,8 +341,8 @@ begin
     perform pg_catalog.pg_advisory_unlock_all();
 end $$;
 
--- In the supervisor of a worker that writes its own receipt, before the launch: until the end is written down, the job's
--- launcher is this one, so that nobody calls the job lost between the end of its worker and the word of it.
+-- In the supervisor of a worker that writes its own receipt, before the launch: makes it the job's launcher, so that
+-- nobody calls the job lost between its worker's end and the line in the history.
 create or replace function @schema@.begin_watch(p_owner text, p_job_id text, p_attempt int) returns void
     language sql volatile security definer
     set search_path = pg_catalog, pg_temp
@@ -345,9 +367,9 @@ as $$
         limit 1
 $$;
 
--- Writes down, in its supervisor, how a worker ended that writes its own receipt: that one is the proof, whatever the
--- worker reported. p_kept: its last statement, where its rows are kept, and counted there. An error that says that the
--- worker was turned away is no end of the job.
+-- Writes down, in its supervisor, how a worker ended that writes its own receipt. The receipt decides, whatever the
+-- worker reported; where the worker was turned away, the job has not ended. p_kept: the number of the job's last
+-- statement, if its rows are kept: they are counted there.
 create or replace function @schema@.end_watch(
     p_owner text, p_job_id text, p_attempt int, p_kept int, p_row_count bigint, p_command_tag text, p_error text[]
 ) returns void
@@ -377,12 +399,15 @@ begin
     perform @schema@.tell(v_owner, p_job_id);
 end $$;
 
--- The supervisor of a worker that writes its own receipt: as supervise, but that it claims nothing, and writes the history
--- only. It fails as a worker does that was turned away, and with PB004 where there is no slot for its worker; whatever
--- else it fails with is about itself, and its worker may be at work.
+-- The supervisor of a worker that writes its own receipt: as supervise, but it claims nothing, and writes the history
+-- only. Where its worker was turned away, it fails with the same code; where there is no slot for the worker, with
+-- PB004. Any other error is one of its own: its worker may be at work.
 --
--- p_sql: what the worker runs, behind whose end the tags of its statements can be read. p_calls, p_redact_details: as
--- supervise has them. p_kept: as end_watch has it.
+-- It launches by itself, and not by a function that supervise has too: to find and to compile that would come before
+-- the start of each worker.
+--
+-- p_sql: what the worker runs; its result is the tags of its statements. p_calls, p_redact_details: as supervise has
+-- them. p_kept: as end_watch has it.
 create or replace procedure @schema@.watch(
     p_owner text, p_job_id text, p_label text, p_attempt int, p_sql text, p_queue_size int, p_settings text[],
     p_calls text[], p_redact_details boolean, p_kept int
@@ -402,10 +427,7 @@ declare
     v_failed  boolean := false;
     v_read    boolean := false;
     v_ready   boolean := false;
-    v_cancel  boolean := false;
-    v_blocked boolean := false;
     v_error   text[];
-    v_polls   int := 0;
     v_name    text := pg_catalog.current_setting('application_name');
 begin
     perform @schema@.await_no_standby();
@@ -437,30 +459,10 @@ begin
         v_error := array[sqlstate, sqlerrm];
     end;
 
-    while v_error is null and not v_done loop
-        commit;
-        begin
-            perform pg_catalog.pg_sleep(case when v_polls < 4 then 0.001 when v_polls < 20 then 0.01 else 0.05 end);
-            execute p_calls[2] into v_rows, v_tag, v_done, v_failed using v_pid, v_cookie;
-            v_polls := v_polls + 1;
-            -- Nobody reads its output, and it waits for that: read it now.
-            v_blocked := not v_done and v_polls % 20 = 0 and exists (
-                select from pg_catalog.pg_stat_activity a
-                where a.pid = v_pid and a.datname = pg_catalog.current_database()
-                  and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
-        exception when query_canceled then
-            v_cancel := true;
-        end;
-        -- Again until it is accepted: a worker that starts does not take it.
-        if v_cancel and not v_done then
-            begin
-                v_cancel := not coalesce(pg_catalog.pg_cancel_backend(@schema@.watched(p_owner, p_job_id)), false);
-            exception when insufficient_privilege then
-                v_cancel := false;  -- whoever cancelled this one may do more than it may
-            end;
-        end if;
-        exit when v_blocked;
-    end loop;
+    if v_error is null then
+        call @schema@.await_worker(
+            p_owner, p_job_id, p_attempt, null, p_calls, v_pid, v_cookie, v_rows, v_tag, v_done, v_failed);
+    end if;
     if v_failed then
         execute p_calls[3] into v_error using v_pid, v_cookie;
     elsif v_error is null then
@@ -476,11 +478,8 @@ begin
             end if;
         end;
     end if;
-    if p_redact_details and v_error is not null then
-        v_error[2] := '(withheld: redact_details)';
-        for i in 3 .. least(pg_catalog.cardinality(v_error), 5) loop
-            v_error[i] := null;
-        end loop;
+    if p_redact_details then
+        v_error := @schema@.redacted(v_error);
     end if;
     perform @schema@.await_no_standby();
     perform @schema@.end_watch(

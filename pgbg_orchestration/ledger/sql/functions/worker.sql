@@ -45,10 +45,10 @@ begin
 end $$;
 
 -- What begin_work does, in one statement that costs a new process the least: it is parsed already, and no procedural
--- language is loaded for it. True: the receipt is written. Null: something is against it, or this cannot tell; begin_work
--- is called then, and raises the error that says what. Digests and keys of locks come from the caller as digest and
--- lock_key would make them. That they do is not looked at: whoever calls may write any receipt of that owner, and take
--- any lock, in any case.
+-- language is loaded for it. True: the receipt is written. Null: something is against it, or this cannot tell;
+-- begin_work is called then, and raises the error that says what. Digests and keys of locks come from the caller as
+-- digest and lock_key would make them. That they do is not looked at: whoever calls may write any receipt of that
+-- owner, and take any lock, in any case.
 --
 -- In READ COMMITTED only: in the other levels, a receipt that its snapshot does not see would be another error. It sees
 -- the series as of before its locks. Who registers a newer generation marks the older ones after that, by the receipt's
@@ -78,9 +78,9 @@ end;
 
 -- What a worker calls. Its arguments come as a setting that is launched with it, so that the text which
 -- pg_stat_activity shows the beginning of is the job's own SQL, but for a line. They are, in this order: owner, job id,
--- series, generation, label, attempt, digest of the SQL, of the job, of the series, lock of the series, of the job, marker
--- (Work._arguments in walk/worker_sql.py writes them). A process that began with version 5 of the schema gives the first
--- seven only. No SET clause: a body that is parsed already looks up no names.
+-- series, generation, label, attempt, digest of the SQL, of the job, of the series, lock of the series, of the job,
+-- marker (Work._arguments in walk/worker_sql.py writes them). A process that began with version 5 of the schema gives
+-- the first seven only. No SET clause: a body that is parsed already looks up no names.
 create or replace function @schema@.begin_job() returns void
     language sql volatile
 begin atomic
