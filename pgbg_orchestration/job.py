@@ -91,7 +91,8 @@ class Job:
         detail, hint and context, which may quote data, are neither raised, logged nor written to the history.
     fetch:
         Keep the rows that the job's last statement gives, beside its receipt, and return them with the outcome: True,
-        a :class:`~pgbg_orchestration.rows.Fetch` with bounds, or a mapping of its parameters. Kind receipt only.
+        a :class:`~pgbg_orchestration.rows.Fetch` with bounds, or a mapping of its parameters. Kind receipt only; a
+        CALL whose kind is left out is of that kind then, and its procedure may not commit by itself.
 
     Raises
     ------
@@ -175,6 +176,8 @@ class Job:
         except ValueError:
             raise InvalidJob(f"kind must be one of {', '.join(Kind)}, not {self.kind!r}") from None
         alone = len(parts) == 1 and statements.best_alone(parts[0])
+        if self.fetch not in (None, False) and _is_call(parts):
+            alone = False  # its output is kept beside a receipt, in one transaction
         kind = wanted or (Kind.SUPERVISED if alone else Kind.RECEIPT)
         try:
             statements.check(parts, one_transaction=len(parts) > 1 or kind is Kind.RECEIPT)
@@ -194,10 +197,9 @@ class Job:
         that does commit fails with 2D000 before its first commit, which no handler in it can catch: PostgreSQL allows
         no COMMIT within a block that has one.
         """
-        parts = self.split() if self._kind_was_left and self.kind is Kind.SUPERVISED else ()
-        if [part.keywords[:1] for part in parts] != [("CALL",)]:
-            return self
-        return replace(self, kind=Kind.RECEIPT)
+        if self._kind_was_left and self.kind is Kind.SUPERVISED and _is_call(self.split()):
+            return replace(self, kind=Kind.RECEIPT)
+        return self
 
     def split(self, bound: str | None = None) -> tuple[statements.Statement, ...]:
         """Return the job's statements, of the SQL as given or of its bound text.
@@ -234,6 +236,10 @@ SQL_OPTIONS: Mapping[str, Any] = MappingProxyType(
 )
 """The fields of a job that say how its SQL is run, with their defaults. An orchestrator's operators, triggers and
 options pass them on under the same names; tests/unit/test_job_options.py says where each of them is named."""
+
+
+def _is_call(parts: Sequence[statements.Statement]) -> bool:
+    return [part.keywords[:1] for part in parts] == [("CALL",)]
 
 
 def _is_int(value: object) -> bool:

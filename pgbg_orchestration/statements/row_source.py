@@ -3,13 +3,15 @@
 Read off a statement's own words, parentheses counted: only what stands outside of them says what it does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
 from .lexer import TokenKind, tokens
 from .split import Statement
 
-__all__ = ["RowSource", "RowSourceKind", "row_source"]
+__all__ = ["RowSource", "RowSourceKind", "call_source", "row_source", "unkeepable"]
 
 _QUERIES = frozenset({"SELECT", "VALUES", "TABLE"})
 _CHANGES = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
@@ -26,7 +28,7 @@ class RowSourceKind(Enum):
     CHANGE = "change"
     """As a WITH query of its own: INSERT, UPDATE, DELETE or MERGE with RETURNING."""
     REPORT = "report"
-    """By EXECUTE only: EXPLAIN and SHOW."""
+    """By PL/pgSQL's EXECUTE only: EXPLAIN, SHOW and CALL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +87,44 @@ def row_source(statement: Statement) -> RowSource | None:
     if word == "SELECT" and into:
         return None
     return RowSource(RowSourceKind.QUERY_AT_TOP if changes_inside else RowSourceKind.QUERY, "SELECT", at, has_with)
+
+
+def call_source(statement: Statement) -> RowSource | None:
+    """Return how a CALL gives the row of its procedure's output, if that has any; None for any other statement."""
+    return RowSource(RowSourceKind.REPORT, "CALL", 0, False) if statement.keywords[:1] == ("CALL",) else None
+
+
+def unkeepable(statement: Statement, before: Sequence[Statement]) -> str | None:
+    """Return the word of a statement that gives rows which no other statement can take from it; None for all others.
+
+    Parameters
+    ----------
+    statement:
+        FETCH, or EXECUTE of a prepared statement that gives rows.
+    before:
+        The statements before it in the job, which PREPARE what it executes.
+    """
+    word = statement.keywords[0] if statement.keywords else ""
+    if word == "FETCH":
+        return word
+    if word != "EXECUTE":
+        return None
+    name = _second_name(statement)
+    for part in reversed(before):
+        if part.keywords[:1] == ("PREPARE",) and _second_name(part) == name:
+            return word if row_source(_prepared(part)) is not None else None
+    return None  # the server refuses it
+
+
+def _second_name(statement: Statement) -> str:
+    """Return the name behind a statement's first word, as the server reads it."""
+    _, token, *_ = *islice(tokens(statement.text), 2), None
+    if token is None:
+        return ""
+    return token.text.lower() if token.kind is TokenKind.WORD else token.text[1:-1].replace('""', '"')
+
+
+def _prepared(statement: Statement) -> Statement:
+    """Return what a PREPARE prepares."""
+    at = next((t.end for t in tokens(statement.text) if t.kind is TokenKind.WORD and t.text == "AS"), 0)
+    return Statement(statement.text[at:], (), statement.line, statement.position)

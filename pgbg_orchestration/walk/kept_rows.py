@@ -20,8 +20,9 @@ from pgbg_orchestration.job import Job
 from pgbg_orchestration.postgres import catalog, connection, describe
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import Statement
-from pgbg_orchestration.statements.row_source import RowSource, RowSourceKind, row_source
+from pgbg_orchestration.statements.row_source import RowSource, RowSourceKind, call_source, row_source, unkeepable
 
+_TEXT = 25  # the oid of the type text
 PATIENCE = "2s"  # for a describe that waits for somebody's lock; given up, the worker's table tells the columns
 
 
@@ -97,24 +98,32 @@ async def plan(
     NoPrivilege
         Whoever runs the SQL may make no temporary table.
     InvalidJob
-        SHOW ALL, which is no query.
+        A statement whose rows are wanted is SHOW ALL, FETCH, or EXECUTE of a statement that gives rows.
     """
-    wanted = [(number, source) for number, part in enumerate(parts, 1) if (source := row_source(part)) is not None]
-    if fetch.return_last:
-        wanted = [(number, source) for number, source in wanted if number == len(parts)]
-    if not wanted:
-        return ()
-    await _require_temporary(job, conn)
-    kept = []
-    for number, source in wanted:
-        columns = await _describe(conn, parts[number - 1].text, settings)
-        if source.kind is RowSourceKind.REPORT and columns is not None and len(columns) != 1:
+    first = len(parts) if fetch.return_last else 1
+    kept: list[RowPlan] = []
+    for number, part in enumerate(parts[first - 1 :], first):
+        if word := unkeepable(part, parts[: number - 1]):
             raise InvalidJob(
-                f"statement {number} gives {len(columns)} columns, and rows of {source.tag} are kept where there is "
-                "one",
+                f"statement {number} is {word}, whose rows cannot be kept",
                 job_id=job.id,
                 label=job.label,
-                todo="Query pg_settings instead." if source.tag == "SHOW" else None,
+                todo="Put the query itself in its place, or leave fetch out.",
+            )
+        source = row_source(part) or call_source(part)
+        if source is None:
+            continue
+        columns = await _describe(conn, part.text, settings)
+        if source.tag == "CALL" and not columns:
+            continue  # a procedure without output, or one that a statement before it makes
+        if not kept:
+            await _require_temporary(job, conn)
+        if source.tag == "SHOW" and columns is not None and len(columns) != 1:
+            raise InvalidJob(
+                f"statement {number} gives {len(columns)} columns, and rows of SHOW are kept where there is one",
+                job_id=job.id,
+                label=job.label,
+                todo="Query pg_settings instead.",
             )
         kept.append(RowPlan(number, source, columns))
     return tuple(kept)
@@ -202,10 +211,15 @@ def _making(plan: RowPlan, text: str, limit: int) -> list[str]:
             while f"${tag}$" in text:
                 tag += "_"
             run = sql.Literal(text).as_string(None)
-            loop = f"for line in execute {run} loop insert into {plan.table} values (line); end loop"
+            columns = [(c.oid, c.typmod) for c in plan.columns] if plan.columns is not None else [(_TEXT, -1)]
+            # By oid: what a type is called depends on a search_path that the job itself may set.
+            types = ", ".join(f"pg_catalog.format_type({oid}, {modifier})" for oid, modifier in columns)
+            named = ", ".join(f"c{n} %s" for n in range(1, len(columns) + 1))
+            table = f"execute pg_catalog.format('{make} ({named}) using heap on commit drop', {types})"
+            loop = f"for line in execute {run} loop insert into {plan.table} values (line.*); end loop"
             return [
-                f"{make} (c1 text) using heap on commit drop",
-                f"do ${tag}$ declare line text; begin {loop}; end ${tag}$",
+                f"do $pgbg$ begin {table}; end $pgbg$",
+                f"do ${tag}$ declare line {plan.table}%rowtype; begin {loop}; end ${tag}$",
             ]
         case RowSourceKind.CHANGE:
             before, change = text[: source.verb_at], text[source.verb_at :]

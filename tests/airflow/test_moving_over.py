@@ -340,6 +340,13 @@ class TestThePostgresGuide:
             run(operator, params=self.DAYS)
         assert getattr(caught.value, "sqlstate", getattr(caught.value, "pgcode", None)) == "42883"
 
+    @pytest.mark.parametrize("name", ["theirs", "ours"])
+    def test_a_procedures_output(self, shop: Database, name: str) -> None:
+        with shop.connect() as admin:
+            admin.execute("create procedure twice(inout n int) language plpgsql as $$ begin n := 2 * n; end $$")
+
+        assert [*map(tuple, run(getattr(self, name)("call twice(4);")))] == [(8,)]
+
     def test_a_procedure_that_is_heard(
         self, shop: Database, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -208,6 +208,47 @@ async def test_a_statement_that_gives_no_rows_keeps_none(db: Watched, query: str
             await launcher.rows("never run")
 
 
+@pytest.mark.parametrize(
+    ("call", "n"),
+    [("call twice(4, null, null)", 8), ("/* first */ call twice(words => null, mood => null, n => 5)", 10)],
+)
+async def test_a_call_gives_the_row_of_its_output(db: Watched, call: str, n: int) -> None:
+    db.sql("create type mood as enum ('glad', 'sad')")
+    db.sql(
+        "create procedure twice(inout n int, out mood mood, out words text[]) language plpgsql as"
+        " $$ begin n := 2 * n; mood := 'glad'; words := array['a', 'b']; end $$"
+    )
+    # In which the type has another name.
+    outcome = await fetched(db, f"set local search_path to pg_catalog; {call.replace('call ', 'call public.')}")
+
+    assert [(c.name, c.type) for c in outcome.columns] == [("n", "integer"), ("mood", "mood"), ("words", "text[]")]
+    assert outcome.rows == [(n, "glad", ["a", "b"])]
+    assert (outcome.command_tag, outcome.row_count) == ("CALL", 1)
+
+
+@pytest.mark.parametrize(
+    ("query", "word"),
+    [
+        ("declare c cursor for select 1; fetch all from c", "FETCH"),
+        ('prepare "p" (int) as select $1; execute P (1)', "EXECUTE"),
+    ],
+)
+async def test_rows_that_nothing_can_take_from_a_statement_are_refused(db: Watched, query: str, word: str) -> None:
+    with pytest.raises(errors.InvalidJob, match=f"statement 2 is {word}, whose rows cannot be kept"):
+        await fetched(db, query)
+
+    assert db.sql("select count(*) from pgbg.jobs") == [(0,)], "nothing was launched"
+
+
+@pytest.mark.parametrize("query", ["prepare p (int) as {}; execute p (1)", "call nothing(1)"])
+async def test_an_execute_and_a_call_that_give_no_rows_run(db: Watched, query: str) -> None:
+    insert = "insert into effects values ('j', $1)"
+    db.sql(f"create procedure nothing(n int) language sql as $$ {insert} $$")
+
+    assert (await fetched(db, query.format(insert))).results == ()
+    assert db.value("select count(*) from effects") == 1
+
+
 async def test_of_each_statement_on_request(db: Watched) -> None:
     fetch = Fetch(return_last=False)
     sql_ = ["select 1 as a", "create temp table t as select 2 as b", "table t", "insert into t values (3)"]
