@@ -3,7 +3,8 @@
 A job of which nothing is known takes one: a text of several statements, which makes two transactions. The first
 registers the job, and leaves its generation and attempt in a setting of the session. The second launches the worker, if
 it finds them there, behind a random word that only this call knows. Where the registration failed, or found that
-something of the job is known, it finds none, and nothing is launched.
+something of the job is known, it finds none, and nothing is launched. Texts of several jobs may stand one behind the
+other: the server stops at the first statement that fails, and has done nothing of the jobs behind it.
 
 A launch by itself takes two, the settings and the call: where the connection was lost before the call, nothing was
 launched.
@@ -30,6 +31,7 @@ AWAIT_NO_STANDBY = (
 )
 """Has the commit of this transaction wait for no synchronous standby."""
 REGISTRATION, LAUNCH = 2, 6  # which statements of _SCRIPT register and launch, from 0
+STATEMENTS = 8  # of _SCRIPT
 
 
 class SlotsUsedUp(Exception):
@@ -204,21 +206,37 @@ def local(conn: AsyncConnection[Any], settings: Mapping[str, str]) -> str:
     return f"select {_local(quoting(conn), settings)}"
 
 
-async def run(conn: AsyncConnection[Any], script: bytes, opening: Opening) -> Handle | None:
-    """Run an opening's statements; returns the handle of its worker, None where there was something to look at first.
+async def run(
+    conn: AsyncConnection[Any], openings: Sequence[tuple[Opening, bytes]]
+) -> list[Handle | StatementFailed | None]:
+    """Run the statements of openings in one message, up to the first that fails; of those behind it nothing is done.
+
+    Returns
+    -------
+    list
+        Of each opening that was run the handle of its worker, None where there was something to look at first; last of
+        all the failure, if there was one. The connection is in no transaction any more.
 
     Raises
     ------
-    StatementFailed
-        A statement failed; the connection is in no transaction any more.
     psycopg.OperationalError
         The connection was lost on the way.
     """
-    results = await _send(conn, script)
-    if len(results) > REGISTRATION + 1 and results[REGISTRATION + 1].status == pq.ExecStatus.COMMAND_OK:  # its commit
-        opening.registration = _registration(results[REGISTRATION])
-    await _accept(conn, results, called=len(results) > LAUNCH)
-    return _handle(results[LAUNCH])
+    results = await _send(conn, b";".join(script for _, script in openings))
+    ran: list[Handle | StatementFailed | None] = []
+    for number, (opening, _) in enumerate(openings):
+        own = results[number * STATEMENTS : (number + 1) * STATEMENTS]
+        if not own:
+            break
+        if len(own) > REGISTRATION + 1 and own[REGISTRATION + 1].status == pq.ExecStatus.COMMAND_OK:  # its commit
+            opening.registration = _registration(own[REGISTRATION])
+        try:
+            await _accept(conn, own, called=len(own) > LAUNCH)
+        except StatementFailed as failure:
+            ran.append(failure)
+        else:
+            ran.append(_handle(own[LAUNCH]))
+    return ran
 
 
 async def begin(conn: AsyncConnection[Any], settings: Mapping[str, str]) -> None:

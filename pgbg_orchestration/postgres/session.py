@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection, IsolationLevel, sql
@@ -20,7 +22,17 @@ from .handles import TOKEN, HandleSession, ReceiptKey, Worker
 from .opening import Begun, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
 from .pg_background import MAX_TRACKED, NO_SLOT, Extension, Handle
 
+OPENED_TOGETHER = 8  # in one message, for which an end that was heard of waits
 LAUNCHES = 2_000  # then the session is replaced when its workers have ended: old versions leak memory for each launch
+
+
+class _Wanted(NamedTuple):
+    """An opening that waits for the session's turn, or for its answer."""
+
+    opening: Opening
+    script: bytes
+    poll_interval: float | None
+    begun: asyncio.Future[Begun]
 
 
 class LaunchingSession(HandleSession):
@@ -29,8 +41,10 @@ class LaunchingSession(HandleSession):
     def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: bytes | None = None) -> None:
         super().__init__(conn, extension, recording)
         self.launches = 0
-        # Of all launches, one waits for the session's turn: the end of a worker need not wait behind the others.
+        # One message of launches waits for the session's turn: the end of a worker need not wait behind all of them.
         self._launching = asyncio.Lock()
+        self._openings: deque[_Wanted] = deque()  # without an answer
+        self._opener: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
@@ -69,56 +83,95 @@ class LaunchingSession(HandleSession):
     @property
     def is_idle(self) -> bool:
         """Whether it is as good as a new one: it has no worker, is asked nothing, and has its first settings."""
-        busy = self.workers or self._releasing or self._turn.locked()
+        busy = self.load or self._releasing or self._turn.locked()
         return not self.worn and not busy and self.is_clean
+
+    @property
+    def load(self) -> int:
+        """How many workers it follows, and is asked to launch."""
+        return len(self.workers) + len(self._openings)
 
     @property
     def room(self) -> bool:
         """Whether another worker can be launched here now without waiting for another call."""
-        return not self.worn and not self._turn.locked() and len(self.workers) < MAX_TRACKED - 1
+        return not self.worn and not self._turn.locked() and self.load < MAX_TRACKED - 1
 
     # Registering and launching ------------------------------------------------------------------------------------
 
-    def begin(self, text: Opening, *, settings: Mapping[str, str], poll_interval: float | None) -> asyncio.Task[Begun]:
+    async def script(self, text: Opening, settings: Mapping[str, str]) -> bytes:
+        """Return the statements of an opening, for :meth:`begin`; ``settings`` hold for the worker."""
+        launch = self.extension.text("launch")
+        return await off_loop(text.size, lambda: text.script(self._conn, settings, launch))
+
+    def begin(self, text: Opening, script: bytes, *, poll_interval: float | None) -> asyncio.Future[Begun]:
         """Register a job of which nothing is known, and launch it, in one round trip; awaited like :meth:`launch`.
 
-        The registration is committed before the launch; ``text.registration`` has it, also where the launch failed.
-        Raises what :meth:`launch` does, and psycopg.Error where the registration is refused.
+        Those that wait for this session's turn go in one message. The registration is committed before the launch;
+        ``text.registration`` has it, also where the launch failed. Raises what :meth:`launch` does, and psycopg.Error
+        where the registration is refused.
         """
-        return asyncio.create_task(self._begin(text, settings, poll_interval))
+        wanted = _Wanted(text, script, poll_interval, asyncio.get_running_loop().create_future())
+        self._openings.append(wanted)
+        if self._opener is None or self._opener.done():
+            self._opener = asyncio.create_task(self._open_in_turn())
+        return wanted.begun
 
-    async def _begin(self, text: Opening, settings: Mapping[str, str], poll_interval: float | None) -> Begun:
-        launch = self.extension.text("launch")
-        script = await off_loop(text.size, lambda: text.script(self._conn, settings, launch))
-        async with self._launching, self._turn:
+    async def _open_in_turn(self) -> None:
+        while self._openings:
+            async with self._launching, self._turn:
+                several = [*islice(self._openings, OPENED_TOGETHER)]
+                try:
+                    await self._open(several)
+                except Exception as error:  # noqa: BLE001  (whoever waits gets it)
+                    for wanted in several:
+                        self._answer(wanted, error)
+
+    async def _open(self, several: Sequence[_Wanted]) -> None:
+        """Run openings; of those behind one that fails nothing is done, and they stay in the queue."""
+        for _ in several:
             faults.point("before_launch")
-            sent = False
-            try:
-                async with asyncio.timeout(pace.CALL):
-                    if self.lost:
-                        raise ConnectionLost("the launching session is lost")
-                    sent = True
-                    handle = await opening.run(self._conn, script, text)
-            except opening.StatementFailed as failure:
-                error = failure.error
-                lost = self._give_up_if_lost(error)
-                if text.registration is None and isinstance(error, psycopg.errors.LockNotAvailable):
-                    raise ConnectionLost(str(error)) from error  # a row is locked: the next turn waits for it
-                if text.registration is None and not lost and not connection.is_passing(error):
-                    raise error from None
-                raise self._launch_error(error, called=failure.called, lost=lost) from error
-            except (psycopg.Error, OSError, TimeoutError) as error:
-                self._give_up()
-                raise (MayBeLaunched(error) if sent else ConnectionLost(str(error))) from error
-            assert text.registration is not None
-            worker = None
-            if handle is not None:
-                faults.point("after_launch")
-                receipt_key = ReceiptKey(text.owner, text.job_id, text.registration["attempt"], text.is_padded)
-                worker = self._take_handle(handle, poll_interval, receipt_key if text.is_counted else None)
-        if worker is not None:
-            self._start_polling(worker)
+        if self.lost:
+            raise ConnectionLost("the launching session is lost")
+        try:
+            async with asyncio.timeout(pace.CALL):
+                ran = await opening.run(self._conn, [(wanted.opening, wanted.script) for wanted in several])
+        except (psycopg.Error, OSError, TimeoutError) as error:
+            self._give_up()
+            raise MayBeLaunched(error) from error
+        for wanted, answer in zip(several, ran, strict=False):
+            if isinstance(answer, opening.StatementFailed):
+                self._answer(wanted, self._opening_error(wanted.opening, answer))
+            else:
+                self._answer(wanted, self._begun(wanted, answer))
+
+    def _answer(self, wanted: _Wanted, answer: Begun | Exception) -> None:
+        if wanted.begun.done():
+            return
+        self._openings.remove(wanted)
+        if isinstance(answer, Exception):
+            wanted.begun.set_exception(answer)
+        else:
+            wanted.begun.set_result(answer)
+
+    def _begun(self, wanted: _Wanted, handle: Handle | None) -> Begun:
+        text = wanted.opening
+        assert text.registration is not None
+        if handle is None:
+            return Begun(text.registration, None)
+        faults.point("after_launch")
+        receipt_key = ReceiptKey(text.owner, text.job_id, text.registration["attempt"], text.is_padded)
+        worker = self._take_handle(handle, wanted.poll_interval, receipt_key if text.is_counted else None)
+        self._start_polling(worker)
         return Begun(text.registration, worker)
+
+    def _opening_error(self, text: Opening, failure: opening.StatementFailed) -> Exception:
+        error = failure.error
+        lost = self._give_up_if_lost(error)
+        if text.registration is None and isinstance(error, psycopg.errors.LockNotAvailable):
+            return ConnectionLost(str(error))  # a row is locked: the next turn waits for it
+        if text.registration is None and not lost and not connection.is_passing(error):
+            return error
+        return self._launch_error(error, called=failure.called, lost=lost)
 
     def _launch_error(self, error: BaseException, *, called: bool, lost: bool) -> Exception:
         """Return what a failed launch means for whoever asked for it."""

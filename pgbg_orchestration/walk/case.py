@@ -77,7 +77,7 @@ class Case:
     memory: Memory = field(default_factory=Memory)
     cause: Cause = Cause.INTERRUPTED
     attempts: list[int] = field(default_factory=list)
-    call: asyncio.Task[Worker] | asyncio.Task[Begun] | None = None
+    call: asyncio.Future[Worker] | asyncio.Future[Begun] | None = None
     opening: Opening | None = None
     worker: Worker | None = None
     reading: asyncio.Task[tuple[int | None, str | None]] | None = None

@@ -248,20 +248,20 @@ class Host:
         if not any(session.worn for session in self._sessions) and (usable := self._with_room()):
             return usable
         async with self._opening:
-            for session in [s for s in self._sessions if s.lost or (s.worn and not s.workers)]:
+            for session in [s for s in self._sessions if s.lost or (s.worn and not s.load)]:
                 self._sessions.remove(session)
                 await session.close()
             if usable := self._with_room():
                 return usable
             if len([s for s in self._sessions if not s.worn and not s.stalled]) >= self._most_sessions():
-                return min(self._sessions, key=lambda session: (session.worn, session.stalled, len(session.workers)))
+                return min(self._sessions, key=lambda session: (session.worn, session.stalled, session.load))
             session = await self._open(extension)
             self._sessions.append(session)
             return session
 
     def _with_room(self) -> LaunchingSession | None:
         usable = (session for session in self._sessions if session.room)
-        return min(usable, key=lambda session: len(session.workers), default=None)
+        return min(usable, key=lambda session: session.load, default=None)
 
     async def give_back(self, session: LaunchingSession) -> None:
         """Take back an exclusive session: it is shared from now on if it is as good as new, and closed otherwise."""

@@ -93,8 +93,9 @@ class Launches:
             is_padded=work.is_padded,
         )
         session = await self._host.session()
+        script = await session.script(case.opening, settings)
         case.memory = case.memory.calling()
-        case.call = session.begin(case.opening, settings=settings, poll_interval=case.options.poll_interval)
+        case.call = session.begin(case.opening, script, poll_interval=case.options.poll_interval)
         try:
             await asyncio.shield(case.call)
         except ConnectionLost as lost:
@@ -443,7 +444,7 @@ def _with_tags(work: Work, schema: str) -> Readable:
     return Readable(text if work.is_padded else text + PADDING, None, padded=True)
 
 
-def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:
+def _forget_worker(call: asyncio.Future[Worker] | asyncio.Future[Begun]) -> None:
     """Forget the worker of a call that nobody waited for."""
     if call.cancelled() or call.exception() is not None:
         return
@@ -452,7 +453,7 @@ def _forget_worker(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> None:
         worker.release()
 
 
-def _worker_of(call: asyncio.Task[Worker] | asyncio.Task[Begun]) -> Worker | None:
+def _worker_of(call: asyncio.Future[Worker] | asyncio.Future[Begun]) -> Worker | None:
     """Return the worker that a call launched; None where an opening found something to look at first."""
     result = call.result()
     return result.worker if isinstance(result, Begun) else result
