@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
+
+from pgbg_orchestration.series import of_airflow_task
 
 FIRST_RUN = "pgbg_first_run"
 """Key in the task state store: the second in which this task instance's first try began."""
@@ -35,40 +35,6 @@ class Identity:
     generation: int
     job_id: str
     map_index: int | None = None
-
-
-def series_of(dag_id: str, run_id: str, task_id: str, map_index: int | None = None) -> str:
-    """Return the series of a task instance."""
-    return f"airflow:{dag_id}/{run_id}/{task_id}/{-1 if map_index is None else map_index}"
-
-
-class TaskKey(NamedTuple):
-    """What Airflow knows a task instance by; the map index is -1 where it was not mapped."""
-
-    dag_id: str
-    run_id: str
-    task_id: str
-    map_index: int
-
-
-# Of the three, a run's id alone may have slashes in it.
-_SERIES = re.compile(r"airflow:([^/]+)/(.+)/([^/]+)/(-?[0-9]+)", re.DOTALL)
-_NUMBER = re.compile(r"#[^/]+")
-
-
-def task_of(series: str, job_id: str) -> TaskKey | None:
-    """Return the task instance that a job belongs to; None where its series and its id are not those of a task's job.
-
-    The job of a batch has its name behind both.
-    """
-    whole = commonprefix((series, job_id))  # noqa: RUF071 - where the one goes on with the name, the other has a `#`
-    name = series[len(whole) :]
-    number = job_id[len(whole) :].removesuffix(name)
-    found = _SERIES.fullmatch(whole)
-    if found is None or not job_id.endswith(name) or not _NUMBER.fullmatch(number):
-        return None
-    dag_id, run_id, task_id, map_index = found.groups()
-    return TaskKey(dag_id, run_id, task_id, int(map_index))
 
 
 def mapped_index(ti: Any) -> int | None:
@@ -105,7 +71,7 @@ def identify(context: Mapping[str, Any], *, durable: bool = True) -> Identity:
             first = int(known)
     else:
         first = 0
-    series = series_of(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
+    series = of_airflow_task(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
     number = ti.max_tries if durable else ti.try_number
     name = f"{first}.{number}" if durable else f"{first}.try{number}"
     return Identity(series, first * _CLEARS + number, f"{series}#{name}", mapped_index(ti))
@@ -124,6 +90,6 @@ def identify_try(ti: Any) -> Identity:
     ti:
         The trigger's task instance.
     """
-    series = series_of(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
+    series = of_airflow_task(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
     milliseconds = ti.id.int >> 80
     return Identity(series, milliseconds * _CLEARS // 1000 + ti.try_number, f"{series}#{ti.id}", mapped_index(ti))

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from airflow.sdk.bases.operatorlink import BaseOperatorLink
 
-from .identity import series_of
+from pgbg_orchestration.series import of_airflow_task
 
 if TYPE_CHECKING:
     from airflow.sdk import BaseOperator
@@ -35,5 +35,5 @@ class BackgroundJobLink(BaseOperatorLink):
         if conn_id not in web_conn_ids():
             return ""
         index = None if ti_key.map_index < 0 else ti_key.map_index
-        series = series_of(ti_key.dag_id, ti_key.run_id, ti_key.task_id, index)
+        series = of_airflow_task(ti_key.dag_id, ti_key.run_id, ti_key.task_id, index)
         return f"{path_of(str(conn_id))}#find={quote(series, safe='')}"

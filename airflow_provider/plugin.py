@@ -141,7 +141,7 @@ class ConnectionPage:
             DagDetails,
         )
 
-        from pgbg_orchestration.view.lines import airflow_task
+        from pgbg_orchestration.series import airflow_task
 
         manager, user = await _asking(request)
         if task := airflow_task(job.series or ""):

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakKeyDictionary
 
-from airflow_provider.identity import TaskKey, task_of
+from pgbg_orchestration.series import AirflowTask, airflow_task_of_job
 
 if TYPE_CHECKING:
     from pgbg_orchestration import Launcher
@@ -34,7 +34,7 @@ ENDED = frozenset({"failed", "removed", "skipped", "success", "upstream_failed"}
 """States of a task that wants no job any more. Any other goes on, or its next try deals with the worker; one that this
 Airflow does not know may be another Airflow's."""
 
-States: TypeAlias = Callable[[Collection[TaskKey]], Awaitable[Mapping[TaskKey, str]]]
+States: TypeAlias = Callable[[Collection[AirflowTask]], Awaitable[Mapping[AirflowTask, str]]]
 """Asks Airflow for the states of tasks; those that it does not know are left out."""
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,9 @@ async def sweep(launcher: Launcher, states: States, mentioned: set[str]) -> None
 async def _unwanted(launcher: Launcher, states: States, job_id: str | None = None) -> dict[Orphan, str]:
     """Return the orphans whose tasks have ended, with the states of these."""
     orphans = await launcher.ledger.orphans(series="airflow:*", job_id=job_id)
-    tasks = {orphan: task for orphan in orphans if (task := task_of(orphan.series, orphan.job_id)) is not None}
+    tasks = {
+        orphan: task for orphan in orphans if (task := airflow_task_of_job(orphan.series, orphan.job_id)) is not None
+    }
     known = await states(set(tasks.values())) if tasks else {}
     return {orphan: known[task] for orphan, task in tasks.items() if known.get(task) in ENDED}
 

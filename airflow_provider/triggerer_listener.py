@@ -21,7 +21,7 @@ from typing import Any
 
 from airflow.listeners import hookimpl
 
-from airflow_provider.identity import TaskKey
+from pgbg_orchestration.series import AirflowTask
 
 SECTION = "pg_background"
 DEFAULT = "postgres_default"
@@ -102,17 +102,17 @@ def _is_there(conn_id: str) -> bool:
     return True
 
 
-async def states_of(tasks: Collection[TaskKey]) -> dict[TaskKey, str]:
+async def states_of(tasks: Collection[AirflowTask]) -> dict[AirflowTask, str]:
     """Return the states of task instances, as Airflow's database has them; ``none`` before one is scheduled."""
     return await asyncio.to_thread(_states_of, tasks)
 
 
-def _states_of(tasks: Collection[TaskKey]) -> dict[TaskKey, str]:
+def _states_of(tasks: Collection[AirflowTask]) -> dict[AirflowTask, str]:
     from airflow.models.taskinstance import TaskInstance
     from airflow.utils.session import create_session
     from sqlalchemy import select
 
-    found: dict[TaskKey, str] = {}
+    found: dict[AirflowTask, str] = {}
     of_dag = itemgetter(0, 2)
     with create_session() as session:
         for (dag_id, task_id), some in groupby(sorted(tasks, key=of_dag), key=of_dag):
@@ -123,7 +123,7 @@ def _states_of(tasks: Collection[TaskKey]) -> dict[TaskKey, str]:
                 TaskInstance.run_id.in_(sorted({key.run_id for key in keys})),
             )
             for run_id, map_index, state in session.execute(query):
-                key = TaskKey(dag_id, run_id, task_id, map_index)
+                key = AirflowTask(dag_id, run_id, task_id, map_index)
                 if key in keys:
                     found[key] = "none" if state is None else str(state)
     return found

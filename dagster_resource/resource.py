@@ -15,6 +15,7 @@ from pgbg_orchestration.errors import PgbgError, StillRunning
 from pgbg_orchestration.ledger.history import ENDED_BADLY
 from pgbg_orchestration.outcome import Outcome
 from pgbg_orchestration.retry import RetryPolicy
+from pgbg_orchestration.series import DAGSTER_NAMESPACE
 
 from .external import submission
 from .steps import identity
@@ -40,8 +41,7 @@ if TYPE_CHECKING:
 class PgBackgroundResource(ConfigurableResource[Any]):
     """Runs SQL in PostgreSQL's background workers: one job, one commit, whatever dies.
 
-    It opens no connection before the first job, and keeps none after it. One object may serve any number of steps at
-    the same time.
+    It opens no connection before the first job, and keeps none after it. One object may serve many steps at a time.
 
     Examples
     --------
@@ -56,7 +56,7 @@ class PgBackgroundResource(ConfigurableResource[Any]):
     )
     pgbg_schema: str = Field(default="pgbg", description="Name of the package's schema (pgbg install --schema).")
     namespace: str = Field(
-        default="dagster", description="Keeps apart what several Dagster deployments do in one database."
+        default=DAGSTER_NAMESPACE, description="Keeps apart what several Dagster deployments do in one database."
     )
     owner: str | None = Field(
         default=None, description="Role that owns the jobs' receipts; the login must be a member. Default: the login."

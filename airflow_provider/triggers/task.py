@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import Any
 
 from airflow_provider.compat import conf, in_thread
-from airflow_provider.identity import TaskKey
+from pgbg_orchestration.series import AirflowTask
 
 GOES_ON = ("deferred", "none", "queued", "restarting", "running", "scheduled", "up_for_reschedule", "up_for_retry")
 """States of a task that still wants its job, or whose next try deals with it. In all others a user ended it.
@@ -55,15 +55,15 @@ async def state_of(ti: Any) -> str | None:
     """Return the state of a trigger's task instance; ``none`` before it is scheduled, None when it is gone."""
     if ti is None:
         return None
-    key = TaskKey(ti.dag_id, ti.run_id, ti.task_id, -1 if ti.map_index is None else ti.map_index)
+    key = AirflowTask(ti.dag_id, ti.run_id, ti.task_id, -1 if ti.map_index is None else ti.map_index)
     return (await states_of([key])).get(key)
 
 
-async def states_of(tasks: Collection[TaskKey]) -> dict[TaskKey, str]:
+async def states_of(tasks: Collection[AirflowTask]) -> dict[AirflowTask, str]:
     """Return the states of task instances; ``none`` before one is scheduled. Those that are gone are left out."""
     from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
-    found: dict[TaskKey, str] = {}
+    found: dict[AirflowTask, str] = {}
     of_dag = itemgetter(0, 2)
     # In one answer `load_1` may be a task, or number 1 of a task `load`: so one question for each task of a DAG.
     for (dag_id, task_id), some in groupby(sorted(tasks, key=of_dag), key=of_dag):

@@ -16,6 +16,7 @@ from pgbg_orchestration.batch import can_be_found
 from pgbg_orchestration.driver import Talk, to_its_end
 from pgbg_orchestration.ledger.history import ENDED_BADLY, error_of, outcome_of
 from pgbg_orchestration.outcome import Outcome
+from pgbg_orchestration.series import dagster_job_id
 from pgbg_orchestration.verdict import Receipt
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def member_of(
 
     def job(generation: str) -> Job:
         label = series.removeprefix(f"{namespace}/")
-        return sql.job(job_id=f"{series}#{generation}{tail}", series=series, label=label, owner=owner)
+        return sql.job(job_id=f"{dagster_job_id(series, generation)}{tail}", series=series, label=label, owner=owner)
 
     if step is None or key is not None:
         return Member(name=suffix, sql=sql, job=job(str(key)))

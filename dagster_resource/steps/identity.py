@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from pgbg_orchestration.errors import InvalidJob
+from pgbg_orchestration.series import dagster_job_id
 
 from . import contexts
 
@@ -69,7 +70,7 @@ class Identity:
 
     def job_id(self, name: str | None, *, anew: bool = False) -> str:
         """Return the id of the job ``name``; ``anew``: as a generation of this very run's."""
-        return f"{self.series(name)}#{self.run_id if anew else self.origin}"
+        return dagster_job_id(self.series(name), self.run_id if anew else self.origin)
 
 
 def of_step(context: Any, namespace: str) -> Identity:

@@ -1,4 +1,4 @@
-"""All that is to be seen of a server at one moment: jobs, workers whoever launched them, and slots."""
+"""A server at one moment, in one query: its jobs, its workers whoever launched them, and its slots."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def look_at_all(
     ended_within:
         Jobs that ended within this time are listed too.
     most_ended:
-        So many of them at most: those without a commit first, and then those that ended last; None: all.
+        How many of them at most: first those that did not commit, then the latest; None: all.
 
     Raises
     ------
@@ -114,9 +114,9 @@ async def look_at_all(
 
 
 async def cancel_worker(conn: AsyncConnection[Any], worker: WorkerSeen) -> bool:
-    """Cancel what a worker runs that no job is known of; returns whether the signal was accepted.
+    """Cancel the statement of a worker without a known job; returns whether the signal was accepted.
 
-    The process has to be the one that was seen: pids are used again.
+    Nothing is cancelled where its pid is another process's by now.
 
     Raises
     ------

@@ -1,8 +1,7 @@
-"""The ``pgbg`` schema as those who run jobs see it: every look and every write that is no worker's own.
+"""The ``pgbg`` schema for those who run jobs: every look and every write but what workers write themselves.
 
-Looks that are wanted while one is under way are gathered into one query. Writes go through a connection of their own,
-so that one that waits (a cancel for a worker's commit) keeps no look waiting; so does what lists many jobs, for the
-views, for sensors and for sweeps.
+Looks that are asked for while one is under way share the next query. Writes have a connection of their own, so that
+one that waits (a cancel waits for a worker's commit) keeps no look waiting. So have the lists of many jobs.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from .sighting import SUPERVISES, AtWork, Key, Registration, Sighting
 from .standing_connection import StandingConnection
 
 T = TypeVar("T")
-MARK_PATIENCE = "25ms"  # how long a mark waits for a worker that began just now; then that worker is signalled
+MARK_PATIENCE = "25ms"  # how long a mark waits for a worker to end, before that worker is signalled
 
 
 def this_process() -> str:
@@ -155,12 +154,12 @@ class Ledger:
         while self._wanted:
             wanted, self._wanted = self._wanted, {}
             try:
-                seen = await self._look_at(list(wanted))
-            except Exception as error:  # noqa: BLE001  (whoever waits gets it)
+                sightings = await self._look_at(list(wanted))
+            except Exception as error:  # noqa: BLE001  (those who wait for a look get it)
                 if len(wanted) == 1 or isinstance(error, ServerUnreachable):
                     _fail(wanted, error)
                     continue
-                # One job's fault (an owner that was dropped, say) must not be another's.
+                # One key may fail the query for all (its owner was dropped, say): look at each by itself.
                 for key, future in wanted.items():
                     try:
                         _give(future, (await self._look_at([key]))[0])
@@ -170,7 +169,7 @@ class Ledger:
             except BaseException as error:
                 _fail(wanted, ServerUnreachable(f"the look was ended: {type(error).__name__}"))
                 raise
-            for future, sighting in zip(wanted.values(), seen, strict=True):
+            for future, sighting in zip(wanted.values(), sightings, strict=True):
                 _give(future, sighting)
 
     async def _look_at(self, keys: list[Key]) -> list[Sighting]:
@@ -184,13 +183,13 @@ class Ledger:
 
         rows: dict[int, dict[str, Any]] = {}
         for row in await self._reader.ask(ask):
-            # Only one session can hold the lock; a stranger may hold it in shared mode beside others: take the worker.
+            # Several sessions may hold the lock only where strangers took it in shared mode: prefer the job's worker.
             if row["number"] not in rows or row["holds_this_job"]:
                 rows[row["number"]] = row
         return [Sighting.of(rows[number]) for number in range(1, len(keys) + 1)]
 
     async def changed(self, jobs: Sequence[AtWork]) -> list[int]:
-        """Look at jobs that were at work; returns the places, from 0, of those that show anything else by now.
+        """Look at jobs that were at work; returns the indexes of those that show anything else by now.
 
         Raises
         ------
@@ -210,13 +209,13 @@ class Ledger:
     # Writing ------------------------------------------------------------------------------------------------------
 
     async def register(self, key: Key, **launch: Unpack[NewLaunch]) -> Registration:
-        """Register a launch: committed when this returns, so that everybody knows of it before it runs."""
+        """Register a launch; it is committed when this returns, and so before the job runs."""
         query, arguments = self._query("register"), _arguments(key, launch)
         row = await self._writer.ask(lambda conn: _one(conn, query, arguments))
         return Registration(**row)
 
     def registering(self, key: Key, quote: Quote, **launch: Unpack[NewLaunch]) -> str:
-        """Return what registers a job, as an item of FROM, where nothing is known of it or of its series."""
+        """Return the call, as an item of FROM, that registers a job if nothing is known of it or of its series."""
         *values, statement = _arguments(key, launch)
         given = (*values, True, statement)
         return f"{self._name('register_launch')}({', '.join(map(quote, given))})"
@@ -227,8 +226,8 @@ class Ledger:
     async def mark_cancelled(self, key: Key, cause: Cause, reason: str, *, of_try: str | None = None) -> str | None:
         """Make a cancel final; returns ``cancelled``, ``committed``, or None while a worker is at work.
 
-        It is in force at once. One that a person asked for is told once a synchronous standby has it too, or with a
-        warning after ``pace.CONFIRM`` seconds.
+        It is in force at once. For one that a person asked for, this returns only when a synchronous standby has it,
+        too, or, with a warning, after ``pace.CONFIRM`` seconds.
         """
         query = self._query("mark_cancelled")
         arguments = {
@@ -249,7 +248,7 @@ class Ledger:
         return status
 
     async def _confirm(self, key: Key) -> None:
-        """Wait until a failover could not take a cancel away, for a while; on a connection that nobody else needs."""
+        """Wait for a synchronous standby to have the cancel, for ``pace.CONFIRM`` seconds, on another connection."""
         try:
             async with (
                 asyncio.timeout(pace.CONFIRM),
@@ -266,7 +265,7 @@ class Ledger:
     async def mark_older(self, key: Key, generation: int) -> Sequence[str] | None:
         """Cancel every older generation for good; returns None while a worker of one is at work.
 
-        Returned are the ids of older jobs whose supervisors are gone: their workers are at work without a lock.
+        Otherwise it returns the ids of older jobs whose workers are at work without a lock, their supervisors gone.
         """
         query = self._query("mark_older")
         at_work: list[str] | None = await self._patiently(query, (key.owner, key.series, generation, MARK_PATIENCE))
@@ -286,8 +285,8 @@ class Ledger:
     async def signal(self, key: Key, *, job_id: str | None = None) -> bool:
         """Ask the job's worker to cancel its statement; returns whether a signal was accepted.
 
-        It is the one that holds the job's lock, or the one below it where that is a supervisor: the supervisor is
-        the one to tell how its worker ended.
+        That is the holder of the job's lock, or, where the holder is a supervisor, the worker below it: the supervisor
+        has to go on, to write down how its worker ended.
 
         Raises
         ------
@@ -300,7 +299,7 @@ class Ledger:
         return bool(row["sent"])
 
     async def follow(self, key: Key, attempt: int, worker_pid: int) -> None:
-        """Name a worker that is seen at work in its claimed receipt: its supervisor was gone before it could."""
+        """Write a worker's pid into its claimed receipt, where its supervisor was gone before it could."""
         query = self._query("follow")
         await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id, attempt, worker_pid)))
 
@@ -313,7 +312,7 @@ class Ledger:
     async def at_work(self, pids: Sequence[int]) -> bool:
         """Tell whether each of these processes holds an advisory lock, as a worker does from its first statement on.
 
-        A supervisor is never said to be at work: it is not to be cancelled, but the worker below it.
+        Never true of a supervisor, which holds locks too: its worker is the one to cancel.
         """
         query = self._query("at_work")
         row = await self._reader.ask(lambda conn: _one(conn, query, {"pids": list(pids), "supervises": SUPERVISES}))
@@ -341,7 +340,7 @@ class Ledger:
         await self._writer.ask(lambda conn: _one(conn, query, arguments))
 
     async def reported(self, key: Key, attempt: int) -> None:
-        """Say that somebody was told how an attempt ended."""
+        """Note that somebody was told how an attempt ended: the job may be launched again."""
         query = self._query("reported")
         await self._writer.ask(lambda conn: _one(conn, query, (key.owner, key.job_id, attempt)))
 
@@ -371,8 +370,8 @@ class Ledger:
     async def orphans(self, *, series: str | None = None, job_id: str | None = None) -> list[Orphan]:
         """Return the jobs that are at work, or may begin, without the session that registered their launch.
 
-        Only those of which their caller said what is to become of them (``Options.when_orphaned``). Another process may
-        be attached to one by now: who asks has to know whether anybody still wants it.
+        Only those whose caller gave ``Options.when_orphaned``. Another process may be attached to one by now: whoever
+        asks has to know whether anybody still wants it.
 
         Parameters
         ----------
@@ -390,7 +389,7 @@ class Ledger:
         return [Orphan(**row) for row in await self._lister.ask(ask)]
 
     async def detail(self, owner: str, job_id: str) -> JobDetail | None:
-        """Return what the history keeps of a job beside its line; None where the login may not see the job.
+        """Return what the history has of a job besides its line; None where the login may not see the job.
 
         Raises
         ------
@@ -471,7 +470,7 @@ class Ledger:
             return await (await conn.execute(query, (key.owner, key.job_id), binary=True)).fetchall()
 
         try:
-            found = await self._reader.ask(ask)
+            lines = await self._reader.ask(ask)
         except (psycopg.errors.CharacterNotInRepertoire, psycopg.errors.UntranslatableCharacter) as error:
             raise RowsGone(
                 "the job is committed, and its rows hold bytes that are no UTF-8: the server sends them to no client",
@@ -480,7 +479,7 @@ class Ledger:
                 todo="Have the SQL give such a column as bytea, by convert_to(column, 'SQL_ASCII').",
             ) from error
         kept: list[Rows] = []
-        for number, parts in groupby(found, key=itemgetter(0)):
+        for number, parts in groupby(lines, key=itemgetter(0)):
             head, *rest = parts
             _, columns, tag, total, *_ = head
             named = tuple(Column(c["name"], c["oid"], c["typmod"], c["type"]) for c in columns)
@@ -494,7 +493,7 @@ class Ledger:
         return tuple(kept)
 
     async def run(self, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
-        """Run a piece of work that writes nothing and may be repeated, where looks are taken."""
+        """Run work that writes nothing and may be repeated, on the connection of the looks."""
         return await self._reader.ask(work)
 
 

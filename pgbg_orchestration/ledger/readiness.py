@@ -1,4 +1,4 @@
-"""What can be known of a server before anything is launched there, and the clear refusals that follow from it."""
+"""The facts of a server that are read before anything is launched, and the refusal of one where no job can run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pgbg_orchestration.postgres.pg_background import OLDEST, ROLE, Extension
 from . import install, queries
 
 CONNECTIONS_NEEDED = 3
-"""Connections of a process that runs jobs: to look, to write, and to launch."""
+"""The connections without which a process runs no jobs: one each to look, to write, and to launch."""
 CONNECTIONS_COMFORTABLE = 8
-"""The most that a process holds besides jobs of kind session: three that launch, one each that looks, writes, lists and
-listens, and one for a moment."""
+"""The most that a process opens, without jobs of kind session: three to launch; one each to look, to write, to list and
+to listen; one for short questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class ServerFacts:
     """What a login sees of its server and database.
 
     ``role`` is the role in force, whose privileges count: the login, unless ALTER ROLE … SET role made it another.
-    ``runs_blocks``: every role may run DO. ``reports``: the extension keeps what a worker that failed had reported of
-    its progress, as a stand-in does not. ``backend_pid`` is what the server says; behind a pooler it is not what the
-    connection was told at its start.
+    ``runs_blocks``: every role may run DO. ``reports``: the extension keeps the progress that a worker reported, after
+    it failed too; a stand-in does not. ``backend_pid`` is what the server says; behind a pooler the connection was told
+    another one at its start.
     """
 
     login: str
@@ -88,7 +88,7 @@ class ServerFacts:
 
     @property
     def defaults(self) -> dict[str, str]:
-        """What a worker of the login's has of its own, of the settings that its supervisor has otherwise."""
+        """The login's values of settings that a supervisor has others of, and a worker needs."""
         return {
             "statement_timeout": self.statement_timeout,
             "pg_background.worker_timeout": self.worker_timeout,

@@ -1,4 +1,4 @@
-"""What the ledger tells of one job: its key, what one look saw of it, and what came of registering a launch."""
+"""What the ledger returns of one job: its key, what one look showed, and what came of registering a launch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ RECEIPTS = {
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A job as the ledger knows it."""
+    """What the ledger finds a job by."""
 
     owner: str
     job_id: str
-    series: str | None = None  # None, for looking at it from outside: the one that it was registered with
+    series: str | None = None  # None: the series that it was registered with
 
     @property
     def digests(self) -> tuple[bytes, bytes | None]:
@@ -36,7 +36,7 @@ class Key:
 
     @property
     def locks(self) -> tuple[int, int]:
-        """Keys of the advisory locks of its series, which has to be known, and of the job; the schema's own, too."""
+        """Keys of the advisory locks of its series, which must be given, and of the job: the schema's ``lock_key``."""
         job, series = self.digests
         assert series is not None
         return self._lock("series", series), self._lock("job", job)
@@ -48,7 +48,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class AtWork:
-    """A job that a look showed at work: enough to tell whether another look shows the same."""
+    """What a look showed of a job at work, as far as the next look is compared with it."""
 
     owner: str
     job_digest: bytes
@@ -105,12 +105,12 @@ class Sighting:
 
     @classmethod
     def of_commit(cls, attempt: int, worker_pid: int, started_at: datetime, looked_at: datetime) -> Sighting:
-        """Tell of a receipt that was read by itself: nothing else was looked at."""
+        """Return the sighting of a commit whose receipt alone was read."""
         values = {
             "looked_at": looked_at, "status": "committed", "receipt_attempt": attempt, "receipt_pid": worker_pid,
             "receipt_started_at": started_at,
         }  # fmt: skip
-        return cls(**{**_nothing_seen(), **values})
+        return cls(**{**_empty(), **values})
 
     @property
     def receipt(self) -> Receipt:
@@ -119,11 +119,11 @@ class Sighting:
 
     @property
     def worker_pid(self) -> int | None:
-        """The process whose cancel ends the SQL, as far as it is seen: never a supervisor."""
+        """The process that runs the job's SQL, never a supervisor; None where the look did not show it."""
         return self.marked_pid if self.receipt is Receipt.LAUNCHING else self.holder_pid
 
     def at_work(self, key: Key) -> AtWork | None:
-        """Return what to hold the next look against, where this one shows a worker of the job, and no end."""
+        """Return what to compare the next look with; None where this one shows no worker of the job, or an end."""
         if not self.holds_this_job or not self.holder_is_owner or self.holder_pid is None:
             return None
         if self.receipt not in (Receipt.NONE, Receipt.LAUNCHING):
@@ -132,26 +132,26 @@ class Sighting:
 
     @property
     def is_unsupervised(self) -> bool:
-        """Whether the receipt is claimed, and nobody of the job is seen at work."""
+        """Whether the receipt is claimed, and neither supervisor nor worker is at work."""
         return self.receipt is Receipt.LAUNCHING and not self.holds_this_job and self.marked_pid is None
 
     @property
     def is_untold(self) -> bool:
-        """Whether the last launch failed, as its supervisor wrote down, and nobody was there to be told."""
+        """Whether the last launch failed, and nobody was there to be told: its supervisor wrote it down."""
         return self.outcome == "failed" and self.reported_at is None
 
     @property
     def is_provisional(self) -> bool:
-        """Whether the job is cancelled by a mark that its next call takes back: nobody asked for that cancel."""
+        """Whether the job is marked by a call that nobody asked to cancel it: the next call takes the mark back."""
         return self.receipt is Receipt.CANCELLED and self.cause in (Cause.DEADLINE, Cause.GIVEN_UP)
 
     @property
     def is_between_locks(self) -> bool:
-        """Whether a session holds the lock of the series, and none of a job that is known."""
+        """Whether a session holds the lock of the series, and not the lock of a job that is known."""
         return self.holder_pid is not None and not self.holds_this_job and self.holder_job is None
 
     def holder(self, generation: int | None) -> Holder:
-        """Return who holds the series, as a job of that generation sees it."""
+        """Return who holds the lock of the series, from the point of view of a job of that generation."""
         if self.holder_pid is None:
             return Holder.NOBODY
         if not self.holder_is_owner:
@@ -166,7 +166,7 @@ class Sighting:
 
 
 @cache
-def _nothing_seen() -> dict[str, Any]:
+def _empty() -> dict[str, Any]:
     nothing: dict[str, Any] = {field.name: None for field in fields(Sighting)}
     return nothing | {"holder_is_owner": True, "holds_this_job": False, "may_begin": False, "error": ErrorFields()}
 
@@ -175,8 +175,8 @@ def _nothing_seen() -> dict[str, Any]:
 class Registration:
     """What came of registering a launch.
 
-    ``verdict`` is ``registered``, or why it was not: ``reused``, ``committed``, ``cancelled``, ``superseded`` or
-    ``untold``.
+    ``verdict`` is ``registered``, or why it was not: ``reused``, ``committed``, ``cancelled``, ``launching``,
+    ``superseded`` or ``untold``; of an opening ``known``, too.
     """
 
     verdict: str

@@ -1,4 +1,4 @@
-"""A connection of the ledger's that comes back when it is lost."""
+"""A connection of the ledger that is opened again when it is lost."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LOCK_PATIENCE = "250ms"  # longer than registrations of one series keep one anot
 
 
 class StandingConnection:
-    """One connection that is made again when it is lost. What is asked must be sound when it is asked twice.
+    """A connection that is opened again when it is lost; the query is repeated then, and must allow that.
 
-    What waits for another session's lock on the package's tables waits a moment at a time, and others ask meanwhile.
+    A query that waits for another session's lock gives up after a moment, lets others ask, and is tried again.
     """
 
     def __init__(self, conninfo: connection.Conninfo, name: str, on_trouble: Callable[[str], None]) -> None:
@@ -41,7 +41,7 @@ class StandingConnection:
             await connection.close(conn)
 
     async def ask(self, question: Callable[[AsyncConnection[Any]], Awaitable[T]], *, patient: bool = True) -> T:
-        """Ask, for five minutes at most; ``patient``: also where somebody holds a lock that it needs.
+        """Ask, for ``pace.RECONNECT`` seconds at most; ``patient``: also while somebody holds a lock that it needs.
 
         Raises
         ------
@@ -50,7 +50,7 @@ class StandingConnection:
         psycopg.Error
             It refuses what was asked; 55P03 where a lock was held all that time, or at once where not ``patient``.
         """
-        # A question that is cancelled half way would cost the connection that all jobs share: it is let end.
+        # All jobs share the connection, which a cancel half way would cost: the query goes on to its end.
         asking = asyncio.create_task(self._ask(question, patient))
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
@@ -82,7 +82,7 @@ class StandingConnection:
                     pass
                 elif held or not connection.is_passing(error):
                     raise
-                # Python 3.11's wait_for, which psycopg uses, can swallow a cancel: a closed line connects no more.
+                # Python 3.11's wait_for, which psycopg uses, can swallow a cancel: close() must end this all the same.
                 if asking is not None and asking.cancelling():
                     raise asyncio.CancelledError from error
                 if loop.time() >= until or getattr(error, "sqlstate", None) in connection.REFUSED_LOGINS:

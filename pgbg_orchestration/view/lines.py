@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +11,7 @@ from typing import Any
 from pgbg_orchestration.ledger.board import Board, WorkerSeen
 from pgbg_orchestration.ledger.history import JobEntry
 from pgbg_orchestration.phrases import duration
+from pgbg_orchestration.series import DAGSTER_NAMESPACE, airflow_task, dagster_run
 
 from .states import ALL_STATES, BY_HAND, NOT_VISIBLE
 
@@ -111,36 +111,6 @@ def arranged(lines: Iterable[Line], order: Order = Order.SINCE, *, reverse: bool
     return sorted(ordered, key=lambda line: not line.is_at_work)
 
 
-@dataclass(frozen=True, slots=True)
-class AirflowTask:
-    """The task instance that an Airflow series stands for."""
-
-    dag_id: str
-    run_id: str
-    task_id: str
-    map_index: int | None
-
-
-def airflow_task(series: str) -> AirflowTask | None:
-    """Return the task instance of a series ``airflow:DAG/RUN/TASK/MAP_INDEX``; None for any other series."""
-    parts = series.removeprefix("airflow:").split("/")
-    if not series.startswith("airflow:") or len(parts) < 4 or not parts[-1].lstrip("-").isdigit():
-        return None
-    index = int(parts[-1])
-    # A run's id may have slashes in it; ids of DAGs and tasks have none.
-    return AirflowTask(parts[0], "/".join(parts[1:-2]), parts[-2], None if index < 0 else index)
-
-
-_DAGSTER_RUN = re.compile(r"#([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:/|$)")
-"""What stands behind the series in the id of a job of a Dagster step."""
-
-
-def dagster_run(job_id: str) -> str | None:
-    """Return the id of the Dagster run that first wanted a job; None for a job of no run."""
-    found = _DAGSTER_RUN.search(job_id)
-    return found[1] if found else None
-
-
 def orchestrator_of(series: str | None, job_id: str = "") -> str:
     """Return which Airflow task or Dagster step a job is of; empty for any other.
 
@@ -149,11 +119,11 @@ def orchestrator_of(series: str | None, job_id: str = "") -> str:
     if series is None:
         return ""
     if task := airflow_task(series):
-        return f"Airflow {task.dag_id}.{task.task_id}" + ("" if task.map_index is None else f"[{task.map_index}]")
+        return f"Airflow {task.dag_id}.{task.task_id}" + ("" if task.map_index < 0 else f"[{task.map_index}]")
     if series.startswith("airflow:"):
         return series
-    if series.startswith("dagster/") or dagster_run(job_id):
-        return f"Dagster {series.removeprefix('dagster/')}"
+    if series.startswith(f"{DAGSTER_NAMESPACE}/") or dagster_run(job_id):
+        return f"Dagster {series.removeprefix(f'{DAGSTER_NAMESPACE}/')}"
     return ""
 
 

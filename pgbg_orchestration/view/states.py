@@ -1,4 +1,4 @@
-"""How a state looks: its sign everywhere, and its style in a terminal."""
+"""How a state looks: its sign everywhere, and its style in a terminal (on the page: ``web/pgbg.css``)."""
 
 from __future__ import annotations
 

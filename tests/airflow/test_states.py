@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
-from airflow_provider.identity import TaskKey, series_of, task_of
 from airflow_provider.triggers.task import state_of, states_of
+from pgbg_orchestration.series import AirflowTask, airflow_task_of_job, of_airflow_task
 
 pytestmark = pytest.mark.airflow
 
-LOAD = TaskKey("books", "q1", "load", -1)
+LOAD = AirflowTask("books", "q1", "load", -1)
 
 
 class TestNames:
@@ -23,9 +23,9 @@ class TestNames:
     )
     @pytest.mark.parametrize("number", ["0.0", "1.try2", "0192d3a4-0000-7000-8000-000000000000"])
     @pytest.mark.parametrize("name", ["", "/one", "/a/b/-1", "/#1"])
-    def test_of_a_task(self, task: TaskKey, number: str, name: str) -> None:
-        series = series_of(*task)
-        assert task_of(f"{series}{name}", f"{series}#{number}{name}") == task
+    def test_of_a_task(self, task: AirflowTask, number: str, name: str) -> None:
+        series = of_airflow_task(*task)
+        assert airflow_task_of_job(f"{series}{name}", f"{series}#{number}{name}") == task
 
     @pytest.mark.parametrize(
         ("series", "job_id"),
@@ -42,7 +42,7 @@ class TestNames:
         ],
     )
     def test_of_none(self, series: str, job_id: str) -> None:
-        assert task_of(series, job_id) is None
+        assert airflow_task_of_job(series, job_id) is None
 
 
 class TestStates:
@@ -70,23 +70,23 @@ class TestStates:
 
     async def test_of_many_at_once(self, asked: list[dict[str, Any]]) -> None:
         tasks = {
-            TaskKey("books", "q1", "load", -1): "success",
-            TaskKey("books", "q2", "load", -1): "none",
-            TaskKey("books", "m", "load", 0): "failed",
-            TaskKey("books", "m", "load", 1): "running",
-            TaskKey("books", "m", "load_1", -1): "success",
+            AirflowTask("books", "q1", "load", -1): "success",
+            AirflowTask("books", "q2", "load", -1): "none",
+            AirflowTask("books", "m", "load", 0): "failed",
+            AirflowTask("books", "m", "load", 1): "running",
+            AirflowTask("books", "m", "load_1", -1): "success",
         }
         strangers = [
-            TaskKey("books", "q3", "load", -1),
-            TaskKey("films", "q1", "load", -1),
-            TaskKey("books", "q1", "load", 0),
+            AirflowTask("books", "q3", "load", -1),
+            AirflowTask("films", "q1", "load", -1),
+            AirflowTask("books", "q1", "load", 0),
         ]
 
         assert await states_of([*tasks, *strangers]) == tasks
         assert len(asked) == 3, "one question for each task of a DAG"
 
     async def test_of_more_runs_than_an_address_holds(self, asked: list[dict[str, Any]]) -> None:
-        assert await states_of([TaskKey("books", f"r{n}", "load", -1) for n in range(120)]) == {}
+        assert await states_of([AirflowTask("books", f"r{n}", "load", -1) for n in range(120)]) == {}
         assert sum(len(question["run_ids"]) for question in asked) == 120
         assert max(len(question["run_ids"]) for question in asked) <= 50
 

@@ -16,20 +16,20 @@ from airflow_provider import plugin, triggerer_listener
 from airflow_provider import sweep as sweep_module
 from airflow_provider.compat import AirflowNotFoundException
 from airflow_provider.hook import PgBackgroundHook
-from airflow_provider.identity import TaskKey, series_of
 from airflow_provider.sweep import ENDED, States, Sweeper, sweep, sweeping
 from airflow_provider.triggers import PgBackgroundTrigger
 from airflow_provider.triggers.task import GOES_ON
 from pgbg_orchestration import Cause, Job, Launcher
+from pgbg_orchestration.series import AirflowTask, of_airflow_task
 from tests.conftest import Database
 
 pytestmark = [pytest.mark.airflow, pytest.mark.servers("real", "embedded")]
 
-LOAD = TaskKey("books", "q1", "load", -1)
+LOAD = AirflowTask("books", "q1", "load", -1)
 
 
-def _states(of: Mapping[TaskKey, str]) -> States:
-    async def answer(tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+def _states(of: Mapping[AirflowTask, str]) -> States:
+    async def answer(tasks: Collection[AirflowTask]) -> Mapping[AirflowTask, str]:
         return {task: of[task] for task in tasks if task in of}
 
     return answer
@@ -39,7 +39,7 @@ def _in_turn(*answers: str | BaseException) -> States:
     """What one question after the other is told of the task; the last answer stays."""
     left = list(answers)
 
-    async def answer(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+    async def answer(_tasks: Collection[AirflowTask]) -> Mapping[AirflowTask, str]:
         told = left.pop(0) if len(left) > 1 else left[0]
         if isinstance(told, BaseException):
             raise told
@@ -58,10 +58,10 @@ async def _until(there: Callable[[], Any] | Callable[[], Awaitable[Any]]) -> Non
 
 
 async def _orphan(
-    database: Database, task: TaskKey = LOAD, *, name: str = "", number: str = "1.0", **options: Any
+    database: Database, task: AirflowTask = LOAD, *, name: str = "", number: str = "1.0", **options: Any
 ) -> str:
     """Leave a job at work, whose launcher is gone; returns its id."""
-    series = series_of(*task)
+    series = of_airflow_task(*task)
     job = Job(
         "select pg_sleep(300)",
         id=f"{series}#{number}{name}",
@@ -163,7 +163,7 @@ class TestOrphans:
 
     async def test_the_members_of_a_batch(self, database: Database) -> None:
         jobs = [await _orphan(database, name=name) for name in ("/one", "/two/-1/3")]
-        other = await _orphan(database, TaskKey("books", "q1", "load", 0), name="/one")
+        other = await _orphan(database, AirflowTask("books", "q1", "load", 0), name="/one")
 
         await _sweep(database, _states({LOAD: "success"}))
 
@@ -197,7 +197,7 @@ class TestOrphans:
         job_id = await _orphan(database)
         asked = 0
 
-        async def answer(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+        async def answer(_tasks: Collection[AirflowTask]) -> Mapping[AirflowTask, str]:
             nonlocal asked
             asked += 1
             with database.connect() as admin:
@@ -211,8 +211,8 @@ class TestOrphans:
         await _end(database, job_id)
 
     async def test_two_that_sweep_at_once(self, database: Database, caplog: pytest.LogCaptureFixture) -> None:
-        jobs = [await _orphan(database, TaskKey("books", f"q{n}", "load", -1)) for n in range(4)]
-        states = _states({TaskKey("books", f"q{n}", "load", -1): "failed" for n in range(4)})
+        jobs = [await _orphan(database, AirflowTask("books", f"q{n}", "load", -1)) for n in range(4)]
+        states = _states({AirflowTask("books", f"q{n}", "load", -1): "failed" for n in range(4)})
 
         await asyncio.gather(*(_sweep(database, states) for _ in range(4)))
 
@@ -224,7 +224,7 @@ class TestOrphans:
     async def test_what_has_ended_meanwhile(self, database: Database) -> None:
         job_id = await _orphan(database)
 
-        async def answer(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+        async def answer(_tasks: Collection[AirflowTask]) -> Mapping[AirflowTask, str]:
             await _end(database, job_id)
             return {LOAD: "failed"}
 
@@ -237,7 +237,7 @@ class TestOrphans:
         self, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """The others are cancelled all the same, and the next look tries it again."""
-        other = TaskKey("books", "q2", "load", -1)
+        other = AirflowTask("books", "q2", "load", -1)
         first, second = await _orphan(database), await _orphan(database, other)
         cancel = Launcher.cancel
 
@@ -265,7 +265,7 @@ class TestWhatIsHealthy:
     """A task that was marked has its worker cancelled by its own trigger: as long as that lives, nobody else does."""
 
     async def test_a_launcher_that_lives(self, database: Database) -> None:
-        series = series_of(*LOAD)
+        series = of_airflow_task(*LOAD)
         async with Launcher(database.conninfo) as launcher:
             job = Job("select pg_sleep(300)", id=f"{series}#1.0", series=series, generation=1)
             running = asyncio.create_task(launcher.run(job, when_orphaned="cancel"))
@@ -321,7 +321,7 @@ class TestNowAndThen:
     async def test_many_share_one_look_a_minute(self, database: Database) -> None:
         looks = 0
 
-        async def count(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+        async def count(_tasks: Collection[AirflowTask]) -> Mapping[AirflowTask, str]:
             nonlocal looks
             looks += 1
             return {LOAD: "deferred"}
@@ -338,7 +338,7 @@ class TestNowAndThen:
         """Short jobs, each of which is there alone, would otherwise never have one made."""
         begun, go_on = asyncio.Event(), asyncio.Event()
 
-        async def slow(_tasks: Collection[TaskKey]) -> Mapping[TaskKey, str]:
+        async def slow(_tasks: Collection[AirflowTask]) -> Mapping[AirflowTask, str]:
             begun.set()
             await go_on.wait()
             return {LOAD: "failed"}
@@ -368,7 +368,7 @@ class TestTriggers:
         monkeypatch.setattr("airflow_provider.triggers.task.RESUME_SECONDS", 0.0)
 
     def _trigger(self, sql: str, *, in_triggerer: bool = True, **options: Any) -> PgBackgroundTrigger:
-        series = series_of("books", "q9", "other")
+        series = of_airflow_task("books", "q9", "other")
         job = {"id": f"{series}#1.0", "series": series, "generation": 1, "label": "other", "sql": sql}
         trigger = PgBackgroundTrigger(job=job, **options)
         if in_triggerer:

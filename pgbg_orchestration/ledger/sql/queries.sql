@@ -1,9 +1,10 @@
--- The ledger's queries, by name: what stands between two lines `-- name:` is one query. {schema} stands for the name
--- of the package's schema; parameters are psycopg's. queries.py reads this file.
+-- The ledger's queries, each below a line `-- name:`. {schema} stands for the name of the package's schema; parameters
+-- are psycopg's. queries.py reads this file.
 --
--- What is written here waits for no synchronous standby ({await_no_standby}): one that is away would keep everybody
--- waiting. A registration is made durable by the commit of its receipt, which comes later; what a failover takes away of
--- the rest is found out again, or is taken back by the next try anyway. A person's cancel is confirmed after it is made.
+-- No commit here waits for a synchronous standby ({await_no_standby}): one that is away would keep everybody waiting. A
+-- failover may lose such a write. A registration is safe once its receipt is, which is committed later and waits. What
+-- else is lost, the next call finds out again, or would have taken back. A person's cancel is confirmed by a query of
+-- its own.
 
 -- name: look
 select l.*, a.wait_event
@@ -12,8 +13,8 @@ left join pg_catalog.pg_stat_activity as a on a.pid = l.holder_pid
 order by l.number
 
 -- name: changed
--- Of jobs that a look showed at work, the places of those that show anything else by now: another worker or none, somebody
--- else's lock, a receipt. What only tells more of the same worker is no change.
+-- Of jobs that a look showed at work, the indexes of those that show anything else by now: another worker or none,
+-- somebody else's lock, a receipt.
 select distinct l.number - 1
 from {schema}.look(%s::text[], %s::bytea[], %s::bytea[]) as l
 join unnest(%s::int4[], %s::int4[], %s::text[]) with ordinality as k (holder_pid, marked_pid, status, number)
@@ -26,10 +27,10 @@ select r.* from {schema}.register_launch(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s,
     {await_no_standby} as how
 
 -- name: recording
--- Of launches that may have committed: the receipt, row count and tag, and the end written into the history. The handle
--- tells the last statement's: before the commit, and the word "completed" a little after it. Where one of ours stands
--- behind the job's last statement, the result has the tags of all. That is read of no launch but one that committed, since
--- a read waits for the worker's end; and behind the line of the history, since the handle is forgotten with it.
+-- For launches that may have committed: reads the receipts, and writes the ends of those that did into the history, with
+-- row count and tag. These come from the handle (i), which has the last statement's; or, where a statement is put behind
+-- the job's last one (is_padded), from the result (o), which has the tags of all. A result is read of committed launches
+-- only, since reading it waits for the worker's end, and after the history is written (w), since it forgets the handle.
 select k.number, r.worker_pid, r.started_at, pg_catalog.clock_timestamp() as seen_at, t.row_count, t.command_tag,
        case when t.command_tag <> '' then {schema}.record(
            k.owner, k.job_id, k.attempt, 'committed', r.worker_pid, r.started_at, t.row_count, t.command_tag, null)
@@ -53,7 +54,7 @@ cross join lateral (
     where w.recorded
 ) as t
 cross join {await_no_standby} as how
-cross join pg_catalog.set_config('lock_timeout', '250ms', true) as patience  -- what a session does, all its jobs wait for
+cross join pg_catalog.set_config('lock_timeout', '250ms', true) as patience  -- all jobs of the session wait meanwhile
 
 -- name: mark_cancelled
 -- "awaits": the login's commits wait for a synchronous standby; this one does not.
@@ -67,7 +68,7 @@ cross join pg_catalog.set_config('lock_timeout', %(patience)s, true)
 cross join lateral (select {await_no_standby} where l.awaits is not null offset 0) as how
 
 -- name: confirm
--- Its commit waits for a synchronous standby, and so for all that was committed before.
+-- Its commit waits until a synchronous standby has it, and with it all that was committed before.
 select pg_catalog.pg_logical_emit_message(true, 'pgbg', '')
 
 -- name: mark_older
@@ -80,8 +81,8 @@ select {schema}.lift_cancel(%s, %s) as lifted
 from {await_no_standby} as how
 
 -- name: signal
--- The one that holds the job's lock, unless that is a supervisor: then the worker below it. Anybody can take the lock,
--- so its holder has to work for the owner. A supervisor bears the marker itself while it launches.
+-- Cancels what holds the job's lock; where that is a supervisor, the worker below it. Anybody can take the lock, so its
+-- holder must be a login of the owner's. A supervisor has the marker as its name while it launches.
 with job as materialized (
     select {schema}.lock_key('job', %(owner)s, {schema}.digest(%(job_id)s)) as key,
            {schema}.marker(%(owner)s, %(job_id)s) as marker

@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 from pgbg_orchestration.ledger.board import Board
 from pgbg_orchestration.ledger.history import FirstRows, JobDetail, JobEntry
-from pgbg_orchestration.view.lines import Line, airflow_task, arranged, dagster_run, lines_of
+from pgbg_orchestration.series import airflow_task, dagster_run
+from pgbg_orchestration.view.lines import Line, arranged, lines_of
 from pgbg_orchestration.view.seen import JobSeen
 from pgbg_orchestration.view.words import BLOCKERS_QUERY
 
@@ -128,7 +129,7 @@ def _kept(detail: JobDetail | None, first_rows: Sequence[FirstRows] | None) -> l
 def link_of(series: str, job_id: str, links: Links) -> str | None:
     """Return the address of the Airflow task instance or the Dagster run that wants a job; None where none is known."""
     if "airflow" in links and (task := airflow_task(series)):
-        mapped = "" if task.map_index is None else f"/mapped/{task.map_index}"
+        mapped = "" if task.map_index < 0 else f"/mapped/{task.map_index}"
         run = f"{links['airflow'].rstrip('/')}/dags/{quote(task.dag_id)}/runs/{quote(task.run_id, safe='')}"
         return f"{run}/tasks/{quote(task.task_id)}{mapped}"
     if "dagster" in links and (run_id := dagster_run(job_id)):

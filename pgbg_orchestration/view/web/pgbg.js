@@ -4,12 +4,12 @@
 
 const EVERY = 2000; // milliseconds between two looks at what runs
 const TIMELINE_EVERY = 15000;
-const SIGNS = { running: "▶", waiting: "…", committed: "✓", cancelled: "⊘", failed: "✗", lost: "✗", unknown: "?", "by hand": "☞", "not visible": "◌" };
 const MOST_LANES = 30; // labels on the timeline
 const LANES_OF_PAST = 10; // of those, kept for labels of which nothing is at work, however many others are
 const FILE = window.PGBG_FILE;
 
 const $ = (id) => document.getElementById(id);
+const SIGNS = Object.fromEntries([...$("state").options].filter((o) => o.value).map((o) => [o.value, o.dataset.sign]));
 const state = { lines: [], jobs: [], slots: 0, leftOut: 0, notVisible: 0, mayCancel: false, sort: null, down: false, open: null, opener: null, asked: 0, charts: null };
 
 async function ask(path) {
@@ -423,11 +423,6 @@ function openFromAddress() {
 
 // Beginning --------------------------------------------------------------------------------------------------------
 
-for (const name of Object.keys(SIGNS)) {
-  const option = document.createElement("option");
-  option.value = option.textContent = name;
-  $("state").append(option);
-}
 for (const button of document.querySelectorAll("[data-sort]")) {
   button.addEventListener("click", () => {
     state.down = state.sort === button.dataset.sort && !state.down;

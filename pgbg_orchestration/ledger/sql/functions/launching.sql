@@ -1,11 +1,11 @@
 -- On the launching side: registering a launch, making a cancel final, taking it back.
 
--- Registers a launch: the series' newest generation, the job, and one more attempt of it, in one transaction that is
--- committed before the launch; how the attempt before went goes to the past ones. Writes nothing when the launch must
--- not be: 'reused' (the id stands for other SQL), 'committed' or 'cancelled' (there is a receipt), 'superseded',
--- 'untold' (the same work failed, and nobody was told); nor, with p_only_new, when anything of the job or of its series
--- is known: 'known'. Whoever called has to look first then. A new series is taken back with what was refused.
--- p_when_orphaned: what is to become of an orphan. p_statement: kept unless the setting pgbg.keep_sql is off.
+-- Registers a launch, in a transaction that is committed before it: the series' newest generation, the job, and one more
+-- attempt; what the history had of the attempt before moves to past_attempt. The verdict is 'registered', or says why
+-- nothing was written, and the caller has to look first: 'reused' (the id stands for other SQL), 'committed',
+-- 'cancelled' or 'launching' (there is a receipt), 'superseded', 'untold' (the same work failed, and nobody was told),
+-- and, with p_only_new, 'known' (anything is known of the job or its series). p_when_orphaned: what is to become of an
+-- orphan. p_statement: kept unless the setting pgbg.keep_sql is off.
 create or replace function @schema@.register_launch(
     p_owner text, p_job_id text, p_series text, p_generation bigint, p_label text, p_kind text, p_sql_digest bytea,
     p_accept_changed_sql boolean, p_launched_by text, p_when_orphaned text, p_only_new boolean default false,
@@ -112,8 +112,8 @@ as $$
         null, p_only_new) r
 $$;
 
--- Makes a cancel final: after it the job is 'cancelled', or it was 'committed' before. Waits for a worker that is at
--- work (no longer than lock_timeout, then 55P03): signal it first.
+-- Makes a cancel final: returns 'cancelled', or 'committed' where the job was before. Waits for a worker that is at work
+-- (no longer than lock_timeout, then 55P03): signal it first.
 create or replace function @schema@.mark_cancelled(
     p_owner text, p_job_id text, p_cause text, p_reason text, p_of_try text default null
 ) returns text
@@ -127,7 +127,7 @@ begin
     perform @schema@.require_read_committed();
     insert into @schema@.receipt (owner, job_digest, status, job_id, cause, reason, of_try)
         values (v_owner, v_job, 'cancelled', p_job_id, p_cause, p_reason, p_of_try)
-        -- A mark that a later call could take back becomes one that it does not: the next call's own, then a try's.
+        -- A mark that the next call lifts gives way to one that it does not; one that a later try lifts, to a person's.
         on conflict (owner, job_digest) do update set
             cause = excluded.cause, reason = excluded.reason, of_try = excluded.of_try,
             decided_by = excluded.decided_by, decided_at = excluded.decided_at
