@@ -14,7 +14,7 @@ from .options import Options, RunOptions
 from .outcome import Cause, Event, EventKind, Outcome
 
 STOPPED = "another job of the batch failed"
-"""Why the rest of a batch is cancelled, for people; what decides is the cause, :attr:`Cause.FAILED_BESIDE`."""
+"""Why the rest of a batch is cancelled, for people; code looks at the cause, :attr:`Cause.FAILED_BESIDE`."""
 
 End = Outcome | PgbgError
 """How a job of a batch ended: committed, or not."""
@@ -32,7 +32,7 @@ class Target(NamedTuple):
 
     @classmethod
     def of(cls, job: Job) -> Target:
-        """Return the target that a job is."""
+        """Return the target for a job."""
         assert job.id is not None  # a Job gives itself one
         return cls(job.id, job.owner, job.series)
 
@@ -64,28 +64,28 @@ class Call(NamedTuple):
 
 
 Preparation = Callable[[], Awaitable[Call]]
-"""Tells what is to be run of a member; asked when its turn has come, or when it is cancelled before that."""
+"""Returns the call for a member of a batch; asked when its turn comes, or when it is to be cancelled before that."""
 
 
 class BatchObserver:
-    """What a batch tells of itself on its way; whoever wants to know overrides what it needs."""
+    """Called on the way of a batch; a subclass overrides what it wants to know."""
 
     def failed(self, name: str, error: PgbgError) -> None:
-        """Take note that a job did not commit."""
+        """Called when a job did not commit."""
 
     def stopping(self, names: list[str]) -> None:
-        """Take note that the jobs of these names are cancelled now, since one failed."""
+        """Called before the jobs of these names are cancelled, since one failed."""
 
     def stopped(self, job: Job, end: CancelEnd) -> None:
-        """Take note of what came of the cancel of one."""
+        """Called when the cancel of one has ended."""
 
 
 class Batch:
     """Jobs that are run side by side over one launcher.
 
     With ``fail_fast`` the first failure ends all: those at work are cancelled, and so are those whose turn has not
-    come: an earlier process may have left a worker of theirs. Each one's end is waited for and told; a cancel may come
-    too late. A job that can carry no receipt is cancelled by the call that runs it.
+    come, since an earlier process may have left a worker of theirs. Each one's end is waited for: a cancel may come too
+    late. A job without a receipt is cancelled by cancelling the call that runs it.
 
     When :meth:`run` is cancelled itself, each job does what its ``on_cancel`` says, and ``interrupted`` tells which
     these were.
@@ -95,8 +95,9 @@ class Batch:
     runner:
         The launcher.
     members:
-        By name, what tells the job to run and its options. A retry brings all of them: one that is committed is not run
-        again, and one that was stopped is run where its options' ``retry_cancelled`` has ``Cause.FAILED_BESIDE``.
+        By name, what returns the job to run and its options. A retry of the batch brings all of them again: one that
+        committed is not run twice, and one that was stopped is run where its ``retry_cancelled`` has
+        ``Cause.FAILED_BESIDE``.
     at_once:
         How many run at the same time at most; None for all. Those that wait for their turn hold no connection.
     fail_fast:
@@ -104,7 +105,8 @@ class Batch:
     reason:
         Why, for people: it stands in the receipts of those that are cancelled.
     of_try:
-        Names the try of the batch, where another process may go on with it: what this very try stopped stays so.
+        Names the try of the batch, where another process may go on with it: what one try has stopped, the same try
+        does not run again.
     observer:
         Told what happens on the way.
 
@@ -132,7 +134,7 @@ class Batch:
         self._turns = asyncio.Semaphore(at_once or max(len(members), 1))
         self._fail_fast = fail_fast
         self._reason = reason
-        # Never None: a job that looks for the first time would take the mark of its own batch for one from before.
+        # Never None: a job whose call looks for the first time would lift the mark that its own batch has just made.
         self._of_try = of_try or uuid4().hex
         self._observer = observer or BatchObserver()
         self._ends: dict[str, End] = {}
@@ -143,7 +145,7 @@ class Batch:
 
     @property
     def interrupted(self) -> list[Job]:
-        """The jobs that were begun, and had not ended when :meth:`run` was cancelled."""
+        """The jobs that had begun, and not ended, when :meth:`run` was cancelled."""
         return list(self._at_work.values())
 
     async def run(self) -> dict[str, End]:
@@ -179,7 +181,7 @@ class Batch:
         options = {**options, "of_try": self._of_try}
         if not can_be_found(job):
             options = self._stoppable(name, options)
-        # As a task of its own, that one job can be cancelled, and not whoever waits for it.
+        # A task of its own: it can be cancelled without cancelling this one, which waits for it.
         call = self._calls[name] = asyncio.ensure_future(self._runner.run(job, **options))
         try:
             return await call
@@ -195,7 +197,7 @@ class Batch:
             raise end from None
 
     def _stoppable(self, name: str, options: RunOptions) -> RunOptions:
-        """Return the options with which a job ends when its call is cancelled for the batch's sake, and says how."""
+        """Return options with which a cancelled call cancels its job for the batch, and notes how the job ended."""
         given = Options(**options)
 
         def cause() -> Cause | None:
@@ -216,7 +218,7 @@ class Batch:
         self._cancels = {name: asyncio.create_task(self._stop(name)) for name in rest}
 
     async def _stop(self, name: str) -> CancelEnd:
-        """Cancel one job, at work or not: a process before this one may have left it at work."""
+        """Cancel one job, whether this process runs it or an earlier one may have left it at work."""
         try:
             job = self._at_work.get(name) or (await self._members[name]()).job
         except PgbgError as error:

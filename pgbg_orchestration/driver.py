@@ -1,10 +1,9 @@
-"""From blocking code to the core: one event loop in a thread of its own, which an interruption cannot hit.
+"""From blocking code to the core: an event loop in a thread of its own, where no signal handler raises.
 
-Signals' handlers run in the main thread and raise what they like wherever it happens to be (``KeyboardInterrupt``,
-Dagster's interruption, Airflow's timeout), and asyncio and psycopg do not expect that: raised among their callbacks it
-leaves a connection half way, or ends up in a task that has nothing to do with it. So the thread that calls does nothing
-but wait and write the log, and whatever interrupts it becomes a cancel of the work, which is then waited for: nothing
-is left half done, and how the work ended is known.
+A signal's handler runs in the main thread, and raises wherever that happens to be: ``KeyboardInterrupt``, Dagster's
+interruption, Airflow's timeout. Raised among the callbacks of asyncio and psycopg, it would leave a connection half
+way, or end a task that it has nothing to do with. So the calling thread only waits and writes the log. What interrupts
+it becomes a cancel of the work, whose end is waited for: nothing is left half done, and how the work ended is known.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 TICK = 0.5
-"""Seconds; signals wake the waiting thread at once, this only bounds how late it looks about."""
+"""Seconds that the waiting thread waits at a time. Signals wake it at once."""
 
 
 @dataclass(slots=True)
 class Parcel:
-    """Something that the work hands to the waiting thread, and what is done once that has taken it."""
+    """A value that the work hands to the waiting thread, and what that thread calls when it has taken it."""
 
     value: Any
     taken: Callable[[], object]
@@ -35,10 +34,10 @@ class Parcel:
 
 @dataclass(slots=True)
 class Talk:
-    """What the event loop's thread and the waiting thread say to one another."""
+    """What the event loop's thread and the waiting thread exchange."""
 
     notes: queue.SimpleQueue[tuple[int, str] | Parcel | None] = field(default_factory=queue.SimpleQueue)
-    """Lines for the log, each with a level of :mod:`logging`, and what is given; None wakes the waiting thread."""
+    """Lines for the log, each with a level of :mod:`logging`; parcels; and None, which wakes the waiting thread."""
     cancel_workers: bool = True
     """Set before the work is cancelled: whether its workers are to end too, or to go on."""
 
@@ -47,14 +46,14 @@ class Talk:
         self.notes.put((level, message))
 
     async def give(self, value: Any) -> None:
-        """Hand something to the thread that iterates, and wait until it has come for it (:meth:`Driver.iterate`)."""
+        """Hand a value to the thread that iterates (:meth:`Driver.iterate`), and wait until it has taken it."""
         loop, taken = asyncio.get_running_loop(), asyncio.Event()
         self.notes.put(Parcel(value, lambda: loop.call_soon_threadsafe(taken.set)))
         await taken.wait()
 
 
 def cancel_at_once(_interruption: BaseException) -> float:
-    """Stop the work with the first interruption: what :meth:`Driver.run` does when nothing else is said."""
+    """Stop the work at the first interruption: the default of :meth:`Driver.run`."""
     return 0.0
 
 
@@ -64,15 +63,15 @@ class Driver(Generic[T]):
     Parameters
     ----------
     work:
-        Makes the coroutine, in the loop's thread and with the caller's context variables. When it is cancelled it looks
-        at ``Talk.cancel_workers``. Every wait of it after that must have a bound.
+        Makes the coroutine, in the loop's thread and with the caller's context variables. Cancelled, the coroutine
+        heeds ``Talk.cancel_workers``, and each of its waits has to have a bound.
     """
 
     def __init__(self, work: Callable[[Talk], Coroutine[Any, Any, T]]) -> None:
         self.talk = Talk()
         self.ended = threading.Event()
         self._work = work
-        self._lock = threading.RLock()  # a signal's handler may stop what its thread is just stopping
+        self._lock = threading.RLock()  # re-entrant: a signal's handler may call stop() within stop()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[T] | None = None
@@ -101,7 +100,7 @@ class Driver(Generic[T]):
         interval:
             Seconds.
         on_interrupt:
-            Told what interrupted; returns for how many seconds the work may still end by itself before it is stopped.
+            Called with what interrupted; returns how many seconds the work has to end by itself before it is stopped.
             May set ``talk.cancel_workers``.
 
         Raises
@@ -132,9 +131,9 @@ class Driver(Generic[T]):
         interval: float = math.inf,
         on_interrupt: Callable[[BaseException], float] = cancel_at_once,
     ) -> Generator[Any, None, None]:
-        """Do the work, and give what it hands over (:meth:`Talk.give`) in the calling thread; takes what `run` takes.
+        """Do the work, and yield what it hands over (:meth:`Talk.give`); parameters as of :meth:`run`.
 
-        Whoever stops iterating stops the work, as an interruption does: close the iterator, to have that done at once.
+        Closing the iterator stops the work, as an interruption does.
 
         Raises
         ------
@@ -216,7 +215,7 @@ class Driver(Generic[T]):
         return self._result  # type: ignore[return-value]  # there is one when there is no error
 
     def _finish(self, interruption: BaseException, on_interrupt: Callable[[BaseException], float]) -> bool:
-        """Wait for the interrupted work, however often that is interrupted in turn; says whether it was stopped."""
+        """Wait for the end of the interrupted work, through further interruptions; returns whether it was stopped."""
         until: float | None = None
         while not self.ended.is_set():
             try:
@@ -230,7 +229,7 @@ class Driver(Generic[T]):
         return self._stopping
 
     def _write(self, log: Callable[[int, str], None] | None, *, patience: float = 0.0) -> None:
-        """Write what is there, waiting for ``patience`` seconds for something to come."""
+        """Write the lines that have come, after a wait of at most ``patience`` seconds for the first."""
         try:
             note = self.talk.notes.get(timeout=patience) if patience else self.talk.notes.get_nowait()
             while note is not None:

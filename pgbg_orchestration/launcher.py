@@ -68,7 +68,7 @@ class Launcher:
 
     async def close(self) -> None:
         """Close all connections. Workers go on; streams end."""
-        if await to_its_end(self._close()):  # cut short, it would leave connections open
+        if await to_its_end(self._close()):  # cancelled half way, it would leave connections open
             raise asyncio.CancelledError
 
     async def _close(self) -> None:
@@ -82,7 +82,7 @@ class Launcher:
         return self._host.ledger
 
     async def facts(self) -> ServerFacts:
-        """Return what is known of the server; asked for once.
+        """Return the server's facts; read once, and kept.
 
         Raises
         ------
@@ -116,10 +116,9 @@ class Launcher:
     def stream(self, job: Job, *, as_text: bool = False, **options: Unpack[RunOptions]) -> Stream:
         """Return the rows of the job's last statement, to be read once and as they come: ``async for``.
 
-        For results that are too big to keep (``Job.fetch``) or to hold in memory. The job is launched as :meth:`run`
-        launches it, with the first row that is asked for, by a session of its own that reads its rows. The server takes
-        them from the worker as they come and puts them aside (beyond ``work_mem`` in a temporary file), so that the
-        worker never waits for a reader; they are sent when it has committed, as fast as they are read.
+        For results that are too big to keep (``Job.fetch``) or to hold in memory. The job is launched when the first
+        row is asked for, by a session of its own. The server collects its rows (beyond ``work_mem`` in a temporary
+        file), so that the worker waits for no reader; they are sent when it has committed, as fast as they are read.
 
         Parameters
         ----------
@@ -170,11 +169,11 @@ class Launcher:
         job_id, owner, series:
             The job.
         reason:
-            For people, in the receipt; nothing is ever decided by it.
+            For people, in the receipt; no code looks at it.
         cause:
-            What decides who may take the cancel back.
+            By this it is decided who may take the cancel back.
         of_try:
-            Names the try that is ended, as :class:`~pgbg_orchestration.options.Options` has it.
+            The orchestrator's try that is ended, as :class:`~pgbg_orchestration.options.Options` has it.
 
         Raises
         ------
@@ -233,7 +232,7 @@ class Launcher:
         return await Batch(self, members, at_once=at_once, fail_fast=fail_fast, of_try=of_try).run()
 
     async def cancel_all(self) -> int:
-        """Cancel all workers of this launcher at one blow, by the extension's own ``cancel_all``; returns how many.
+        """Cancel all workers of this launcher, by the extension's own ``cancel_all``; returns how many.
 
         For a launcher that one task has to itself, when that task is killed: it hits every job of a session. It is not
         final, and skips sessions with a worker that is still starting: cancel the calls of :meth:`run` besides.

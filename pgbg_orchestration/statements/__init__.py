@@ -1,15 +1,15 @@
 """SQL text as statements: splitting it, classifying them, and refusing what cannot run in a worker."""
 
 from .assignments import applied
-from .known import SHORT, TEXTS, split_again
+from .known import CACHED_CHARACTERS, CACHED_TEXTS, split_again
 from .lexer import UnterminatedSql
 from .refuse import EmptySql, RefusedStatement, best_alone, check, outside_transaction, takes_slot
 from .split import SEPARATOR, Statement, join, split
 
 __all__ = [
+    "CACHED_CHARACTERS",
+    "CACHED_TEXTS",
     "SEPARATOR",
-    "SHORT",
-    "TEXTS",
     "EmptySql",
     "RefusedStatement",
     "Statement",

@@ -1,4 +1,4 @@
-"""Texts that are run again and again, as those of most jobs are: split once."""
+"""SQL texts that come again and again, as those of most jobs do, are split once."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from functools import lru_cache
 
 from .split import Statement, split
 
-SHORT = 10_000  # characters; longer ones would stay in memory for little
-TEXTS = 128
+CACHED_CHARACTERS = 10_000  # of a text; longer ones take memory, and come again less often
+CACHED_TEXTS = 128
 
 
 def split_again(sql: str) -> tuple[Statement, ...]:
     """Return what :func:`split` does. The text stays in memory for a while: give it none with values bound in it."""
-    return _split(sql) if len(sql) <= SHORT else split(sql)
+    return _split(sql) if len(sql) <= CACHED_CHARACTERS else split(sql)
 
 
-_split = lru_cache(maxsize=TEXTS)(split)
+_split = lru_cache(maxsize=CACHED_TEXTS)(split)

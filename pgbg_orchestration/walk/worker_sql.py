@@ -453,7 +453,7 @@ def _bound(
 
 def _read(parts: tuple[statements.Statement, ...], *, again: bool) -> _Reading:
     """Return what follows from statements alone; from a cache, where (``again``) the same texts may come again."""
-    short = again and sum(len(part.text) for part in parts) <= statements.SHORT
+    short = again and sum(len(part.text) for part in parts) <= statements.CACHED_CHARACTERS
     return _read_again(parts) if short else _read_once(parts)
 
 
@@ -471,7 +471,7 @@ def _read_once(parts: tuple[statements.Statement, ...]) -> _Reading:
     }
 
 
-_read_again = lru_cache(maxsize=statements.TEXTS)(_read_once)
+_read_again = lru_cache(maxsize=statements.CACHED_TEXTS)(_read_once)
 
 
 def _gives_rows(last: statements.Statement) -> bool:

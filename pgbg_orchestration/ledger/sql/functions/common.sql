@@ -1,4 +1,4 @@
--- What the other functions stand on: keys, who is who, what is told.
+-- What the other functions need: digests and keys of locks, who may act for an owner, markers, notifications.
 --
 -- Words between two at-signs stand for the quoted names of the schema and its owner, and for the values with which a
 -- setting is off; install.py fills them in. None may stand in a comment, which a name with a line break would end.
@@ -25,14 +25,14 @@ create or replace function @schema@.marker(p_owner text, p_job_id text) returns 
     return 'pgbg:' || pg_catalog.left(pg_catalog.encode(
         pg_catalog.sha256(pg_catalog.convert_to(p_owner || ':' || p_job_id, 'UTF8')), 'hex'), 12) || ':';
 
--- False too where the owner was dropped. Without a SET clause the planner puts it in place, and many are asked at once.
+-- Whether a login may act for an owner; false where the owner was dropped. Asked for many at once, so it has no SET
+-- clause: without one the planner puts its body in the place of the call.
 create or replace function @schema@.is_member(p_login oid, p_owner text) returns boolean
     language sql stable
     return coalesce(
         pg_catalog.pg_has_role(p_login, pg_catalog.to_regrole(pg_catalog.quote_ident(p_owner)), 'MEMBER'), false);
 
--- Whether the login may see and prune what an owner left. What the owner itself left behind when it was dropped is the
--- administrators'.
+-- Whether the login may see and prune an owner's jobs. Those of an owner that was dropped are the superusers'.
 create or replace function @schema@.is_mine(p_owner text) returns boolean
     language sql stable strict
     set search_path = pg_catalog, pg_temp
@@ -53,8 +53,7 @@ begin
         hint = format('GRANT %I TO %I;', p_owner, session_user);
 end $$;
 
--- The owner that is meant, when the login may act for it; raises otherwise. Without a SET clause the planner puts it in
--- place.
+-- The owner that is given, or the login; raises where the login may not act for it. No SET clause, as for is_member.
 create or replace function @schema@.owner_for(p_owner text) returns text
     language sql stable
 begin atomic
@@ -64,14 +63,14 @@ begin atomic
         else @schema@.refuse_owner(p_owner) end;
 end;
 
--- A backend of this database that works for an owner and bears the marker of a job, or else the process that a claimed
--- receipt names, as long as it runs something as the login that claimed it: SQL can set its own application_name and
--- take the marker off, and the pid of a worker that ended may be another's by now. Anybody can take the name, and the
--- same job may be at work in another database too. p_except: its supervisor, which bears the marker while it launches.
+-- The pid of a job's worker that holds no lock; null where none is at work. It is found by the marker in its name. SQL
+-- can set its own application_name, and so take the marker off: then by p_pid, which a claimed receipt has, as long as
+-- that process runs something as the login that claimed it (p_login), since pids are used again. Anybody can take the
+-- name, so the process must work for the owner; and in this database, since the same job may be at work in another.
+-- p_except: its supervisor, which bears the marker while it launches.
 --
--- By the functions below the views: the views' joins cost a new process 2 ms. As a text that is parsed when it is
--- called: a body that is parsed already keeps the columns of a server's function by their places, which a pg_upgrade
--- may change.
+-- It reads the functions that the views are made of: the views' joins cost a new process 2 ms. Its body is a text: one
+-- that is stored parsed has the columns of a server's function by their numbers, which a pg_upgrade may change.
 create or replace function @schema@.marked(
     p_owner text, p_job_id text, p_pid int default null, p_login text default null, p_except int default null
 ) returns int

@@ -1,4 +1,4 @@
--- The history, as the launching side and supervisors write it, and forgetting it.
+-- Writing into the history, for the launching side and supervisors, and pruning it.
 
 -- Writes an attempt's outcome into the history: into the job's line, unless a later attempt's end is there
 -- already; and to the past attempts, where a later one has begun. p_reported_at: null, where nobody is told of it yet.
@@ -14,14 +14,14 @@ declare
 begin
     update @schema@.job j set
         outcome = p_outcome, ended_at = clock_timestamp(), reported_at = p_reported_at,
-        -- A launching side knows its supervisor only; that one has written down who its worker was.
+        -- Where there is a supervisor, the launching side gives no pid: the supervisor has written the worker's.
         worker_pid = coalesce(p_worker_pid, j.worker_pid),
         started_at = p_started_at, row_count = p_row_count, command_tag = p_command_tag, sqlstate = p_error[1],
         message = @schema@.sendable(p_error[2]), detail = @schema@.sendable(p_error[3]),
         hint = @schema@.sendable(p_error[4]), context = @schema@.sendable(p_error[5]), schema_name = p_error[6],
         table_name = p_error[7], column_name = p_error[8], constraint_name = p_error[9]
     where j.owner = @schema@.owner_for(p_owner) and j.job_digest = @schema@.digest(p_job_id)
-      -- A launch that was turned away is a later attempt too, and must not hide how the one at work ended.
+      -- A later attempt may be one whose worker was turned away: it must not hide how the earlier one ended.
       and (j.attempt = p_attempt or j.outcome is null or p_outcome = 'committed')
     returning j.attempt into v_latest;
     if v_latest is distinct from p_attempt then

@@ -1,8 +1,8 @@
 -- On the launching side: registering a launch, making a cancel final, taking it back.
 
--- Registers a launch, in a transaction that is committed before it: the series' newest generation, the job, and one more
--- attempt; what the history had of the attempt before moves to past_attempt. The verdict is 'registered', or says why
--- nothing was written, and the caller has to look first: 'reused' (the id stands for other SQL), 'committed',
+-- Registers a launch, in a transaction that is committed before it: the series' newest generation, the job, and one
+-- more attempt; what the history had of the attempt before moves to past_attempt. The verdict is 'registered', or says
+-- why nothing was written, and the caller has to look first: 'reused' (the id stands for other SQL), 'committed',
 -- 'cancelled' or 'launching' (there is a receipt), 'superseded', 'untold' (the same work failed, and nobody was told),
 -- and, with p_only_new, 'known' (anything is known of the job or its series). p_when_orphaned: what is to become of an
 -- orphan. p_statement: kept unless the setting pgbg.keep_sql is off.
@@ -112,8 +112,8 @@ as $$
         null, p_only_new) r
 $$;
 
--- Makes a cancel final: returns 'cancelled', or 'committed' where the job was before. Waits for a worker that is at work
--- (no longer than lock_timeout, then 55P03): signal it first.
+-- Makes a cancel final: returns 'cancelled', or 'committed' where the job was before. Waits for a worker that is at
+-- work (no longer than lock_timeout, then 55P03): signal it first.
 create or replace function @schema@.mark_cancelled(
     p_owner text, p_job_id text, p_cause text, p_reason text, p_of_try text default null
 ) returns text

@@ -44,15 +44,15 @@ begin
     perform @schema@.tell(v_owner, p_job_id);
 end $$;
 
--- What begin_work does, in one statement that costs a new process the least: it is parsed already, and no procedural
--- language is loaded for it. True: the receipt is written. Null: something is against it, or this cannot tell;
--- begin_work is called then, and raises the error that says what. Digests and keys of locks come from the caller as
--- digest and lock_key would make them. That they do is not looked at: whoever calls may write any receipt of that
--- owner, and take any lock, in any case.
+-- Does what begin_work does, in one statement, which costs a new process the least: its body is stored parsed, and no
+-- procedural language has to be loaded. True: the receipt is written. Null: something is against it, or the isolation
+-- level is another one: begin_work is called then, and raises the error that says what. The caller gives the digests
+-- and the keys of the locks, as digest and lock_key would make them. They are not checked: whoever may call this may
+-- write any receipt of that owner, and take any lock, in any case.
 --
--- In READ COMMITTED only: in the other levels, a receipt that its snapshot does not see would be another error. It sees
--- the series as of before its locks. Who registers a newer generation marks the older ones after that, by the receipt's
--- key, so that whoever has not seen the one meets the other.
+-- In READ COMMITTED only: in the other levels, a receipt that the snapshot does not show would raise another error. The
+-- series is read as it was before the locks were taken. A newer generation that is registered after that is not seen;
+-- but whoever registers it then marks the older jobs by their receipts' keys, and that the insert meets.
 create or replace function @schema@.try_begin(
     p_owner text, p_job_id text, p_generation bigint, p_label text, p_attempt int, p_sql_digest bytea, p_job bytea,
     p_series bytea, p_series_lock bigint, p_job_lock bigint
@@ -76,11 +76,11 @@ begin atomic
     returning true;
 end;
 
--- What a worker calls. Its arguments come as a setting that is launched with it, so that the text which
--- pg_stat_activity shows the beginning of is the job's own SQL, but for a line. They are, in this order: owner, job id,
+-- What a worker calls first. Its arguments come in the setting pgbg.work, so that pg_stat_activity, which shows the
+-- beginning of a worker's text, shows the job's own SQL behind one short line. They are, in this order: owner, job id,
 -- series, generation, label, attempt, digest of the SQL, of the job, of the series, lock of the series, of the job,
--- marker (Work._arguments in walk/worker_sql.py writes them). A process that began with version 5 of the schema gives
--- the first seven only. No SET clause: a body that is parsed already looks up no names.
+-- marker (Work.arguments in walk/worker_sql.py writes them). A process that began with version 5 of the schema gives
+-- the first seven only. No SET clause is needed: a body that is stored parsed looks up no names.
 create or replace function @schema@.begin_job() returns void
     language sql volatile
 begin atomic
