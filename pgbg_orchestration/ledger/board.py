@@ -108,7 +108,7 @@ async def look_at_all(
     row = await cursor.fetchone()
     assert row is not None
     jobs = tuple(_entry(job) for job in row.pop("jobs"))
-    at = {found["pid"]: activity.activity_of(found) for found in row.pop("activity")}
+    at = {backend["pid"]: activity.activity_of(backend) for backend in row.pop("activity")}
     workers = {worker["pid"]: _worker(worker, at.get(worker["pid"])) for worker in row.pop("workers")}
     return Board(**row, jobs=jobs, workers=workers)
 

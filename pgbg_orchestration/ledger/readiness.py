@@ -115,13 +115,13 @@ class ServerFacts:
                 else "This server does not have pg_background at all: install its package (Debian, Ubuntu: "
                 f"postgresql-{self.version // 10000}-pg-background), or run the SQL over an ordinary connection.",
             )
-        found = _extension(self.extension_version, self.extension_schema)
-        if found.numbers < OLDEST:
+        extension = _extension(self.extension_version, self.extension_schema)
+        if extension.numbers < OLDEST:
             raise ExtensionTooOld(
-                f"pg_background {found.version} is too old: 1.9 is the oldest with result_info and error_info",
+                f"pg_background {extension.version} is too old: 1.9 is the oldest with result_info and error_info",
                 todo="Install a newer package, then: ALTER EXTENSION pg_background UPDATE;",
             )
-        return found
+        return extension
 
 
 @cache
@@ -140,8 +140,8 @@ async def look_at(conn: AsyncConnection[Any], schema: str) -> ServerFacts:
     version = None
     if row["has_schema"] and row["schema_usage"]:
         query = queries.query("version", schema)
-        found = await (await conn.cursor(row_factory=dict_row).execute(query)).fetchone()
-        version = found["version"] if found else None
+        newest = await (await conn.cursor(row_factory=dict_row).execute(query)).fetchone()
+        version = newest["version"] if newest else None
     return ServerFacts(**row, schema_version=version, through_pooler=conn.info.backend_pid != row["backend_pid"])
 
 

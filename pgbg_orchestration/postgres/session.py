@@ -22,7 +22,7 @@ from .handles import TOKEN, HandleSession, ReceiptKey, Worker
 from .opening import Begun, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
 from .pg_background import MAX_TRACKED, NO_SLOT, Extension, Handle
 
-OPENED_TOGETHER = 8  # in one message, for which an end that was heard of waits
+OPENED_TOGETHER = 8  # openings in one message at most: while it runs, no worker's end is recorded
 LAUNCHES = 2_000  # then the session is replaced when its workers have ended: old versions leak memory for each launch
 
 
@@ -41,9 +41,9 @@ class LaunchingSession(HandleSession):
     def __init__(self, conn: AsyncConnection[Any], extension: Extension, recording: bytes | None = None) -> None:
         super().__init__(conn, extension, recording)
         self.launches = 0
-        # One message of launches waits for the session's turn: the end of a worker need not wait behind all of them.
+        # Only one message of launches waits for the session's turn: a worker's end need not wait behind all of them.
         self._launching = asyncio.Lock()
-        self._openings: deque[_Wanted] = deque()  # without an answer
+        self._openings: deque[_Wanted] = deque()  # those that have no answer yet
         self._opener: asyncio.Task[None] | None = None
 
     @classmethod
@@ -88,7 +88,7 @@ class LaunchingSession(HandleSession):
 
     @property
     def load(self) -> int:
-        """How many workers it follows, and is asked to launch."""
+        """How many workers it follows, and has been asked to launch."""
         return len(self.workers) + len(self._openings)
 
     @property

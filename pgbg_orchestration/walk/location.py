@@ -104,7 +104,7 @@ class ErrorPlace:
     number:
         Of the statement whose number the worker told last; None where it told none, or the error came at the commit.
     at_commit:
-        It came behind the last statement.
+        It came at the commit, after the last statement.
     inside:
         The text of a statement inside of a function, and the position in it, of an error in there.
     """
@@ -125,7 +125,7 @@ def place(text: str, body: str, bodies: Sequence[str], failure: ErrorPlace) -> t
     body:
         The part of it that the job's statements make.
     bodies:
-        What stands in it for each of them, in their order.
+        The text of each of them in it, in their order.
     """
     if failure.position is not None:
         at = failure.position - 1 - text.rindex(body)

@@ -28,7 +28,7 @@ class Feed:
     as_text:
         Whether values come as the server's texts.
     columns, definition:
-        The columns, and how the server is told of them.
+        The columns, and their column definition list for the server.
     session, rows:
         The session that the rows are read from, and the rows, once the job is committed; it is closed with them.
     """
