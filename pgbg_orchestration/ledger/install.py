@@ -30,7 +30,7 @@ from pgbg_orchestration.errors import (
     SchemaVersionMismatch,
 )
 
-VERSION = 6
+VERSION = 7
 FUNCTIONS = ("common", "worker", "launching", "history", "looking", "supervision", "privileges")
 """The files of functions, in the order in which they can be run: one that is in SQL needs those that it calls."""
 DEFAULT_SCHEMA = "pgbg"

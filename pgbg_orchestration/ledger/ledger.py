@@ -188,6 +188,15 @@ class Ledger:
                 rows[row["number"]] = row
         return [Sighting.of(rows[number]) for number in range(1, len(keys) + 1)]
 
+    async def supervised_end(self, key: Key, attempt: int) -> Sighting | None:
+        """Return the receipt of a launch that its supervisor says has committed, and its history; None without one.
+
+        Nothing else is looked at, which takes a tenth of the server's time for a look. Raises as :meth:`look`.
+        """
+        query, arguments = self._query("supervised_end"), (key.owner, key.job_id, attempt)
+        row = await self._reader.ask(lambda conn: _one(conn, query, arguments))
+        return Sighting.of_commit(attempt, **row) if row else None
+
     async def changed(self, jobs: Sequence[AtWork]) -> list[int]:
         """Look at jobs that were at work; returns the indexes of those that show anything else by now.
 

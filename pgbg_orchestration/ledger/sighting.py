@@ -104,13 +104,18 @@ class Sighting:
         return cls(**{**known, "cause": Cause.known(row["cause"]), "error": error})
 
     @classmethod
-    def of_commit(cls, attempt: int, worker_pid: int, started_at: datetime, looked_at: datetime) -> Sighting:
-        """Return the sighting of a commit whose receipt alone was read."""
+    def of_commit(
+        cls, attempt: int, worker_pid: int, started_at: datetime, looked_at: datetime, **history: Any
+    ) -> Sighting:
+        """Return the sighting of a commit whose receipt alone was read, and whose end is in the history.
+
+        ``history`` is what was read there: when it ended, row count and tag.
+        """
         values = {
             "looked_at": looked_at, "status": "committed", "receipt_attempt": attempt, "receipt_pid": worker_pid,
-            "receipt_started_at": started_at,
+            "receipt_started_at": started_at, "attempt": attempt, "outcome": "committed",
         }  # fmt: skip
-        return cls(**{**_empty(), **values})
+        return cls(**{**_empty(), **values, **history})
 
     @property
     def receipt(self) -> Receipt:

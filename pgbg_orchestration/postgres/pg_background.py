@@ -431,14 +431,11 @@ class Extension:
             statement then has "statement 2 of 3" as the last line of its context; one at the commit does not. They are
             told apart by the line of the worker's own, which the context of the first alone ends with.
         """
-        context: sql.Composable = sql.SQL("context")
+        context = "context"
         if numbers_up_to is not None:
-            context = sql.SQL(
-                "case when pg_catalog.textregexeq(context, '(^|\n)background worker, pid [0-9]+$')"
-                " then pg_catalog.concat_ws(E'\n', context, (select pg_catalog.substring(p.progress_msg, {})"
-                " from {}($1, $2) as p)) else context end"
-            ).format(sql.Literal(f"^statement [0-9]+ of {numbers_up_to}$"), self.name("get_progress"))
-        texts: dict[str, LiteralString] = {
+            numbered = f"^statement [0-9]+ of {numbers_up_to}$"
+            context = _NUMBERED_CONTEXT.format(numbered=numbered, progress=self.text("get_progress"))
+        texts = {
             "launch": "select pid, cookie from {f}($1, $2, $3)",
             "result_info": "select row_count, command_tag, completed, has_error from {f}($1, $2)",
             "error_info": "select array[sqlstate, message, detail, hint, {context}{more}] from {f}($1, $2)",
@@ -446,32 +443,29 @@ class Extension:
         }
         if not self.v2_names:
             texts["wait"] = "select {f}($1, $2, $3)"
-        more = "" if self.v2_names else ", schema_name, table_name, column_name, constraint_name"
-        return [
-            sql.SQL(text)
-            .format(
-                f=self.name(function),
-                more=sql.SQL(more),
-                context=context,
-                columns=columns,
-                info=self.name("result_info"),
-            )
-            .as_string(None)
-            for function, text in texts.items()
-        ]
+        parts = {
+            "more": "" if self.v2_names else ", schema_name, table_name, column_name, constraint_name",
+            "context": context,
+            "columns": columns.as_string(None) if columns is not None else "",
+            "info": self.text("result_info"),
+        }
+        return [text.format(f=self.text(function), **parts) for function, text in texts.items()]
 
     def grant_statement(self, role: str) -> str:
         """Return the statement with which an administrator lets ``role`` use the extension."""
         return sql.SQL("GRANT {} TO {};").format(sql.Identifier(ROLE), sql.Identifier(role)).as_string(None)
 
 
-_RESULT_OF_COLUMNS: LiteralString = "select count(*), null, false from {f}($1, $2) as r({columns})"
-_RESULT_OF_PADDED: LiteralString = (
-    "select count(*), (array_agg(r.tag))[count(*)::int4 - 1], true from {f}($1, $2) as r(tag text)"
+_NUMBERED_CONTEXT = (
+    "case when pg_catalog.textregexeq(context, '(^|\n)background worker, pid [0-9]+$')"
+    " then pg_catalog.concat_ws(E'\n', context, (select pg_catalog.substring(p.progress_msg, '{numbered}')"
+    " from {progress}($1, $2) as p)) else context end"
 )
+_RESULT_OF_COLUMNS = "select count(*), null, false from {f}($1, $2) as r({columns})"
+_RESULT_OF_PADDED = "select count(*), (array_agg(r.tag))[count(*)::int4 - 1], true from {f}($1, $2) as r(tag text)"
 # A result has "SELECT 9" for CREATE TABLE AS, and no count of a refresh; result_info has the statement's own tag and
 # count. It has to be asked first, since reading the result forgets the handle: so the result's arguments depend on it.
-_RESULT_OF_TAGS: LiteralString = (
+_RESULT_OF_TAGS = (
     "select count(*), coalesce(max(case when i.completed then i.command_tag || ' ' || i.row_count end),"
     " (array_agg(r.tag))[count(*)::int4]), false"
     " from {info}($1, $2) as i cross join lateral {f}($1, case when i.completed is not null then $2 end) as r(tag text)"

@@ -262,8 +262,9 @@ class Run:
         if case.memory.launch.report is Report.GONE:
             case.tell_once(EventKind.SESSION_LOST, "its handle is lost; following the worker by its lock and receipt")
         now = self._loop.time
-        if case.worker is not None and case.worker.proof is not None:
-            self._sighting = Sighting.of_commit(case.attempt, *case.worker.proof)
+        commit = await self._commit()
+        if commit is not None:
+            self._sighting = commit
             weighed, case.memory = evidence.weigh_proof(case.terms, case.memory, now())
             return weighed
         if case.work.carries_receipt:
@@ -291,6 +292,15 @@ class Run:
         wait_event = marked.wait_event if marked else None
         weighed, case.memory = evidence.weigh_marker(marked is not None, wait_event, case.terms, case.memory, now())
         return weighed
+
+    async def _commit(self) -> Sighting | None:
+        """Return the receipt of this call's own launch, where that is read by itself."""
+        case, worker = self._case, self._case.worker
+        if worker is not None and worker.proof is not None:
+            return Sighting.of_commit(case.attempt, *worker.proof)
+        if worker is not None and case.work.kind is Kind.SUPERVISED:
+            return await self._ledger.supervised_end(case.work.key, case.attempt)
+        return None
 
     def _check_digest(self, sighting: Sighting) -> None:
         case = self._case

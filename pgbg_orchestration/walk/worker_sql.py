@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, TypedDict
 
@@ -251,7 +252,7 @@ class Work:
         call = sql.SQL("call {}({}, {}::text[], {}::text[], {}, {})").format(
             sql.Identifier(schema, "watch"),
             _literals(self.key.owner, self.key.job_id, self.label, registration.attempt, text, queue_size),
-            _pairs(settings), sql.Literal([*calls]), sql.Literal(self.job.redact_details), sql.Literal(kept),
+            _array(*chain(*settings.items())), _array(*calls), sql.Literal(self.job.redact_details), sql.Literal(kept),
         )  # fmt: skip
         return call.as_string(None)
 
@@ -263,7 +264,7 @@ class Work:
         queue_size = self.job.queue_size or DEFAULT_QUEUE_BYTES
         tail = sql.SQL(", {}, {}::text[], {}::text[], {})").format(
             _literals(self.sql_digest, text, queue_size, self.job.role, self.worker_name),
-            _pairs(settings), sql.Literal([*calls]), sql.Literal(self.job.redact_details),
+            _array(*chain(*settings.items())), _array(*calls), sql.Literal(self.job.redact_details),
         )  # fmt: skip
         middle = sql.SQL(", {}, ").format(_literal(self.label))
         return LaunchText(head.as_string(None), middle.as_string(None), tail.as_string(None))
@@ -526,8 +527,9 @@ def _literals(*values: object) -> sql.Composable:
     return sql.SQL(", ").join(map(_literal, values))
 
 
-def _pairs(settings: Mapping[str, str]) -> sql.Literal:
-    return sql.Literal([part for name, value in settings.items() for part in (name, value)])
+@lru_cache  # most jobs have the same settings and calls
+def _array(*texts: str) -> sql.SQL:
+    return sql.SQL(sql.Literal([*texts]).as_string(None))
 
 
 def _literal(value: object) -> sql.Composable:

@@ -156,7 +156,7 @@ class _Before:
         return f"{key[:-1]}, ", f", {json.dumps(self.label)}, ", f', "{self.sql_digest.hex()}"]'
 
 
-@pytest.mark.parametrize("version", [1, earlier_schemas.NEWEST])
+@pytest.mark.parametrize("version", [1, 5, earlier_schemas.NEWEST])
 async def test_a_process_of_before_goes_on(
     extension_database: Database, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:

@@ -12,6 +12,9 @@ from {schema}.look(%s::text[], %s::bytea[], %s::bytea[]) as l
 left join pg_catalog.pg_stat_activity as a on a.pid = l.holder_pid
 order by l.number
 
+-- name: supervised_end
+select e.*, pg_catalog.clock_timestamp() as looked_at from {schema}.supervised_end(%s, %s, %s) as e
+
 -- name: changed
 -- Of jobs that a look showed at work, the indexes of those that show anything else by now: another worker or none,
 -- somebody else's lock, a receipt.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psycopg
 
-NEWEST = 5
+NEWEST = 6
 
 _HEAD = """
 do $$begin

@@ -81,6 +81,20 @@ as $$
           and r.status = 'committed'
 $$;
 
+-- What the supervisor of a job wrote down that committed, by the key and the attempt alone.
+create or replace function @schema@.supervised_end(
+    p_owner text, p_job_id text, p_attempt int, out worker_pid int, out started_at timestamptz, out ended_at timestamptz,
+    out row_count bigint, out command_tag text
+) returns setof record
+    language sql stable security definer
+    set search_path = pg_catalog, pg_temp
+as $$
+    select r.worker_pid, r.started_at, j.ended_at, j.row_count, j.command_tag
+    from @schema@.receipt r join @schema@.job j on j.owner = r.owner and j.job_digest = r.job_digest
+    where r.owner = @schema@.owner_for(p_owner) and r.job_digest = @schema@.digest(p_job_id)
+      and r.status = 'committed' and r.attempt = p_attempt and j.outcome = 'committed' and j.attempt = p_attempt
+$$;
+
 -- The true state of jobs, newest launch first. Filters that are null are none; p_label and p_series are patterns of
 -- LIKE. What is registered is found by an index, whatever the history's length. With p_limit, a receipt of a worker's
 -- whose line of the history somebody deleted is left out: to find such takes a look at every receipt. With
