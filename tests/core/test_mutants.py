@@ -99,8 +99,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         texts.append((text, arguments["settings"][WORK]))
         return launch(self, text, **arguments)
 
-    def spy_at_first(self: LaunchingSession, opening: Opening, **arguments: Any) -> Any:
-        call = begin(self, opening, **arguments)
+    def spy_at_first(self: LaunchingSession, opening: Opening, script: bytes, **arguments: Any) -> Any:
+        call = begin(self, opening, script, **arguments)
 
         def note(_: object) -> None:
             registered = opening.registration or {}
