@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.airflow,
     pytest.mark.processes,
     pytest.mark.slow,
+    pytest.mark.timeout(600),  # longer than what it waits for, so that a run that does not end is told by its state
     pytest.mark.skipif(not LONG, reason=f"{IN_THE_LONG_FORM}: takes half an hour"),
 ]
 
