@@ -220,8 +220,9 @@ class Top(App[None]):
             board, trouble = await self._source.board(most_ended=MOST_ENDED), ""
         except (PgbgError, psycopg.Error) as error:
             board, trouble = None, str(error)
-        if not self.screen_stack[0].query("#trouble"):
-            return  # the view was closed meanwhile
+        # Closed meanwhile, the view loses its widgets first, then its screens, and this look last.
+        if not any(screen.query("#trouble") for screen in self.screen_stack[:1]):
+            return
         self._say(trouble, trouble=bool(trouble))
         if board is not None:
             self._board, self._lines = board, lines_of(board)

@@ -167,6 +167,28 @@ async def test_a_look_that_takes_longer_than_a_tick_is_shown(db: Watched) -> Non
             await shown(lambda: len(cells(app, "LABEL")) == 2, "the second job")
 
 
+async def test_a_look_that_comes_back_when_the_view_has_closed_shows_nothing(db: Watched) -> None:
+    class Late:
+        def __init__(self, source: ServerSource) -> None:
+            self.source = source
+            self.is_waiting = self.came_back = False
+
+        async def board(self, **how):  # type: ignore[no-untyped-def]
+            board = await self.source.board(**how)
+            self.is_waiting = True
+            while app.screen_stack:
+                await asyncio.sleep(0)
+            self.came_back = True
+            return board
+
+    async with Launcher(db.conninfo) as launcher:
+        late = Late(ServerSource(launcher))
+        app = Top(late)  # type: ignore[arg-type]
+        async with app.run_test():
+            await shown(lambda: late.is_waiting, "nothing yet: the look is under way")
+    assert late.came_back
+
+
 async def test_two_thousand_lines(db: Watched) -> None:
     db.sql(
         "insert into pgbg.job (owner, job_digest, job_id, series_digest, series, generation, label, kind, sql_digest,"
