@@ -61,9 +61,13 @@ async def test_twenty_thousand_come_in_order(db: Watched) -> None:
 
 
 @pytest.mark.parametrize("end", ["", "raise division_by_zero;"])
-async def test_whoever_hears_them_slowly_hears_all(db: Watched, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+async def test_whoever_hears_them_slowly_hears_all(
+    db: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
     """The job's end is known long before its last notice is told, as in a triggerer that has much to write down."""
     monkeypatch.setattr(pace, "CALL", 2.0)
+    # What is slow is the observer: 3,000 lines in the log take a busy machine a minute.
+    caplog.set_level(logging.WARNING, "pgbg_orchestration")
     seen = Recorder()
 
     def slow(event: Event) -> None:
