@@ -196,20 +196,30 @@ async def test_a_polling_task_that_fails_leaves_nobody_waiting(
     assert "an error that nobody named" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("notify", "told"),
+    [
+        pytest.param("on", "could not forget a worker", id="a hint comes"),
+        pytest.param("off", "the polling of a launching session failed", id="it is polled for"),
+    ],
+)
 async def test_a_handle_that_cannot_be_forgotten(
-    db: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    db: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, notify: str, told: str
 ) -> None:
     async def broken(*_: object) -> None:
         raise RuntimeError("an error that nobody named")
 
+    async def nothing(*_: object) -> None: ...
+
     unheard: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
     async with Launcher(db.conninfo) as launcher:
-        # By one or the other, as its end is heard of or polled for.
+        if notify == "on":
+            monkeypatch.setattr(LaunchingSession, "poll", nothing)  # which may come before the hint
         monkeypatch.setattr(Extension, "detach", broken)
         monkeypatch.setattr(Extension, "detach_many", broken)
-        first = await within(launcher.run(Job(effect("j"), id="j")))
-        await eventually(lambda: "could not forget a worker" in caplog.text, "it is told")
+        first = await within(launcher.run(Job(effect("j"), id="j", settings={"pgbg.notify": notify})))
+        await eventually(lambda: told in caplog.text, "it is told")
         monkeypatch.undo()
         second = await within(launcher.run(Job(effect("k"), id="k")))
     gc.collect()
