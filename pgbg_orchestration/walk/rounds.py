@@ -111,14 +111,14 @@ class Rounds:
         waits = [wait for wait in self._waits.values() if wait.early <= now]
         if not any(wait.due <= now for wait in waits):
             return  # the one that was due has left
-        changed = waits  # unless the look says better, each looks by itself, and meets the error itself
         try:
             async with asyncio.timeout(pace.STALLED):
                 changed = [waits[number] for number in await self._ledger.changed([wait.job for wait in waits])]
         except (psycopg.Error, PgbgError, TimeoutError):
-            pass
+            changed = waits  # each looks by itself, and is told the error
         except Exception:
             logger.exception("the look at %d waiting jobs failed; each looks by itself", len(waits))
+            changed = waits
         finally:
             now = loop.time()
             for wait in waits:

@@ -262,11 +262,11 @@ async def test_cancelled_before_its_launch_call_is_answered(db: Watched, monkeyp
     run, signal = opening.run, Ledger.signal
     launched, answered, detached = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def answered_late(*arguments: Any, **named: Any) -> Handle | None:
-        handle = await run(*arguments, **named)
+    async def answered_late(*arguments: Any, **named: Any) -> list[Handle | opening.StatementFailed | None]:
+        handles = await run(*arguments, **named)
         launched.set()
         await answered.wait()
-        return handle
+        return handles
 
     async def signalled_late(*arguments: Any, **named: Any) -> bool:
         answered.set()
