@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pgbg_orchestration.series import of_airflow_task
-
 FIRST_RUN = "pgbg_first_run"
 """Key in the task state store: the second in which this task instance's first try began."""
 
@@ -35,6 +33,12 @@ class Identity:
     generation: int
     job_id: str
     map_index: int | None = None
+
+
+def _series(ti: Any) -> str:
+    from pgbg_orchestration.series import of_airflow_task  # the core is for whoever runs a task, not for a DAG's parse
+
+    return of_airflow_task(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
 
 
 def mapped_index(ti: Any) -> int | None:
@@ -71,7 +75,7 @@ def identify(context: Mapping[str, Any], *, durable: bool = True) -> Identity:
             first = int(known)
     else:
         first = 0
-    series = of_airflow_task(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
+    series = _series(ti)
     number = ti.max_tries if durable else ti.try_number
     name = f"{first}.{number}" if durable else f"{first}.try{number}"
     return Identity(series, first * _CLEARS + number, f"{series}#{name}", mapped_index(ti))
@@ -90,6 +94,6 @@ def identify_try(ti: Any) -> Identity:
     ti:
         The trigger's task instance.
     """
-    series = of_airflow_task(ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
+    series = _series(ti)
     milliseconds = ti.id.int >> 80
     return Identity(series, milliseconds * _CLEARS // 1000 + ti.try_number, f"{series}#{ti.id}", mapped_index(ti))

@@ -7,8 +7,6 @@ from urllib.parse import quote
 
 from airflow.sdk.bases.operatorlink import BaseOperatorLink
 
-from pgbg_orchestration.series import of_airflow_task
-
 if TYPE_CHECKING:
     from airflow.sdk import BaseOperator
     from airflow.sdk.types import TaskInstanceKey
@@ -29,6 +27,8 @@ class BackgroundJobLink(BaseOperatorLink):
         ti_key:
             Names the task instance.
         """
+        from pgbg_orchestration.series import of_airflow_task
+
         from .plugin import path_of, web_conn_ids
 
         conn_id = getattr(operator, "postgres_conn_id", None)
