@@ -193,8 +193,14 @@ def texts(parts: Sequence[Statement], kept: Sequence[RowPlan], fetch: Fetch, kee
     return bodies
 
 
-ROLE_OF_THE_LOGIN = "select pg_catalog.set_config('pgbg.login_role', pg_catalog.current_setting('role'), true)"
-"""Run before the job's own role is set: notes the login's role, which may call the schema's functions."""
+BEFORE_ALL = (
+    "select pg_catalog.set_config('pgbg.login_role', pg_catalog.current_setting('role'), true),"
+    " case when pg_catalog.pg_my_temp_schema() = 0 then pg_catalog.set_config('temp_buffers',"
+    " (greatest(pg_catalog.pg_size_bytes(pg_catalog.current_setting('temp_buffers')), 33554432)"
+    " / pg_catalog.current_setting('block_size')::bigint)::text, true) end"
+)
+"""Before the job's own role and statements: who may call the schema's functions; and room for the rows in memory, which
+can be had until the first temporary table is made."""
 _TO_THE_LOGIN = (
     "select pg_catalog.set_config('pgbg.job_role', pg_catalog.current_setting('role'), true),"
     " pg_catalog.set_config('role', pg_catalog.current_setting('pgbg.login_role'), true)"

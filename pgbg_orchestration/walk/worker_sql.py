@@ -281,7 +281,7 @@ class Work:
         """
         head = [f"/* {_in_comment(self.label)} */ select {_begin_job(schema)}()"]
         if self.kept:
-            head.append(kept_rows.ROLE_OF_THE_LOGIN)
+            head.append(kept_rows.BEFORE_ALL)
         if self.job.role is not None:
             head.append(sql.SQL("set local role {}").format(sql.Identifier(self.job.role)).as_string(None))
         return "\n;".join([*head, self.body(schema)]) + (PADDING if self.is_padded else "")

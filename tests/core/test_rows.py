@@ -249,6 +249,11 @@ async def test_an_execute_and_a_call_that_give_no_rows_run(db: Watched, query: s
     assert db.value("select count(*) from effects") == 1
 
 
+@pytest.mark.parametrize(("given", "seen"), [({}, "32MB"), ({"temp_buffers": "64MB"}, "64MB")])
+async def test_the_rows_have_room_in_memory(db: Watched, given: dict[str, str], seen: str) -> None:
+    assert (await fetched(db, "show temp_buffers", settings=given)).rows == [(seen,)]
+
+
 async def test_of_each_statement_on_request(db: Watched) -> None:
     fetch = Fetch(return_last=False)
     sql_ = ["select 1 as a", "create temp table t as select 2 as b", "table t", "insert into t values (3)"]
