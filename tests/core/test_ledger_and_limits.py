@@ -211,11 +211,15 @@ async def test_a_handle_that_cannot_be_forgotten(
 
     async def nothing(*_: object) -> None: ...
 
+    def deaf(*_: object) -> None: ...
+
     unheard: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
     async with Launcher(db.conninfo) as launcher:
         if notify == "on":
             monkeypatch.setattr(LaunchingSession, "poll", nothing)  # which may come before the hint
+        else:
+            monkeypatch.setattr(LaunchingSession, "hear", deaf)  # a listener's first connection is a hint to all
         monkeypatch.setattr(Extension, "detach", broken)
         monkeypatch.setattr(Extension, "detach_many", broken)
         first = await within(launcher.run(Job(effect("j"), id="j", settings={"pgbg.notify": notify})))
