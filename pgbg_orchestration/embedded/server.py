@@ -164,23 +164,15 @@ class EmbeddedServer:
         RealExtensionUnavailableError
             ``extension="real"`` was asked for and cannot be had.
         """
-        if self._data_dir is None:
-            self._data_dir = self._temporary_directory()
-        with file_lock(_lock_file(self._data_dir)):
-            if running := status(self._data_dir):
-                self._extension, self._surface = running.extension, running.surface
-                return self
-            self._initialise()
-            if not self._launch_as_before():
-                self._launch()
-                self._started_here = True
-                try:
-                    self._provide_extension()
-                except BaseException:
-                    self._stop("immediate")
-                    raise
-                self._write_state()
-            self._started_here = True
+        if self._data_dir is not None:
+            self._start_in(self._data_dir)
+            return self
+        self._data_dir = self._temporary_directory()
+        try:
+            self._start_in(self._data_dir)
+        except BaseException:
+            self.stop("immediate")  # which removes the directory
+            raise
         return self
 
     def stop(self, mode: StopMode = "fast") -> None:
@@ -273,6 +265,23 @@ class EmbeddedServer:
         """Make a directory the server's user's, when that is another one than ours."""
         if self._user:
             shutil.chown(directory, self._user)
+
+    def _start_in(self, data_dir: Path) -> None:
+        with file_lock(_lock_file(data_dir)):
+            if running := status(data_dir):
+                self._extension, self._surface = running.extension, running.surface
+                return
+            self._initialise()
+            if not self._launch_as_before():
+                self._launch()
+                self._started_here = True
+                try:
+                    self._provide_extension()
+                except BaseException:
+                    self._stop("immediate")
+                    raise
+                self._write_state()
+            self._started_here = True
 
     def _initialise(self) -> None:
         made_by = self.data_dir / "PG_VERSION"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -262,3 +263,17 @@ def test_a_temporary_server_goes_with_its_stop() -> None:
     server.stop()
     assert not home.exists()
     assert not running(pid)
+
+
+def test_a_temporary_server_that_does_not_start_leaves_nothing(
+    embedded_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(embedded_home))
+    server = EmbeddedServer(settings={"shared_buffers": "no size"})
+    with pytest.raises(EmbeddedServerError, match="did not start"):
+        server.start()
+    (parent,) = embedded_home.iterdir()
+    assert [path.name for path in parent.iterdir()] == [".lock"]
+    server.settings = {}
+    with server:  # it can be tried again
+        assert server.is_running()

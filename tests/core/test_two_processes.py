@@ -38,7 +38,7 @@ async def test_the_same_job_at_the_same_time(db: Watched) -> None:
             assert all("outcome" in end for end in ends), ends
             assert sorted(end["outcome"]["launched"] for end in ends) == [False, True], ends
             assert len({end["outcome"]["worker_pid"] for end in ends}) == 1, ends
-            assert [end["outcome"]["row_count"] for end in ends] == [1, 1], ends
+            assert [end["outcome"]["row_count"] for end in ends if end["outcome"]["launched"]] == [1], ends
             assert db.effects(f"j{number}") == 1
 
 

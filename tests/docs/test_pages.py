@@ -36,10 +36,17 @@ def admin(server: EmbeddedServer) -> Iterator[psycopg.Connection]:
         yield connection
 
 
+@pytest.fixture(scope="module")
+def roles(server: EmbeddedServer) -> None:
+    """The roles that the page on security makes."""
+    with server.connect("pages") as connection:
+        connection.execute(snippets.of(DOCS / "security.md")[0].text.encode())
+
+
+@pytest.mark.usefixtures("roles")
 async def test_security(server: EmbeddedServer, admin: psycopg.Connection) -> None:
     """The login of the page runs jobs, as the role of the page, with nothing that the doctor would mind."""
-    roles, monitoring, python, log = snippets.of(DOCS / "security.md")
-    admin.execute(roles.text.encode())
+    _, monitoring, python, log = snippets.of(DOCS / "security.md")
     admin.execute(monitoring.text.encode())
     admin.execute(log.text.encode())
     admin.execute("create table card (number int); grant insert on card to warehouse_writer")
@@ -61,6 +68,7 @@ async def test_security(server: EmbeddedServer, admin: psycopg.Connection) -> No
                 watcher.execute(forbidden)
 
 
+@pytest.mark.usefixtures("roles")
 def test_every_kind_runs_as_the_role_of_the_page(server: EmbeddedServer, admin: psycopg.Connection) -> None:
     admin.execute("create table ran_as (who text default current_user); grant insert on ran_as to warehouse_writer")
     for kind in ("receipt", "supervised", "session"):
