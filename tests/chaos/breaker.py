@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -155,11 +156,7 @@ class Breaker:
     async def _stop_process(self, chance: random.Random) -> int:
         if (hand := self._busy(chance)) is None:
             return 0
-        hand.signal(signal.SIGSTOP)
-        await asyncio.sleep(chance.uniform(0.1, 2))
-        if hand.alive:
-            hand.signal(signal.SIGCONT)
-        return 1
+        return await asyncio.to_thread(_stop_for, hand.process.pid, chance.uniform(0.1, 2))
 
     # Sessions -----------------------------------------------------------------------------------------------------
 
@@ -193,14 +190,7 @@ class Breaker:
         pids = [int(row[0]) for row in self._db.sessions("pgbg: launching")]
         if not pids:
             return 0
-        pid = chance.choice(pids)
-        try:
-            os.kill(pid, signal.SIGSTOP)
-            await asyncio.sleep(chance.uniform(0.05, 0.3))
-            os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:
-            return 0  # it has just ended
-        return 1
+        return await asyncio.to_thread(_stop_for, chance.choice(pids), chance.uniform(0.05, 0.3))
 
     # Workers ------------------------------------------------------------------------------------------------------
 
@@ -342,3 +332,18 @@ class Breaker:
 
 Act = Callable[[Breaker, random.Random], Awaitable[int]]
 ActOnProxy = Callable[[Breaker, Proxy, random.Random], Awaitable[int]]
+
+
+def _stop_for(pid: int, seconds: float) -> int:
+    """Stop a process for a while; returns 0 where it has just ended.
+
+    To be called in a thread: a query of the event loop's may wait for what the stopped process holds, a lock or a page
+    that it reads.
+    """
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return 0
+    return 1
