@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
 from typing import Any
 
@@ -291,3 +292,21 @@ async def test_cancelled_before_its_launch_call_is_answered(db: Watched, monkeyp
     let_go = next(event for event in seen.events if event.kind is EventKind.LET_GO)
     assert let_go.data["error"]["error"] == "JobCancelled", let_go.message
     assert db.states() == {"j": "cancelled"}
+
+
+async def test_a_supervisor_looks_the_more_seldom_the_older_its_worker(db: Watched) -> None:
+    db.sql("create table pauses (n serial, milliseconds int)")
+    calls = [
+        "",
+        "select 0::bigint, 'SELECT', (select count(*) = 600 from pauses), false where $1 = 0 and $2 = 0",
+        "",
+        "",
+        "insert into pauses (milliseconds) select $3 where $1 = 0 and $2 = 0",
+    ]
+    db.sql("call pgbg.await_worker('o', 'j', 1, null, %s, 0, 0, null, null, false, false)", calls)
+    pauses = [int(pause) for (pause,) in db.sql("select milliseconds from pauses order by n")]
+    assert pauses[:21] == [1] * 4 + [10] * 16 + [50]
+    assert pauses[20:] == sorted(pauses[20:])
+    age = list(itertools.accumulate(pauses))
+    assert all(pause <= 50 + before / 50 for before, pause in zip(age, pauses[1:], strict=False))
+    assert pauses[-1] == 2000

@@ -155,6 +155,10 @@ create or replace function @schema@.redacted(p_error text[]) returns text[]
 -- a cancel on to it. It commits at each poll: every kind of sleep holds a snapshot, and CREATE INDEX CONCURRENTLY would
 -- wait for it for ever. No EXCEPTION block may stand around a COMMIT, here and where this is called.
 --
+-- The pauses between the polls grow with the worker's age, a fiftieth of it, up to two seconds: a thousand supervisors
+-- that polled twenty times a second would keep seven cores busy. The extension's wait returns within a tenth of a second
+-- of the worker's end all the same; a longer one only has an index build that begins meanwhile wait for its snapshot.
+--
 -- p_marker: what the worker's name begins with; null for one that is found by its lock. p_calls: as supervise has them.
 -- The rest is what result_info told last; p_done is false where the output waits.
 create or replace procedure @schema@.await_worker(
@@ -168,19 +172,24 @@ declare
     v_seen    boolean;
     v_cancel  boolean := false;
     v_blocked boolean := false;
-    v_polls   int := 0;  -- bigint % int is no operator of pg_catalog: somebody could make one
+    v_polls   int := 0;
+    v_pause   int;  -- milliseconds
+    v_since   int := 0;  -- milliseconds since its output was looked at
 begin
     while not p_done and not v_blocked loop
         commit;
+        -- At a quick pace first: a supervisor that ends before it saw its worker leaves the job unknown.
+        v_pause := case when v_polls < 4 then 1 when v_polls < 20 then 10 when v_polls = 20 or v_cancel or not v_named
+            then 50 else least(2000, v_pause + v_pause / 50) end;
         begin
-            -- At a quick pace first: a supervisor that ends before it saw its worker leaves the job unknown.
             if p_calls[5] is null then
-                perform pg_catalog.pg_sleep(case when v_polls < 4 then 0.001 when v_polls < 20 then 0.01 else 0.05 end);
+                perform pg_catalog.pg_sleep(v_pause / 1000.0);
             else
-                execute p_calls[5] using p_pid, p_cookie, case when v_polls < 4 then 1 when v_polls < 20 then 10 else 50 end;
+                execute p_calls[5] using p_pid, p_cookie, v_pause;
             end if;
             execute p_calls[2] into p_rows, p_tag, p_done, p_failed using p_pid, p_cookie;
             v_polls := v_polls + 1;
+            v_since := v_since + v_pause;
             -- It bears the marker before its first statement, which may take it off.
             v_seen := not p_done and not v_named and exists (
                 select from pg_catalog.pg_stat_get_activity(p_pid) a
@@ -191,11 +200,14 @@ begin
                 perform @schema@.follow(p_owner, p_job_id, p_attempt, p_pid);
             end if;
             -- Nobody reads its output, and it waits for that: it is to be read now.
-            v_blocked := not p_done and v_polls % 20 = 0 and exists (
-                select from pg_catalog.pg_stat_activity a
-                where (pg_catalog.starts_with(a.application_name, p_marker) or a.pid = p_pid)
-                  and a.datname = pg_catalog.current_database()
-                  and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
+            if not p_done and v_since >= greatest(1000, v_pause * 4) then
+                v_since := 0;
+                v_blocked := exists (
+                    select from pg_catalog.pg_stat_activity a
+                    where (pg_catalog.starts_with(a.application_name, p_marker) or a.pid = p_pid)
+                      and a.datname = pg_catalog.current_database()
+                      and a.wait_event in ('MessageQueuePutMessage', 'ClientWrite'));
+            end if;
             v_named := v_named or v_seen;
         exception when query_canceled then
             v_cancel := true;
