@@ -290,13 +290,17 @@ async def test_a_closed_launcher_connects_no_more(db: Watched) -> None:
 
 
 async def test_leave_then_attach(db: Watched) -> None:
-    job = Job(slow("j", 1.5), id="j")
+    db.sql("select pg_advisory_lock(77)")
+    job = Job("insert into effects (job) select 'j' from pg_advisory_xact_lock(77)", id="j")
     task = asyncio.create_task(arun(db.conninfo, job, on_cancel="leave"))
     pid = await db.at_work("j")
     assert isinstance(await cancelled(task), asyncio.CancelledError)
     assert db.value("select running_pid from pgbg.jobs") == pid
     seen = Recorder()
-    outcome = await within(arun(db.conninfo, job, observer=seen))
+    following = asyncio.create_task(arun(db.conninfo, job, observer=seen))
+    await eventually(lambda: "attached" in seen.kinds() or following.done(), "it attaches")
+    db.sql("select pg_advisory_unlock(77)")
+    outcome = await within(following)
     assert outcome.launched is False
     assert outcome.worker_pid == pid
     assert "attached" in seen.kinds()
