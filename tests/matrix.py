@@ -9,7 +9,8 @@ The servers that a test is meant for follow from its marks. Of these a push need
   processes and servers break, what SQL may do, what users give and see. Where surfaces differ, in the calls of the
   extension and what it tells of a worker, the other tests are;
 * of the older majors, for a test marked ``majors``, the one that continuous integration installs;
-* no PostgreSQL that comes (``standin_pg19``, ``real19``): what it is made from may be out of reach.
+* no PostgreSQL that comes (``standin_pg19``, ``real19``) and no older release of the real extension (``real15``): what
+  they are made from may be out of reach.
 
 No test is left out at a push for its servers: what it is meant for, it runs on at least once.
 """
@@ -32,6 +33,10 @@ MAJOR = ("standin15", "standin14", "standin16", "standin17")
 """Kinds with an older PostgreSQL; one is enough at a push, the first that can be had."""
 COMING = ("standin_pg19", "real19")
 """Kinds with a PostgreSQL that is not out yet: the long form's only."""
+PAST = ("real15",)
+"""Kinds with an older release of the real extension: the long form's only."""
+BUILT = (*COMING, *PAST)
+"""Kinds that are built from what may be out of reach."""
 
 
 def asked_for(folder: str, named: Collection[str], *, majors: bool, long: bool = LONG) -> set[str]:
@@ -46,12 +51,12 @@ def asked_for(folder: str, named: Collection[str], *, majors: bool, long: bool =
     majors
         True for a test marked ``majors``.
     long
-        True in the long form, in which the contract suite and the core's run on the PostgreSQL that comes.
+        True in the long form, in which the contract suite and the core's run on what is built from afar, too.
     """
     wanted = {*MAJOR} if majors else set()
-    wanted |= {*COMING} & {*named}
+    wanted |= {*BUILT} & {*named}
     if long and folder in {"contract", "core"}:
-        wanted |= {*COMING}
+        wanted |= {*BUILT}
     return wanted
 
 
@@ -86,7 +91,7 @@ def at_a_push(
         chosen.add("embedded")
     if any_surface and any(why_not[kind] is None for kind in REAL if kind in chosen):
         chosen -= {*STANDIN}
-    if set(meant) <= {*COMING}:
+    if set(meant) <= {*BUILT}:
         return list(meant)  # such a test is of the long form, and is skipped with that reason
     return [kind for kind in meant if kind in chosen]
 

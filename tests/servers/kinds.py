@@ -11,7 +11,7 @@ import psycopg
 
 from pgbg_orchestration.embedded.binaries import NoPostgresError, find_binaries
 from pgbg_orchestration.embedded.status import StopMode
-from tests.servers import installed
+from tests.servers import fifteen, installed
 from tests.servers.debian import DebianTree
 from tests.servers.embedded import EmbeddedUnderTest
 from tests.servers.experimental import ExperimentalTree, ExtensionTree, Nineteen, RealNineteen
@@ -129,6 +129,7 @@ KINDS: Mapping[str, Kind] = {
     "standin19": Kind(_standin19, _why_no_embedded),
     "installed": Kind(installed.InstalledUnderTest, installed.why_not, everywhere=False, like="embedded"),
     **{name: Kind(partial(OlderUnderTest, name), major.why_not, everywhere=False) for name, major in MAJORS.items()},
+    "real15": Kind(fifteen.RealFifteen, fifteen.why_not, everywhere=False, like="embedded"),
     "standin_pg19": Kind(Nineteen, _why_no_experimental, everywhere=False),
     "real19": Kind(RealNineteen, _why_no_extension, everywhere=False, like="real"),
 }

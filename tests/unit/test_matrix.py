@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from tests.matrix import COMING, MAJOR, REAL, STANDIN, asked_for, at_a_push
+from tests.matrix import BUILT, COMING, MAJOR, PAST, REAL, STANDIN, asked_for, at_a_push
 from tests.servers.kinds import KINDS
 
 EVERYWHERE = ["real", "embedded", "standin20", "standin19"]
@@ -72,21 +72,23 @@ def test_no_test_vanishes_for_its_servers() -> None:
                 assert at_a_push(meant, without(*kinds), any_surface=any_surface), meant
 
 
-def test_a_postgresql_that_is_not_out_yet() -> None:
-    assert not {*COMING} & {*at_a_push([*EVERYWHERE, *MAJOR, *COMING], HERE)}
-    assert at_a_push([*COMING], HERE) == [*COMING]
+def test_what_is_built_from_afar_is_the_long_forms() -> None:
+    assert not {*BUILT} & {*at_a_push([*EVERYWHERE, *MAJOR, *BUILT], HERE)}
+    for kinds in (COMING, PAST):
+        assert at_a_push([*kinds], HERE) == [*kinds]
 
 
 def test_who_asks_for_what_not_every_test_runs_on() -> None:
     assert asked_for("core", (), majors=False, long=False) == set()
     assert asked_for("core", (), majors=True, long=False) == {*MAJOR}
-    assert asked_for("core", (), majors=False, long=True) == {*COMING}
-    assert asked_for("contract", (), majors=True, long=True) == {*MAJOR, *COMING}
+    assert asked_for("core", (), majors=False, long=True) == {*BUILT}
+    assert asked_for("contract", (), majors=True, long=True) == {*MAJOR, *BUILT}
     assert asked_for("airflow", (), majors=False, long=True) == set()
     # A test of the PostgreSQL that comes names it; without this it ran nowhere, and nobody was told.
     assert asked_for("core", ["real19"], majors=False, long=False) == {"real19"}
+    assert asked_for("core", ["real15"], majors=False, long=False) == {"real15"}
 
 
 def test_every_kind_is_in_one_group() -> None:
     """But for a server of the developer's own, which only ``--servers`` names."""
-    assert sorted([*REAL, *STANDIN, *MAJOR, *COMING, "installed"]) == sorted(KINDS)
+    assert sorted([*REAL, *STANDIN, *MAJOR, *BUILT, "installed"]) == sorted(KINDS)
