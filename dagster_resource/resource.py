@@ -23,10 +23,10 @@ from .steps.batch import Batch, Member
 from .steps.caller import Caller
 from .steps.expectation import WHOLE, Expectation, counting_query
 from .steps.failures import PgBackgroundFailure, raise_for
-from .steps.forms import FORMS, Form
 from .steps.metadata import sql_block
 from .steps.outcome import PgBackgroundOutcome
 from .steps.retry_rules import RetryRule, policy_of
+from .steps.row_forms import FORMS, Form
 from .steps.sql import JobOptions, Sql, SqlLike, label_for
 
 if TYPE_CHECKING:

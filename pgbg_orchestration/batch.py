@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Literal, NamedTuple, Protocol, Unpack
 from uuid import uuid4
 
+from .call_options import Options, RunOptions
 from .driver import to_its_end
 from .errors import InvalidJob, JobCancelled, OutcomeUnknown, PgbgError
 from .job import Job, Kind
-from .options import Options, RunOptions
 from .outcome import Cause, Event, EventKind, Outcome
 
 STOPPED = "another job of the batch failed"

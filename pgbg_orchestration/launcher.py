@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary, WeakSet
 import psycopg
 
 from .batch import Batch, Call, Preparation
+from .call_options import Options, RunOptions
 from .driver import Driver, to_its_end
 from .errors import InvalidJob, PgbgError
 from .job import Job
 from .ledger.ledger import Ledger
 from .ledger.readiness import ServerFacts
 from .ledger.sighting import Key, Sighting
-from .options import Options, RunOptions
 from .outcome import Cause, Outcome
 from .postgres import connection
 from .postgres.connection import Conninfo
@@ -101,7 +101,7 @@ class Launcher:
         job:
             The job.
         options:
-            As :class:`pgbg_orchestration.options.Options` takes them.
+            As :class:`pgbg_orchestration.call_options.Options` takes them.
 
         Raises
         ------
@@ -173,7 +173,7 @@ class Launcher:
         cause:
             By this it is decided who may take the cancel back.
         of_try:
-            The orchestrator's try that is ended, as :class:`~pgbg_orchestration.options.Options` has it.
+            The orchestrator's try that is ended, as :class:`~pgbg_orchestration.call_options.Options` has it.
 
         Raises
         ------
@@ -317,7 +317,7 @@ async def arun(conninfo: str, job: Job, *, schema: str = "pgbg", **options: Unpa
     schema:
         Name of the package's schema.
     options:
-        As :class:`pgbg_orchestration.options.Options` takes them: ``on_cancel``, ``on_superseded``,
+        As :class:`pgbg_orchestration.call_options.Options` takes them: ``on_cancel``, ``on_superseded``,
         ``retry_cancelled``, ``accept_changed_sql``, ``slot_timeout``, ``poll_interval``, ``deadline``, ``observer``,
         ``of_try``, ``notices``, ``when_orphaned``, ``supervisor``.
 

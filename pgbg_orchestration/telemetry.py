@@ -18,9 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from weakref import WeakSet
 
+from .call_options import Options
 from .errors import PgbgError
 from .job import Job
-from .options import Options
 from .outcome import Event, EventKind, Outcome
 
 NAME = "pgbg_orchestration"

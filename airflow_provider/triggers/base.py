@@ -24,8 +24,8 @@ from .task import GOES_ON, load_core, push_xcom, state_of, states_of, to_its_end
 if TYPE_CHECKING:
     from pgbg_orchestration import Cause, Launcher, Outcome
     from pgbg_orchestration.batch import Call, CancelEnd
+    from pgbg_orchestration.call_options import RunOptions
     from pgbg_orchestration.errors import PgbgError
-    from pgbg_orchestration.options import RunOptions
 
 
 class ServerTrigger(BaseTrigger):

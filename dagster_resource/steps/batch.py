@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pgbg_orchestration import Job, batch
 from pgbg_orchestration.batch import Call, CancelEnd, End, Target, can_be_found, was_stopped
+from pgbg_orchestration.call_options import RunOptions
 from pgbg_orchestration.driver import Talk
 from pgbg_orchestration.errors import PgbgError
-from pgbg_orchestration.options import RunOptions
 from pgbg_orchestration.outcome import OF_A_TRY, Cause, Outcome
 
 from .sql import Sql

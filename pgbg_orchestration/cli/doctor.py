@@ -12,8 +12,8 @@ from rich.text import Text
 from pgbg_orchestration.doctor.examination import Finding, Status, examine, worst
 
 from .codes import ExitCode
-from .options import Dsn, Json, Schema
 from .screen import Stop, ending, out, plain, print_json, print_todo
+from .shared_options import Dsn, Json, Schema
 
 NAME_WIDTH = 20
 _SIGNS = {

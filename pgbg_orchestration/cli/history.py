@@ -17,8 +17,8 @@ from pgbg_orchestration.ledger.history import Durations
 from pgbg_orchestration.phrases import duration
 
 from .jobs import ready_launcher
-from .options import Dsn, Json, Schema, seconds_option
 from .screen import ago, ending, err, out, plain, print_json
+from .shared_options import Dsn, Json, Schema, seconds_option
 
 STEADY = 0.1
 """The share by which two medians may differ and still count as the same."""

@@ -22,8 +22,8 @@ from pgbg_orchestration.phrases import duration
 from pgbg_orchestration.view.states import SIGNS, STYLES
 
 from .codes import ExitCode
-from .options import Dsn, Json, Owner, Schema, seconds_option
 from .screen import Stop, ago, ending, err, out, plain, print_json
+from .shared_options import Dsn, Json, Owner, Schema, seconds_option
 
 if TYPE_CHECKING:
     from pgbg_orchestration.view.seen import JobSeen

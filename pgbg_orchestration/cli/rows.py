@@ -20,8 +20,8 @@ from pgbg_orchestration.rows import Column, NoRows, Rows
 
 from .codes import ExitCode
 from .jobs import ready_launcher
-from .options import Dsn, Json, Owner, Schema
 from .screen import Stop, ending, plain, print_json
+from .shared_options import Dsn, Json, Owner, Schema
 
 # int2, int4, int8, oid, float4, float8, money, numeric: what psql aligns to the right.
 _NUMBERS = frozenset({21, 23, 20, 26, 700, 701, 790, 1700})

@@ -27,10 +27,10 @@ from . import rows as rows_of
 from . import stream as stream_of
 from .codes import ExitCode
 from .interrupts import until_interrupted
-from .options import Dsn, Json, Owner, Schema, pairs, seconds_option
 from .progress import Display
 from .rows import FormatOption, OutputOption
 from .screen import Stop, ending, err, out, plain, print_json
+from .shared_options import Dsn, Json, Owner, Schema, pairs, seconds_option
 
 _COMMENT = re.compile(r"--[^=\s]*\s")
 _GUARD = " "

@@ -22,8 +22,8 @@ from pgbg_orchestration.embedded.status import PORT, SUPERUSER, ServerStatus
 from pgbg_orchestration.embedded.status import status as status_of
 
 from .codes import ExitCode
-from .options import Json
 from .screen import Stop, ending, out, plain, print_json
+from .shared_options import Json
 
 app = typer.Typer(
     help="An embedded PostgreSQL server of your own, to try the package with. Never for data that you must keep.",

@@ -11,8 +11,8 @@ from rich.text import Text
 from pgbg_orchestration.ledger import install as schema_of
 
 from .codes import ExitCode
-from .options import Dsn, Json, Schema
 from .screen import Stop, ending, err, out, plain, print_json
+from .shared_options import Dsn, Json, Schema
 
 _Owner = Annotated[
     str, typer.Option("--owner", metavar="ROLE", help="NOLOGIN role that owns the schema; created when missing.")

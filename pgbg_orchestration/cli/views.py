@@ -14,8 +14,8 @@ import typer
 
 from .codes import ExitCode
 from .jobs import ready_launcher
-from .options import Dsn, Schema, seconds_option
 from .screen import Stop, ending, err
+from .shared_options import Dsn, Schema, seconds_option
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -19,8 +19,8 @@ from pgbg_orchestration.ledger.ledger import Ledger
 
 from .codes import ExitCode
 from .jobs import print_table, ready_launcher, states
-from .options import Dsn, Json, Owner, Schema, seconds_option
 from .screen import Stop, ending, err, plain, print_json
+from .shared_options import Dsn, Json, Owner, Schema, seconds_option
 
 COMMITTED = "committed"
 NONE = "none"

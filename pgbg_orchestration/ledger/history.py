@@ -8,8 +8,8 @@ from datetime import datetime
 from typing import Any
 
 from pgbg_orchestration import errors
+from pgbg_orchestration.call_options import WhenOrphaned
 from pgbg_orchestration.errors import PgbgError
-from pgbg_orchestration.options import WhenOrphaned
 from pgbg_orchestration.outcome import Cause, ErrorFields, Outcome
 
 STATES = ("running", "waiting", "committed", "cancelled", "failed", "lost", "unknown")

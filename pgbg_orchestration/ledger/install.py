@@ -31,7 +31,7 @@ from pgbg_orchestration.errors import (
 )
 
 VERSION = 7
-FUNCTIONS = ("common", "worker", "launching", "history", "looking", "supervision", "privileges")
+FUNCTIONS = ("common", "worker", "registering", "history", "looking", "states", "rows", "supervision", "privileges")
 """The files of functions, in the order in which they can be run: one that is in SQL needs those that it calls."""
 DEFAULT_SCHEMA = "pgbg"
 DEFAULT_OWNER = "pgbg_owner"

@@ -22,8 +22,8 @@ from psycopg import AsyncConnection, sql
 from psycopg.rows import dict_row, tuple_row
 
 from pgbg_orchestration import pace
+from pgbg_orchestration.call_options import WhenOrphaned
 from pgbg_orchestration.errors import RowsGone, ServerUnreachable
-from pgbg_orchestration.options import WhenOrphaned
 from pgbg_orchestration.outcome import Cause, ErrorFields
 from pgbg_orchestration.postgres import connection
 from pgbg_orchestration.postgres.connection import Quote

@@ -6,7 +6,7 @@ from functools import cache
 
 from psycopg import sql
 
-from pgbg_orchestration.postgres.opening import AWAIT_NO_STANDBY
+from pgbg_orchestration.postgres.launch_message import AWAIT_NO_STANDBY
 from pgbg_orchestration.statements import named
 
 from .install import OFF_WORDS

@@ -31,9 +31,10 @@ class StandingConnection:
         self._asking: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
-        for task in self._asking:
-            task.cancel()
-        await self._drop()
+        try:
+            await connection.break_off(self._asking)
+        finally:
+            await self._drop()
 
     async def _drop(self) -> None:
         if self._conn is not None:

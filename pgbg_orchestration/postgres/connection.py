@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -190,6 +190,22 @@ def is_lost(conn: AsyncConnection[Any], error: BaseException) -> bool:
 def is_passing(error: BaseException) -> bool:
     """Tell whether the query may succeed when it is tried again: it was cancelled, or the victim of others."""
     return isinstance(error, psycopg.Error) and error.sqlstate in PASSING
+
+
+async def break_off(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks that ask over a connection, and wait until they have ended: before the connection is closed.
+
+    The event loop waits for its socket on their behalf. Another connection may be given the number of a socket that was
+    closed under them, and then fails to wait for its own, or waits in vain (seen with psycopg 3.3.4).
+
+    When psycopg's task is cancelled, it cancels the query, and waits up to ten seconds for a server that is silent.
+    Cancelled once more, it closes the connection.
+    """
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=pace.BREAK)
 
 
 async def close(conn: AsyncConnection[Any]) -> None:

@@ -152,10 +152,11 @@ class HandleSession:
     async def close(self) -> None:
         """End the session; its workers go on, and whoever waits for them is told that their handles are lost."""
         self._give_up()
-        for task in (self._poller, self._recorder, *self._releasing):
-            if task is not None:
-                task.cancel()
-        await connection.close(self._conn)
+        asking = (self._poller, self._recorder, *self._releasing)
+        try:
+            await connection.break_off(task for task in asking if task is not None)
+        finally:
+            await connection.close(self._conn)
 
     @property
     def stalled(self) -> bool:

@@ -135,7 +135,7 @@ class Extension:
         """Launch ``text`` in a worker and return its handle; with ``submit`` its result can never be read.
 
         For those who call the extension themselves (docs/python.md). A job's worker is launched by
-        :func:`.opening.launch` or :func:`.opening.run`, which tell whether it may have been launched when they fail.
+        :mod:`.launch_message`, which tells whether it may have been launched when that fails.
         """
         # FROM, since "select (launch(...)).*" calls the function once for each column: two workers.
         query = sql.SQL("select pid, cookie from {}(%s, %s, %s)").format(self.name("submit" if submit else "launch"))

@@ -16,10 +16,10 @@ from pgbg_orchestration.rows import Column
 from pgbg_orchestration.testing import faults
 from pgbg_orchestration.threads import off_loop
 
-from . import connection, describe, opening
+from . import connection, describe, launch_message
 from .connection import ConnectionLost, ExtensionMoved
 from .handles import TOKEN, HandleSession, ReceiptKey, Worker
-from .opening import Begun, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
+from .launch_message import Begun, LaunchRefused, MayBeLaunched, Opening, SlotsUsedUp
 from .pg_background import MAX_TRACKED, NO_SLOT, Extension, Handle
 
 OPENED_TOGETHER = 8  # openings in one message at most: while it runs, no worker's end is recorded
@@ -74,6 +74,15 @@ class LaunchingSession(HandleSession):
             await connection.close(conn)  # the caller may have been cancelled meanwhile
             raise
         return session
+
+    async def close(self) -> None:
+        """End the session as :meth:`HandleSession.close` does; what has no answer yet may be launched all the same."""
+        self._give_up()
+        try:
+            if self._opener is not None:  # not cancelled: it tells each of them that the session is lost
+                await asyncio.wait({self._opener}, timeout=pace.BREAK)
+        finally:
+            await super().close()
 
     @property
     def worn(self) -> bool:
@@ -134,12 +143,12 @@ class LaunchingSession(HandleSession):
             raise ConnectionLost("the launching session is lost")
         try:
             async with asyncio.timeout(pace.CALL):
-                ran = await opening.run(self._conn, [(wanted.opening, wanted.script) for wanted in several])
+                ran = await launch_message.run(self._conn, [(wanted.opening, wanted.script) for wanted in several])
         except (psycopg.Error, OSError, TimeoutError) as error:
             self._give_up()
             raise MayBeLaunched(error) from error
         for wanted, answer in zip(several, ran, strict=False):
-            if isinstance(answer, opening.StatementFailed):
+            if isinstance(answer, launch_message.StatementFailed):
                 self._answer(wanted, self._opening_error(wanted.opening, answer))
             else:
                 self._answer(wanted, self._begun(wanted, answer))
@@ -164,7 +173,7 @@ class LaunchingSession(HandleSession):
         self._start_polling(worker)
         return Begun(text.registration, worker)
 
-    def _opening_error(self, text: Opening, failure: opening.StatementFailed) -> Exception:
+    def _opening_error(self, text: Opening, failure: launch_message.StatementFailed) -> Exception:
         error = failure.error
         lost = self._give_up_if_lost(error)
         if text.registration is None and isinstance(error, psycopg.errors.LockNotAvailable):
@@ -234,18 +243,18 @@ class LaunchingSession(HandleSession):
         values = {**settings, **({"role": role} if role else {})}
         function = self.extension.text("launch")
         script = await off_loop(
-            len(text), lambda: opening.call(self._conn, function, text, label=label, queue_size=queue_size)
+            len(text), lambda: launch_message.call(self._conn, function, text, label=label, queue_size=queue_size)
         )
         async with self._launching, self._turn:
             called = False
             try:
                 async with asyncio.timeout(pace.CALL):
-                    await opening.begin(self._conn, values)
+                    await launch_message.begin(self._conn, values)
                     faults.point("before_launch")
                     called = True
-                    handle = await opening.launch(self._conn, script)
+                    handle = await launch_message.launch(self._conn, script)
                     faults.point("after_launch")
-            except opening.StatementFailed as failure:
+            except launch_message.StatementFailed as failure:
                 lost = self._give_up_if_lost(failure.error)
                 raise self._launch_error(failure.error, called=failure.called, lost=lost) from failure.error
             except (psycopg.Error, OSError, TimeoutError) as error:
@@ -291,7 +300,7 @@ class LaunchingSession(HandleSession):
         return describe.definition_of([c.type for c in columns]) if columns else None
 
     async def _gives_columns(self, text: str, settings: Mapping[str, str]) -> bool:
-        local = opening.local(self._conn, {**settings, "statement_timeout": "0"})
+        local = launch_message.local(self._conn, {**settings, "statement_timeout": "0"})
         async with self._turn:
             try:
                 async with asyncio.timeout(pace.CALL):

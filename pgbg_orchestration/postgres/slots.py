@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pgbg_orchestration import pace
 
-from .opening import SlotsUsedUp
+from .launch_message import SlotsUsedUp
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ from datetime import datetime
 from typing import Any
 
 from pgbg_orchestration import pace
-from pgbg_orchestration.options import Options
+from pgbg_orchestration.call_options import Options
 from pgbg_orchestration.outcome import Cause, Event, EventKind
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.handles import Nudge, Worker
-from pgbg_orchestration.postgres.opening import Begun, Opening
+from pgbg_orchestration.postgres.launch_message import Begun, Opening
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.verdict import Intent
 

@@ -11,11 +11,11 @@ import psycopg
 from psycopg import sql
 
 from pgbg_orchestration import errors, pace
+from pgbg_orchestration.call_options import Options
 from pgbg_orchestration.errors import PgbgError
 from pgbg_orchestration.job import Kind
 from pgbg_orchestration.ledger.readiness import ServerFacts
 from pgbg_orchestration.ledger.sighting import Key, Sighting
-from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import WITHHELD, Cause, ErrorFields
 from pgbg_orchestration.verdict import CANCELED
 

@@ -18,7 +18,14 @@ from pgbg_orchestration.postgres import describe
 from pgbg_orchestration.postgres.connection import ConnectionLost, ExtensionMoved
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.handles import ReceiptKey, Worker
-from pgbg_orchestration.postgres.opening import Begun, LaunchRefused, LaunchText, MayBeLaunched, Opening, SlotsUsedUp
+from pgbg_orchestration.postgres.launch_message import (
+    Begun,
+    LaunchRefused,
+    LaunchText,
+    MayBeLaunched,
+    Opening,
+    SlotsUsedUp,
+)
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.statements import index_builds
 from pgbg_orchestration.testing import faults

@@ -18,12 +18,12 @@ from typing import Any, Literal, TypeVar
 import psycopg
 
 from pgbg_orchestration import errors, pace
+from pgbg_orchestration.call_options import Options
 from pgbg_orchestration.driver import to_its_end
 from pgbg_orchestration.errors import InvalidJob, JobCancelled, PgbgError, ServerUnreachable
 from pgbg_orchestration.job import Job, Kind
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Key, Sighting
-from pgbg_orchestration.options import Options
 from pgbg_orchestration.outcome import OF_A_TRY, Cause, EventKind, Outcome
 from pgbg_orchestration.postgres import markers
 from pgbg_orchestration.postgres.connection import ConnectionLost

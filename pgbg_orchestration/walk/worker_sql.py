@@ -25,7 +25,7 @@ from pgbg_orchestration.ledger.sighting import SUPERVISES, Key, Registration
 from pgbg_orchestration.outcome import WITHHELD, ErrorFields
 from pgbg_orchestration.postgres import catalog, literals, markers
 from pgbg_orchestration.postgres.durations import milliseconds
-from pgbg_orchestration.postgres.opening import LaunchText
+from pgbg_orchestration.postgres.launch_message import LaunchText
 from pgbg_orchestration.postgres.pg_background import DEFAULT_QUEUE_BYTES
 from pgbg_orchestration.rows import Fetch
 from pgbg_orchestration.statements import index_builds

@@ -11,10 +11,10 @@ import pytest
 
 from pgbg_orchestration import Job, Launcher, Outcome, arun, pace
 from pgbg_orchestration.ledger.ledger import Ledger
-from pgbg_orchestration.postgres import opening
+from pgbg_orchestration.postgres import connection, launch_message
 from pgbg_orchestration.postgres.handles import HandleSession
 from pgbg_orchestration.walk import host
-from tests.core.kit import APP, Watched, effect, eventually, slow, within
+from tests.core.kit import APP, Watched, cancelled, effect, eventually, slow, within
 from tests.kit import pgbouncer
 
 pytestmark = pytest.mark.servers("real", "embedded")
@@ -251,7 +251,7 @@ async def test_an_end_does_not_wait_behind_the_launches_of_others(db: Watched, m
     deaf(monkeypatch)
     monkeypatch.setattr(pace, "LOOK_SOONEST", 600)
     monkeypatch.setattr(host, "SESSIONS", 1)
-    run = opening.run
+    run = launch_message.run
     launched = 0
 
     async def slowly(*args: Any) -> Any:
@@ -263,10 +263,33 @@ async def test_an_end_does_not_wait_behind_the_launches_of_others(db: Watched, m
     async with Launcher(db.conninfo) as launcher:
         await within(launcher.run(Job("select 1")))
         await eventually(lambda: listener(db), "it listens")
-        monkeypatch.setattr(opening, "run", slowly)
+        monkeypatch.setattr(launch_message, "run", slowly)
         first = asyncio.create_task(launcher.run(Job(effect("first"), id="first")))
         others = [asyncio.create_task(launcher.run(Job("select 1"))) for _ in range(60)]
         assert (await within(first)).proof == "receipt"
         assert launched < len(others)
-        monkeypatch.setattr(opening, "run", run)
+        monkeypatch.setattr(launch_message, "run", run)
         await within(asyncio.gather(*others))
+
+
+async def test_nobody_waits_for_the_socket_of_a_connection_that_is_closed(
+    db: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next connection can be given the socket's number, and fails with psycopg 3.3.4 where somebody still waits."""
+    loop, close = asyncio.get_running_loop(), connection.close
+    awaited: list[bool] = []
+
+    async def watched(conn: psycopg.AsyncConnection[Any]) -> None:
+        awaited.append(loop.remove_reader(conn.fileno()))
+        await close(conn)
+
+    monkeypatch.setattr(connection, "close", watched)
+    for number in range(5):
+        async with Launcher(db.conninfo) as launcher:
+            running = asyncio.create_task(launcher.run(Job(slow("j", 30), id=f"j{number}"), on_cancel="leave"))
+            await db.at_work(f"j{number}")
+            await cancelled(running)
+        async with Launcher(db.conninfo) as launcher:
+            await launcher.cancel(f"j{number}")
+    assert len(awaited) >= 20
+    assert not any(awaited)

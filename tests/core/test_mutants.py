@@ -31,7 +31,7 @@ from pgbg_orchestration import Job, Launcher, Outcome, arun, errors, launcher, p
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.ledger.sighting import Key
 from pgbg_orchestration.postgres.handles import Proof, Worker
-from pgbg_orchestration.postgres.opening import Opening
+from pgbg_orchestration.postgres.launch_message import Opening
 from pgbg_orchestration.postgres.pg_background import ResultInfo
 from pgbg_orchestration.postgres.session import LaunchingSession
 from pgbg_orchestration.testing import faults

@@ -10,8 +10,8 @@ import pytest
 from psycopg import AsyncConnection
 
 from pgbg_orchestration import Job, Launcher, Outcome, errors
-from pgbg_orchestration.postgres import opening, session
-from pgbg_orchestration.postgres.opening import Opening, StatementFailed
+from pgbg_orchestration.postgres import launch_message, session
+from pgbg_orchestration.postgres.launch_message import Opening, StatementFailed
 from pgbg_orchestration.postgres.pg_background import Handle
 from pgbg_orchestration.walk.host import Host
 from tests.core.kit import Watched, effect, ended, within
@@ -21,7 +21,7 @@ from tests.core.kit import Watched, effect, ended, within
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The ids of the jobs in each message that is sent."""
     sent: list[list[str]] = []
-    run = opening.run
+    run = launch_message.run
 
     async def seen(
         conn: AsyncConnection, openings: Sequence[tuple[Opening, bytes]]
@@ -29,7 +29,7 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         sent.append([one.job_id for one, _ in openings])
         return await run(conn, openings)
 
-    monkeypatch.setattr(opening, "run", seen)
+    monkeypatch.setattr(launch_message, "run", seen)
     return sent
 
 
@@ -87,7 +87,7 @@ async def test_the_session_is_lost_on_the_way(
     db: Watched, launcher: Launcher, messages: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message was carried out and its answer lost: each of its jobs may be launched, and is done once."""
-    run = opening.run
+    run = launch_message.run
     lost: list[int] = []
 
     async def run_and_lose(
@@ -102,7 +102,7 @@ async def test_the_session_is_lost_on_the_way(
             raise psycopg.OperationalError("the answer is lost")
         return ran
 
-    monkeypatch.setattr(opening, "run", run_and_lose)
+    monkeypatch.setattr(launch_message, "run", run_and_lose)
     jobs = [Job(effect(f"j{number}"), id=f"j{number}") for number in range(4)]
     outcomes = await within(asyncio.gather(*(launcher.run(job) for job in jobs)))
     assert lost == [4]

@@ -12,7 +12,7 @@ import pytest
 from pgbg_orchestration import Job, Kind, Launcher, arun, errors
 from pgbg_orchestration.ledger.ledger import Ledger
 from pgbg_orchestration.outcome import EventKind
-from pgbg_orchestration.postgres import opening
+from pgbg_orchestration.postgres import launch_message
 from pgbg_orchestration.postgres.pg_background import Handle
 from pgbg_orchestration.testing import faults
 from tests.core.kit import APP, Recorder, Watched, cancelled, eventually, within
@@ -260,10 +260,10 @@ async def test_few_slots_and_twenty_supervised_jobs(own_db: object, slots: int) 
 async def test_cancelled_before_its_launch_call_is_answered(db: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its handle is let go as soon as it is there: its supervisor ends with nobody to look at it, and holds nothing."""
     seen = Recorder()
-    run, signal = opening.run, Ledger.signal
+    run, signal = launch_message.run, Ledger.signal
     launched, answered, detached = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def answered_late(*arguments: Any, **named: Any) -> list[Handle | opening.StatementFailed | None]:
+    async def answered_late(*arguments: Any, **named: Any) -> list[Handle | launch_message.StatementFailed | None]:
         handles = await run(*arguments, **named)
         launched.set()
         await answered.wait()
@@ -274,7 +274,7 @@ async def test_cancelled_before_its_launch_call_is_answered(db: Watched, monkeyp
         await detached.wait()
         return await signal(*arguments, **named)
 
-    monkeypatch.setattr(opening, "run", answered_late)
+    monkeypatch.setattr(launch_message, "run", answered_late)
     monkeypatch.setattr(Ledger, "signal", signalled_late)
     faults.install(lambda point: detached.set() if point == "after_detach" else None)
     try:

@@ -148,7 +148,7 @@ def test_without_opentelemetry_nothing_is_told() -> None:
     """As where it is not installed: the import fails."""
     probe = (
         "import sys; sys.modules['opentelemetry'] = None\n"
-        "from pgbg_orchestration import Job, telemetry\nfrom pgbg_orchestration.options import Options\n"
+        "from pgbg_orchestration import Job, telemetry\nfrom pgbg_orchestration.call_options import Options\n"
         "options = Options()\n"
         "with telemetry.observing(Job('select 1'), options) as (given, tell):\n"
         "    assert given is options\n"

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 import pgbg_orchestration
 from pgbg_orchestration import errors, retry
-from pgbg_orchestration.options import Options, RunOptions
+from pgbg_orchestration.call_options import Options, RunOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pgbg_orchestration", "airflow_provider", "dagster_resource")

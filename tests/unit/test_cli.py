@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from pgbg_orchestration import errors
 from pgbg_orchestration.cli import app
 from pgbg_orchestration.cli.codes import AFTERWARDS, MEANINGS, ExitCode, code_for
-from pgbg_orchestration.cli.options import _seconds, _seconds_with_unit, pairs
 from pgbg_orchestration.cli.screen import ago, plain
+from pgbg_orchestration.cli.shared_options import _seconds, _seconds_with_unit, pairs
 from pgbg_orchestration.ledger import install
 from pgbg_orchestration.phrases import duration
 

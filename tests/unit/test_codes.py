@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pgbg_orchestration import Cause, Event, EventKind
-from pgbg_orchestration.options import Options
+from pgbg_orchestration.call_options import Options
 
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "pgbg_orchestration"

@@ -1,6 +1,7 @@
 """A job's options have one source, the fields of ``Job``; here stands where each of them has a name of its own besides.
 
-A new field is one edit in ``job.py``. What passes it on by itself needs none; what has to name it fails here.
+A new field is one edit in the core, in ``job.py``. A surface that passes it on by itself needs none; one that has to
+name it fails here.
 """
 
 from __future__ import annotations

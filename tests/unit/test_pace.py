@@ -7,7 +7,7 @@ import math
 import pytest
 
 from pgbg_orchestration import errors, pace
-from pgbg_orchestration.options import Options
+from pgbg_orchestration.call_options import Options
 
 
 @pytest.mark.parametrize(
