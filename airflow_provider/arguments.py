@@ -27,9 +27,9 @@ JOB_FIELDS = ("sql", "parameters", "worker_label", *SQL_OPTIONS)
 """Attributes that say what is to be run: of the operator and, so that Airflow renders them, of the start trigger."""
 
 LEAD = timedelta(seconds=5)
-"""From the deadline of a job that began in the triggerer to Airflow's own timeout.
+"""How much later than the deadline of a job that began in the triggerer Airflow's own timeout comes.
 
-That one ends the trigger where it stands: no ``on_kill``, no outcome of the job's, and its worker left at work.
+Airflow's timeout ends the trigger at once: no ``on_kill``, no outcome of the job's, and its worker left at work.
 """
 
 SMALLEST, LARGEST = -(2**63), 2**63 - 1
@@ -41,7 +41,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 def job_arguments(given: Any, identity: Identity, ti: Any) -> dict[str, Any]:
-    """Return the arguments of a task's job, as :func:`job_of` and :func:`packed` take them.
+    """Return the arguments of a task's job, as :func:`job_of` and :func:`pack` take them.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ def job_of(arguments: Mapping[str, Any]) -> Any:
     return Job(**named)
 
 
-def packed(name: str, value: Any) -> str:
+def pack(name: str, value: Any) -> str:
     """Return what a trigger carries, as one text.
 
     Parameters
@@ -187,7 +187,7 @@ def packed(name: str, value: Any) -> str:
 
 
 def unpacked(stored: Any) -> Any:
-    """Return what :func:`packed` was given; a row of a release before it holds the value itself."""
+    """Return what :func:`pack` was given; a row of a release before it holds the value itself."""
     return json.loads(stored) if isinstance(stored, str) else stored
 
 
@@ -206,7 +206,7 @@ def not_plain(value: object) -> str | None:
     if type(value) is str:
         return "a text that cannot be stored as UTF-8" if "\0" in value or _HALF.search(value) else None
     if type(value) is int:
-        return None if SMALLEST <= value <= LARGEST else "a whole number of more than 64 bits"
+        return None if SMALLEST <= value <= LARGEST else "a whole number of more than 64 bits with its sign"
     if type(value) is float:
         return None if math.isfinite(value) else f"{value}"
     if type(value) is list:

@@ -81,11 +81,11 @@ def result_of(event: Mapping[str, Any] | None) -> dict[str, Any]:
             "the task was resumed without an event", todo="Clear it: a job that committed is not run again."
         )
     if event.get("status") != COMMITTED:
-        raise advised(to_error(event))
+        raise add_advice(to_error(event))
     return {name: value for name, value in event.items() if name not in ("status", "shape")}
 
 
-def advised(error: PgbgError) -> PgbgError:
+def add_advice(error: PgbgError) -> PgbgError:
     """Add what can be done in Airflow to what the error says."""
     from pgbg_orchestration.errors import ExtensionMissing, ExtensionTooOld
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from airflow.sdk.definitions.mappedoperator import OperatorPartial
 
-SMALLEST, LARGEST = -(2**63), 2**64 - 1
+SMALLEST_CARRIED, LARGEST_CARRIED = -(2**63), 2**64 - 1
 """The whole numbers that a DAG can carry: Airflow's processes tell one another of it in MessagePack."""
 
 _HALF = re.compile("[\ud800-\udfff]")
@@ -95,7 +95,7 @@ def _not_carried(value: object, seen: set[int]) -> str | None:
     if isinstance(value, str):
         return _Text("half of a surrogate pair, which is no UTF-8") if _HALF.search(value) else None
     if isinstance(value, int):
-        return None if SMALLEST <= value <= LARGEST else "a whole number of more than 64 bits"
+        return None if SMALLEST_CARRIED <= value <= LARGEST_CARRIED else "a whole number of more than 64 bits"
     if isinstance(value, float):
         # PostgreSQL, where Airflow keeps its DAGs, knows no JSON with one of these.
         return None if math.isfinite(value) else f"the number {float(value)}"

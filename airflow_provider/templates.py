@@ -39,7 +39,7 @@ A zone becomes its offset, which is all that a literal has of it.
 _BY_NAME = {kind.__name__: kind for kind in _IN_CONTAINERS}
 
 
-def taken_apart(parameters: Any, settings: Any) -> tuple[str, list[str], list[str]]:
+def take_apart(parameters: Any, settings: Any) -> tuple[str, list[str], list[str]]:
     """Return what may not be rendered, as one text, and the texts to be rendered of parameters and of settings.
 
     Raises
@@ -68,7 +68,7 @@ def taken_apart(parameters: Any, settings: Any) -> tuple[str, list[str], list[st
 
 
 def filled(fixed: str, rendered: Any, settings: Any) -> tuple[Any, dict[str, Any] | None]:
-    """Return parameters and settings, put together again from :func:`taken_apart` and what was rendered since."""
+    """Return parameters and settings, put together again from :func:`take_apart` and what was rendered since."""
     form = json.loads(fixed)
     shape = form["parameters"]
     parameters: Any = None

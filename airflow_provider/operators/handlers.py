@@ -124,7 +124,9 @@ def read_rows(hook: PgBackgroundHook, schema: str, job_ids: Sequence[str]) -> di
     return asyncio.run(read())
 
 
-def handled(handling: Handling, outcome: Mapping[str, Any], shape: Mapping[str, Any], kept: tuple[Rows, ...]) -> Any:
+def run_handler(
+    handling: Handling, outcome: Mapping[str, Any], shape: Mapping[str, Any], kept: tuple[Rows, ...]
+) -> Any:
     """Return what a handler makes of a job's rows, as ``SQLExecuteQueryOperator`` returns it.
 
     Of a text it is the result of the last statement, of each with ``return_last=False``; of a list, a list with the

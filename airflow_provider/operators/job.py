@@ -311,7 +311,9 @@ class PgBackgroundOperator(BaseOperator):
         assert self.handler is not None
         show = self.log.info if self.show_return_value_in_logs else None
         how = handlers.Handling(self.handler, self.output_processor, self.return_last, show)
-        results = {name: handlers.handled(how, end, end["shape"], kept[end["job_id"]]) for name, end in ends.items()}
+        results = {
+            name: handlers.run_handler(how, end, end["shape"], kept[end["job_id"]]) for name, end in ends.items()
+        }
         if self.do_xcom_push:
             handlers.check_size(results)
         return results
@@ -374,7 +376,7 @@ class PgBackgroundOperator(BaseOperator):
         try:
             return self._driver.run(trigger.work)
         except PgbgError as error:
-            events.advised(error)
+            events.add_advice(error)
             raise
 
     def on_kill(self) -> None:

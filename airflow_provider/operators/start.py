@@ -10,8 +10,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider import compat
-from airflow_provider.arguments import JOB_FIELDS, LEAD, fetch_of, not_plain, packed
-from airflow_provider.templates import taken_apart
+from airflow_provider.arguments import JOB_FIELDS, LEAD, fetch_of, not_plain, pack
+from airflow_provider.templates import take_apart
 
 if TYPE_CHECKING:
     from airflow.sdk import BaseOperator
@@ -70,11 +70,11 @@ def arguments_of(operator: BaseOperator, others: Mapping[str, Any]) -> dict[str,
     name = f"{type(operator).__name__} {operator.task_id!r} cannot have start_from_trigger=True"
     given = {field: getattr(operator, field) for field in JOB_FIELDS}
     try:
-        fixed, given["parameters"], given["settings"] = taken_apart(given["parameters"], given["settings"])
+        fixed, given["parameters"], given["settings"] = take_apart(given["parameters"], given["settings"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error} {_WITHOUT}") from error
     if (fetch := fetch_of(given["fetch"])) is not None:
-        given["fetch"] = packed("fetch", fetch)
+        given["fetch"] = pack("fetch", fetch)
     if not isinstance(given["sql"], str):
         given["sql"] = list(given["sql"])
     as_text = {field: str.__str__(value) if isinstance(value, str) else value for field, value in given.items()}

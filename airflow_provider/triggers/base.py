@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from airflow.triggers.base import BaseTaskEndEvent, BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from airflow_provider import events
-from airflow_provider.arguments import job_of, moment, not_plain, packed
+from airflow_provider.arguments import job_of, moment, not_plain, pack
 from airflow_provider.compat import HERE
 from airflow_provider.hook import PgBackgroundHook
 from airflow_provider.sweep import sweeping
@@ -57,7 +57,7 @@ class ServerTrigger(BaseTrigger):
     """The span of the task's process, where OpenTelemetry traces it: those of what is done here are below it."""
 
     follows_process: ClassVar[bool] = True
-    """Whether a process of the task's ended when this began, whose end Airflow may notice late."""
+    """Whether the task was in a process of its own before: that has just ended, which Airflow may notice late."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class ServerTrigger(BaseTrigger):
     def _stored(self, name: str) -> Any:
         value = getattr(self, name)
         if name in self.packs:
-            return packed(name, value)
+            return pack(name, value)
         return value.isoformat() if isinstance(value, datetime) else value
 
     def check_storable(self) -> None:

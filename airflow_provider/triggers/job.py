@@ -60,7 +60,7 @@ class PgBackgroundStartTrigger(PgBackgroundTrigger):
         The attributes of :class:`~airflow_provider.operators.PgBackgroundOperator` of these names.
     fixed:
         What belongs to ``parameters`` and ``settings`` and is not to be rendered, as
-        :func:`~airflow_provider.templates.taken_apart` returns it: the two then hold texts to be rendered only. None in
+        :func:`~airflow_provider.templates.take_apart` returns it: the two then hold texts to be rendered only. None in
         a row of a release before it, which has them whole.
     kwargs:
         The operator's further attributes of which :data:`pgbg_orchestration.job.SQL_OPTIONS` has the names (``fetch``

@@ -277,10 +277,13 @@ class Ledger:
         Otherwise it returns the ids of older jobs whose workers are at work without a lock, their supervisors gone.
         """
         query = self._query("mark_older")
-        at_work: list[str] | None = await self._patiently(query, (key.owner, key.series, generation, MARK_PATIENCE))
+        at_work: list[str] | None = await self._ask_unless_locked(
+            query, (key.owner, key.series, generation, MARK_PATIENCE)
+        )
         return at_work
 
-    async def _patiently(self, query: bytes, arguments: tuple[Any, ...] | Mapping[str, Any]) -> Any:
+    async def _ask_unless_locked(self, query: bytes, arguments: tuple[Any, ...] | Mapping[str, Any]) -> Any:
+        """Return the status that a query gives; None where somebody holds a lock that it needs."""
         try:
             return (await self._writer.ask(lambda conn: _one(conn, query, arguments), patient=False))["status"]
         except psycopg.errors.LockNotAvailable:

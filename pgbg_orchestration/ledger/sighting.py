@@ -141,7 +141,7 @@ class Sighting:
         return self.receipt is Receipt.LAUNCHING and not self.holds_this_job and self.marked_pid is None
 
     @property
-    def is_untold(self) -> bool:
+    def is_unreported(self) -> bool:
         """Whether the last launch failed, and nobody was there to be told: its supervisor wrote it down."""
         return self.outcome == "failed" and self.reported_at is None
 
@@ -192,5 +192,5 @@ class Registration:
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> Registration:
-        """Read what a call of the schema's ``register`` gave."""
+        """Read what the registration of a launch gave."""
         return cls(row["verdict"], row["generation"], row["newest"], row["attempt"], row["sql_changed"])

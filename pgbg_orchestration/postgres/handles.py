@@ -35,7 +35,7 @@ OnNotice: TypeAlias = Callable[[psycopg.errors.Diagnostic], None]
 logger = logging.getLogger("pgbg_orchestration")
 TOKEN = "pgbg.session_token"  # noqa: S105  (the name of a setting)
 DETACHES = 4  # tries, before a session that cannot forget its handles is given up
-KEYS = f"keys_{secrets.token_hex(8)}"  # in the recording query: the place of its rows. Random: no schema is named so
+KEYS = f"keys_{secrets.token_hex(8)}"  # stands for the recording query's rows; random: in no schema's name
 ASK_EACH = 20  # every so many polls ask for each handle, whatever the list of workers says
 
 
@@ -174,7 +174,7 @@ class HandleSession:
         self._answered = loop.time()
         known = self.workers.pop(handle, None)
         if known is not None and not known.end.done():
-            known.end.set_result(None)  # a pid and cookie given twice: trust neither
+            known.end.set_result(None)  # the pair was given again: nothing more is known of the older worker
         worker = Worker(self, handle, loop.time(), loop.create_future(), poll_interval, receipt_key)
         if poll_interval is not None:
             self._shortest = min(poll_interval, self._shortest or poll_interval, pace.HANDLE_LATEST)
@@ -374,13 +374,13 @@ class HandleSession:
     async def _detach(self, question: Callable[[], Awaitable[None]]) -> None:
         """Have the server forget handles, and try again where somebody cancels that. Called in this session's turn."""
         for attempt in range(DETACHES):
-            if await self._is_done(question):
+            if await self._needs_no_retry(question):
                 return
             await asyncio.sleep(pace.backoff(attempt))
         self._give_up()  # handles that it keeps count against pg_background.max_workers: another session is opened
 
-    async def _is_done(self, question: Callable[[], Awaitable[None]]) -> bool:
-        """Ask; returns False where the query was cancelled, and may be tried again."""
+    async def _needs_no_retry(self, question: Callable[[], Awaitable[None]]) -> bool:
+        """Ask; returns False where the query was cancelled. With the session lost, there is nothing to try again."""
         try:
             async with asyncio.timeout(pace.CALL):
                 await question()

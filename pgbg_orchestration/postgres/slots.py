@@ -22,7 +22,7 @@ class SlotQueue:
         self._freed = asyncio.Event()
         self.waiting = 0
 
-    def freed(self) -> None:
+    def on_slot_freed(self) -> None:
         """Say that a worker of this process has ended: the head of the queue tries again at once."""
         self._freed.set()
 

@@ -72,7 +72,7 @@ async def conclude(case: Case, ledger: Ledger, step: Step, sighting: Sighting | 
             if with_place != error and case.attempts and is_own:
                 await record(case, ledger, HISTORY[step], error=with_place)
             error = with_place
-        if step is Step.FAILED and sighting is not None and sighting.is_untold:
+        if step is Step.FAILED and sighting is not None and sighting.is_unreported:
             await _note_told_failure(case, ledger, sighting)
         invalid_indexes = await _invalid_indexes(case, ledger) if step is Step.FAILED else []
         raise _error(case, step, sighting, error, invalid_indexes)
@@ -125,12 +125,12 @@ async def _display_text(case: Case, ledger: Ledger, number: int) -> location.Dis
 async def _committed(case: Case, ledger: Ledger, sighting: Sighting | None) -> Outcome:
     is_own = bool(case.attempts) if sighting is None else sighting.receipt_attempt in case.attempts
     is_last = sighting is None or sighting.receipt_attempt == case.attempt
-    handle_counts = not case.work.has_supervisor  # else the supervisor has written count and tag down
+    handle_is_the_workers = not case.work.has_supervisor  # else the supervisor has written count and tag down
     if case.reading is not None and not case.reading.done():
         # The first of its rows is about to come, or the rest of what it raised.
         await read_on(case)
         await read_report(case)
-    if is_last and handle_counts and case.memory.launch.report is Report.RUNNING and case.worker is not None:
+    if is_last and handle_is_the_workers and case.memory.launch.report is Report.RUNNING and case.worker is not None:
         await _poll_to_its_end(case.worker)
         await read_report(case)
     if sighting is None:
@@ -279,7 +279,7 @@ def _error(
     work, by_deadline = case.work, case.memory.intent is Intent.DEADLINE
     match step:
         case Step.FAILED:
-            at = sighting.ended_at if sighting is not None and sighting.is_untold and not case.attempts else None
+            at = sighting.ended_at if sighting is not None and sighting.is_unreported and not case.attempts else None
             ran_for = _ran_for(case)
             return failures.failed(
                 work, fields or ErrorFields(), invalid_indexes, at, ran_for=ran_for, limits=case.limits

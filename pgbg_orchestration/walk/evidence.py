@@ -258,7 +258,7 @@ def _is_recorded(sighting: Sighting, terms: Terms, memory: Memory) -> bool:
     if terms.kind is Kind.SUPERVISED and info is not None and info.command_tag == SUPERVISION:
         return True  # its supervisor did its part: a worker that left no receipt failed, and that is written down
     # A launch of the same SQL failed, and nobody was there to be told: this call is told, and the next one launches.
-    return sighting.is_untold and sighting.sql_digest == terms.sql_digest
+    return sighting.is_unreported and sighting.sql_digest == terms.sql_digest
 
 
 def _is_outdated(sighting: Sighting, memory: Memory) -> bool:

@@ -226,7 +226,7 @@ def cannot_drop(work: Work, error: psycopg.Error) -> PgbgError:
     )
 
 
-def untold(key: Key) -> PgbgError:
+def unknown_end(key: Key) -> PgbgError:
     """A supervised job is to be cancelled, and nobody can tell how it ended."""
     return errors.OutcomeUnknown(
         "its supervisor is gone, nothing of the job is at work any more, and nobody can tell how it ended",

@@ -385,7 +385,7 @@ class Launches:
         case = self._case
         if not await self._take_answer() or case.worker is None:
             return
-        case.worker.end.add_done_callback(lambda _: self._host.slots.freed())
+        case.worker.end.add_done_callback(lambda _: self._host.slots.on_slot_freed())
         # People would cancel that pid: of two workers, the supervisor is not the one to cancel.
         pid = None if case.work.has_supervisor else case.worker.handle.pid
         case.tell(EventKind.LAUNCHED, f"launched attempt {case.attempt}", pid=pid)

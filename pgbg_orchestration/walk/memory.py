@@ -33,19 +33,19 @@ class Stage(Enum):
     RUNNING = auto()
     ENDED = auto()  # without an error; no proof of a commit
     FAILED = auto()  # with an error
-    LOST = auto()  # without a handle; the worker may be at work
+    HANDLE_GONE = auto()  # the worker may be at work
     DETACHED = auto()  # the handle was given up, since the worker's output was blocked
 
 
 FOLLOWS: Mapping[Stage, frozenset[Stage]] = {
-    Stage.NONE: frozenset({Stage.CALLING, Stage.LOST}),
-    Stage.CALLING: frozenset({Stage.NONE, Stage.RUNNING, Stage.LOST}),
-    Stage.RUNNING: frozenset({Stage.ENDED, Stage.FAILED, Stage.LOST, Stage.DETACHED}),
+    Stage.NONE: frozenset({Stage.CALLING, Stage.HANDLE_GONE}),
+    Stage.CALLING: frozenset({Stage.NONE, Stage.RUNNING, Stage.HANDLE_GONE}),
+    Stage.RUNNING: frozenset({Stage.ENDED, Stage.FAILED, Stage.HANDLE_GONE, Stage.DETACHED}),
     # A result is read after the report; it ends well, or with an error.
-    Stage.ENDED: frozenset({Stage.ENDED, Stage.FAILED, Stage.LOST, Stage.NONE}),
-    Stage.FAILED: frozenset({Stage.LOST, Stage.NONE}),
-    Stage.LOST: frozenset({Stage.LOST, Stage.NONE}),
-    Stage.DETACHED: frozenset({Stage.LOST, Stage.NONE}),
+    Stage.ENDED: frozenset({Stage.ENDED, Stage.FAILED, Stage.HANDLE_GONE, Stage.NONE}),
+    Stage.FAILED: frozenset({Stage.HANDLE_GONE, Stage.NONE}),
+    Stage.HANDLE_GONE: frozenset({Stage.HANDLE_GONE, Stage.NONE}),
+    Stage.DETACHED: frozenset({Stage.HANDLE_GONE, Stage.NONE}),
 }
 """The stages that may come after each; NONE where nothing was launched, or before another launch."""
 
@@ -55,8 +55,8 @@ REPORTS: Mapping[Stage, Report] = {
     Stage.RUNNING: Report.RUNNING,
     Stage.ENDED: Report.ENDED,
     Stage.FAILED: Report.FAILED,
-    Stage.LOST: Report.GONE,
-    Stage.DETACHED: Report.ENDED,
+    Stage.HANDLE_GONE: Report.GONE,
+    Stage.DETACHED: Report.ENDED,  # the worker goes on, and nothing is to be learned of it by its handle any more
 }
 
 
@@ -100,7 +100,7 @@ class Launch(NamedTuple):
     @property
     def may_begin(self) -> bool:
         """Whether the worker of a lost handle may begin yet: it was seen neither at work nor at its end."""
-        return self.stage is Stage.LOST and self.info is None and not self.at_work
+        return self.stage is Stage.HANDLE_GONE and self.info is None and not self.at_work
 
     def calling(self) -> Launch:
         """Begin the launch call."""
@@ -116,7 +116,7 @@ class Launch(NamedTuple):
 
     def lost(self) -> Launch:
         """The call failed on its way, or its handle is lost."""
-        return self.to(Stage.LOST)._replace(error=None)
+        return self.to(Stage.HANDLE_GONE)._replace(error=None)
 
     def ended(self, info: ResultInfo | None, error: ErrorFields | None) -> Launch:
         """The handle reported the end; without a report, or with an error that cannot be read, the handle is lost."""
@@ -289,12 +289,12 @@ class Memory(NamedTuple):
         if supervised and launch.sqlstate == NO_SLOT_FOR_WORKER:
             tries = self.tries._replace(slotless=self.tries.slotless + 1)
             return self._replace(tries=tries, launch=Launch(), registration=launch.registration)
-        if terms.adds_supervisor and launch.stage is not Stage.LOST and not _came_to_its_end(launch):
+        if terms.adds_supervisor and launch.stage is not Stage.HANDLE_GONE and not _came_to_its_end(launch):
             launch = launch.lost()  # the worker below it may be at work, or begin
         return self._loose(launch)
 
     def _loose(self, launch: Launch) -> Memory:
-        gone = launch.stage in (Stage.LOST, Stage.DETACHED) and self.stray is Stray.NONE
+        gone = launch.stage in (Stage.HANDLE_GONE, Stage.DETACHED) and self.stray is Stray.NONE
         return self._replace(launch=launch, stray=Stray.LOOSE if gone else self.stray)
 
     def read(self, result: tuple[int | None, str | None]) -> Memory:
@@ -324,7 +324,7 @@ class Memory(NamedTuple):
         return self._replace(verification=Verification(done, claim))
 
     def settled(self) -> Memory:
-        """That answer is written down. If the work is not done, the claim is gone, and another launch may follow."""
+        """That answer is written down. If the work is not done, the claim is gone: that launch counts as lost."""
         if self.verification is None or self.verification.done:
             return self
         return self.handle_lost()._replace(verification=None)

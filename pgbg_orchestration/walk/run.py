@@ -179,12 +179,12 @@ class Run:
         except psycopg.Error as error:
             self._tell_end(failures.ledger(error, case.work.key.job_id, redact=case.work.job.redact_details))
         except Exception:
-            logger.exception("how the job %s ended that was let go is not known", case.work.label)
+            logger.exception("it is not known how the job %s ended, whose caller was cancelled", case.work.label)
         else:
             case.tell(EventKind.LET_GO, "the cancel came too late: committed", outcome=outcome.to_dict())
 
     async def _decided(self, following: asyncio.Task[Outcome]) -> Outcome:
-        await broken_off(following, at=_there(self._case.way_out) + pace.BREAK)
+        await broken_off(following, at=_known(self._case.way_out) + pace.BREAK)
         if following.cancelled():
             raise self._undecided()
         return following.result()
@@ -275,7 +275,7 @@ class Run:
             self._sighting = sighting
             if sighting.holds_this_job:
                 case.last_sign = now()
-            case.worker_pid = sighting.marked_pid
+            case.worker_pid = sighting.marked_pid  # the holder of a supervised job's lock is its supervisor
             if case.worker_pid is None and sighting.holds_this_job and case.work.kind is not Kind.SUPERVISED:
                 case.worker_pid = sighting.holder_pid
             weighed, case.memory = evidence.weigh(sighting, case.terms, case.memory, now())
@@ -332,9 +332,9 @@ class Run:
             case Step.WAIT:
                 await self._wait(sighting)
             case Step.WAIT_FOR_SERIES:
-                await self._wait_for_series(_there(sighting))
+                await self._wait_for_series(_known(sighting))
             case Step.CLEAR_OLDER:
-                await self._clear_older(_there(sighting))
+                await self._clear_older(_known(sighting))
             case Step.UNBLOCK:
                 await self._unblock()
             case Step.SIGNAL:
@@ -348,7 +348,7 @@ class Run:
             case Step.VERIFY:
                 await self._verify(sighting)
             case Step.SETTLE:
-                await self._settle(_there(sighting))
+                await self._settle(_known(sighting))
 
     # Waiting ------------------------------------------------------------------------------------------------------
 
@@ -424,7 +424,7 @@ class Run:
         if not self._case.work.carries_receipt or self._case.reading is not None:
             await self._read_result()
             return
-        case, worker = self._case, _there(self._case.worker)
+        case, worker = self._case, _known(self._case.worker)
         case.memory = case.memory.detached(await worker.error())
         case.tell_once(EventKind.OUTPUT_BLOCKED, "the worker's output is full and nobody reads it: it is dropped")
         await worker.detach()
@@ -438,7 +438,7 @@ class Run:
         if self._waited() > pace.CANCEL:
             raise failures.survivor(case.work.key, sighting, "the worker")
         if case.work.carries_receipt:
-            await _signal_worker(self._ledger, case.work.key, _there(sighting), case.work.key.job_id)
+            await _signal_worker(self._ledger, case.work.key, _known(sighting), case.work.key.job_id)
         else:
             await self._ledger.run(lambda conn: markers.signal(conn, case.work.marker, case.work.key.owner))
         supervised = case.work.has_supervisor
@@ -455,7 +455,7 @@ class Run:
                 cause, reason = case.cause, "the caller was cancelled"
             case Intent.DEADLINE:
                 cause, reason = Cause.DEADLINE, "the deadline passed"
-            case _ if evidence.is_superseded(_there(sighting), case.terms, case.memory):
+            case _ if evidence.is_superseded(_known(sighting), case.terms, case.memory):
                 cause, reason = Cause.SUPERSEDED, "a newer generation is registered"
             case _:
                 cause = Cause.GIVEN_UP
@@ -470,20 +470,20 @@ class Run:
         """Read the result, for a while at a time: between these the turn keeps the deadline, and cancels the worker."""
         case = self._case
         if case.reading is None:
-            begin_reading(case, _there(case.worker), _there(case.readable))
+            begin_reading(case, _known(case.worker), _known(case.readable))
         elif self._loop.time() - max(case.last_sign, case.last_notice) > pace.CALL:
             # No sign of the worker for so long, and still no result: the connection must be dead.
             await stop_reading(case)
             return
         # A cancel may have to be signalled again soon.
         patience = pace.LOOK_LATEST if case.memory.intent is Intent.NONE else pace.LOOK_SOONEST
-        await asyncio.wait({_there(case.reading)}, timeout=case.bounded(min(patience, pace.CALL)))
+        await asyncio.wait({_known(case.reading)}, timeout=case.bounded(min(patience, pace.CALL)))
 
     async def _verify(self, sighting: Sighting | None) -> None:
         case, work = self._case, self._case.work
         claim = (sighting.receipt_attempt, sighting.may_begin) if sighting else None
         try:
-            done = await self._host.verify(_there(work.verify_sql), work.job.role)
+            done = await self._host.verify(_known(work.verify_sql), work.job.role)
         except psycopg.Error as error:
             raise failures.unverified(work, error) from error
         case.memory = case.memory.verified(done, claim)
@@ -547,7 +547,7 @@ async def _cancel(
         ):
             return "cancelled"
         if sighting.is_unsupervised:
-            raise failures.untold(key)
+            raise failures.unknown_end(key)
         if loop.time() - began > pace.CANCEL - pace.BREAK:
             raise failures.survivor(key, sighting, "the worker")
         faults.point("before_cancel")
@@ -586,6 +586,6 @@ async def _signal_worker(ledger: Ledger, key: Key, sighting: Sighting, job_id: s
         raise failures.may_not_cancel(key, sighting) from error
 
 
-def _there(value: T | None) -> T:
+def _known(value: T | None) -> T:
     assert value is not None  # the verdict says this step only where there is one
     return value

@@ -15,7 +15,7 @@ from airflow.sdk import DAG, task
 from airflow.serialization.serialized_objects import DagSerialization
 
 from airflow_provider.operators import PgBackgroundBatchOperator, PgBackgroundOperator
-from airflow_provider.parse_checks import ELSEWHERE, LARGEST, SMALLEST, check
+from airflow_provider.parse_checks import ELSEWHERE, LARGEST_CARRIED, SMALLEST_CARRIED, check
 from airflow_provider.sensors import PgBackgroundSensor
 
 pytestmark = [pytest.mark.airflow, pytest.mark.filterwarnings("ignore:Task .* was never mapped")]
@@ -117,7 +117,7 @@ class TestAnotherOperatorsParameters:
 class TestNumbers:
     """Airflow's processor would end at such a one without a word, and its whole DAG vanish (3.3.2): they never meet."""
 
-    @pytest.mark.parametrize("value", [LARGEST + 1, SMALLEST - 1, float("nan"), float("inf")])
+    @pytest.mark.parametrize("value", [LARGEST_CARRIED + 1, SMALLEST_CARRIED - 1, float("nan"), float("inf")])
     @pytest.mark.parametrize("way", WAYS)
     def test_what_no_dag_can_carry_is_refused(self, way: str, value: Any) -> None:
         for given in ({"parameters": {"deep": [(1, {"n": value})]}}, {"params": {"n": value}}):
@@ -140,7 +140,7 @@ class TestNumbers:
         with DAG("d", schedule=None), pytest.raises(ValueError, match="op_args holds"):
             select(2**64)
 
-    @pytest.mark.parametrize("value", [LARGEST, SMALLEST, 1e308, Decimal(2**70), str(2**70)])
+    @pytest.mark.parametrize("value", [LARGEST_CARRIED, SMALLEST_CARRIED, 1e308, Decimal(2**70), str(2**70)])
     @pytest.mark.parametrize("start", [True, False])
     def test_what_is_let_through_a_dag_can_carry(self, value: Any, start: bool) -> None:
         with DAG("d", schedule=None) as dag:

@@ -142,7 +142,7 @@ def test_attached_from_the_first_look_at_anothers_worker_to_its_end() -> None:
 
 def test_a_marker() -> None:
     session = Terms(kind=Kind.SESSION)
-    lost = Memory(launch=Launch(Stage.LOST), verification=Verification(False))
+    lost = Memory(launch=Launch(Stage.HANDLE_GONE), verification=Verification(False))
     found, memory = weigh_marker(True, "ClientWrite", session, lost, 0.0)
     assert (found.holder, found.may_begin, found.verified) == (Holder.THIS_JOB, False, None)
     assert not found.output_blocked, "nobody holds its handle"
@@ -190,7 +190,7 @@ def test_the_handles_report() -> None:
     assert ended(ResultInfo(True, False)).launch.stage is Stage.ENDED
     assert ended(ResultInfo(True, True), ErrorFields(OWN_ERROR)).launch.sqlstate == OWN_ERROR
     for lost in (ended(None), ended(ResultInfo(True, True))):
-        assert (lost.launch.stage, lost.stray, lost.launch.sqlstate) == (Stage.LOST, Stray.LOOSE, None)
+        assert (lost.launch.stage, lost.stray, lost.launch.sqlstate) == (Stage.HANDLE_GONE, Stray.LOOSE, None)
     assert ended(None).launch.may_begin
     assert not ended(ResultInfo(True, True)).launch.may_begin, "it has ended"
 
@@ -212,7 +212,7 @@ def test_a_supervisor_of_a_receipt_that_broke_may_leave_its_worker() -> None:
         ended(ResultInfo(True, True), ErrorFields(CANCELED), SUPERVISED_BESIDE),
         ended(ResultInfo(True, True), ErrorFields(OWN_ERROR), SUPERVISED_BESIDE),
     ):
-        assert (broken.launch.stage, broken.stray, broken.launch.error) == (Stage.LOST, Stray.LOOSE, None)
+        assert (broken.launch.stage, broken.stray, broken.launch.error) == (Stage.HANDLE_GONE, Stray.LOOSE, None)
     assert ended(ResultInfo(True, True), ErrorFields("PB004"), SUPERVISED_BESIDE).launch == Launch()
 
 
@@ -220,7 +220,7 @@ def test_launches_are_counted_by_how_they_ended() -> None:
     assert Memory().put_away().tries == Tries()
     assert Memory(launch=failed(TURNED_AWAY)).put_away().tries == Tries(rejected=1)
     assert Memory(launch=failed(CALLED_OFF)).put_away().tries == Tries(rejected=1)
-    assert Memory(launch=Launch(Stage.LOST)).put_away().tries == Tries(lost=1)
+    assert Memory(launch=Launch(Stage.HANDLE_GONE)).put_away().tries == Tries(lost=1)
     assert Memory().calling().call_lost().put_away().stray is Stray.LOOSE, "its worker may begin for ever"
 
 
@@ -233,7 +233,7 @@ def test_a_stray_is_stopped_by_a_mark_of_ours_alone() -> None:
 
 def test_a_claim_that_is_settled_as_not_done_frees_the_way() -> None:
     undone = Memory(verification=Verification(False)).settled()
-    assert (undone.launch.stage, undone.verification, undone.stray) == (Stage.LOST, None, Stray.LOOSE)
+    assert (undone.launch.stage, undone.verification, undone.stray) == (Stage.HANDLE_GONE, None, Stray.LOOSE)
     done = Memory(verification=Verification(True))
     assert done.settled() == done
 
