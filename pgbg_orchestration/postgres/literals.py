@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import psycopg
@@ -16,6 +17,7 @@ from psycopg import abc
 from psycopg.abc import AdaptContext, Buffer
 from psycopg.adapt import AdaptersMap, Dumper, PyFormat, Transformer
 from psycopg.types.json import JsonDumper
+from psycopg.types.numeric import DecimalDumper
 
 from pgbg_orchestration.errors import InvalidJob
 
@@ -40,8 +42,8 @@ def literals_of(
     """Return the literal of each parameter: by its name, or in their order.
 
     They are those of ``psycopg.ClientCursor.mogrify``, and beyond it: a dict is a ``json`` where nothing else is
-    registered for it, a ``pendulum`` duration keeps its microseconds, and an interval of mixed signs means the same
-    whatever ``IntervalStyle`` the server reads it with.
+    registered for it, a ``pendulum`` duration keeps its microseconds, an interval of mixed signs means the same
+    whatever ``IntervalStyle`` the server reads it with, and a NaN with a sign is NaN.
 
     Parameters
     ----------
@@ -116,6 +118,8 @@ class _Adapters:
                 self.adapters.register_dumper(kind, _BytesDumper)
         if _is_psycopgs(self.adapters.get_dumper(timedelta, PyFormat.TEXT)):
             self.adapters.register_dumper(timedelta, _TimedeltaDumper)
+        if _is_psycopgs(self.adapters.get_dumper(Decimal, PyFormat.TEXT)):
+            self.adapters.register_dumper(Decimal, _DecimalDumper)
         register(self)
 
 
@@ -167,6 +171,16 @@ class _BytesDumper(Dumper):
 
     def quote(self, obj: Buffer) -> Buffer:
         return b"'\\x" + bytes(obj).hex().encode() + b"'"
+
+
+class _DecimalDumper(DecimalDumper):
+    """Without the sign of a NaN, which Python has and PostgreSQL has not: psycopg's literal of one is no SQL."""
+
+    def dump(self, obj: Decimal) -> Buffer | None:
+        return b"NaN" if obj.is_nan() else super().dump(obj)
+
+    def quote(self, obj: Decimal) -> Buffer:
+        return b"'NaN'::numeric" if obj.is_nan() else super().quote(obj)
 
 
 class _TimedeltaDumper(Dumper):

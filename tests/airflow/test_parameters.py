@@ -9,7 +9,7 @@ import ipaddress
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,7 +210,8 @@ JSON = st.recursive(
 SCALARS = {
     "int": st.integers(-(2**63), 2**64 - 1),
     "float": st.floats(allow_nan=False, allow_infinity=False),
-    "decimal": st.decimals(allow_nan=True, allow_infinity=True),
+    # psycopg's literal of a NaN with a sign is no SQL.
+    "decimal": st.decimals(allow_infinity=True).filter(lambda number: not (number.is_nan() and number.is_signed())),
     "bool": st.booleans(),
     "text": TEXTS,
     "bytes": st.binary(),
@@ -254,8 +255,8 @@ LISTS = [
 def test_the_same_literal_reaches_the_server(mode: str, connection: psycopg.Connection[Any], value: Any) -> None:
     try:
         expected = _by_psycopg(connection, value)
-    except (psycopg.DataError, InvalidOperation):
-        return  # psycopg cannot write it: lists of different lengths, or a NaN with a sign
+    except psycopg.DataError:
+        return  # psycopg cannot write it: lists of different lengths, say
     assert _by_us(connection, MODES[mode](value)) == expected
 
 
@@ -268,6 +269,8 @@ def test_the_same_literal_reaches_the_server(mode: str, connection: psycopg.Conn
         (Decimal(2**70), "value", "1180591620717411303424"),
         (Decimal("12345678901234567.89"), "value", "12345678901234567.89"),
         (Decimal("sNaN"), "value", "NaN"),
+        (Decimal("-NaN"), "value", "NaN"),
+        ([Decimal("-NaN"), Decimal("-0.5")], "value", "{NaN,-0.5}"),
         (dt.datetime(4000, 1, 1, 0, 0, 0, 123457, tzinfo=dt.UTC), "value", "4000-01-01 00:00:00.123457+00"),
         (EARLY, "pg_typeof(value)", "timestamp without time zone"),
         (dt.date(2020, 1, 1), "value + 1", "2020-01-02"),
