@@ -293,6 +293,35 @@ def test_progress_is_clamped_and_its_message_cut_to_63_bytes(session: Background
     session.cancel(handle)
 
 
+def test_progress_is_told_after_the_workers_end(session: Background) -> None:
+    report = session.extension.name("report_progress").as_string(None)
+    handle = session.launch(f"select {report}(-4, repeat('é', 60)); select 1/0")
+    session.ended(handle)
+    assert session.call("get_progress", *handle) == [{"progress_pct": 0, "progress_msg": "é" * 31}]
+
+
+def test_progress_without_a_number_is_none_at_all_in_1_x_and_refused_since(session: Background) -> None:
+    report = session.extension.name("report_progress").as_string(None)
+    handle = session.launch(f"select {report}(null, 'x'); select 1")
+    assert session.ended(handle)["has_error"] == session.v2_0
+    told = session.call("get_progress", *handle)[0]["progress_pct"]
+    assert told is None if session.v2_0 else told == 0
+
+
 def test_progress_can_be_reported_by_a_worker_only(session: Background) -> None:
-    with pytest.raises(errors.FeatureNotSupported, match="only be called from a background worker"):
+    name = "report_progress" if session.v2_0 else "progress"
+    with pytest.raises(errors.FeatureNotSupported, match=f"^pg_background_{name} can only be called from a background"):
         session.call("report_progress", 1, "x")
+
+
+def test_an_empty_label_is_none(session: Background) -> None:
+    session.launch("select 1", label="")
+    (listed,) = session.list()
+    assert listed["label"] is None
+
+
+def test_the_queue_is_as_large_as_the_session_says_unless_the_launch_does(session: Background) -> None:
+    session.execute("set pg_background.default_queue_size = 131072")
+    for arguments in (("select 1",), ("select 1", 0)):
+        session.call("launch", *arguments)
+    assert [listed["queue_size"] for listed in session.list()] == [131072, 131072]

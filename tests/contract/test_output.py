@@ -189,6 +189,25 @@ def test_result_reraises_the_workers_context(session: Background, unlike: Callab
     )
 
 
+def test_a_tag_is_read_by_one_column_of_text_only(session: Background, unlike: Callable[[str], None]) -> None:
+    unlike("column_lists")
+    with pytest.raises(errors.DatatypeMismatch, match="did not return a result set"):
+        session.fetch("do $$begin end$$", "tag int")
+
+
+def test_a_result_of_type_void_is_not_text(session: Background, unlike: Callable[[str], None]) -> None:
+    unlike("void_results")
+    with pytest.raises(errors.DatatypeMismatch):
+        session.fetch("select pg_sleep(0)", "v text")
+
+
+def test_results_of_a_submitted_worker_are_refused_by_its_launchers_name(session: Background) -> None:
+    handle = session.launch("select 1", submit=True)
+    name = "pg_background_submit" if session.v2_0 else "submit_v2"
+    with pytest.raises(errors.FeatureNotSupported, match=f"submitted via {name}"):
+        session.result(handle)
+
+
 @pytest.mark.parametrize("columns", ["v text", "v int, w int", "v bigint"])
 def test_result_with_other_columns_fails_with_42804_and_the_work_is_committed(
     session: Background, columns: str

@@ -154,6 +154,14 @@ def test_an_error_without_detail_and_hint_has_nulls_there(session: Background) -
     assert (ended["command_tag"], ended["row_count"]) == ("", 0)
 
 
+def test_the_texts_of_an_error_are_cut_at_255_bytes(session: Background) -> None:
+    ended = session.run(
+        "do $$begin raise exception '%', repeat('m', 400)"
+        " using detail = repeat('d', 400), hint = repeat('h', 400); end$$"
+    )
+    assert (ended["message"], ended["detail"], ended["hint"]) == ("m" * 255, "d" * 255, "h" * 255)
+
+
 def test_error_info_without_an_error_is_one_row_of_nulls(session: Background) -> None:
     handle = session.launch("select 1")
     session.ended(handle)

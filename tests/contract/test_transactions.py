@@ -67,6 +67,11 @@ def test_a_single_statement_runs_at_top_level(session: Background, text: str) ->
 @pytest.mark.parametrize("text", ["vacuum t", "create index concurrently t_i on t (i)"])
 def test_with_a_second_statement_beside_it_it_fails_with_25001(session: Background, text: str) -> None:
     assert session.run(f"insert into t values (1); {text}")["sqlstate"] == "25001"
+
+
+def test_what_it_says_then(session: Background, unlike: Callable[[str], None]) -> None:
+    unlike("not_alone")
+    assert "cannot be executed from a function" in session.run("insert into t values (1); vacuum t")["message"]
     assert session.value("select count(*) from t") == 0
 
 

@@ -35,8 +35,15 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "lingers": "A worker's connection stays, idle, until its launching session next asks for it or ends.",
         "error_object_names": "error_info has no schema, table, column and constraint names: dblink drops them.",
         "result_context": (
-            "The context of an error raised by result() is the stand-in's own; error_info has the worker's."
+            "The context of an error raised by result() is the stand-in's own; error_info has the worker's, with a line "
+            "of the stand-in's for a statement that no worker may run."
         ),
+        "column_lists": (
+            "A column list that is missing, or has other columns than result() or list() give, gets another message, "
+            "and list_v2() of 1.x takes any number of columns only from the real extension."
+        ),
+        "void_results": "A result of type void is read by a column of type text.",
+        "not_alone": "A statement that has to be alone fails beside another with 25001 and another message.",
         "worker_slots": "Workers take no slot of max_worker_processes. 53000 comes when max_connections is reached.",
         "custom_settings": (
             "Settings with a dot in their name stand in no catalogue. A worker inherits pg_background.*, "

@@ -1,6 +1,7 @@
 -- The names and signatures of pg_background 1.9: "_v2" names, no outcome, no view.
 
 CREATE FUNCTION @extschema@._pgbg_names_workers() RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT false';
+CREATE FUNCTION @extschema@._pgbg_submit_name() RETURNS text LANGUAGE sql IMMUTABLE AS $$ SELECT 'submit_v2' $$;
 
 CREATE TYPE @extschema@.pg_background_stats AS (
     workers_launched bigint, workers_completed bigint, workers_failed bigint, workers_canceled bigint,
@@ -9,7 +10,7 @@ CREATE TYPE @extschema@.pg_background_progress AS (progress_pct integer, progres
 CREATE TYPE @extschema@.pg_background_result_info AS (row_count bigint, command_tag text, completed boolean, has_error boolean);
 CREATE TYPE @extschema@.pg_background_error AS (sqlstate text, message text, detail text, hint text, context text);
 
-CREATE FUNCTION @extschema@.pg_background_launch_v2(sql text, queue_size integer DEFAULT 65536)
+CREATE FUNCTION @extschema@.pg_background_launch_v2(sql text, queue_size integer DEFAULT 0)
 RETURNS @extschema@.pg_background_handle LANGUAGE plpgsql STRICT
 AS $$ BEGIN RETURN @extschema@._pgbg_launch($1, $2, NULL, false); END $$;
 
@@ -17,7 +18,7 @@ CREATE FUNCTION @extschema@.pg_background_launch_v2(sql text, queue_size integer
 RETURNS @extschema@.pg_background_handle LANGUAGE plpgsql
 AS $$ BEGIN RETURN @extschema@._pgbg_launch($1, $2, $3, false); END $$;
 
-CREATE FUNCTION @extschema@.pg_background_submit_v2(sql text, queue_size integer DEFAULT 65536)
+CREATE FUNCTION @extschema@.pg_background_submit_v2(sql text, queue_size integer DEFAULT 0)
 RETURNS @extschema@.pg_background_handle LANGUAGE plpgsql STRICT
 AS $$ BEGIN RETURN @extschema@._pgbg_launch($1, $2, NULL, true); END $$;
 
@@ -77,7 +78,7 @@ BEGIN
 END $$;
 
 CREATE FUNCTION @extschema@.pg_background_progress(pct integer, msg text DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql AS $$ BEGIN PERFORM @extschema@._pgbg_report_progress(pct, msg); END $$;
+LANGUAGE plpgsql AS $$ BEGIN PERFORM @extschema@._pgbg_report_progress(coalesce(pct, 0), msg, 'pg_background_progress'); END $$;
 
 CREATE FUNCTION @extschema@.pg_background_get_progress_v2(pid integer, cookie bigint)
 RETURNS @extschema@.pg_background_progress
@@ -94,8 +95,7 @@ CREATE FUNCTION @extschema@.pg_background_error_info_v2(pid integer, cookie bigi
 RETURNS @extschema@.pg_background_error LANGUAGE plpgsql STRICT
 AS $$
 BEGIN
-    RETURN jsonb_populate_record(NULL::@extschema@.pg_background_error,
-        coalesce(@extschema@._pgbg_look($1, $2) -> 'error', '{}'));
+    RETURN jsonb_populate_record(NULL::@extschema@.pg_background_error, @extschema@._pgbg_error($1, $2));
 END $$;
 
 CREATE FUNCTION @extschema@.pg_background_detach_all_v2() RETURNS integer
@@ -106,7 +106,7 @@ LANGUAGE sql AS 'SELECT @extschema@._pgbg_cancel_all()';
 
 -- The oldest API: in 1.x its names are the unsuffixed ones, with another meaning than in 2.0. Present so that nobody
 -- tells the version by a name; it works for one who has only the pid.
-CREATE FUNCTION @extschema@.pg_background_launch(sql text, queue_size integer DEFAULT 65536) RETURNS integer
+CREATE FUNCTION @extschema@.pg_background_launch(sql text, queue_size integer DEFAULT 0) RETURNS integer
 LANGUAGE plpgsql STRICT AS $$ BEGIN RETURN (@extschema@._pgbg_launch($1, $2, NULL, false)).pid; END $$;
 
 CREATE FUNCTION @extschema@.pg_background_detach(pid integer) RETURNS void

@@ -1,6 +1,7 @@
 -- The names and signatures of pg_background 2.0, and its deprecated "_v2" aliases.
 
 CREATE FUNCTION @extschema@._pgbg_names_workers() RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT true';
+CREATE FUNCTION @extschema@._pgbg_submit_name() RETURNS text LANGUAGE sql IMMUTABLE AS $$ SELECT 'pg_background_submit' $$;
 
 CREATE TYPE @extschema@.pg_background_stats AS (
     workers_launched bigint, workers_completed bigint, workers_failed bigint, workers_canceled bigint,
@@ -20,7 +21,7 @@ CREATE TYPE @extschema@.pg_background_run_result AS (
     timed_out boolean, elapsed_ms bigint);
 
 CREATE FUNCTION @extschema@.pg_background_report_progress(pct integer, msg text DEFAULT NULL) RETURNS void
-LANGUAGE sql AS 'SELECT @extschema@._pgbg_report_progress(pct, msg)';
+LANGUAGE sql AS $$ SELECT @extschema@._pgbg_report_progress(pct, msg, 'pg_background_report_progress') $$;
 
 CREATE FUNCTION @extschema@.pg_background_record_timeout() RETURNS void
 LANGUAGE sql AS $$ SELECT @extschema@._pgbg_count('timed_out') $$;
@@ -71,8 +72,7 @@ $x$ CREATE FUNCTION @extschema@.pg_background_result_info#(pid integer, cookie b
     AS 'BEGIN RETURN jsonb_populate_record(NULL::@extschema@.pg_background_result_info, @extschema@._pgbg_info($1, $2)); END' $x$,
 $x$ CREATE FUNCTION @extschema@.pg_background_error_info#(pid integer, cookie bigint)
     RETURNS @extschema@.pg_background_error LANGUAGE plpgsql STRICT
-    AS 'BEGIN RETURN jsonb_populate_record(NULL::@extschema@.pg_background_error,
-        coalesce(@extschema@._pgbg_look($1, $2) -> ''error'', ''{}'')); END' $x$,
+    AS 'BEGIN RETURN jsonb_populate_record(NULL::@extschema@.pg_background_error, @extschema@._pgbg_error($1, $2)); END' $x$,
 $x$ CREATE FUNCTION @extschema@.pg_background_detach_all#() RETURNS integer
     LANGUAGE sql AS 'SELECT @extschema@._pgbg_detach_all()' $x$,
 $x$ CREATE FUNCTION @extschema@.pg_background_cancel_all#() RETURNS integer

@@ -18,6 +18,7 @@ DECLARE
     worker jsonb;
     activity jsonb;
 BEGIN
+    label := nullif(label, '');
     IF sql IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = '22004', MESSAGE = 'sql parameter cannot be NULL';
     ELSIF queue < 64 THEN
@@ -226,6 +227,9 @@ BEGIN
     IF next <> (worker ->> 'next')::integer THEN
         worker := worker || jsonb_build_object('next', next);
         IF next = total THEN
+            -- Its last report of progress goes with its connection.
+            worker := worker || jsonb_strip_nulls(jsonb_build_object(
+                'progress', @extschema@._pgbg_reported((worker ->> 'pid')::integer)));
             PERFORM @extschema@._pgbg_disconnect(connection);
             worker := worker || jsonb_build_object('completed', true);
             IF NOT worker ? 'died' THEN
@@ -281,6 +285,19 @@ BEGIN
     PERFORM @extschema@._pgbg_drain_detached();
     RETURN @extschema@._pgbg_refresh(@extschema@._pgbg_find(pid, cookie));
 END $$;
+
+-- The start of a text: as many whole characters as fit into so many bytes. The real extension cuts error texts between
+-- bytes, which no text of SQL can show.
+CREATE FUNCTION @extschema@._pgbg_clip(whole text, bytes integer) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN octet_length(whole) <= bytes THEN whole ELSE left(whole, (
+        SELECT max(n) FROM generate_series(0, bytes) AS n WHERE octet_length(left(whole, n)) <= bytes)) END
+$$;
+
+-- What error_info tells.
+CREATE FUNCTION @extschema@._pgbg_error(pid integer, cookie bigint) RETURNS jsonb LANGUAGE sql AS $$
+    SELECT coalesce(jsonb_object_agg(e.key, @extschema@._pgbg_clip(e.value, 255)), '{}')
+      FROM jsonb_each_text(coalesce(@extschema@._pgbg_look($1, $2) -> 'error', '{}')) AS e
+$$;
 
 -- What result_info tells. A worker that has committed may not be seen as idle yet, and its last result not be read: then
 -- nothing, and not what the statement before it did. One that waits for its reader tells that, as the real one does.
@@ -439,7 +456,7 @@ DECLARE
 BEGIN
     IF (worker ->> 'submitted')::boolean THEN
         RAISE EXCEPTION USING ERRCODE = '0A000',
-            MESSAGE = format('results are disabled for PID %s (submitted via pg_background_submit)', pid);
+            MESSAGE = format('results are disabled for PID %s (submitted via %s)', pid, @extschema@._pgbg_submit_name());
     END IF;
     LOOP
         worker := @extschema@._pgbg_look(pid, cookie);
@@ -500,21 +517,27 @@ $$;
 
 -- Called in the worker. It cannot change what others see before it commits, except through another backend: the text
 -- of that one's last query carries the report.
-CREATE FUNCTION @extschema@._pgbg_report_progress(pct integer, msg text) RETURNS void
+CREATE FUNCTION @extschema@._pgbg_report_progress(pct integer, msg text, called text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
     IF pct IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = '22004', MESSAGE = 'pct must not be NULL';
     ELSIF current_setting('pgbg_standin.worker', true) IS DISTINCT FROM 'on' THEN
         RAISE EXCEPTION USING ERRCODE = '0A000',
-            MESSAGE = 'pg_background_report_progress can only be called from a background worker';
+            MESSAGE = format('%s can only be called from a background worker', called);
     END IF;
     IF NOT coalesce('pgbg progress' = ANY (@extschema@._pgbg_connections()), false) THEN
         PERFORM @extschema@._pgbg_connect('pgbg progress', 'pg_background progress ' || pg_backend_pid());
     END IF;
     PERFORM t.v FROM @extschema@._pgbg_query('pgbg progress', format('SELECT %L', encode(convert_to(jsonb_build_object(
-        'pct', greatest(0, least(100, pct)), 'msg', left(coalesce(msg, ''), 63))::text, 'UTF8'), 'hex'))) AS t (v text);
+        'pct', greatest(0, least(100, pct)), 'msg', @extschema@._pgbg_clip(coalesce(msg, ''), 63))::text, 'UTF8'), 'hex'))) AS t (v text);
 END $$;
+
+CREATE FUNCTION @extschema@._pgbg_reported(pid integer) RETURNS jsonb LANGUAGE sql AS $$
+    SELECT convert_from(decode(substring(@extschema@._pgbg_control(format(
+        'SELECT query FROM pg_catalog.pg_stat_activity WHERE application_name = %L', 'pg_background progress ' || pid))
+        FROM '''([0-9a-f]+)'''), 'hex'), 'UTF8')::jsonb
+$$;
 
 CREATE FUNCTION @extschema@._pgbg_get_progress(pid integer, cookie bigint, OUT progress_pct integer, OUT progress_msg text)
 LANGUAGE plpgsql AS $$
@@ -526,9 +549,7 @@ BEGIN
         RETURN;
     END IF;
     PERFORM @extschema@._pgbg_find(pid, cookie);
-    report := convert_from(decode(substring(@extschema@._pgbg_control(format(
-        'SELECT query FROM pg_catalog.pg_stat_activity WHERE application_name = %L', 'pg_background progress ' || pid))
-        FROM '''([0-9a-f]+)'''), 'hex'), 'UTF8')::jsonb;
+    report := @extschema@._pgbg_reported(pid);
     -- The report goes with the worker's own connection: keep the last that was seen.
     IF report IS NULL THEN
         report := worker -> 'progress';
