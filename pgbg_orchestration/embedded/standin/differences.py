@@ -35,8 +35,8 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "lingers": "A worker's connection stays, idle, until its launching session next asks for it or ends.",
         "error_object_names": "error_info has no schema, table, column and constraint names: dblink drops them.",
         "result_context": (
-            "The context of an error raised by result() is the stand-in's own; error_info has the worker's, with a line "
-            "of the stand-in's for a statement that no worker may run."
+            "The context of an error raised by result() is the stand-in's own; error_info has the worker's, with "
+            "one line more for a statement that no worker may run."
         ),
         "column_lists": (
             "A column list that is missing, or has other columns than result() or list() give, gets another message, "
