@@ -431,16 +431,17 @@ class HandleSession:
     @asynccontextmanager
     async def reading(self, worker: Worker, on_notice: OnNotice | None) -> AsyncIterator[AsyncConnection[Any]]:
         """Lend the connection to read a worker's result; the handle is forgotten with that. Raises as :meth:`drain`."""
+        heard = _of_the_worker(on_notice) if on_notice is not None else None
         async with self._turn:
             if self.lost:
                 raise ConnectionLost("the launching session is lost")
             self.workers.pop(worker.handle, None)
             was_clean, self.is_clean = self.is_clean, False
             try:
-                if on_notice is not None:
+                if heard is not None:
                     # What the worker raised, this session raises again: its own threshold must not hold it back.
                     await connection.configure(self._conn, (("client_min_messages", "debug1"),))
-                    self._conn.add_notice_handler(on_notice)
+                    self._conn.add_notice_handler(heard)
                 yield self._conn
                 self.is_clean = was_clean and on_notice is None
             except (psycopg.Error, OSError) as error:
@@ -448,8 +449,8 @@ class HandleSession:
                     raise ConnectionLost(str(error)) from error
                 raise
             finally:
-                if on_notice is not None:
-                    self._conn.remove_notice_handler(on_notice)
+                if heard is not None:
+                    self._conn.remove_notice_handler(heard)
                 if not worker.end.done():
                     worker.end.set_result(None)
 
@@ -546,3 +547,13 @@ class HandleSession:
         if lost:
             self._give_up()
         return lost
+
+
+def _of_the_worker(on_notice: OnNotice) -> OnNotice:
+    """Leave out what the reading session says by itself at this threshold: 1.10 tells how it tidies up, as DEBUG."""
+
+    def hear(diag: psycopg.errors.Diagnostic) -> None:
+        if diag.severity_nonlocalized != "DEBUG" or "background worker, pid " in (diag.context or ""):
+            on_notice(diag)
+
+    return hear
