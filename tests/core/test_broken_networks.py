@@ -232,7 +232,7 @@ async def test_session_lost_while_it_describes_the_result(
 async def test_result_that_never_comes(db: Watched, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A session job's worker ends, and the connection that its result comes over has gone silent."""
     monkeypatch.setattr(pace, "CALL", 1.0)
-    proxy.when(TO_SERVER, b'"pg_background_result"', stall=TO_CLIENT)
+    proxy.when(TO_SERVER, f'"{db.database.function("result")}"'.encode(), stall=TO_CLIENT)
     job = Job(effect("j"), id="j", kind="session", verify_sql="select exists (select from effects)")
     outcome = await within(arun(proxy.through(db.conninfo), job), 120)
     assert outcome.proof == "verify_sql"

@@ -80,4 +80,5 @@ async def test_shortened_labels_are_told_apart(extension_database: Database, ses
 
     names = await eventually(look, "all workers")
     for label in labels:
-        assert len([name for name in names if name.startswith(f"pg_background:{shown(label)}")]) == 1
+        begins = f"pg_background:{shown(label, server_version=session.info.server_version)}"
+        assert len([name for name in names if name.startswith(begins)]) == 1
