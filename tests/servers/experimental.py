@@ -7,6 +7,7 @@ of it, where the mirror has source packages, or from a directory that ``PGBG_EXT
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ SOURCES = "".join(
 SOURCE_PACKAGE = "pg-background"
 SOURCE_VARIABLE = "PGBG_EXTENSION_SOURCE"
 SOURCE_DIRECTORY = "usr/src/pg_background"
+SOURCE_FILES = {".c", ".h", ".sql", ".control"}
 SOURCE_LIST = "sources.list.d/extension.list"
 # What experimental's package needs may be in sid only; nothing else is taken from there.
 PREFERENCES = "Package: *\nPin: release a=unstable\nPin-Priority: 90\n"
@@ -125,12 +127,25 @@ class ExtensionTree(ExperimentalTree):
     """The same tree, with pg_background built for its PostgreSQL 19."""
 
     def is_built(self) -> bool:
-        """True when the library is there: it is what is installed last."""
-        return super().is_built() and (self.root / "usr/lib/postgresql/19/lib/pg_background.so").exists()
+        """True when the library is there, and is of the source that is named, where one is."""
+        if not super().is_built() or not self._library.exists():
+            return False
+        chosen = os.environ.get(SOURCE_VARIABLE)
+        return not chosen or self._is_of(Path(chosen))
+
+    @property
+    def _library(self) -> Path:
+        return self.root / "usr/lib/postgresql/19/lib/pg_background.so"
+
+    def _is_of(self, source: Path) -> bool:
+        files = [str(file.relative_to(source)) for file in source.rglob("*") if file.suffix in SOURCE_FILES]
+        same, _, _ = filecmp.cmpfiles(source, self.root / SOURCE_DIRECTORY / "unpacked", files, shallow=False)
+        return len(same) == len(files)
 
     def _build(self) -> None:
         if not super().is_built():
             super()._build()
+        self._library.unlink(missing_ok=True)  # of another source: were it kept, a build that fails would seem whole
         sources = self.root / SOURCE_DIRECTORY
         if sources.exists():
             shutil.rmtree(sources)  # left by a build that failed or was killed; we hold the lock
