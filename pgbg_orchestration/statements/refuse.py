@@ -232,8 +232,8 @@ def _alter_subscription_outside(statement: Statement) -> bool:
         return True
     if any(_has(statement, verb, "PUBLICATION") for verb in ("SET", "ADD", "DROP")):
         return "REFRESH" not in _switched_off(statement)
-    options = {token.text for token in tokens(statement.text) if token.kind is TokenKind.WORD}
-    return _has(statement, "SET") and bool({"FAILOVER", "TWO_PHASE"} & options)
+    # Both change the replication slot; two_phase only when it is switched off.
+    return _has(statement, "SET") and ("FAILOVER" in _switches(statement) or "TWO_PHASE" in _switched_off(statement))
 
 
 def _switched_on(statement: Statement) -> set[str]:

@@ -51,6 +51,8 @@ alter subscription s refresh publication
 alter subscription s set publication q
 alter subscription s add publication q with (copy_data = off)
 alter subscription s set (failover = true)
+alter subscription s set (failover = false)
+alter subscription s set (streaming = off, two_phase = off)
 """.strip().splitlines()
 
 # Tried there too: these run beside others.
@@ -86,6 +88,9 @@ create subscription s connection 'dbname=x' publication p with (connect = false)
 create subscription s connection 'dbname=x' publication p with (create_slot = off, enabled = false)
 alter subscription s set publication q with (refresh = false)
 alter subscription s disable
+alter subscription s refresh sequences
+alter subscription s set (two_phase = true)
+alter subscription s set (two_phase)
 alter subscription s set (binary = true)
 checkpoint
 lock table t
