@@ -75,6 +75,11 @@ def test_what_it_says_then(session: Background, unlike: Callable[[str], None]) -
     assert session.value("select count(*) from t") == 0
 
 
+def test_it_says_then_that_it_is_not_at_top_level(session: Background, unlike: Callable[[str], None]) -> None:
+    unlike("alone_words")
+    assert "VACUUM cannot be executed from a function" in session.run("select 1; vacuum t")["message"]
+
+
 def test_a_procedure_that_commits_fails_with_a_second_statement_beside_it(session: Background) -> None:
     session.execute("create procedure commits() language plpgsql as $$begin insert into t values (1); commit; end$$")
     assert session.run("select 1; call commits()")["sqlstate"] == "2D000"

@@ -14,6 +14,10 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "statements_see_rows": (
             "The statements of one launch see each other's rows, as in psql: they are sent as one query."
         ),
+        "alone_words": (
+            "What cannot run beside another statement fails with 25001 and 'cannot run inside a transaction block', "
+            "not 'cannot be executed from a function or procedure'."
+        ),
         "exact_queue": (
             "Output up to the size of a socket buffer (some 200 KiB) never blocks the worker's commit. What the "
             "queue could not have held still keeps `completed` false until detach or result()."
