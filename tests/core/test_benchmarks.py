@@ -12,11 +12,12 @@ from benchmarks.steady.watch import as_markdown as steady_table
 from pgbg_orchestration.launcher import Launcher
 from tests.core.kit import Watched, only_long, within
 
+# "growth" replaces functions of 2.0 by simulated ones.
+MARKS = {"airflow": only_long, "growth": pytest.mark.since(extension="2.0")}
+
 
 @pytest.mark.servers("real", "embedded")
-@pytest.mark.parametrize(
-    "group", [pytest.param(name, marks=only_long) if name == "airflow" else name for name in GROUPS]
-)
+@pytest.mark.parametrize("group", [pytest.param(name, marks=MARKS.get(name, ())) for name in GROUPS])
 async def test_smoke(db: Watched, group: str) -> None:
     async with Launcher(db.admin_conninfo) as launcher:
         extension = (await launcher.facts()).extension
