@@ -13,6 +13,7 @@ from typing import Any
 from pgbg_orchestration import pace
 from pgbg_orchestration.call_options import Options
 from pgbg_orchestration.outcome import Cause, Event, EventKind
+from pgbg_orchestration.postgres.connection import break_off
 from pgbg_orchestration.postgres.describe import Readable
 from pgbg_orchestration.postgres.handles import Nudge, Worker
 from pgbg_orchestration.postgres.launch_message import Begun, Opening
@@ -184,16 +185,10 @@ def deadline_of(timeout: float | None, deadline: datetime | None) -> float | Non
 
 
 async def broken_off(task: asyncio.Task[Any], *, at: float | None = None) -> None:
-    """Cancel a task, now or at a time of the event loop's clock, and wait until it has ended.
-
-    When psycopg's task is cancelled, it cancels the query, and waits up to ten seconds for a server that is silent.
-    Cancelled once more, it closes the connection.
-    """
+    """Cancel a task, now or at a time of the event loop's clock, and wait until it has ended."""
     if at is not None:
         await asyncio.wait({task}, timeout=max(at - asyncio.get_running_loop().time(), 0))
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=pace.BREAK)
+    await break_off([task])
     if not task.cancelled():
         task.exception()  # asked for here, so that asyncio does not log it where nobody else does
 

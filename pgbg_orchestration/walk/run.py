@@ -275,7 +275,8 @@ class Run:
             self._sighting = sighting
             if sighting.holds_this_job:
                 case.last_sign = now()
-            case.worker_pid = sighting.marked_pid  # the holder of a supervised job's lock is its supervisor
+            case.worker_pid = sighting.marked_pid
+            # The holder of a supervised job's lock is its supervisor.
             if case.worker_pid is None and sighting.holds_this_job and case.work.kind is not Kind.SUPERVISED:
                 case.worker_pid = sighting.holder_pid
             weighed, case.memory = evidence.weigh(sighting, case.terms, case.memory, now())
